@@ -1,0 +1,33 @@
+# Each target sets up .venv by itself. PYTHON picks the interpreter (3.11 is tested).
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Sources whose change means a new native build.
+NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.cc mbv2/kernels/*.h mbv2/kernels/*/*.cc mbv2/kernels/*/*.h \
+          imnet_prep/native/CMakeLists.txt imnet_prep/native/*.cc imnet_prep/native/*.h)
+
+.PHONY: demo test check bench venv clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,dask,browse,export,tensorboard]'
+	touch $@
+
+demo: venv
+	$(BIN)/imnet-prep demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""The command lines: parse, build options, call one library function, render."""

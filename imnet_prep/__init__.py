@@ -1,0 +1,1 @@
+"""ImageNet as people have it, to verified MindRecord shards, to batches."""

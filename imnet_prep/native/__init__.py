@@ -1,0 +1,1 @@
+"""The optional C++ batch JPEG decoder."""

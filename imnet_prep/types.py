@@ -1,0 +1,202 @@
+"""The types that cross a stage boundary, in the order in which the data flows.
+
+``ImageRef`` (where an image lies) -> ``RawImage`` (its bytes) -> ``Sample`` or ``Rejected`` -> ``ShardInfo`` -> ``Manifest``
+(see :mod:`imnet_prep.manifest`) -> ``Batch``.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPLITS = ("train", "val", "test")
+_FILE_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
+
+
+class Reason(enum.StrEnum):
+    """Why an image was kept out. The value is the key in ``rejected.jsonl`` and in every summary."""
+
+    EMPTY = "empty"  # zero bytes
+    NOT_AN_IMAGE = "not_an_image"  # no known image format
+    TRUNCATED = "truncated"  # the stream ends early, or its end marker is missing
+    CORRUPT = "corrupt"  # the stream does not decode
+    TOO_MANY_PIXELS = "too_many_pixels"  # a decompression bomb, by its header
+    TOO_LARGE = "too_large"  # more bytes than a record may hold
+    ANIMATED = "animated"  # more than one frame
+    UNREADABLE = "unreadable"  # the file system or archive did not give the bytes
+    UNLABELLED = "unlabelled"  # no class is known for it
+    DUPLICATE = "duplicate"  # same bytes as another image, with --duplicates reject
+    DUPLICATE_NAME = "duplicate_name"  # a second member of the same name
+
+
+class Change(enum.StrEnum):
+    """What was done to, or noticed about, an image that was kept."""
+
+    FORMAT = "format"  # was not a JPEG: converted
+    CMYK = "cmyk"  # CMYK or YCCK: converted to RGB
+    SIXTEEN_BIT = "sixteen_bit"  # more than 8 bits a channel: converted
+    ALPHA = "alpha"  # had transparency: composed over white
+    ORIENTED = "oriented"  # EXIF orientation applied to the pixels
+    PROGRESSIVE = "progressive"  # noticed, stored as it was (or baseline where re-encoded)
+    GREYSCALE = "greyscale"  # noticed, stored as it was
+    EXIF_DAMAGED = "exif_damaged"  # noticed, metadata only
+    TRAILING_BYTES = "trailing_bytes"  # bytes after the end marker, noticed
+    RESIZED = "resized"  # --short-side
+
+
+def record_id(split: str, file_name: str) -> int:
+    """Give the 64-bit id of a record: it survives resharding, renaming of folders and any worker count.
+
+    Returns:
+        The first 8 bytes, little-endian, of SHA-256 of ``"<split>/<file_name>"`` in UTF-8.
+    """
+    return int.from_bytes(hashlib.sha256(f"{split}/{file_name}".encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where an image's bytes lie: a byte range of a file or of an archive (nested archives included).
+
+    Attributes:
+        split: ``train``, ``val`` or ``test``.
+        class_name: The class folder or wnid; empty for the test split.
+        file_name: ``<class_name>/<name>``, or ``<name>`` without a class; unique within its split.
+        path: The plain file or the outermost archive.
+        offset: First byte of the image in ``path``, in bytes.
+        size_bytes: Length in bytes.
+        url: Where it was downloaded from, or empty.
+    """
+
+    split: str
+    class_name: str
+    file_name: str
+    path: Path
+    offset: int
+    size_bytes: int
+    url: str = ""
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS}, got {self.split!r}")
+        if not _FILE_NAME.fullmatch(self.file_name):
+            raise ValueError(f"file_name must be printable and not empty, got {self.file_name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class RawImage:
+    """An image as found: its reference and its bytes, nothing checked."""
+
+    ref: ImageRef
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image whose every compressed bit was read, ready to be stored.
+
+    Attributes:
+        ref: Where it came from.
+        image: The bytes to store: a JPEG that any decoder reads as 8-bit greyscale or YCbCr.
+        width: Columns of ``image``, in pixels.
+        height: Rows of ``image``, in pixels.
+        sha256: Hex digest of ``image``.
+        source_sha256: Hex digest of the bytes as found.
+        changes: What was done or noticed, in :class:`Change` order.
+    """
+
+    ref: ImageRef
+    image: bytes
+    width: int
+    height: int
+    sha256: str
+    source_sha256: str
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An image that was kept out.
+
+    Attributes:
+        split: The split it would have been in.
+        file_name: Its name, as in :class:`ImageRef` (or the archive member's, escaped, where that is not printable).
+        reason: Why.
+        detail: One line for a person.
+    """
+
+    split: str
+    file_name: str
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One MindRecord file and its index, as committed.
+
+    Attributes:
+        file: Path relative to the records folder, ``train/train-00000-of-00128.mindrecord``.
+        rows: Number of records.
+        size_bytes: Size of the data file.
+        sha256: Hex digest of the data file.
+        index_size_bytes: Size of the ``.db``.
+        index_sha256: Hex digest of the ``.db``.
+    """
+
+    file: str
+    rows: int
+    size_bytes: int
+    sha256: str
+    index_size_bytes: int
+    index_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a training or evaluation step takes.
+
+    Attributes:
+        image: uint8 (N, H, W, 3), RGB.
+        label: int32 (N,).
+        record_id: uint64 (N,).
+        mix_label: int32 (N,), the second label where MixUp or CutMix was applied, else None.
+        mix_weight: float32 (N,), the share of ``label`` (1 - share is ``mix_label``'s), else None.
+    """
+
+    image: NDArray[np.uint8]
+    label: NDArray[np.int32]
+    record_id: NDArray[np.uint64]
+    mix_label: NDArray[np.int32] | None = None
+    mix_weight: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A state of a long job, for a bar or a log line.
+
+    Attributes:
+        done: Units finished. total: Units in all, or None where unknown. unit: What is counted.
+        bytes_done: Bytes handled so far.
+        counts: Further counters by name, e.g. ``{"rejected": 2}``.
+        note: A short text, e.g. the loss.
+    """
+
+    done: int
+    total: int | None
+    unit: str = "images"
+    bytes_done: int = 0
+    counts: tuple[tuple[str, int], ...] = ()
+    note: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]

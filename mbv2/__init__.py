@@ -1,0 +1,1 @@
+"""MobileNetV2 on MindSpore: train, evaluate, predict, export."""
