@@ -1,0 +1,249 @@
+"""The manifest of a records folder: what is in it, down to the digest of each file.
+
+``manifest.json`` is written last, so a folder that has one is whole. It carries no time, no host and no path: the same
+input, seed and options give the same bytes. ``records.jsonl.gz`` beside each split's shards has a line a record.
+Source: the file formats are defined by ``manifests/records.schema.json`` and ``docs/manifest.md``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.types import ShardInfo
+
+FORMAT = "imnet-prep/records"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+RECORDS = "records.jsonl.gz"
+COLUMNS = {"file_name": "string", "image": "bytes", "label": "int32"}  # ImageNetToMR's, so any MindDataset reads them
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SplitInfo:
+    """One split of a records folder.
+
+    Attributes:
+        found: Images that the source held; ``images`` + the sum of ``rejected``.
+        images: Records stored.
+        rejected: Number by :class:`~imnet_prep.types.Reason`.
+        changes: Number by :class:`~imnet_prep.types.Change`.
+        duplicates: Records whose source bytes an earlier record has too.
+        class_counts: Images by label.
+        header_size: Bytes reserved for each data file's header.
+        page_size: Bytes of a page, the same in every shard.
+        records: Name, size and digest of ``records.jsonl.gz``.
+        shards: The data files, in reading order.
+    """
+
+    found: int
+    images: int
+    rejected: dict[str, int]
+    changes: dict[str, int]
+    duplicates: int
+    class_counts: tuple[int, ...]
+    header_size: int
+    page_size: int
+    records: dict[str, Any]
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What ``manifest.json`` says; ``digest`` is the SHA-256 (hex) of its bytes, empty for one not yet written."""
+
+    classes: tuple[str, ...]
+    class_words: tuple[str, ...]
+    label_space: str
+    label_convention: str
+    seed: int
+    options: dict[str, Any]
+    sources: tuple[dict[str, Any], ...]
+    made_with: dict[str, str]
+    splits: dict[str, SplitInfo]
+    digest: str = field(default="", compare=False)
+
+    def to_bytes(self) -> bytes:
+        """Give the bytes of ``manifest.json``: sorted keys, two spaces, one final newline."""
+        document = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "classes": [
+                {"name": name, "words": words} for name, words in zip(self.classes, self.class_words, strict=True)
+            ],
+            "columns": COLUMNS,
+            "label_space": self.label_space,
+            "label_convention": self.label_convention,
+            "seed": self.seed,
+            "options": self.options,
+            "sources": list(self.sources),
+            "made_with": self.made_with,
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+        }
+        return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    def split(self, records: Path, name: str) -> SplitInfo:
+        """Give a split that has images.
+
+        Raises:
+            RecordsError: The folder has no such split, or it is empty; the message lists those that are there.
+        """
+        found = self.splits.get(name)
+        if found is None or not found.images:
+            there = ", ".join(f"{key} ({value.images} images)" for key, value in self.splits.items())
+            raise RecordsError(f"{records}: no images in split {name!r}", expected=f"one of: {there}")
+        return found
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    path = Path(__file__).parent.parent / "manifests" / "records.schema.json"
+    schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return schema
+
+
+def load_manifest(records: Path) -> Manifest:
+    """Read and check the manifest of a records folder.
+
+    Raises:
+        RecordsError: No such folder, no manifest in it, another format version, or not as the schema says.
+    """
+    path = records / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _missing(records) from error
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise RecordsError(f"{path}: not JSON", got=str(error), remedy="restore the file or convert again") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or document.get("format") != FORMAT or version != FORMAT_VERSION:
+        raise RecordsError(
+            f"{path}: not a manifest this version reads",
+            expected=f"{FORMAT} version {FORMAT_VERSION}",
+            got=f"{document.get('format')} version {version}"
+            if isinstance(document, dict)
+            else type(document).__name__,
+            remedy="use the imnet-prep that wrote it, or convert again",
+        )
+    _check_schema(path, document)
+    return _from_document(document, hashlib.sha256(data).hexdigest())
+
+
+def _missing(records: Path) -> RecordsError:
+    if not records.is_dir():
+        return RecordsError(f"{records}: no such folder", expected="a folder made by `imnet-prep to-mindrecord`")
+    remedy = "convert with `imnet-prep to-mindrecord`, or `imnet-prep adopt` MindRecord files that others made"
+    partial = records.name.endswith(".partial")
+    got = "an unfinished conversion: run the same to-mindrecord command again" if partial else ""
+    return RecordsError(f"{records}: no {MANIFEST} in this folder", got=got, remedy=remedy)
+
+
+def _check_schema(path: Path, document: dict[str, Any]) -> None:
+    import jsonschema  # ~0.1 s to import, so not with the module
+
+    error = next(iter(jsonschema.Draft202012Validator(_schema()).iter_errors(document)), None)
+    if error is not None:
+        where = "/".join(str(part) for part in error.absolute_path) or "the document"
+        raise RecordsError(f"{path}: {where} is not as the format says", got=error.message[:200])
+
+
+def _from_document(document: dict[str, Any], digest: str) -> Manifest:
+    return Manifest(
+        classes=tuple(entry["name"] for entry in document["classes"]),
+        class_words=tuple(entry["words"] for entry in document["classes"]),
+        label_space=document["label_space"],
+        label_convention=document["label_convention"],
+        seed=document["seed"],
+        options=document["options"],
+        sources=tuple(document["sources"]),
+        made_with=document["made_with"],
+        splits={name: _split_from(entry) for name, entry in document["splits"].items()},
+        digest=digest,
+    )
+
+
+def _split_from(entry: dict[str, Any]) -> SplitInfo:
+    shards = tuple(ShardInfo(**shard) for shard in entry["shards"])
+    return SplitInfo(**{**entry, "class_counts": tuple(entry["class_counts"]), "shards": shards})
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLine:
+    """A line of ``records.jsonl.gz``.
+
+    Attributes:
+        shard: Position of the shard in the manifest's list, from 0.
+        row: Row in the shard, from 0.
+        file_name: ``<class>/<name>``.
+        label: The stored label.
+        width: Pixels. height: Pixels.
+        sha256: Of the stored bytes. source_sha256: Of the bytes as found.
+        changes: What was done or noticed (:class:`~imnet_prep.types.Change`).
+        url: Where it was downloaded from, or empty. status: The HTTP status of that, or None.
+    """
+
+    shard: int
+    row: int
+    file_name: str
+    label: int
+    width: int
+    height: int
+    sha256: str
+    source_sha256: str
+    changes: tuple[str, ...] = ()
+    url: str = ""
+    status: int | None = None
+
+    def to_json(self) -> str:
+        """Give the line, without its newline; what is empty is left out."""
+        values = {key: value for key, value in asdict(self).items() if value not in ("", None, ())}
+        return json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_records(records: Path, split: SplitInfo) -> Iterator[RecordLine]:
+    """Read ``records.jsonl.gz`` of a split, in shard and row order, one line at a time.
+
+    Raises:
+        RecordsError: The file is missing, or a line is not one.
+    """
+    path = records / split.records["file"]
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1  # noqa: SIM113, kept for the message of an error in the iteration itself
+                values = json.loads(line)
+                yield RecordLine(**{**values, "changes": tuple(values.get("changes", ()))})
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise RecordsError(f"{path}: damaged after line {number}", got=str(error)) from error
+
+
+def write_records(path: Path, lines: Iterable[str]) -> None:
+    """Write ``records.jsonl.gz`` with time stamp 0 and no name inside, so that equal lines give equal bytes."""
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text,
+    ):
+        for line in lines:
+            text.write(line + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """Give the SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
