@@ -222,7 +222,7 @@ def read_records(records: Path, split: SplitInfo) -> Iterator[RecordLine]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
-                number += 1  # noqa: SIM113, kept for the message of an error in the iteration itself
+                number += 1
                 values = json.loads(line)
                 yield RecordLine(**{**values, "changes": tuple(values.get("changes", ()))})
     except (OSError, EOFError, ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
 """The types that cross a stage boundary, in the order in which the data flows.
 
-``ImageRef`` (where an image lies) -> ``RawImage`` (its bytes) -> ``Sample`` or ``Rejected`` -> ``ShardInfo`` -> ``Manifest``
-(see :mod:`imnet_prep.manifest`) -> ``Batch``.
+``ImageRef`` (where an image lies) -> ``RawImage`` (its bytes) -> ``Sample`` or ``Rejected`` -> ``ShardInfo`` ->
+``Manifest`` (see :mod:`imnet_prep.manifest`) -> ``Batch``.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class ImageRef:
         offset: First byte of the image in ``path``, in bytes.
         size_bytes: Length in bytes.
         url: Where it was downloaded from, or empty.
+        status: The HTTP status of that download, or None.
     """
 
     split: str
@@ -81,6 +82,7 @@ class ImageRef:
     offset: int
     size_bytes: int
     url: str = ""
+    status: int | None = None
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
