@@ -1,0 +1,281 @@
+"""What happens to an image between its bytes and the batch: options, and the draws behind every crop, flip, box and mix.
+
+All draws are keyed by (seed, epoch, record id) and made here, in NumPy, for both decoders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.errors import PipelineError
+from imnet_prep.rng import Stream, uniforms
+
+INTERPOLATIONS = ("bilinear", "bicubic", "box", "lanczos")  # Pillow's filters, antialiased when reducing
+CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
+ERASE_ATTEMPTS = 10  # torchvision's and timm's RandomErasing
+MAX_IMAGE_SIZE = 4096
+# Erased pixels take ImageNet's mean colour, which the network's normalisation turns into about 0, as the references do.
+ERASE_FILL = (124, 116, 104)
+EVAL_CROP_FRACTION = 224 / 256  # the field's centre crop: 224 of a short side of 256
+
+
+def _check(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise PipelineError(f"pipeline option {name} is out of range", expected=expected, got=repr(got))
+
+
+def _check_common(batch_size: int, image_size: int, interpolation: str) -> None:
+    _check(isinstance(batch_size, int) and batch_size >= 1, "batch_size", "a whole number from 1 on", batch_size)
+    _check(
+        isinstance(image_size, int) and 1 <= image_size <= MAX_IMAGE_SIZE,
+        "image_size",
+        f"1 to {MAX_IMAGE_SIZE} pixels",
+        image_size,
+    )
+    _check(interpolation in INTERPOLATIONS, "interpolation", f"one of {', '.join(INTERPOLATIONS)}", interpolation)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """How training images are made. The defaults are torchvision's references'.
+
+    Attributes:
+        batch_size: Rows of a batch on one rank.
+        image_size: Side of the square output, pixels.
+        scale: Range of the crop's area as a fraction of the image's; uniform.
+        ratio: Range of the crop's width / height; log-uniform.
+        interpolation: One of :data:`INTERPOLATIONS`.
+        flip_prob: Probability of a horizontal flip.
+        color_jitter: Strengths of brightness, contrast, saturation (factors in 1 +- strength) and hue (turns, at most 0.5).
+        randaugment_ops: Operations of RandAugment an image; 0 is off.
+        randaugment_magnitude: Their strength, 0 to 30.
+        erasing_prob: Probability that a box is erased. erasing_scale, erasing_ratio: its area and aspect ranges.
+        mixup_alpha: Beta parameter of MixUp; 0 is off. cutmix_alpha: of CutMix. With both, each batch draws one.
+        drop_last: Leave out what does not fill a batch on every rank; other records each epoch.
+    """
+
+    batch_size: int
+    image_size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
+    flip_prob: float = 0.5
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    randaugment_ops: int = 0
+    randaugment_magnitude: float = 9.0
+    erasing_prob: float = 0.0
+    erasing_scale: tuple[float, float] = (0.02, 1 / 3)
+    erasing_ratio: tuple[float, float] = (0.3, 3.3)
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        _check_common(self.batch_size, self.image_size, self.interpolation)
+        for name, most in (("scale", 1.0), ("erasing_scale", 1.0), ("ratio", 100.0), ("erasing_ratio", 100.0)):
+            low, high = getattr(self, name)
+            _check(0 < low <= high <= most, name, f"0 < low <= high <= {most:g}", (low, high))
+        for name in ("flip_prob", "erasing_prob"):
+            _check(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            value = getattr(self, name)
+            _check(isfinite(value) and value >= 0, name, "0 or more", value)
+        jitter = self.color_jitter
+        _check(
+            len(jitter) == 4 and all(0 <= value <= 1 for value in jitter[:3]) and 0 <= jitter[3] <= 0.5,
+            "color_jitter",
+            "4 strengths: brightness, contrast, saturation from 0 to 1, hue from 0 to 0.5",
+            jitter,
+        )
+        _check(0 <= self.randaugment_ops <= 16, "randaugment_ops", "0 to 16", self.randaugment_ops)
+        _check(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude", "0 to 30", self.randaugment_magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """How evaluation images are made: short side to ``resize``, centre crop of ``image_size``, antialiased.
+
+    Attributes:
+        batch_size: Rows of a batch on one rank; the last may be short.
+        image_size: Side of the square output, pixels.
+        resize: Short side before the crop, pixels; None keeps the crop at 224 / 256 of it.
+        interpolation: One of :data:`INTERPOLATIONS`.
+    """
+
+    batch_size: int
+    image_size: int = 224
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        _check_common(self.batch_size, self.image_size, self.interpolation)
+        _check(
+            self.resize is None or self.image_size <= self.resize <= 2 * MAX_IMAGE_SIZE,
+            "resize",
+            f"image_size ({self.image_size}) to {2 * MAX_IMAGE_SIZE} pixels",
+            self.resize,
+        )
+
+    @property
+    def short_side(self) -> int:
+        """The short side before the crop, pixels."""
+        return self.resize if self.resize is not None else round(self.image_size / EVAL_CROP_FRACTION)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the output square comes from in each image.
+
+    Attributes:
+        limits: int32 (N, 4): left, top, right, bottom of the pixels that may be looked at.
+        box: float64 (N, 4): the rectangle that becomes the square, inside ``limits``.
+        flip: bool (N,): mirrored left to right.
+    """
+
+    limits: NDArray[np.int32]
+    box: NDArray[np.float64]
+    flip: NDArray[np.bool_]
+
+
+def train_geometry(
+    options: TrainOptions, sizes: NDArray[np.int32], seed: int, epoch: int, ids: NDArray[np.uint64]
+) -> Geometry:
+    """Draw RandomResizedCrop and the flip.
+
+    Ten attempts: the area a uniform fraction of the image's in ``scale``, the aspect log-uniform in ``ratio``; the first
+    that fits is placed uniformly. If none fits, the largest central crop with an allowed aspect.
+
+    Args:
+        options: The ranges.
+        sizes: int32 (N, 2), width and height of each image, pixels.
+        seed: Of the run. epoch: From 0. ids: uint64 (N,), record ids.
+
+    Returns:
+        Whole-pixel crops; nothing outside a crop is looked at.
+
+    Source: Szegedy et al., "Going deeper with convolutions", 2014, section 6; torchvision's RandomResizedCrop.
+    """
+    drawn = uniforms(seed, epoch, ids, np.arange(Stream.CROP, Stream.CROP + CROP_ATTEMPTS))
+    width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    low, high = options.scale
+    area = width * height * (low + (high - low) * drawn[..., 0])
+    log_low, log_high = np.log(options.ratio)
+    ratio = np.exp(log_low + (log_high - log_low) * drawn[..., 1])
+    wide, tall = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    first = fits.argmax(axis=1)
+    pick = np.arange(len(ids)), first
+    wide, tall = wide[pick], tall[pick]
+    width, height = width[:, 0], height[:, 0]
+    left = np.floor(drawn[..., 2][pick] * (width - wide + 1))
+    top = np.floor(drawn[..., 3][pick] * (height - tall + 1))
+    none = ~fits[pick]
+    if none.any():
+        central_wide = np.minimum(width, np.maximum(1, np.rint(height * options.ratio[1])))
+        central_tall = np.minimum(height, np.maximum(1, np.rint(width / options.ratio[0])))
+        wide, tall = np.where(none, central_wide, wide), np.where(none, central_tall, tall)
+        left = np.where(none, (width - wide) // 2, left)
+        top = np.where(none, (height - tall) // 2, top)
+    limits = np.stack([left, top, left + wide, top + tall], axis=1)
+    flip = uniforms(seed, epoch, ids, Stream.FLIP)[:, 0] < options.flip_prob
+    return Geometry(limits.astype(np.int32), limits, flip)
+
+
+def eval_geometry(options: EvalOptions, sizes: NDArray[np.int32]) -> Geometry:
+    """Give the centre crop of the image resized to a short side, as a rectangle of the original.
+
+    Args:
+        options: Sizes.
+        sizes: int32 (N, 2), width and height of each image, pixels.
+
+    Returns:
+        Boxes in parts of a pixel; the resize filter may look at pixels beside them, as in a resize of the whole image.
+
+    Source: torchvision's Resize (the long side is rounded down) and CenterCrop (the margin is rounded to even).
+    """
+    sides = sizes.astype(np.int64)
+    short = sides.min(axis=1, keepdims=True)
+    resized = options.short_side * sides // short
+    start = np.rint((resized - options.image_size) / 2.0)
+    scale = sides / resized
+    box = np.concatenate([start * scale, (start + options.image_size) * scale], axis=1)
+    limits = np.concatenate([np.zeros_like(sides), sides], axis=1).astype(np.int32)
+    return Geometry(limits, np.minimum(box, limits), np.zeros(len(sizes), dtype=np.bool_))
+
+
+def erase_boxes(options: TrainOptions, seed: int, epoch: int, ids: NDArray[np.uint64]) -> NDArray[np.int32]:
+    """Draw the boxes of random erasing.
+
+    Returns:
+        int32 (N, 4), left, top, right, bottom in the output; empty (zeros) where nothing is erased.
+
+    Source: Zhong et al., "Random erasing data augmentation", 2017.
+    """
+    size = options.image_size
+    drawn = uniforms(seed, epoch, ids, np.arange(Stream.ERASE_BOX, Stream.ERASE_BOX + ERASE_ATTEMPTS))
+    low, high = options.erasing_scale
+    area = size * size * (low + (high - low) * drawn[..., 0])
+    log_low, log_high = np.log(options.erasing_ratio)
+    ratio = np.exp(log_low + (log_high - log_low) * drawn[..., 1])
+    wide, tall = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (wide > 0) & (wide < size) & (tall > 0) & (tall < size)
+    pick = np.arange(len(ids)), fits.argmax(axis=1)
+    wide, tall = wide[pick], tall[pick]
+    left = np.floor(drawn[..., 2][pick] * (size - wide + 1))
+    top = np.floor(drawn[..., 3][pick] * (size - tall + 1))
+    erased = fits[pick] & (uniforms(seed, epoch, ids, Stream.ERASE)[:, 0] < options.erasing_prob)
+    boxes = np.stack([left, top, left + wide, top + tall], axis=1)
+    return np.where(erased[:, None], boxes, 0).astype(np.int32)
+
+
+def mix(
+    options: TrainOptions, image: NDArray[np.uint8], seed: int, epoch: int, ids: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Apply MixUp or CutMix to a batch: row i is mixed with row N-1-i, each with its own share.
+
+    Args:
+        options: ``mixup_alpha``, ``cutmix_alpha``; with both on, the batch's first record draws which (one in two).
+        image: uint8 (N, H, W, 3).
+        seed: Of the run. epoch: From 0. ids: uint64 (N,).
+
+    Returns:
+        The mixed images, a new array, and float32 (N,), the share of each row's own label.
+
+    Source: Zhang et al., "mixup", 2017; Yun et al., "CutMix", 2019 (the share is that of the pixels kept).
+    """
+    from scipy.special import betaincinv  # the inverse of Beta's distribution; 0.1 s to import, so not with the module
+
+    drawn = uniforms(seed, epoch, ids, Stream.MIX)
+    cut = options.cutmix_alpha > 0 and (options.mixup_alpha == 0 or drawn[0, 3] < 0.5)
+    alpha = options.cutmix_alpha if cut else options.mixup_alpha
+    share = np.clip(betaincinv(alpha, alpha, drawn[:, 0]), 0.0, 1.0)
+    mixed = _cut(image, share, drawn) if cut else _blend(image, share)
+    return mixed, share.astype(np.float32)
+
+
+def _blend(image: NDArray[np.uint8], share: NDArray[np.float64]) -> NDArray[np.uint8]:
+    import cv2
+
+    mixed = np.empty_like(image)
+    for row, own in enumerate(share.tolist()):
+        cv2.addWeighted(image[row], own, image[len(image) - 1 - row], 1.0 - own, 0.0, dst=mixed[row])
+    return mixed
+
+
+def _cut(image: NDArray[np.uint8], share: NDArray[np.float64], drawn: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Paste the partner's box; ``share`` is set to the pixels kept."""
+    height, width = image.shape[1:3]
+    mixed = image.copy()
+    for row in range(len(image)):
+        side = np.sqrt(1.0 - share[row])
+        tall, wide = int(height * side), int(width * side)
+        y, x = int(drawn[row, 1] * height), int(drawn[row, 2] * width)
+        top, bottom = max(0, y - tall // 2), min(height, y + tall // 2)
+        left, right = max(0, x - wide // 2), min(width, x + wide // 2)
+        mixed[row, top:bottom, left:right] = image[len(image) - 1 - row, top:bottom, left:right]
+        share[row] = 1.0 - (bottom - top) * (right - left) / (height * width)
+    return mixed

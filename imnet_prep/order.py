@@ -1,0 +1,85 @@
+"""The order of an epoch and who takes which part of it: pure functions of (seed, epoch, rank)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.rng import Stream, order_keys
+
+ORDERS = ("global", "blocks", "sequential")
+BLOCK_ROWS = 1024  # about 110 MB of original photographs: long enough for a disk to read at full speed
+WINDOW_BLOCKS = 16  # rows of as many blocks are shuffled together
+
+
+def epoch_order(
+    kind: str, seed: int, epoch: int, ids: NDArray[np.uint64], block_rows: int = BLOCK_ROWS, window: int = WINDOW_BLOCKS
+) -> NDArray[np.int64]:
+    """Give the order in which an epoch visits the rows.
+
+    ``global`` sorts all rows by a key drawn from (seed, epoch, record id): it does not depend on how the records lie in
+    shards. ``blocks`` cuts the rows, as they lie on disk, into blocks, permutes the blocks, and shuffles inside
+    windows of some blocks: each block is read once, close together in time. ``sequential`` is as stored.
+
+    Args:
+        kind: One of :data:`ORDERS`.
+        seed: 0 to 2**64 - 1.
+        epoch: From 0.
+        ids: uint64 (N,), record ids in stored order, all different.
+        block_rows: Rows of a block.
+        window: Blocks that are shuffled together.
+
+    Returns:
+        int64 (N,), a permutation of 0..N-1.
+    """
+    rows = len(ids)
+    if kind == "sequential":
+        return np.arange(rows, dtype=np.int64)
+    keys = order_keys(seed, epoch, ids)
+    if kind == "global":
+        return np.argsort(keys, kind="stable")
+    blocks = -(-rows // block_rows)
+    place = np.empty(blocks, dtype=np.int64)
+    place[np.argsort(keys[::block_rows], kind="stable")] = np.arange(blocks)  # a block's key is its first row's
+    group = place[np.arange(rows) // block_rows] // window
+    inner = order_keys(seed, epoch, ids, Stream.WINDOW)
+    return np.lexsort((inner, group)).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The batches of one rank: batch ``k * ranks + rank`` of the single-rank run is this rank's batch ``k``.
+
+    So the union of the ranks' batches, in order, *is* the single-rank run with the same batch size, and the ranks' batches
+    of a step, one after the other, are one batch of ``ranks * batch_size`` consecutive records.
+
+    Attributes:
+        rows: Records of the split.
+        batch_size: Rows of a batch on one rank.
+        rank: From 0.
+        ranks: Number of them.
+        drop_last: Every rank takes the same number of whole batches; what is left over (less than
+            ``ranks * batch_size`` records, others each epoch) is not visited. Else every record is visited, the last
+            batch may be short, and ranks may differ by one batch.
+    """
+
+    rows: int
+    batch_size: int
+    rank: int = 0
+    ranks: int = 1
+    drop_last: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Batches of this rank in an epoch."""
+        if self.drop_last:
+            return self.rows // (self.batch_size * self.ranks)
+        batches = -(-self.rows // self.batch_size)
+        return max(0, -(-(batches - self.rank) // self.ranks))
+
+    def span(self, step: int) -> tuple[int, int]:
+        """Give the first and the end position, in the epoch's order, of this rank's batch ``step``."""
+        start = (step * self.ranks + self.rank) * self.batch_size
+        return start, min(self.rows, start + self.batch_size)
