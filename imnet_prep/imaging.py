@@ -1,0 +1,258 @@
+"""Decode, convert, shrink and encode: the pixels behind :mod:`imnet_prep.validate`.
+
+OpenCV decodes JPEG, for its libjpeg says on stderr what it had to make up ("premature end of data segment"), where
+Pillow's says nothing; stderr is captured around each call, so nothing is printed and the complaint is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from imnet_prep.jpeg import ImageFault
+from imnet_prep.types import Change, Reason
+
+Pixels = NDArray[np.uint8]  # (H, W) grey or (H, W, 3) BGR, OpenCV's order
+MAX_JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+_ORIENTATION_TAG = 0x0112
+# Everything that Pillow's plugins let out on damaged files; each is the image's fault, not ours.
+_PILLOW_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    MemoryError,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(slots=True)
+class _Heard:
+    text: str = ""
+
+
+@dataclass(slots=True)
+class _Ear:
+    """The file that stands in for stderr, one a process: a forked child must not share its offset."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    pid: int = -1
+    fd: int = -1
+
+    def open(self) -> int:
+        if self.pid != os.getpid():
+            if hasattr(os, "memfd_create"):
+                self.fd = os.memfd_create("imnet-prep-stderr")
+            else:
+                with tempfile.TemporaryFile() as file:
+                    self.fd = os.dup(file.fileno())
+            self.pid = os.getpid()
+        return self.fd
+
+
+_EAR = _Ear()
+os.register_at_fork(after_in_child=lambda: setattr(_EAR, "lock", threading.Lock()))
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[_Heard]:
+    """Take what C libraries write to file descriptor 2 meanwhile; its ``text`` is filled on the way out."""
+    heard = _Heard()
+    with _EAR.lock:
+        ear = _EAR.open()
+        try:
+            saved = os.dup(2)
+        except OSError:  # a daemon without stderr
+            saved = -1
+        os.dup2(ear, 2)
+        try:
+            yield heard
+        finally:
+            if saved >= 0:
+                os.dup2(saved, 2)
+                os.close(saved)
+            else:
+                os.close(2)
+            if size := os.lseek(ear, 0, os.SEEK_CUR):
+                heard.text = os.pread(ear, min(size, 1 << 16), 0).decode("utf-8", "replace").strip()
+                os.lseek(ear, 0, os.SEEK_SET)
+                os.ftruncate(ear, 0)
+
+
+def decode_jpeg(data: bytes, *, grey: bool = False, reduce: int = 1) -> tuple[Pixels | None, str]:
+    """Decode a JPEG, EXIF orientation not applied; the whole entropy-coded stream is read at every scale.
+
+    Args:
+        data: The file's bytes.
+        grey: One channel instead of BGR.
+        reduce: Divide both sides by 1, 2, 4 or 8 in the DCT domain.
+
+    Returns:
+        The pixels, or None where the decoder gave up; and the decoder's first complaint, or an empty string.
+    """
+    flag = getattr(cv2, f"IMREAD_REDUCED_{'GRAYSCALE' if grey else 'COLOR'}_{reduce}") if reduce > 1 else int(not grey)
+    with captured_stderr() as heard:
+        try:
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+        except (cv2.error, MemoryError):
+            pixels = None
+    return pixels, heard.text
+
+
+def decode_cmyk_jpeg(data: bytes) -> Pixels:
+    """Decode a CMYK or YCCK JPEG to BGR: each of R, G, B is its ink's complement times black's, no ICC profile used.
+
+    The samples are taken as inverted, as Adobe's programs write them with and without their marker.
+
+    Raises:
+        ImageFault: It does not decode.
+    """
+    with _pillow(data, "JPEG") as image:
+        image.load()
+        return _bgr(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _pillow(data: bytes, kind: str) -> Iterator[Image.Image]:
+    """Open with Pillow, whatever it says or raises kept in: its warnings, libtiff's stderr, its many exceptions."""
+    with captured_stderr(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=[kind]) as image:
+                yield image
+        except Image.DecompressionBombError as exc:
+            raise ImageFault(Reason.TOO_MANY_PIXELS, str(exc)) from exc
+        except _PILLOW_FAULTS as exc:
+            reason = Reason.TRUNCATED if "truncated" in str(exc).lower() else Reason.CORRUPT
+            raise ImageFault(reason, f"{kind}: {' '.join(str(exc).split()) or type(exc).__name__}") from exc
+
+
+def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tuple[Pixels, list[Change]]:
+    """Decode PNG, GIF, WebP, BMP or TIFF to 8-bit BGR, upright, transparency over white.
+
+    Args:
+        data: The file's bytes.
+        kind: Pillow's name of the format.
+        deep: The header says 16 bits a sample.
+        max_pixels: More than these are refused before anything is decoded.
+
+    Raises:
+        ImageFault: It does not decode, has more frames than one, or more pixels than allowed.
+    """
+    changes = []
+    with _pillow(data, kind) as image:
+        refuse_bomb(*image.size, max_pixels)
+        orientation, damaged = _orientation(image)
+        image.load()
+        upright: Image.Image = image.copy()
+        still_turned = _orientation(image)[0] != 1  # Pillow turns a TIFF by itself while loading
+        if _has_second_frame(image):
+            raise ImageFault(Reason.ANIMATED, f"{kind} with more than one frame")
+        if orientation != 1:
+            changes.append(Change.ORIENTED)
+            if still_turned:
+                upright = ImageOps.exif_transpose(upright)
+        if damaged:
+            changes.append(Change.EXIF_DAMAGED)
+        if image.mode == "CMYK":
+            changes.append(Change.CMYK)
+        if deep or image.mode.startswith("I"):
+            changes.append(Change.SIXTEEN_BIT)
+        if image.has_transparency_data:
+            changes.append(Change.ALPHA)
+            over = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        return _bgr(_eight_bit(upright, deep=deep)), changes
+
+
+def _has_second_frame(image: Image.Image) -> bool:
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _orientation(image: Image.Image) -> tuple[int, bool]:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _PILLOW_FAULTS:
+        return 1, True
+    known = isinstance(value, int) and 0 <= value <= 8
+    return (value if known and value else 1), not known
+
+
+def _eight_bit(image: Image.Image, *, deep: bool) -> Image.Image:
+    """Bring 16-bit grey to 8 by its high byte, as Pillow does with 16-bit colour."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and deep):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ImageFault(Reason.CORRUPT, "32-bit samples: their range is not defined")
+    return image
+
+
+def _bgr(image: Image.Image) -> Pixels:
+    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+
+
+def refuse_bomb(width: int, height: int, max_pixels: int) -> None:
+    """Raise an :class:`ImageFault` for more pixels than ``max_pixels``, or than a JPEG can hold a side."""
+    if width * height > max_pixels:
+        raise ImageFault(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels, at most {max_pixels} are allowed")
+    if max(width, height) > MAX_JPEG_SIDE:
+        raise ImageFault(
+            Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels, a JPEG holds at most {MAX_JPEG_SIDE} a side"
+        )
+
+
+def orient(pixels: Pixels, orientation: int) -> Pixels:
+    """Turn and mirror pixels upright. Source: EXIF 2.32, tag 0x0112."""
+    if orientation >= 5:
+        pixels = cv2.transpose(pixels)
+    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return pixels if flip is None else cv2.flip(pixels, flip)
+
+
+def shrink(pixels: Pixels, width: int, height: int) -> Pixels:
+    """Resize down to ``width`` x ``height``, antialiased.
+
+    Below a factor of 2 a Gaussian of variance (f^2 - 1) / 6 before bilinear interpolation has the spread of the
+    triangle filter that antialiased bilinear resizing uses, and is twice as fast as INTER_AREA; both steps are
+    OpenCV's bit-exact ones, the same on every CPU.
+    """
+    factor = max(pixels.shape[1] / width, pixels.shape[0] / height)
+    if factor >= 2:
+        small: Pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+        return small
+    if factor > 1:
+        pixels = cv2.GaussianBlur(pixels, (3, 3), ((factor * factor - 1) / 6) ** 0.5)
+    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+    return small
+
+
+def encode_jpeg(pixels: Pixels, quality: int, *, halve_chroma: bool) -> bytes:
+    """Encode a baseline JPEG with no metadata: grey as one component, else YCbCr 4:2:0 or 4:4:4."""
+    sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420 if halve_chroma else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
+    done, out = cv2.imencode(".jpg", pixels, options)
+    if not done:
+        raise ImageFault(Reason.CORRUPT, "cannot be encoded as a JPEG")
+    return bytes(out)

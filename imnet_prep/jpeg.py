@@ -1,0 +1,185 @@
+"""What a JPEG says of itself, read from its markers alone: no pixel is decoded.
+
+Source: ITU-T T.81 annex B (markers), JFIF 1.02, the Adobe APP14 segment, EXIF 2.32 section 4.6 (a TIFF in APP1).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+
+from imnet_prep.types import Reason
+
+SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
+_TEM, _DNL, _APP1, _APP14 = 0x01, 0xDC, 0xE1, 0xEE
+_RESTARTS = range(0xD0, 0xD8)
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC lie between the frame headers
+_LOSSLESS_OR_HIERARCHICAL = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
+_ARITHMETIC = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_MAX_SCANS = 500  # encoders write about 10; each is a pass over every block, so thousands are an attack
+# In entropy-coded data FF 00 is a stuffed FF, FF D0-D7 a restart, FF FF a fill byte; anything else ends the scan.
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+_ORIENTATION_TAG = 0x0112
+_TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # by field type
+
+
+class ImageFault(Exception):
+    """Why an image cannot be kept: the reason and the detail of its rejection. Never leaves :func:`validate`."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True)
+class JpegInfo:
+    """What the markers of a whole JPEG say.
+
+    Attributes:
+        width: Columns, in pixels, as stored (before any EXIF orientation).
+        height: Rows, in pixels.
+        components: 1 grey, 3 colour, 4 CMYK or YCCK.
+        precision: Bits a sample.
+        progressive: Decoded in several passes.
+        plain: Huffman-coded DCT of 8 bits: what every decoder reads.
+        adobe_transform: The colour transform of the Adobe segment (0, 1 or 2), or None without one.
+        orientation: EXIF orientation, 1 to 8; 1 where there is none.
+        exif_damaged: There is EXIF, and it cannot be read.
+        size_bytes: Up to and with the end marker; what follows is no part of the image.
+    """
+
+    width: int
+    height: int
+    components: int
+    precision: int
+    progressive: bool
+    plain: bool
+    adobe_transform: int | None
+    orientation: int
+    exif_damaged: bool
+    size_bytes: int
+
+
+def read_markers(data: bytes) -> JpegInfo:
+    """Walk every marker from SOI to EOI.
+
+    Args:
+        data: The file's bytes.
+
+    Returns:
+        What the headers say.
+
+    Raises:
+        ImageFault: The stream ends before EOI, or its markers contradict T.81.
+    """
+    frame: tuple[int, bytes] | None = None
+    adobe: int | None = None
+    orientation, damaged, exif_seen, scans, at = 1, False, False, 0, 2
+    while True:
+        marker, at = _marker_at(data, at)
+        if marker == EOI:
+            break
+        if marker == SOI:
+            raise ImageFault(Reason.CORRUPT, f"a second image begins inside the first, at byte {at - 2}")
+        if marker == _TEM or marker in _RESTARTS:
+            continue
+        body, at = _segment(data, at)
+        if marker in _SOF:
+            if frame is not None:
+                raise ImageFault(Reason.CORRUPT, "two frame headers")
+            frame = (marker, body)
+        elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe = body[11]
+        elif marker == _APP1 and body.startswith(b"Exif") and not exif_seen:
+            exif_seen = True
+            orientation, damaged = read_orientation(body[6:])
+        elif marker == SOS:
+            scans += 1
+            if frame is None:
+                raise ImageFault(Reason.CORRUPT, "a scan before the frame header")
+            if scans > _MAX_SCANS:
+                raise ImageFault(Reason.CORRUPT, f"more than {_MAX_SCANS} scans")
+            found = _NEXT_MARKER.search(data, at)
+            if found is None:
+                raise ImageFault(Reason.TRUNCATED, "no end marker (EOI)")
+            at = found.start()
+    if frame is None or scans == 0:
+        raise ImageFault(Reason.CORRUPT, "no image between the start and end markers")
+    return _info(frame, adobe, orientation, damaged, at)
+
+
+def _marker_at(data: bytes, at: int) -> tuple[int, int]:
+    """Give the marker at or after ``at``, past fill bytes, and where what follows it begins."""
+    if at < len(data) and data[at] != 0xFF:
+        raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}, got 0x{data[at]:02x}")
+    while at < len(data) and data[at] == 0xFF:
+        at += 1
+    if at >= len(data):
+        raise ImageFault(Reason.TRUNCATED, "ends between two markers, no end marker (EOI)")
+    if data[at] == 0:
+        raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}")
+    return data[at], at + 1
+
+
+def _segment(data: bytes, at: int) -> tuple[bytes, int]:
+    length = int.from_bytes(data[at : at + 2], "big")
+    if at + 2 > len(data) or at + length > len(data):
+        raise ImageFault(Reason.TRUNCATED, "ends inside a header segment")
+    if length < 2:
+        raise ImageFault(Reason.CORRUPT, f"a header segment of length {length} at byte {at}")
+    return data[at + 2 : at + length], at + length
+
+
+def _info(frame: tuple[int, bytes], adobe: int | None, orientation: int, damaged: bool, end: int) -> JpegInfo:
+    marker, body = frame
+    if len(body) < 6 or len(body) < 6 + 3 * body[5]:
+        raise ImageFault(Reason.CORRUPT, "the frame header is too short")
+    precision, height, width, components = struct.unpack_from(">BHHB", body)
+    if width == 0 or height == 0:
+        raise ImageFault(Reason.CORRUPT, f"the header gives {width} x {height} pixels")
+    plain = precision == 8 and marker not in _LOSSLESS_OR_HIERARCHICAL and marker not in _ARITHMETIC
+    return JpegInfo(
+        width=width,
+        height=height,
+        components=components,
+        precision=precision,
+        progressive=marker in _PROGRESSIVE,
+        plain=plain,
+        adobe_transform=adobe,
+        orientation=orientation,
+        exif_damaged=damaged,
+        size_bytes=end,
+    )
+
+
+def read_orientation(tiff: bytes) -> tuple[int, bool]:
+    """Read the orientation from an EXIF block (a TIFF without pixels).
+
+    Args:
+        tiff: The block, from its byte-order mark on.
+
+    Returns:
+        The orientation, 1 to 8 (1 where none is given), and whether the block is damaged.
+    """
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 8:
+        return 1, True
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    if start < 8 or start + 2 > len(tiff):
+        return 1, True
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    orientation, damaged = 1, start + 2 + 12 * count > len(tiff)
+    for at in range(start + 2, min(start + 2 + 12 * count, len(tiff) - 11), 12):
+        tag, kind, number, value = struct.unpack_from(order + "HHIH", tiff, at)
+        if tag == _ORIENTATION_TAG:
+            if kind == 3 and number == 1 and 1 <= value <= 8:
+                orientation = value
+            elif value != 0:  # 0 is what cameras write for "not known"
+                damaged = True
+        elif kind not in _TIFF_BYTES or (
+            _TIFF_BYTES[kind] * number > 4 and value + _TIFF_BYTES[kind] * number > len(tiff)
+        ):
+            damaged = True
+    return orientation, damaged

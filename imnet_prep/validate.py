@@ -1,0 +1,193 @@
+"""RawImage -> Sample | Rejected: every compressed bit of an image is read before it is stored.
+
+A clean JPEG is stored byte for byte. What training decoders would read differently or not at all (another format, CMYK,
+an EXIF orientation) becomes a baseline RGB JPEG. What is not whole is rejected with its reason. docs/validation.md has
+the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+from imnet_prep import imaging
+from imnet_prep.errors import PlanError
+from imnet_prep.formats import check_container, sniff
+from imnet_prep.jpeg import ImageFault, JpegInfo, read_markers
+from imnet_prep.types import Change, ImageRef, RawImage, Reason, Rejected, Sample
+
+CONVERT_QUALITY = 95  # a conversion is not meant to be seen; 4:4:4 at 95 stays above 40 dB on photographs
+_CHECK_REDUCE = 8  # a decode at 1/8 reads the whole stream and skips most of the inverse DCT
+# libjpeg's words for data that it made up. Its other complaints (JFIF revision, Adobe transform) cost no pixel.
+_DAMAGE = re.compile(r"^(Corrupt JPEG data.*|Premature end of JPEG.*|Inconsistent progression.*)$", re.MULTILINE)
+_PADDING = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9$")
+_CHANGE_ORDER = {change: place for place, change in enumerate(Change)}
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateOptions:
+    """What an image must be, and how it is stored.
+
+    Attributes:
+        short_side: Shrink larger images to this many pixels on the short side; None stores them as they are.
+        quality: JPEG quality of shrunk images, 1 to 100. 90 costs about a quarter of the original's bytes at 256.
+        max_pixels: More pixels than these, by the header, are a bomb. ImageNet's largest image has 25 million or so.
+        max_bytes: A stored image may have this many bytes at most, for a row must fit in a page.
+    """
+
+    short_side: int | None = None
+    quality: int = 90
+    max_pixels: int = 100_000_000
+    max_bytes: int = 1 << 25
+
+    def __post_init__(self) -> None:
+        if self.short_side is not None and not 8 <= self.short_side <= imaging.MAX_JPEG_SIDE:
+            raise PlanError("--short-side is out of range", expected="8 pixels or more", got=str(self.short_side))
+        if not 1 <= self.quality <= 100:
+            raise PlanError("--quality is out of range", expected="1 to 100", got=str(self.quality))
+        if self.max_pixels < 1 or self.max_bytes < 1:
+            raise PlanError("limits must be positive", got=f"{self.max_pixels} pixels, {self.max_bytes} bytes")
+
+
+def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
+    """Read every compressed bit of an image and give what is to be stored, or why not.
+
+    Never raises on any bytes, and never prints. Deterministic: the same bytes and options give the same sample.
+
+    Args:
+        raw: The image as found.
+        options: Limits and storage.
+
+    Returns:
+        The sample, or the rejection with its reason.
+    """
+    ref = raw.ref
+    try:
+        if not raw.data:
+            raise ImageFault(Reason.EMPTY, "zero bytes")
+        kind = sniff(raw.data)
+        image, width, height, changes = _jpeg(raw.data, options) if kind == "JPEG" else _other(raw.data, kind, options)
+        if len(image) > options.max_bytes:
+            raise ImageFault(Reason.TOO_LARGE, f"{len(image)} bytes, a record holds at most {options.max_bytes}")
+    except ImageFault as fault:
+        return Rejected(split=ref.split, file_name=ref.file_name, reason=fault.reason, detail=fault.detail)
+    except MemoryError:
+        detail = "not enough memory to decode it"
+        return Rejected(split=ref.split, file_name=ref.file_name, reason=Reason.TOO_MANY_PIXELS, detail=detail)
+    return _sample(ref, raw.data, image, width, height, changes)
+
+
+def _sample(ref: ImageRef, data: bytes, image: bytes, width: int, height: int, changes: list[Change]) -> Sample:
+    found = hashlib.sha256(data).hexdigest()
+    return Sample(
+        ref=ref,
+        image=image,
+        width=width,
+        height=height,
+        sha256=found if image is data else hashlib.sha256(image).hexdigest(),
+        source_sha256=found,
+        changes=tuple(sorted(set(changes), key=_CHANGE_ORDER.__getitem__)),
+    )
+
+
+def _jpeg(data: bytes, options: ValidateOptions) -> tuple[bytes, int, int, list[Change]]:
+    info = read_markers(data)
+    imaging.refuse_bomb(info.width, info.height, options.max_pixels)
+    if info.components not in (1, 3, 4):
+        raise ImageFault(Reason.CORRUPT, f"a JPEG of {info.components} components")
+    changes = _noticed(info, len(data))
+    convert = not info.plain or info.components == 4 or info.orientation != 1
+    shrinks = options.short_side is not None and (
+        min(info.width, info.height) > options.short_side or (info.progressive and not convert)
+    )
+    if not convert and not shrinks:
+        pixels, said = imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
+        _refuse_damage(data, info, pixels is not None, said, changes)
+        return data, info.width, info.height, changes
+    pixels = _decode_checked(data, info, options, changes)
+    size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
+    return _store(imaging.orient(pixels, info.orientation), size, options, changes)
+
+
+def _noticed(info: JpegInfo, size_bytes: int) -> list[Change]:
+    seen = (
+        (Change.FORMAT, not info.plain and info.precision == 8),
+        (Change.CMYK, info.components == 4),
+        (Change.SIXTEEN_BIT, info.precision != 8),
+        (Change.ORIENTED, info.orientation != 1),
+        (Change.PROGRESSIVE, info.progressive),
+        (Change.GREYSCALE, info.components == 1),
+        (Change.EXIF_DAMAGED, info.exif_damaged),
+        (Change.TRAILING_BYTES, size_bytes > info.size_bytes),
+    )
+    return [change for change, is_so in seen if is_so]
+
+
+def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, changes: list[Change]) -> imaging.Pixels:
+    """Decode at the smallest scale that still has the pixels asked for, and refuse what the decoder made up."""
+    if info.components == 4:
+        _, said = imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
+        pixels = imaging.decode_cmyk_jpeg(data)
+        _refuse_damage(data, info, True, said, changes)
+        return pixels
+    reduce = 1
+    if options.short_side is not None and info.plain:
+        room = min(info.width, info.height) // options.short_side
+        reduce = max((scale for scale in (1, 2, 4, 8) if scale <= room), default=1)
+    decoded, said = imaging.decode_jpeg(data, grey=info.components == 1, reduce=reduce)
+    _refuse_damage(data, info, decoded is not None, said, changes)
+    assert decoded is not None  # _refuse_damage raised otherwise
+    return decoded
+
+
+def _refuse_damage(data: bytes, info: JpegInfo, decoded: bool, said: str, changes: list[Change]) -> None:
+    damage = _DAMAGE.search(said)
+    if decoded and damage is None:
+        return
+    words = damage.group().strip() if damage else f"does not decode ({info.precision}-bit JPEG)"
+    padding = _PADDING.match(words)
+    if decoded and padding is not None:
+        # Some encoders fill up with zeros before EOI. A slipped decoder leaves bytes over too, but not zeros.
+        end = info.size_bytes - 2
+        if not any(data[max(0, end - int(padding.group(1))) : end]):
+            changes.append(Change.TRAILING_BYTES)
+            return
+    raise ImageFault(Reason.TRUNCATED if "remature end" in words else Reason.CORRUPT, words)
+
+
+def _other(data: bytes, kind: str, options: ValidateOptions) -> tuple[bytes, int, int, list[Change]]:
+    deep = check_container(data, kind)
+    pixels, changes = imaging.decode_other(data, kind, deep=deep, max_pixels=options.max_pixels)
+    size = (pixels.shape[1], pixels.shape[0])
+    return _store(pixels, size, options, [Change.FORMAT, *changes])
+
+
+def _store(
+    pixels: imaging.Pixels, size: tuple[int, int], options: ValidateOptions, changes: list[Change]
+) -> tuple[bytes, int, int, list[Change]]:
+    """Shrink where asked, and encode.
+
+    Args:
+        pixels: Upright; perhaps already reduced while decoding.
+        size: Width and height of the whole image, upright, in pixels.
+        options: Storage.
+        changes: Grows by ``RESIZED``.
+    """
+    if options.short_side is None:
+        image = imaging.encode_jpeg(pixels, CONVERT_QUALITY, halve_chroma=False)
+        return image, pixels.shape[1], pixels.shape[0], changes
+    if min(size) > options.short_side:
+        width, height = short_side_size(*size, options.short_side)
+        if (width, height) != (pixels.shape[1], pixels.shape[0]):
+            pixels = imaging.shrink(pixels, width, height)
+        changes = [*changes, Change.RESIZED]
+    image = imaging.encode_jpeg(pixels, options.quality, halve_chroma=True)
+    return image, pixels.shape[1], pixels.shape[0], changes
+
+
+def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Scale a size so that its short side is ``short_side``, the long one rounded to the nearest pixel."""
+    if width <= height:
+        return short_side, max(short_side, (height * short_side + width // 2) // width)
+    return max(short_side, (width * short_side + height // 2) // height), short_side
