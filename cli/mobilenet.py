@@ -1,0 +1,114 @@
+"""``mbv2``: train, score and move a MobileNetV2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli.render import emit_json, guard, progress_bar, stop_requested, table
+
+RECORDS = click.option("--records", required=True, type=click.Path(path_type=Path), help="Folder with a manifest.json.")
+DEVICE = click.option("--device-target", default="CPU", show_default=True, help="CPU, GPU or Ascend.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="imnet-prep")
+def main() -> None:
+    """MobileNetV2 on MindSpore: train and score it on verified records.
+
+    Example: mbv2 train --records records --image-size 64 --epochs 2 --out run
+    """
+
+
+@main.command()
+@RECORDS
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--recipe", help="A recipe's name, or a YAML file of its fields. [default: tiny]")
+@click.option("--epochs", type=int, help="Passes over the training images.")
+@click.option("--batch-size", type=int, help="Images a step.")
+@click.option("--image-size", type=int, help="Side of the input, in pixels, 32 to 288.")
+@click.option("--width", type=float, help="Width multiplier, 0.35 to 1.4.")
+@click.option("--lr", type=float, help="Peak learning rate, used as it is (not scaled by the batch).")
+@click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Set any other field of the recipe.")
+@DEVICE
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order, augmentation and dropout.")
+@click.option("--save-every", type=int, default=0, show_default=True, help="Steps between saves within an epoch.")
+@click.option("--resume", is_flag=True, help="Go on from RUN/last.ckpt, with the run's own recipe.")
+@JSON
+@guard
+def train(
+    records: Path,
+    out: Path,
+    recipe: str | None,
+    epochs: int | None,
+    batch_size: int | None,
+    image_size: int | None,
+    width: float | None,
+    lr: float | None,
+    assignments: tuple[str, ...],
+    device_target: str,
+    seed: int,
+    save_every: int,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train on the records' train split, score every epoch on its val split, keep the best.
+
+    Writes config.json, metrics.csv, log.jsonl, last.ckpt, best.ckpt and curves.png to the run's folder. Class count and
+    names come from the records. Stopped by Ctrl-C, a run is saved and goes on with --resume.
+
+    Example: mbv2 train --records records --recipe tiny --epochs 20 --width 0.5 --out run
+    """
+    from mbv2.recipe import parse_assignments, resolve_recipe
+    from mbv2.train import RunOptions, stored_recipe
+    from mbv2.train import train as run
+
+    flags = {"epochs": epochs, "batch_size": batch_size, "image_size": image_size, "width": width, "lr": lr}
+    base = stored_recipe(out) if resume else None
+    resolved = resolve_recipe(recipe, flags, parse_assignments(assignments), base=base)
+    options = RunOptions(records, out, resolved, seed, device_target, save_every=save_every, resume=resume)
+    with stop_requested() as stop, progress_bar("train") as progress:
+        result = run(options, stop=stop, progress=progress)
+    if as_json:
+        emit_json(result.to_json())
+        return
+    if result.already_done:
+        click.echo("already done", err=True)
+    table(result.rows())
+
+
+@main.command("eval")
+@RECORDS
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
+@click.option("--split", default="val", show_default=True, help="The split to score.")
+@click.option("--per-class", type=click.Path(path_type=Path), help="Write a CSV row a class.")
+@DEVICE
+@JSON
+@guard
+def evaluate(
+    records: Path, checkpoint: Path, split: str, per_class: Path | None, device_target: str, as_json: bool
+) -> None:
+    """Score a checkpoint: top-1 and top-5 over every image of a split, each exactly once.
+
+    Preprocessing comes from the checkpoint, class names and counts from the records.
+
+    Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
+    """
+    from mbv2.evaluate import evaluate_checkpoint, write_per_class
+
+    with stop_requested() as stop, progress_bar("eval") as progress:
+        scores, classes = evaluate_checkpoint(
+            records, checkpoint, split=split, device_target=device_target, stop=stop, progress=progress
+        )
+    if per_class:
+        write_per_class(per_class, scores, classes)
+    if as_json:
+        emit_json(scores.to_json())
+    else:
+        table(scores.rows())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Every MindSpore global setting, and the thread budget that decoding and training share.
+
+MindSpore's settings are process-wide, and two of them can be set once only; nothing else in the project touches them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from imnet_prep.errors import TrainError
+
+DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<quota us> <period us>" or "max <period us>" (cgroup v2)
+_logger = logging.getLogger(__name__)
+_started: Runtime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How MindSpore was started in this process.
+
+    Attributes:
+        device_target: ``CPU``, ``GPU`` or ``Ascend``.
+        threads: Threads that MindSpore's CPU operators use.
+    """
+
+    device_target: str
+    threads: int
+
+
+def cpu_count() -> int:
+    """Count the cores this process may use: its affinity mask, lowered to a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_QUOTA.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> Runtime:
+    """Set up MindSpore for this process: device, graph mode, threads, quiet logs. Asked again, it does nothing.
+
+    Args:
+        device_target: ``CPU``, ``GPU`` or ``Ascend``.
+        threads: Threads for CPU operators; the cores this process may use if not given.
+
+    Raises:
+        TrainError: Unknown or absent device, or MindSpore was started otherwise before.
+    """
+    global _started  # noqa: PLW0603 - the state it mirrors is MindSpore's own, and process-wide
+    if device_target not in DEVICE_TARGETS:
+        raise TrainError("unknown device target", expected=f"one of {', '.join(DEVICE_TARGETS)}", got=device_target)
+    wanted = Runtime(device_target, threads or cpu_count())
+    if _started is not None:
+        if threads is None:
+            wanted = Runtime(device_target, _started.threads)
+        if wanted != _started:
+            raise TrainError("MindSpore was already started in this process", expected=f"{_started}", got=f"{wanted}")
+        return _started
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ logs: errors only; a user's own setting wins
+    import mindspore as ms
+
+    try:
+        ms.set_device(device_target)
+    except (RuntimeError, ValueError) as error:
+        got = " ".join(str(error).split())[:200]
+        remedy = "use --device-target CPU, or install the MindSpore build for the device"
+        raise TrainError(f"MindSpore cannot use {device_target} here", got=got, remedy=remedy) from error
+    ms.set_context(mode=ms.GRAPH_MODE)
+    if device_target == "CPU":
+        ms.device_context.cpu.op_tuning.threads_num(wanted.threads)
+        # One dispatcher: the graph is a chain, and its operators bring their own threads.
+        ms.runtime.dispatch_threads_num(1)
+    _started = wanted
+    _logger.debug("MindSpore on %s with %d threads", device_target, wanted.threads)
+    return wanted
+
+
+def versions() -> dict[str, str]:
+    """Name the versions that a result depends on, for ``config.json``."""
+    packages = ("imnet-prep", "mindspore", "numpy", "opencv-python-headless")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}

@@ -1,0 +1,101 @@
+"""What a run trains on: batches of a records folder, by epoch and from any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.manifest import Manifest, load_manifest
+from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches
+from imnet_prep.types import Batch
+from mbv2.recipe import Recipe
+
+
+class BatchSource(Protocol):
+    """Batches of one split."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+
+    def epoch(self, number: int, start_step: int = 0) -> Iterator[Batch]:
+        """Iterate an epoch's batches from a step on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """The data of a run.
+
+    Attributes:
+        classes: Names in label order.
+        digest: SHA-256 (hex) of ``manifest.json``.
+        train: Batches of exactly the recipe's size.
+        val: Batches for scoring, or None where the records have no ``val`` split.
+        val_images: Images of the ``val`` split.
+    """
+
+    classes: tuple[str, ...]
+    digest: str
+    train: BatchSource
+    val: BatchSource | None
+    val_images: int
+
+
+def open_run_data(records: Path, recipe: Recipe, seed: int, stack: ExitStack) -> RunData:
+    """Open the splits of a records folder as a recipe asks.
+
+    Raises:
+        RecordsError: No manifest, an empty split, or fewer training images than one batch.
+    """
+    manifest = load_manifest(records)
+    images = split_images(manifest, records, "train")
+    if images < recipe.batch_size:
+        expected, got = f"at least one batch of {recipe.batch_size} images", f"{images}"
+        raise RecordsError(f"{records}: split 'train'", expected=expected, got=got, remedy="lower --batch-size")
+    val_images = split_images(manifest, records, "val") if "val" in manifest.splits else 0
+    train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed))
+    val = None
+    if val_images:
+        options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
+        val = stack.enter_context(open_batches(records, "val", options, seed))
+    return RunData(manifest.classes, manifest.digest, train, val, val_images)
+
+
+def train_options(recipe: Recipe) -> TrainOptions:
+    """Translate a recipe's augmentation into the pipeline's terms."""
+    strength = recipe.color_jitter
+    return TrainOptions(
+        batch_size=recipe.batch_size,
+        image_size=recipe.image_size,
+        scale=(recipe.crop_min, recipe.crop_max),
+        flip_prob=recipe.flip,
+        color_jitter=(strength, strength, strength, 0.0),
+        randaugment_ops=recipe.randaugment_ops,
+        randaugment_magnitude=recipe.randaugment_magnitude,
+        erasing_prob=recipe.erasing_prob,
+        mixup_alpha=recipe.mixup_alpha,
+        cutmix_alpha=recipe.cutmix_alpha,
+    )
+
+
+def eval_options(batch_size: int, image_size: int, eval_crop: float) -> EvalOptions:
+    """Translate a checkpoint's preprocessing into the pipeline's terms."""
+    return EvalOptions(batch_size=batch_size, image_size=image_size, resize=round(image_size / eval_crop))
+
+
+def split_images(manifest: Manifest, records: Path, split: str) -> int:
+    """Give the number of images of a split.
+
+    Raises:
+        RecordsError: There is no such split, or it is empty.
+    """
+    if split not in manifest.splits:
+        raise RecordsError(f"{records} has no split {split!r}", expected=f"one of {', '.join(sorted(manifest.splits))}")
+    images = manifest.splits[split].images
+    if not images:
+        raise RecordsError(f"{records}: split {split!r} is empty", expected="at least one image")
+    return images

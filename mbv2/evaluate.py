@@ -1,0 +1,226 @@
+"""Scoring: every image once, the last partial batch included.
+
+The graph is compiled for one batch size; a last batch that is smaller is filled up, and the filling is never counted.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.errors import CheckpointError, Interrupted, TrainError
+from imnet_prep.manifest import Manifest, load_manifest
+from imnet_prep.pipeline import open_batches
+from imnet_prep.runtime import start_mindspore
+from imnet_prep.types import Batch, Progress, ProgressCallback
+from mbv2.checkpoint import Meta, build_network, read_checkpoint
+from mbv2.data import eval_options, split_images
+
+TOP = 5
+Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # images of the compiled batch size -> logits
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation found.
+
+    Attributes:
+        images: Images scored.
+        correct1: Images whose label is the best guess.
+        correct5: Images whose label is among the five best.
+        loss: Mean cross-entropy, without label smoothing.
+        confusion: int64 (classes, classes), rows the true label, columns the best guess.
+    """
+
+    images: int
+    correct1: int
+    correct5: int
+    loss: float
+    confusion: NDArray[np.int64]
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose label is the best guess."""
+        return self.correct1 / self.images
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose label is among the five best guesses."""
+        return self.correct5 / self.images
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what ``mbv2 eval --json`` prints."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "correct1": self.correct1,
+            "correct5": self.correct5,
+            "images": self.images,
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Give the same as lines for a person."""
+        return [
+            ("images", f"{self.images}"),
+            ("top-1", f"{self.top1:.4f} ({self.correct1})"),
+            ("top-5", f"{self.top5:.4f} ({self.correct5})"),
+            ("loss", f"{self.loss:.4f}"),
+        ]
+
+
+def label_ranks(logits: NDArray[np.float32], label: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Count the classes that come before the true one; equal logits are ordered by class number.
+
+    A row with a logit that is not finite ranks last: a broken network must not score.
+
+    Returns:
+        int64 (N,), 0 where the label is the best guess.
+    """
+    rows = np.arange(len(label))
+    finite = np.isfinite(logits).all(1)
+    own = logits[rows, label][:, None]
+    before = np.arange(logits.shape[1])[None, :] < label[:, None]
+    ranks = ((logits > own) | ((logits == own) & before)).sum(1)
+    return np.where(finite, ranks, logits.shape[1])
+
+
+def score_batches(
+    predict: Predict,
+    batches: Iterable[Batch],
+    *,
+    classes: int,
+    batch_size: int,
+    total: int,
+    stop: Callable[[], bool] = lambda: False,
+    progress: ProgressCallback | None = None,
+) -> Scores:
+    """Score every image of an iterable of batches.
+
+    Args:
+        predict: uint8 (batch_size, H, W, 3) to logits float32 (batch_size, classes).
+        batches: Batches of at most ``batch_size`` images.
+        classes: Number of classes.
+        batch_size: What ``predict`` was compiled for.
+        total: Images there must be.
+        stop: Says whether to leave.
+        progress: Called after each batch.
+
+    Raises:
+        TrainError: Another number of images came than the manifest says.
+        Interrupted: ``stop`` said so.
+    """
+    images = correct1 = correct5 = 0
+    loss = 0.0
+    confusion = np.zeros((classes, classes), np.int64)
+    for batch in batches:
+        if stop():
+            raise Interrupted("evaluation stopped", got=f"{images} of {total} images scored")
+        logits = predict(_fill(batch.image, batch_size))[: len(batch)]
+        ranks = label_ranks(logits, batch.label)
+        images += len(batch)
+        correct1 += int((ranks < 1).sum())
+        correct5 += int((ranks < TOP).sum())
+        shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+        loss += float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(batch)), batch.label]).sum())
+        np.add.at(confusion, (batch.label, logits.argmax(1)), 1)
+        if progress:
+            progress(Progress(images, total, note=f"top-1 {correct1 / images:.4f}"))
+    if images != total:
+        raise TrainError("evaluation did not see every image", expected=f"{total} images", got=f"{images}")
+    return Scores(images, correct1, correct5, loss / max(1, images), confusion)
+
+
+def _fill(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    missing = size - len(image)
+    return np.concatenate([image, np.zeros((missing, *image.shape[1:]), np.uint8)]) if missing else image
+
+
+def network_predict(net: Any) -> Predict:
+    """Wrap a network in evaluation mode as a function from NumPy to NumPy."""
+    import mindspore as ms
+
+    def predict(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = net(ms.Tensor(image)).asnumpy()
+        return logits
+
+    return predict
+
+
+def check_classes(meta: Meta, manifest: Manifest, where: Path) -> None:
+    """Refuse a checkpoint whose classes are not the records'.
+
+    Raises:
+        CheckpointError: Another number of classes, or other names in another order.
+    """
+    have, want = int(meta.model["classes"]), len(manifest.classes)
+    if have != want:
+        remedy = "use records of its own classes, `to-mindrecord --label-space`, or fine-tune with --pretrained"
+        expected, got = f"{want} classes as in the records", f"{have}"
+        raise CheckpointError(f"{where} is for another class count", expected=expected, got=got, remedy=remedy)
+    if meta.class_names and meta.class_names != manifest.classes:
+        at = next(
+            i for i, pair in enumerate(zip(meta.class_names, manifest.classes, strict=True)) if pair[0] != pair[1]
+        )
+        expected, got = f"{manifest.classes[at]!r} as label {at}", repr(meta.class_names[at])
+        raise CheckpointError(f"{where} is for other classes", expected=expected, got=got)
+
+
+def evaluate_checkpoint(
+    records: Path,
+    checkpoint: Path,
+    *,
+    split: str = "val",
+    kernels: str = "auto",
+    device_target: str = "CPU",
+    stop: Callable[[], bool] = lambda: False,
+    progress: ProgressCallback | None = None,
+) -> tuple[Scores, tuple[str, ...]]:
+    """Score a checkpoint on a split of a records folder, with the preprocessing that the checkpoint names.
+
+    Returns:
+        The scores, and the class names in label order.
+
+    Raises:
+        RecordsError: No manifest, no such split, or an empty one.
+        CheckpointError: Unreadable, foreign, damaged, or for other classes.
+    """
+    manifest = load_manifest(records)
+    total = split_images(manifest, records, split)
+    start_mindspore(device_target)
+    loaded = read_checkpoint(checkpoint)
+    meta = loaded.meta
+    check_classes(meta, manifest, checkpoint)
+    options = eval_options(meta.batch_size, meta.image_size, meta.eval_crop)
+    net = build_network(loaded, kernels=kernels)
+    with open_batches(records, split, options, 0) as batches:
+        scores = score_batches(
+            network_predict(net),
+            batches.epoch(0),
+            classes=len(manifest.classes),
+            batch_size=meta.batch_size,
+            total=total,
+            stop=stop,
+            progress=progress,
+        )
+    return scores, manifest.classes
+
+
+def write_per_class(path: Path, scores: Scores, class_names: tuple[str, ...]) -> None:
+    """Write a CSV row a class: label, name, images, correct, accuracy, and the class it is most often taken for."""
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["label", "class", "images", "correct1", "top1", "most_confused_with"])
+        for label, row in enumerate(scores.confusion):
+            images, correct = int(row.sum()), int(row[label])
+            others = row.copy()
+            others[label] = 0
+            worst = class_names[int(others.argmax())] if others.any() else ""
+            writer.writerow(
+                [label, class_names[label], images, correct, f"{correct / images:.6f}" if images else "", worst]
+            )

@@ -1,0 +1,42 @@
+"""The learning rate at every step: a pure function of the recipe and the position, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+
+from mbv2.recipe import Recipe
+
+
+def peak_lr(recipe: Recipe, global_batch: int) -> float:
+    """Scale the recipe's rate to the batch that all devices take together.
+
+    Source:
+        Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 2.1: the linear scaling rule.
+    """
+    return recipe.lr * global_batch / recipe.lr_batch_size if recipe.lr_batch_size else recipe.lr
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> float:
+    """Give the rate of a step.
+
+    Args:
+        recipe: Its ``schedule`` and what belongs to it.
+        step: Number of the step in the whole run, from 0.
+        steps_per_epoch: Steps in an epoch.
+        global_batch: Images that all devices take together in a step.
+
+    Returns:
+        The learning rate: rises linearly over the warm-up (the first step already learns), then follows the schedule.
+    """
+    peak = peak_lr(recipe, global_batch)
+    total = recipe.epochs * steps_per_epoch
+    warmup = int(recipe.warmup_frac * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if recipe.schedule == "constant":
+        return peak
+    if recipe.schedule == "step":
+        return float(peak * recipe.step_gamma ** math.floor(step / (recipe.step_epochs * steps_per_epoch)))
+    done = (step - warmup) / max(1, total - warmup)
+    share = 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done
+    return peak * (recipe.final_lr_frac + (1 - recipe.final_lr_frac) * share)

@@ -1,0 +1,515 @@
+"""A training run, from a records folder to ``RUN/``: last.ckpt, best.ckpt, config.json, logs and curves.
+
+Everything a run computes follows from (recipe, seed, records) and the position, so a run that was stopped and resumed
+is the run that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.errors import CheckpointError, Interrupted, TrainError
+from imnet_prep.runtime import start_mindspore, versions
+from imnet_prep.types import Batch, Progress, ProgressCallback
+from mbv2.checkpoint import Checkpoint, Meta, load_parameters, parameter_tensors, read_checkpoint, save_checkpoint
+from mbv2.curves import draw_curves
+from mbv2.data import RunData, open_run_data
+from mbv2.evaluate import Scores, network_predict, score_batches
+from mbv2.recipe import Recipe, recipe_from_fields
+from mbv2.runlog import EpochRow, RunLog, StepRow, read_metrics, verdict
+from mbv2.schedule import learning_rate
+
+LAST, BEST, CONFIG, CURVES = "last.ckpt", "best.ckpt", "config.json", "curves.png"
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run a recipe; none of it changes what is computed, but for ``seed``.
+
+    Attributes:
+        records: The records folder.
+        out: The run's folder.
+        recipe: What to compute.
+        seed: Of the initial weights, the order, the augmentation and dropout.
+        device_target: ``CPU``, ``GPU`` or ``Ascend``.
+        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.model`.
+        save_every: Steps between two writes of ``last.ckpt`` inside an epoch; 0 writes it at each epoch's end
+            only.
+        log_every: Steps between two rows of ``log.jsonl``.
+        resume: Go on from ``last.ckpt``.
+    """
+
+    records: Path
+    out: Path
+    recipe: Recipe
+    seed: int = 0
+    device_target: str = "CPU"
+    kernels: str = "auto"
+    save_every: int = 0
+    log_every: int = 10
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise TrainError("seed", expected="0 or more", got=f"{self.seed}")
+        if self.save_every < 0 or self.log_every < 1:
+            raise TrainError("save_every and log_every", expected="0 or more and 1 or more", got=f"{self}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run reached.
+
+    Attributes:
+        top1: Of the best checkpoint, or None where the records have no validation split.
+        top5: Of the same checkpoint.
+        epochs: Finished epochs.
+        images_per_s: Training images a second over the whole process, compilation and evaluation left out.
+        data_wait_frac: Share of that time spent waiting for data.
+        checkpoint: ``best.ckpt``.
+        already_done: The folder held this very run, finished.
+    """
+
+    top1: float | None
+    top5: float | None
+    epochs: int
+    images_per_s: float
+    data_wait_frac: float
+    checkpoint: Path
+    already_done: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what ``mbv2 train --json`` prints."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "epochs": self.epochs,
+            "images_per_s": self.images_per_s,
+            "data_wait_frac": self.data_wait_frac,
+            "checkpoint": str(self.checkpoint),
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Give the same as lines for a person."""
+        scored = self.top1 is not None and self.top5 is not None
+        return [
+            ("top-1", f"{self.top1:.4f}" if scored else "not scored: the records have no val split"),
+            ("top-5", f"{self.top5:.4f}" if scored else "not scored"),
+            ("epochs", str(self.epochs)),
+            ("images/s", f"{self.images_per_s:.1f}"),
+            ("waiting for data", f"{self.data_wait_frac:.1%}; {verdict(self.data_wait_frac)}"),
+            ("checkpoint", str(self.checkpoint)),
+        ]
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a run stands, and what it has seen of the current epoch. All of it goes into ``last.ckpt``."""
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best_top1: float | None = None
+    best_top5: float | None = None
+
+
+@dataclass(slots=True)
+class Pace:
+    """Time spent, split into waiting for data and computing; the first step, which compiles, is left out."""
+
+    images: int = 0
+    steps: int = 0
+    wait_s: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, images: int, wait_s: float, busy_s: float) -> None:
+        """Count one step."""
+        self.images, self.steps = self.images + images, self.steps + 1
+        self.wait_s, self.busy_s = self.wait_s + wait_s, self.busy_s + busy_s
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second."""
+        return self.images / max(1e-9, self.wait_s + self.busy_s)
+
+    @property
+    def data_wait_frac(self) -> float:
+        """Share of the time spent waiting."""
+        return self.wait_s / max(1e-9, self.wait_s + self.busy_s)
+
+
+def train(
+    options: RunOptions,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    progress: ProgressCallback | None = None,
+    data: RunData | None = None,
+) -> RunResult:
+    """Carry out a run, or go on with one.
+
+    Args:
+        options: What and how.
+        stop: Says whether to save and leave; asked once a step.
+        progress: Called after each step and each evaluated batch.
+        data: Batches to use instead of the records folder's.
+
+    Raises:
+        TrainError: The folder holds another run, there is none to resume, or the loss is not finite.
+        RecordsError: The records folder cannot be trained on.
+        CheckpointError: ``last.ckpt`` is damaged or of another run.
+        Interrupted: ``stop`` said so; ``last.ckpt`` holds the state.
+    """
+    with ExitStack() as stack:
+        if data is None:
+            data = open_run_data(options.records, options.recipe, options.seed, stack)
+        last = _find_last(options, data)
+        if last is not None and last.meta.epoch >= options.recipe.epochs:
+            return _finished(options, last)
+        start_mindspore(options.device_target)
+        return _Run(options, data, stop, progress).run(last)
+
+
+def stored_recipe(out: Path) -> Recipe | None:
+    """Give the recipe of the run that a folder holds, or None where it holds none.
+
+    Raises:
+        TrainError: ``config.json`` is damaged.
+    """
+    path = out / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return recipe_from_fields(json.loads(path.read_text(encoding="utf-8"))["recipe"], where=str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainError(f"{path} is not a run's configuration", got=str(error)) from error
+
+
+def _identity(options: RunOptions, data: RunData) -> dict[str, Any]:
+    """Give what must be the same for a run to be the same."""
+    recipe = {
+        k: v for k, v in asdict(options.recipe).items() if k not in ("name", "command", "source", "expected_top1")
+    }
+    return {"seed": options.seed, "records": data.digest, **recipe}
+
+
+def _find_last(options: RunOptions, data: RunData) -> Checkpoint | None:
+    """Decide what is to be done with what the run's folder holds."""
+    path = options.out / LAST
+    if not path.exists():
+        if options.resume:
+            raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
+        return None
+    last = read_checkpoint(path)
+    have, want = last.meta.training.get("identity", {}), _identity(options, data)
+    differing = [name for name in want if have.get(name) != want[name]]
+    finished = last.meta.epoch >= int(have.get("epochs", 0))
+    if differing:
+        name = differing[0]
+        raise TrainError(
+            f"{options.out} holds another run: {', '.join(differing)} differ",
+            expected=f"{name} {have.get(name)!r} to go on with it",
+            got=f"{want[name]!r}",
+            remedy="choose another --out",
+        )
+    if not finished and not options.resume:
+        raise TrainError(
+            f"{options.out} holds this run, unfinished", remedy="go on with --resume, or choose another --out"
+        )
+    return last
+
+
+def _finished(options: RunOptions, last: Checkpoint) -> RunResult:
+    rows, training = read_metrics(options.out), last.meta.training
+    pace = (rows[-1].images_per_s, rows[-1].data_wait_frac) if rows else (0.0, 0.0)
+    best = (training["position"]["best_top1"], training["position"]["best_top5"])
+    return RunResult(*best, last.meta.epoch, *pace, options.out / BEST, already_done=True)
+
+
+class _Run:
+    """The state of a run in this process."""
+
+    def __init__(
+        self, options: RunOptions, data: RunData, stop: Callable[[], bool], progress: ProgressCallback | None
+    ) -> None:
+        import mindspore as ms
+
+        from mbv2.model import MobileNetV2, ModelConfig
+        from mbv2.step import TrainStep
+
+        recipe = options.recipe
+        self.options, self.recipe, self.data = options, recipe, data
+        self.stop, self.progress = stop, progress
+        self.steps_per_epoch = data.train.steps_per_epoch
+        self.total_steps = self.steps_per_epoch * recipe.epochs
+        self.config = ModelConfig(classes=len(data.classes), width=recipe.width, dropout=recipe.dropout)
+        ms.set_seed(options.seed)
+        self.net = MobileNetV2(self.config, kernels=options.kernels)
+        if recipe.freeze == "bn":
+            self.net.freeze_batchnorm()
+        self.average = None
+        if recipe.ema_decay:
+            self.average = MobileNetV2(self.config, kernels=options.kernels)
+            load_parameters(self.average.get_parameters(), parameter_tensors(self.net.get_parameters()), "average")
+            self.average.set_train(False)
+            self.average.update_parameters_name("ema.")
+        self.train_step = TrainStep(self.net, recipe, self.config.classes, average=self.average)
+        self.position = Position()
+        self.pending: list[tuple[int, float, Any]] = []  # (step, lr, result on the device) not yet read back
+        self.epoch_pace, self.run_pace, self.row_pace = Pace(), Pace(), Pace()
+        self.compiled = False
+        self.log: RunLog
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, last: Checkpoint | None) -> RunResult:
+        out = self.options.out
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainError(f"cannot make the run's folder {out}", got=error.strerror or str(error)) from error
+        if last is not None:
+            self._restore(last)
+        self.log = RunLog(out, self.position.epoch, self.position.step)
+        self._write_config()
+        if last is None:
+            self._save_last()
+        while self.position.epoch < self.recipe.epochs:
+            self._epoch()
+        position = self.position
+        top1, top5 = position.best_top1, position.best_top5
+        pace = self.run_pace
+        return RunResult(top1, top5, position.epoch, pace.images_per_s, pace.data_wait_frac, out / BEST)
+
+    def _epoch(self) -> None:
+        position = self.position
+        lr = self._train_epoch()
+        scores = self._evaluate() if self._due(position.epoch + 1) else None
+        position.epoch, position.epoch_step = position.epoch + 1, 0
+        self._keep_best(scores)
+        self.log.add_epoch(
+            EpochRow(
+                position.epoch,
+                position.step,
+                lr,
+                position.loss_sum / self.steps_per_epoch,
+                scores.loss if scores else None,
+                scores.top1 if scores else None,
+                scores.top5 if scores else None,
+                self.epoch_pace.images_per_s,
+                self.epoch_pace.data_wait_frac,
+            )
+        )
+        position.loss_sum, self.epoch_pace = 0.0, Pace()
+        title = (
+            f"{self.recipe.name}: width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
+        )
+        draw_curves(self.options.out / CURVES, read_metrics(self.options.out), title)
+        self._save_last()
+
+    def _due(self, epoch: int) -> bool:
+        return self.data.val is not None and (epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs)
+
+    def _train_epoch(self) -> float:
+        """Train the rest of the current epoch; give its last learning rate."""
+        position, every = self.position, self.options.save_every
+        lr = self._lr(max(0, position.step - 1))
+        if position.epoch_step == self.steps_per_epoch:
+            return lr  # interrupted between the last step and the end of its evaluation
+        batches = self.data.train.epoch(position.epoch, position.epoch_step)
+        started = time.perf_counter()
+        for batch in batches:
+            waited = time.perf_counter()
+            lr = self._lr(position.step)
+            result = self._step(batch, lr)
+            finished = time.perf_counter()
+            position.step, position.epoch_step = position.step + 1, position.epoch_step + 1
+            self._count(len(batch), waited - started, finished - waited)
+            self.pending.append((position.step, lr, result))
+            if position.step % self.options.log_every == 0:
+                self._log_step()
+            if self.stop():
+                self._save_last()
+                remedy = "go on with --resume"
+                raise Interrupted(f"stopped after step {position.step} of {self.total_steps}, saved", remedy=remedy)
+            if every and position.step % every == 0:
+                self._save_last()
+            self._report(lr)
+            started = time.perf_counter()
+        self._read_back()
+        if position.epoch_step != self.steps_per_epoch:
+            got = f"{position.epoch_step}"
+            raise TrainError("the loader ended early", expected=f"{self.steps_per_epoch} batches an epoch", got=got)
+        return lr
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(self.recipe, step, self.steps_per_epoch, self.recipe.batch_size)
+
+    def _step(self, batch: Batch, lr: float) -> Any:
+        import mindspore as ms
+
+        from mbv2.step import dropout_mask, step_controls
+
+        shape = (len(batch), self.net.feature_count)
+        mask = dropout_mask(self.options.seed, self.position.step, shape, self.recipe.dropout)
+        mix_label = batch.label if batch.mix_label is None else batch.mix_label
+        weight = np.ones(len(batch), np.float32) if batch.mix_weight is None else batch.mix_weight
+        controls = step_controls(self.recipe, lr, self.position.step)
+        inputs = (batch.image, mask, batch.label, mix_label, weight, controls)
+        return self.train_step(*(ms.Tensor(value) for value in inputs))
+
+    def _count(self, images: int, wait_s: float, busy_s: float) -> None:
+        if not self.compiled:
+            self.compiled = True
+            _logger.info("first step (graph compilation) took %.1f s", busy_s)
+            return
+        for pace in (self.epoch_pace, self.run_pace, self.row_pace):
+            pace.add(images, wait_s, busy_s)
+
+    # --- what is read back, logged and shown ---------------------------------------------------------------------
+
+    def _read_back(self) -> tuple[float, float]:
+        """Fetch the results of the steps since the last time; give the newest loss and gradient norm.
+
+        Raises:
+            TrainError: A loss is not finite.
+        """
+        loss = norm = math.nan
+        for step, lr, result in self.pending:
+            loss, norm = (float(value) for value in result.asnumpy())
+            if not math.isfinite(loss):
+                raise self._not_finite(step, lr, f"loss {loss}")
+            self.position.loss_sum += loss
+        self.pending.clear()
+        return loss, norm
+
+    def _not_finite(self, step: int, lr: float, got: str) -> TrainError:
+        saved = read_checkpoint(self.options.out / LAST).meta.step
+        what = f"training broke down at step {step} of {self.total_steps} (learning rate {lr:.6g})"
+        remedy = f"{LAST} holds the last good state, step {saved}; lower --lr or set clip_norm"
+        return TrainError(what, expected="a finite loss", got=got, remedy=remedy)
+
+    def _log_step(self) -> None:
+        lr = self.pending[-1][1]
+        loss, norm = self._read_back()
+        position, pace = self.position, self.row_pace
+        epoch = (position.step - 1) // self.steps_per_epoch
+        step_ms = 1000 * (pace.wait_s + pace.busy_s) / max(1, pace.steps)
+        wait = pace.data_wait_frac
+        self.log.add_step(
+            StepRow(epoch, position.step, loss, lr, norm, step_ms, pace.images_per_s, wait, verdict(wait))
+        )
+        self.row_pace = Pace()
+
+    def _report(self, lr: float) -> None:
+        if self.progress is None:
+            return
+        position, size = self.position, self.recipe.batch_size
+        seen = position.epoch_step - len(self.pending)
+        loss = f"loss {position.loss_sum / seen:.3f}, " if seen else ""
+        epoch = f"epoch {position.epoch + 1}/{self.recipe.epochs}, "
+        note = f"{epoch}{loss}lr {lr:.4g}, waiting for data {self.epoch_pace.data_wait_frac:.1%}"
+        self.progress(Progress(position.step * size, self.total_steps * size, note=note))
+
+    def _evaluate(self) -> Scores:
+        assert self.data.val is not None
+        net = self.net if self.average is None else self.average
+        net.set_train(False)
+        try:
+            return score_batches(
+                network_predict(net),
+                self.data.val.epoch(0),
+                classes=self.config.classes,
+                batch_size=self.recipe.batch_size,
+                total=self.data.val_images,
+                stop=self.stop,
+            )
+        except Interrupted as interrupted:
+            self._save_last()
+            remedy = "go on with --resume"
+            raise Interrupted(
+                f"stopped in the evaluation after step {self.position.step}, saved", remedy=remedy
+            ) from interrupted
+        finally:
+            self.net.set_train(True)
+
+    # --- what is kept --------------------------------------------------------------------------------------------
+
+    def _tensors(self, parameters: list[Any]) -> dict[str, NDArray[Any]]:
+        tensors = parameter_tensors(parameters)
+        for name, value in tensors.items():
+            if not np.isfinite(value).all():
+                step = self.position.step
+                raise self._not_finite(step, self._lr(max(0, step - 1)), f"{name} not finite after it")
+        return tensors
+
+    def _meta(self, metrics: dict[str, float], training: dict[str, Any]) -> Meta:
+        position, recipe = self.position, self.recipe
+        return Meta(
+            model=asdict(self.config),
+            class_names=self.data.classes,
+            image_size=recipe.image_size,
+            eval_crop=recipe.eval_crop,
+            batch_size=recipe.batch_size,
+            epoch=position.epoch,
+            step=position.step,
+            metrics=metrics,
+            training=training,
+            origin=f"mbv2 train, recipe {recipe.name}",
+        )
+
+    def _save_last(self) -> None:
+        self._read_back()
+        parameters = [*self.net.get_parameters(), *self.train_step.state().values()]
+        training = {"identity": _identity(self.options, self.data), "position": asdict(self.position)}
+        save_checkpoint(self.options.out / LAST, self._tensors(parameters), self._meta({}, training))
+
+    def _keep_best(self, scores: Scores | None) -> None:
+        """Write ``best.ckpt`` where this epoch is the best so far; without a validation split the newest is."""
+        position = self.position
+        if self.data.val is not None:
+            if scores is None or (position.best_top1 is not None and scores.top1 <= position.best_top1):
+                return
+            position.best_top1, position.best_top5 = scores.top1, scores.top5
+        metrics = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss} if scores else {}
+        net = self.net if self.average is None else self.average
+        tensors = {n.removeprefix("ema."): v for n, v in self._tensors(list(net.get_parameters())).items()}
+        save_checkpoint(self.options.out / BEST, tensors, self._meta(metrics, {}))
+
+    def _restore(self, last: Checkpoint) -> None:
+        parameters = [*self.net.get_parameters(), *self.train_step.state().values()]
+        load_parameters(parameters, last.tensors, str(last.path))
+        try:
+            self.position = Position(**last.meta.training["position"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{last.path} does not say where the run stands", got=str(error)) from error
+        _logger.info("resuming at step %d of %d", self.position.step, self.total_steps)
+
+    def _write_config(self) -> None:
+        document = {
+            "recipe": asdict(self.recipe),
+            "seed": self.options.seed,
+            "device_target": self.options.device_target,
+            "kernels": self.net.kernels,
+            "model": asdict(self.config),
+            "classes": len(self.data.classes),
+            "records_manifest_sha256": self.data.digest,
+            "steps_per_epoch": self.steps_per_epoch,
+            "versions": versions(),
+        }
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+        partial = self.options.out / f"{CONFIG}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.options.out / CONFIG)
