@@ -1,0 +1,120 @@
+"""What is known of ImageNet: the only reader of ``manifests/``.
+
+The folder lies beside the package, in a checkout as in a wheel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+FOLDER = Path(__file__).parent.parent / "manifests"
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An official archive.
+
+    Attributes:
+        file_name: Base name as published.
+        size_bytes: Its size, or None where not confirmed.
+        md5: Hex digest.
+        sha256: Hex digest, or empty where not confirmed.
+        split: ``train``, ``val``, ``test``, or empty for the devkit.
+        what: What is in it, for a person.
+    """
+
+    file_name: str
+    size_bytes: int | None
+    md5: str
+    sha256: str
+    split: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Synset:
+    """A class of ILSVRC2012: its wnid and the words of the synset, comma separated."""
+
+    wnid: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many images ILSVRC2012 has, in all and a class."""
+
+    classes: int
+    train: int
+    val: int
+    test: int
+    train_per_class_min: int
+    train_per_class_max: int
+    val_per_class: int
+
+
+def _load(name: str) -> Any:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+@cache
+def archives() -> Mapping[str, Archive]:
+    """The official archives by base name."""
+    return MappingProxyType({entry["file_name"]: Archive(**entry) for entry in _load("archives.json")["archives"]})
+
+
+def archive_with_digest(md5: str) -> Archive | None:
+    """The official archive with this MD5, whatever the file at hand is called."""
+    return next((archive for archive in archives().values() if archive.md5 == md5), None)
+
+
+@cache
+def mix_up() -> tuple[frozenset[str], str]:
+    """The archives whose MD5s are often published swapped, and the sentence that says so."""
+    entry = _load("archives.json")["mix_up"]
+    return frozenset(entry["archives"]), entry["note"]
+
+
+@cache
+def counts() -> Counts:
+    """How many images there are."""
+    entry = _load("counts.json")
+    return Counts(**{name: entry[name] for name in Counts.__slots__})
+
+
+@cache
+def synsets() -> tuple[Synset, ...]:
+    """The 1,000 classes in label order: sorted by wnid, label 0 is n01440764 (tench)."""
+    lines = (FOLDER / "ilsvrc2012_synsets.tsv").read_text(encoding="utf-8").splitlines()
+    return tuple(Synset(*line.split("\t", 1)) for line in lines if line)
+
+
+@cache
+def labels() -> Mapping[str, int]:
+    """Label by wnid, 0 to 999."""
+    return MappingProxyType({synset.wnid: label for label, synset in enumerate(synsets())})
+
+
+def class_words(wnid: str) -> str:
+    """The words of a class, or an empty string for a class that ILSVRC2012 does not have."""
+    label = labels().get(wnid)
+    return "" if label is None else synsets()[label].words
+
+
+@cache
+def known_odd_files() -> Mapping[str, str]:
+    """Kind (``png`` or ``cmyk``) by base name, of the official files that are not plain JPEGs."""
+    entry = _load("known_odd_files.json")
+    return MappingProxyType({name: kind for kind in ("png", "cmyk") for name in entry[kind]})
+
+
+@cache
+def manifest_schema() -> Mapping[str, Any]:
+    """The JSON Schema (2020-12) of ``manifest.json``."""
+    schema: dict[str, Any] = _load("records.schema.json")
+    return MappingProxyType(schema)
