@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent.parent / "manifests"
 
@@ -37,8 +37,7 @@ class Archive:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Synset:
+class Synset(NamedTuple):
     """A class of ILSVRC2012: its wnid and the words of the synset, comma separated."""
 
     wnid: str
