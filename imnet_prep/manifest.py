@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.errors import RecordsError
+from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.types import ShardInfo
 
 FORMAT = "imnet-prep/records"
@@ -25,7 +25,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl.gz"
 COLUMNS = {"file_name": "string", "image": "bytes", "label": "int32"}  # ImageNetToMR's, so any MindDataset reads them
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,11 @@ class SplitInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What ``manifest.json`` says; ``digest`` is the SHA-256 (hex) of its bytes, empty for one not yet written."""
+    """What ``manifest.json`` says.
+
+    ``plan`` is the digest of the plan it was made by (empty for adopted files); ``digest`` is the SHA-256 (hex) of the
+    file's bytes, empty for one not yet written.
+    """
 
     classes: tuple[str, ...]
     class_words: tuple[str, ...]
@@ -69,6 +72,7 @@ class Manifest:
     options: dict[str, Any]
     sources: tuple[dict[str, Any], ...]
     made_with: dict[str, str]
+    plan: str
     splits: dict[str, SplitInfo]
     digest: str = field(default="", compare=False)
 
@@ -87,9 +91,10 @@ class Manifest:
             "options": self.options,
             "sources": list(self.sources),
             "made_with": self.made_with,
+            "plan": self.plan,
             "splits": {name: asdict(split) for name, split in self.splits.items()},
         }
-        return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return _canonical({**document, "self_sha256": _self_digest(document)})
 
     def split(self, records: Path, name: str) -> SplitInfo:
         """Give a split that has images.
@@ -104,6 +109,16 @@ class Manifest:
         return found
 
 
+def _canonical(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _self_digest(document: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the canonical bytes without the digest itself: an edit by hand shows."""
+    rest = {key: value for key, value in document.items() if key != "self_sha256"}
+    return hashlib.sha256(_canonical(rest)).hexdigest()
+
+
 @cache
 def _schema() -> dict[str, Any]:
     path = Path(__file__).parent.parent / "manifests" / "records.schema.json"
@@ -115,7 +130,8 @@ def load_manifest(records: Path) -> Manifest:
     """Read and check the manifest of a records folder.
 
     Raises:
-        RecordsError: No such folder, no manifest in it, another format version, or not as the schema says.
+        RecordsError: No such folder, no manifest in it, or another format version.
+        IntegrityError: The manifest is damaged or was changed.
     """
     path = records / MANIFEST
     try:
@@ -125,7 +141,9 @@ def load_manifest(records: Path) -> Manifest:
     try:
         document = json.loads(data)
     except ValueError as error:
-        raise RecordsError(f"{path}: not JSON", got=str(error), remedy="restore the file or convert again") from error
+        raise IntegrityError(
+            f"{path}: not JSON", got=str(error), remedy="restore the file, or convert again"
+        ) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(document, dict) or document.get("format") != FORMAT or version != FORMAT_VERSION:
         raise RecordsError(
@@ -137,6 +155,13 @@ def load_manifest(records: Path) -> Manifest:
             remedy="use the imnet-prep that wrote it, or convert again",
         )
     _check_schema(path, document)
+    if document["self_sha256"] != _self_digest(document) or data != _canonical(document):
+        raise IntegrityError(
+            f"{path}: was changed after it was written",
+            expected=f"self_sha256 {document['self_sha256'][:12]}",
+            got=_self_digest(document)[:12],
+            remedy="restore the file, or convert again",
+        )
     return _from_document(document, hashlib.sha256(data).hexdigest())
 
 
@@ -155,7 +180,7 @@ def _check_schema(path: Path, document: dict[str, Any]) -> None:
     error = next(iter(jsonschema.Draft202012Validator(_schema()).iter_errors(document)), None)
     if error is not None:
         where = "/".join(str(part) for part in error.absolute_path) or "the document"
-        raise RecordsError(f"{path}: {where} is not as the format says", got=error.message[:200])
+        raise IntegrityError(f"{path}: {where} is not as the format says", got=error.message[:200])
 
 
 def _from_document(document: dict[str, Any], digest: str) -> Manifest:
@@ -168,6 +193,7 @@ def _from_document(document: dict[str, Any], digest: str) -> Manifest:
         options=document["options"],
         sources=tuple(document["sources"]),
         made_with=document["made_with"],
+        plan=document["plan"],
         splits={name: _split_from(entry) for name, entry in document["splits"].items()},
         digest=digest,
     )
@@ -238,12 +264,3 @@ def write_records(path: Path, lines: Iterable[str]) -> None:
     ):
         for line in lines:
             text.write(line + "\n")
-
-
-def file_digest(path: Path) -> str:
-    """Give the SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,12 +1,13 @@
 """Samples to one MindRecord file and its index, byte for byte reproducible.
 
-MindSpore's own ``FileWriter`` costs 400 MB and a second a process, writes other bytes for another chunk size, has no
-fsync and finds a full disk late, so the format (see :mod:`imnet_prep.mindrecord`) is written here. The data file equals,
-byte for byte, what ``FileWriter`` makes of the same rows in one call (a test holds that), and ``MindDataset`` reads it.
+MindSpore's own ``FileWriter`` costs 400 MB and a second for each process, writes other bytes for another chunk size,
+has no fsync and finds a full disk late, so the format (see :mod:`imnet_prep.mindrecord`) is written here. The data file
+is, byte for byte, what ``FileWriter`` makes of the same rows in one call (a test holds that); ``MindDataset`` reads it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,8 @@ import msgpack
 import numpy as np
 
 from imnet_prep.errors import IntegrityError, PlanError
-from imnet_prep.manifest import COLUMNS, file_digest
+from imnet_prep.files import file_digest
+from imnet_prep.manifest import COLUMNS
 from imnet_prep.mindrecord import BLOB, LENGTH, RAW, RowIndex, Shard, index_from_data, index_path, read_header
 from imnet_prep.types import ShardInfo
 
@@ -104,15 +106,11 @@ class ShardWriter:
         self._labels: list[int] = []
         self._pages: list[dict[str, Any]] = []
 
-    def fits(self, image: bytes) -> bool:
-        """Say whether an image fits in a page."""
-        return LENGTH.size + len(image) <= self.layout.page_size
-
     def add(self, image: bytes, label: int, file_name: str) -> None:
         """Append a row.
 
         Raises:
-            PlanError: It does not fit in a page (ask :meth:`fits` first).
+            PlanError: It does not fit in a page.
             OSError: The disk is full or fails.
         """
         packed = msgpack.packb({"file_name": file_name, "label": label})
@@ -263,7 +261,8 @@ def write_index(path: Path, rows: Iterable[tuple[int, ...]]) -> None:
         connection.execute("INSERT INTO SHARD_NAME VALUES(?)", (path.name,))
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        raise OSError(None, f"the index could not be written: {error}", str(database)) from error
+        full = errno.ENOSPC if "full" in str(error) else errno.EIO
+        raise OSError(full, f"the index could not be written: {error}", str(database)) from error
     finally:
         connection.close()
     with database.open("r+b", buffering=0) as file:
