@@ -212,15 +212,23 @@ def evaluate_checkpoint(
 
 
 def write_per_class(path: Path, scores: Scores, class_names: tuple[str, ...]) -> None:
-    """Write a CSV row a class: label, name, images, correct, accuracy, and the class it is most often taken for."""
-    with path.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["label", "class", "images", "correct1", "top1", "most_confused_with"])
-        for label, row in enumerate(scores.confusion):
-            images, correct = int(row.sum()), int(row[label])
-            others = row.copy()
-            others[label] = 0
-            worst = class_names[int(others.argmax())] if others.any() else ""
-            writer.writerow(
-                [label, class_names[label], images, correct, f"{correct / images:.6f}" if images else "", worst]
-            )
+    """Write a CSV row a class: label, name, images, correct, accuracy, and the class it is most often taken for.
+
+    Raises:
+        TrainError: The file cannot be written.
+    """
+    try:
+        with path.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["label", "class", "images", "correct1", "top1", "most_confused_with"])
+            writer.writerows(_class_row(label, scores, class_names) for label in range(len(class_names)))
+    except OSError as error:
+        raise TrainError(f"cannot write {path}", got=error.strerror or str(error)) from error
+
+
+def _class_row(label: int, scores: Scores, class_names: tuple[str, ...]) -> list[object]:
+    others = scores.confusion[label].copy()
+    images, correct = int(others.sum()), int(others[label])
+    others[label] = 0
+    worst = class_names[int(others.argmax())] if others.any() else ""
+    return [label, class_names[label], images, correct, f"{correct / images:.6f}" if images else "", worst]

@@ -50,6 +50,13 @@ def _decayed(decay: float, weight: Any, gradient: Any) -> Any:
     return gradient + decay * weight if decay > 0 else gradient
 
 
+def _nesterov(momentum: float, controls: Any, weight: Any, gradient: Any, first: Any) -> Any:
+    # Not ops.ApplyMomentum(use_nesterov=True): its CPU kernel computes something else (tests/mbv2/test_step.py).
+    velocity = momentum * first + gradient
+    change = controls[0] * (gradient + momentum * velocity)
+    return ops.assign(first, velocity), ops.assign(weight, weight - change)
+
+
 def _adamw(constants: Any, controls: Any, decay: float, weight: Any, gradient: Any, first: Any, second: Any) -> Any:
     momentum, rms_decay, epsilon = constants
     mean = momentum * first + (1.0 - momentum) * gradient
@@ -105,7 +112,7 @@ class Optimizer(nn.Cell):
             self.second = weights.clone(prefix="square", init=start)
         self.constants = (recipe.momentum, recipe.rms_decay, recipe.epsilon)
         self.momentum = ms.Tensor(recipe.momentum, ms.float32)
-        self.heavy_ball = ops.ApplyMomentum(use_nesterov=self.rule == "nesterov")
+        self.heavy_ball = ops.ApplyMomentum()
         self.map = ops.HyperMap()
 
     def construct(self, gradients: Any, controls: Any) -> Any:
@@ -125,6 +132,9 @@ class Optimizer(nn.Cell):
             rule = ops.partial(_rmsprop, self.constants, controls)
             return self.map(rule, self.decays, self.weights, gradients, self.first, self.second)
         gradients = self.map(_decayed, self.decays, self.weights, gradients)
+        if self.rule == "nesterov":
+            rule = ops.partial(_nesterov, self.constants[0], controls)
+            return self.map(rule, self.weights, gradients, self.first)
         rule = ops.partial(self._apply_momentum, controls[0])
         return self.map(rule, self.weights, gradients, self.first)
 

@@ -1,0 +1,41 @@
+"""Run the trainer on in-memory data in a process of its own, and kill it with SIGKILL after a step.
+
+Usage: python -m tests.mbv2.run_standin OUT KILL_AFTER_STEP
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from imnet_prep.types import Progress
+from mbv2.recipe import Recipe
+from mbv2.train import RunOptions, train
+from tests.mbv2.standin import memory_data
+
+BATCH = 8
+RECIPE = Recipe(
+    epochs=8, batch_size=BATCH, image_size=32, width=0.35, lr=0.02, dropout=0.2, ema_decay=0.9, clip_norm=5.0
+)
+SAVE_EVERY = 17
+
+
+def options(out: Path, *, resume: bool = False) -> RunOptions:
+    """Give the same run for every process that takes part: 8 epochs of 5 steps."""
+    return RunOptions(out.parent, out, RECIPE, seed=3, save_every=SAVE_EVERY, log_every=1, resume=resume)
+
+
+def main() -> None:
+    out, kill_after = Path(sys.argv[1]), int(sys.argv[2])
+
+    def progress(state: Progress) -> None:
+        if state.done == kill_after * BATCH:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(options(out), data=memory_data(batch=BATCH), progress=progress)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Recipes: by name, from a file, with overrides; anything unknown is refused with the choices."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from imnet_prep.errors import RecipeError
+from mbv2.recipe import Recipe, load_recipe, override, parse_assignments, recipe_names, resolve_recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipe_states_command_source_and_expectation(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert f"--recipe {name}" in recipe.command
+    assert recipe.source
+    assert recipe.expected_top1
+
+
+def test_unknown_recipe_lists_the_choices() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("inception")
+    for name in recipe_names():
+        assert name in str(caught.value)
+
+
+def test_unknown_field_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="label_smoothing"):
+        override(Recipe(), {"label_smothing": "0.1"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", "0"),
+        ("epochs", "2.5"),
+        ("epochs", "many"),
+        ("lr", "nan"),
+        ("lr", "-1"),
+        ("width", "1.5"),
+        ("image_size", "31"),
+        ("image_size", "289"),
+        ("optimizer", "lamb"),
+        ("schedule", "cyclic"),
+        ("dropout", "1"),
+        ("crop_min", "0"),
+        ("epochs", True),
+        ("name", ["a"]),
+    ],
+)
+def test_bad_value_names_its_field(field: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=field):
+        override(Recipe(), {field: value})
+
+
+def test_crop_range_must_not_be_empty() -> None:
+    with pytest.raises(RecipeError, match="crop_max"):
+        override(Recipe(), {"crop_min": 0.9, "crop_max": 0.5})
+
+
+def test_file_is_read_and_its_errors_name_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nepochs: 3\nlr: 1e-2\n", encoding="utf-8")
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.epochs, recipe.lr) == ("mine", 3, 0.01)
+    for text in ("- a\n- b\n", "epochs: [1\n", "epoch: 3\n"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError, match="mine.yaml"):
+            load_recipe(str(path))
+    with pytest.raises(RecipeError, match="absent.yaml"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+
+
+def test_assignments_win_over_flags_and_flags_over_the_recipe() -> None:
+    recipe = resolve_recipe("tiny", {"epochs": 3, "width": 0.5, "lr": None}, parse_assignments(["width=0.75"]))
+    assert (recipe.epochs, recipe.width) == (3, 0.75)
+    assert recipe.lr == load_recipe("tiny").lr
+
+
+def test_a_given_rate_is_not_scaled() -> None:
+    assert load_recipe("tiny").lr_batch_size > 0
+    assert resolve_recipe("tiny", {"lr": 0.3}, {}).lr_batch_size == 0
+
+
+def test_assignment_without_equals_is_refused() -> None:
+    with pytest.raises(RecipeError, match="FIELD=VALUE"):
+        parse_assignments(["epochs"])
+
+
+def test_every_field_is_documented() -> None:
+    assert Recipe.__doc__ is not None
+    for field in dataclasses.fields(Recipe):
+        assert f"        {field.name}: " in Recipe.__doc__

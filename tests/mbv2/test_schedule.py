@@ -1,0 +1,49 @@
+"""The learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mbv2.recipe import Recipe
+from mbv2.schedule import learning_rate, peak_lr
+
+STEPS = 10  # an epoch
+
+
+def rates(recipe: Recipe) -> list[float]:
+    return [learning_rate(recipe, step, STEPS, recipe.batch_size) for step in range(recipe.epochs * STEPS)]
+
+
+def test_warm_up_rises_linearly_to_the_peak() -> None:
+    values = rates(Recipe(epochs=4, lr=0.4, warmup_frac=0.25))
+    assert values[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
+    assert values[10] == pytest.approx(0.4)
+
+
+def test_cosine_ends_at_its_floor() -> None:
+    values = rates(Recipe(epochs=4, lr=1.0, warmup_frac=0, final_lr_frac=0.1))
+    assert values[20] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert values[39] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 39 / 40)))
+    assert values == sorted(values, reverse=True)
+
+
+def test_linear_falls_by_equal_amounts() -> None:
+    values = rates(Recipe(epochs=2, lr=1.0, warmup_frac=0, schedule="linear"))
+    assert values == pytest.approx([1 - step / 20 for step in range(20)])
+
+
+def test_step_drops_at_epoch_borders() -> None:
+    values = rates(Recipe(epochs=4, lr=1.0, warmup_frac=0, schedule="step", step_epochs=2, step_gamma=0.1))
+    assert values[19] == pytest.approx(1.0)
+    assert values[20] == pytest.approx(0.1)
+
+
+def test_constant_stays() -> None:
+    assert set(rates(Recipe(epochs=2, lr=0.3, warmup_frac=0, schedule="constant"))) == {0.3}
+
+
+def test_rate_scales_with_the_global_batch_only_where_the_recipe_says_so() -> None:
+    assert peak_lr(Recipe(lr=0.4, lr_batch_size=1024), 256) == pytest.approx(0.1)
+    assert peak_lr(Recipe(lr=0.4), 256) == 0.4

@@ -1,0 +1,128 @@
+"""The training step against the same arithmetic in float64 NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+from numpy.typing import NDArray
+
+from mbv2.recipe import Recipe
+from mbv2.step import TrainStep, dropout_mask, step_controls
+
+CLASSES, FEATURES, BATCH, STEPS = 4, 6, 5, 4
+Array = NDArray[np.float64]
+
+
+class Head(nn.Cell):
+    """The least network that a step takes: a matrix (decays) and a bias (does not)."""
+
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        rng = np.random.default_rng(0)
+        weight = rng.normal(size=(FEATURES, CLASSES)).astype(np.float32)
+        self.weight = ms.Parameter(ms.Tensor(weight), name=f"{prefix}weight")
+        self.bias = ms.Parameter(ms.Tensor(np.full(CLASSES, 0.5, np.float32)), name=f"{prefix}bias")
+
+    def features(self, image: ms.Tensor) -> ms.Tensor:
+        return image
+
+    def classify(self, pooled: ms.Tensor) -> ms.Tensor:
+        return ms.ops.matmul(pooled, self.weight) + self.bias
+
+
+def reference_loss(recipe: Recipe, weights: list[Array], inputs: tuple[Any, ...]) -> tuple[float, list[Array]]:
+    """Give the loss and its gradients."""
+    pooled, mask, label, mix_label, mix_weight = inputs
+    x = pooled.astype(np.float64) * mask
+    logits = x @ weights[0] + weights[1]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    eye = np.eye(CLASSES)
+    target = mix_weight[:, None] * eye[label] + (1 - mix_weight[:, None]) * eye[mix_label]
+    target = (1 - recipe.label_smoothing) * target + recipe.label_smoothing / CLASSES
+    slope = (p - target) / len(x)
+    return float(-(target * np.log(p)).sum(1).mean()), [x.T @ slope, slope.sum(0)]
+
+
+def reference_update(
+    recipe: Recipe, step: int, lr: float, weights: list[Array], grads: list[Array], state: dict[str, list[Array]]
+) -> None:
+    """Change weights and state in place, as the optimisers are defined."""
+    for i, grad in enumerate(grads):
+        decay = recipe.weight_decay if weights[i].ndim > 1 else 0.0
+        first, second = state["first"], state["second"]
+        if recipe.optimizer == "adamw":
+            first[i] = recipe.momentum * first[i] + (1 - recipe.momentum) * grad
+            second[i] = recipe.rms_decay * second[i] + (1 - recipe.rms_decay) * grad**2
+            mean, square = first[i] / (1 - recipe.momentum**step), second[i] / (1 - recipe.rms_decay**step)
+            weights[i] = weights[i] - lr * (mean / (np.sqrt(square) + recipe.epsilon) + decay * weights[i])
+            continue
+        grad = grad + decay * weights[i]  # noqa: PLW2901
+        if recipe.optimizer == "rmsprop":
+            second[i] = recipe.rms_decay * second[i] + (1 - recipe.rms_decay) * grad**2
+            first[i] = recipe.momentum * first[i] + lr * grad / np.sqrt(second[i] + recipe.epsilon)
+            weights[i] = weights[i] - first[i]
+            continue
+        first[i] = recipe.momentum * first[i] + grad
+        change = grad + recipe.momentum * first[i] if recipe.optimizer == "nesterov" else first[i]
+        weights[i] = weights[i] - lr * change
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(optimizer="sgd", weight_decay=0.1, dropout=0.5, label_smoothing=0.1),
+        Recipe(optimizer="nesterov", weight_decay=0.1, clip_norm=0.3),
+        Recipe(optimizer="adamw", weight_decay=0.1, rms_decay=0.99, ema_decay=0.9),
+        Recipe(optimizer="rmsprop", weight_decay=0.1, epsilon=1e-3, ema_decay=0.9),
+    ],
+    ids=lambda recipe: recipe.optimizer,
+)
+def test_steps_equal_the_definition(recipe: Recipe) -> None:
+    rng = np.random.default_rng(1)
+    net = Head()
+    average = Head("ema.") if recipe.ema_decay else None
+    step = TrainStep(net, recipe, CLASSES, average=average)
+    weights: list[Array] = [net.weight.asnumpy().astype(np.float64), net.bias.asnumpy().astype(np.float64)]
+    averages = [weight.copy() for weight in weights]
+    ones = 1.0 if recipe.optimizer == "rmsprop" else 0.0
+    state = {"first": [np.zeros_like(w) for w in weights], "second": [np.full_like(w, ones) for w in weights]}
+    for number in range(STEPS):
+        pooled = rng.normal(size=(BATCH, FEATURES)).astype(np.float32)
+        mask = dropout_mask(7, number, (BATCH, FEATURES), recipe.dropout)
+        labels = rng.integers(0, CLASSES, (2, BATCH)).astype(np.int32)
+        share = rng.random(BATCH).astype(np.float32)
+        lr = 0.1 / (number + 1)
+        controls = step_controls(recipe, lr, number)
+        inputs = (pooled, mask, labels[0], labels[1], share)
+        loss, grads = reference_loss(recipe, weights, inputs)
+        got = step(*(ms.Tensor(value) for value in (*inputs, controls))).asnumpy()
+        if recipe.clip_norm:
+            norm = float(np.sqrt(sum((grad**2).sum() for grad in grads)))
+            assert got[1] == pytest.approx(norm, rel=1e-4)
+            grads = [grad * min(1.0, recipe.clip_norm / norm) for grad in grads]
+        reference_update(recipe, number + 1, lr, weights, grads, state)
+        averages = [controls[3] * a + (1 - controls[3]) * w for a, w in zip(averages, weights, strict=True)]
+        assert got[0] == pytest.approx(loss, rel=1e-5)
+        np.testing.assert_allclose(net.weight.asnumpy(), weights[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(net.bias.asnumpy(), weights[1], rtol=1e-4, atol=1e-6)
+    if average is not None:
+        np.testing.assert_allclose(average.weight.asnumpy(), averages[0], rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_mask_depends_on_seed_and_step_alone() -> None:
+    first = dropout_mask(3, 5, (64, 1280), 0.2)
+    assert np.array_equal(first, dropout_mask(3, 5, (64, 1280), 0.2))
+    assert not np.array_equal(first, dropout_mask(3, 6, (64, 1280), 0.2))
+    assert not np.array_equal(first, dropout_mask(4, 5, (64, 1280), 0.2))
+
+
+def test_dropout_mask_keeps_the_mean() -> None:
+    mask = dropout_mask(0, 0, (64, 1280), 0.2)
+    assert set(np.unique(mask)) == {np.float32(0), np.float32(1) / np.float32(0.8)}
+    assert mask.mean() == pytest.approx(1.0, abs=0.01)
+    assert (dropout_mask(0, 0, (2, 3), 0) == 1).all()
