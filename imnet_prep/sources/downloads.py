@@ -1,0 +1,47 @@
+"""A folder that ``imnet-prep download`` made, read by its journal: only whole images, each with its URL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from imnet_prep.download.journal import read_finished
+from imnet_prep.errors import DownloadError, SourceError
+from imnet_prep.sources.base import Found, Source, SourceInfo, make_ref
+from imnet_prep.types import ImageRef, ProgressCallback
+
+_SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control character
+
+
+class DownloadFolder(Source):
+    """The images that the journal lists as finished; other files in the folder are not looked at."""
+
+    kind = "download"
+
+    def __init__(self, path: Path, split: str) -> None:
+        super().__init__(path)
+        self.split = split
+
+    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
+        """Say what the folder holds. Its name is left out: a copy elsewhere gives the same manifest."""
+        tally = self._counted()
+        size, images = sum(tally.size_bytes.values()), sum(tally.images.values())
+        return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
+
+    def _walk(self, notes: list[str]) -> Iterator[Found]:
+        classes: dict[str, bytearray] = {}  # packed rows: a list may have given millions of images
+        try:
+            for done in read_finished(self.path):
+                name = done.path.rpartition("/")[2]
+                row = _SEPARATOR.join((name, done.path, str(done.size_bytes), str(done.status), done.url))
+                classes.setdefault(done.wnid, bytearray()).extend(row.encode("utf-8", "surrogateescape") + b"\n")
+        except DownloadError as exc:
+            raise SourceError(exc.what, expected=exc.expected, got=exc.got, remedy=exc.remedy) from exc
+        for wnid in sorted(classes):
+            rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
+            for row in sorted(row.split(_SEPARATOR) for row in rows):
+                name, path, size_bytes, status, url = row
+                found = make_ref(self.split, wnid, name, self.path / path, 0, int(size_bytes))
+                known = int(status) if status.isdecimal() else None
+                yield replace(found, url=url, status=known) if isinstance(found, ImageRef) else found

@@ -1,0 +1,174 @@
+"""Labels that stand apart from the images: the devkit, Kaggle's CSV, Tiny-ImageNet's annotations.
+
+Validation images are labelled by the number in their name, never by their position in a list of files.
+Source: the readme of ILSVRC2012_devkit_t12; Kaggle's LOC_val_solution.csv; tiny-imagenet-200's val_annotations.txt.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from imnet_prep.errors import SourceError
+
+VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.[A-Za-z]+")
+TEST_NAME = re.compile(r"ILSVRC2012_test_(\d{8})\.[A-Za-z]+")
+WNID = re.compile(r"n\d{8}")
+_META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+_MAX_DEVKIT_MEMBER_BYTES = 64 << 20  # the real meta.mat has 0.1 MB
+_LISTED = 20  # missing names spelled out in a note
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Class by image, by number or by name.
+
+    Attributes:
+        origin: What to call the list in a message.
+        by_key: Class name by val number (as a string without leading zeros) or by file name.
+        numbered: Keys are numbers.
+    """
+
+    origin: str
+    by_key: Mapping[str, str]
+    numbered: bool
+
+    def _key(self, name: str) -> str:
+        base = name.rpartition("/")[2]
+        if not self.numbered:
+            return base
+        match = VAL_NAME.fullmatch(base)
+        return str(int(match.group(1))) if match else ""
+
+    def of(self, name: str) -> str | None:
+        """Give the class of an image by its name, or None."""
+        return self.by_key.get(self._key(name))
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Give a note that names the listed images that are not there; nothing where all are."""
+        absent = self.by_key.keys() - {self._key(name) for name in names}
+        if not absent:
+            return []
+        if self.numbered:
+            shown = [f"ILSVRC2012_val_{int(key):08d}" for key in sorted(absent, key=int)[:_LISTED]]
+        else:
+            shown = sorted(absent)[:_LISTED]
+        dots = ", ..." if len(absent) > _LISTED else ""
+        return [f"{len(absent)} of {len(self.by_key)} images in {self.origin} are missing: {', '.join(shown)}{dots}"]
+
+
+def read_devkit(path: Path) -> Labels:
+    """Read the validation labels from the devkit, a ``.tar.gz`` or its unpacked folder.
+
+    Raises:
+        SourceError: It is not the devkit, or its parts contradict each other.
+    """
+    files = _devkit_folder(path) if path.is_dir() else _devkit_archive(path)
+    for name in (_META, _TRUTH):
+        if name not in files:
+            raise SourceError(f"{path} is not the ILSVRC2012 devkit", expected=f"data/{name} in it", got="no such file")
+    wnid_of = _read_meta(files[_META], path)
+    labels = {}
+    for number, line in enumerate(files[_TRUTH].decode("ascii", "replace").split(), start=1):
+        wnid = wnid_of.get(int(line)) if line.isdecimal() else None
+        if wnid is None:
+            raise SourceError(
+                f"{path}: line {number} of {_TRUTH} is not the ILSVRC2012_ID of a class",
+                expected=f"one of {len(wnid_of)} ids",
+                got=line[:20],
+            )
+        labels[str(number)] = wnid
+    if not labels:
+        raise SourceError(f"{path}: {_TRUTH} is empty", remedy="download the devkit again")
+    return Labels("the devkit's ground truth", labels, numbered=True)
+
+
+def _devkit_folder(path: Path) -> dict[str, bytes]:
+    files = {}
+    for name in (_META, _TRUTH):
+        for place in (path / "data" / name, path / name):
+            if place.is_file() and place.stat().st_size <= _MAX_DEVKIT_MEMBER_BYTES:
+                files[name] = place.read_bytes()
+                break
+    return files
+
+
+def _devkit_archive(path: Path) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                if name in (_META, _TRUTH) and member.isreg() and member.size <= _MAX_DEVKIT_MEMBER_BYTES:
+                    stream = archive.extractfile(member)
+                    files[name] = stream.read() if stream else b""
+                if len(files) == 2:
+                    break
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as exc:
+        raise SourceError(
+            f"{path} is not the ILSVRC2012 devkit", expected="a tar.gz that can be read", got=str(exc)
+        ) from exc
+    return files
+
+
+def _read_meta(data: bytes, path: Path) -> dict[int, str]:
+    """Give wnid by ILSVRC2012_ID for the leaves: the classes; the other synsets are the hierarchy above them."""
+    from scipy.io import loadmat
+
+    try:
+        table = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"].reshape(-1)
+        rows = [(int(row["ILSVRC2012_ID"]), str(row["WNID"]), int(row["num_children"])) for row in table]
+    except (KeyError, ValueError, TypeError, IndexError, OSError, EOFError, NotImplementedError, AttributeError) as exc:
+        raise SourceError(f"{path}: {_META} cannot be read", expected="a MATLAB v5 file", got=str(exc)) from exc
+    except (zlib.error, struct.error, MemoryError, OverflowError) as exc:
+        raise SourceError(f"{path}: {_META} is damaged", got=str(exc)) from exc
+    return {number: wnid for number, wnid, children in rows if children == 0}
+
+
+def read_kaggle_solution(path: Path) -> Labels:
+    """Read Kaggle's LOC_val_solution.csv: ``ImageId,PredictionString``, the class is the string's first token.
+
+    Raises:
+        SourceError: It is not that file.
+    """
+    labels: dict[str, str] = {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.reader(file):
+            match = re.fullmatch(r"ILSVRC2012_val_(\d{8})(\.[A-Za-z]+)?", row[0].strip()) if row else None
+            tokens = row[1].split() if match and len(row) > 1 else []
+            if match and tokens:
+                labels[str(int(match.group(1)))] = tokens[0]
+    if not labels:
+        raise SourceError(
+            f"{path} is not Kaggle's LOC_val_solution.csv", expected="ILSVRC2012_val_... rows", got="none"
+        )
+    return Labels(path.name, labels, numbered=True)
+
+
+def read_tiny_annotations(path: Path) -> Labels:
+    """Read Tiny-ImageNet's val_annotations.txt: ``name<TAB>wnid<TAB>box``.
+
+    Raises:
+        SourceError: It is missing or has no such line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as exc:
+        raise SourceError(f"{path} cannot be read", got=exc.strerror or "", expected="Tiny-ImageNet's labels") from exc
+    return tiny_labels(lines, str(path))
+
+
+def tiny_labels(lines: Iterable[str], where: str) -> Labels:
+    """Give the labels that the lines of a val_annotations.txt hold."""
+    rows = (line.split("\t") for line in lines)
+    labels = {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2 and row[0].strip() and row[1].strip()}
+    if not labels:
+        raise SourceError(f"{where} holds no labels", expected="name<TAB>wnid lines")
+    return Labels("val_annotations.txt", labels, numbered=False)
