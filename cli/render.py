@@ -43,6 +43,14 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result: one JSON object, or a line a value for a person."""
+    if as_json:
+        emit_json(result)
+    else:
+        table(list(_rows(result)))
+
+
 def emit_json(result: dict[str, Any]) -> None:
     """Print the one JSON object that ``--json`` promises."""
     click.echo(json.dumps(result, sort_keys=True))
@@ -53,6 +61,22 @@ def table(rows: list[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
+
+
+def _rows(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in result.items():
+        name = prefix + key.replace("_", " ")
+        if isinstance(value, dict) and value:
+            yield from _rows(value, name + " / ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, item in enumerate(value, 1):
+                yield from _rows(item, f"{name} {number} / ")
+        elif isinstance(value, float):
+            yield name, f"{value:,.4g}" if abs(value) < 1 else f"{value:,.1f}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield name, f"{value:,}"
+        else:
+            yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @contextmanager

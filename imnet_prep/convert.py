@@ -13,13 +13,13 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,15 @@ from imnet_prep import catalog, executors
 from imnet_prep.errors import BudgetError, Interrupted, PlanError
 from imnet_prep.files import file_digest, sync, write_atomically
 from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, SplitInfo, load_manifest, write_records
-from imnet_prep.plan import Plan, PlanOptions, make_plan
+from imnet_prep.plan import Plan, PlanOptions, make_plan, shard_refs
 from imnet_prep.shard_task import ShardResult, ShardTask, finished, lines_path
-from imnet_prep.sources import Source, SourceInfo, detect
+from imnet_prep.sources import Source, SourceInfo, SourceSummary, detect, merge, read
 from imnet_prep.types import Progress, ProgressCallback, Rejected
+from imnet_prep.validate import validate
 
 REJECTED = "rejected.jsonl"
 WORK = ".work"
+SAMPLE_IMAGES = 64  # timed for the estimate of --dry-run
 _BUDGET = re.compile(r"(\d+)|(\d+(?:\.\d+)?)%")
 
 
@@ -149,25 +151,79 @@ def convert(
     return ConvertResult(manifest, out, _stored_bytes(manifest), time.monotonic() - started, False)
 
 
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What ``--dry-run`` says: the plan, what it will cost, and what was noticed on the way."""
+
+    plan: Plan
+    sources: tuple[SourceSummary, ...]
+    seconds: float
+    disk_free: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the object that ``--json`` prints."""
+        return {
+            "sources": [
+                {"kind": source.kind, "name": source.name, "notes": list(source.notes)} for source in self.sources
+            ],
+            "images": self.plan.images,
+            "classes": len(self.plan.classes),
+            "rejected": dict(Counter(item.reason.value for item in self.plan.rejected)),
+            "splits": {
+                name: {
+                    "images": part.images,
+                    "shards": part.shards,
+                    "bytes": part.bytes,
+                    "page_size": part.layout.page_size,
+                }
+                for name, part in self.plan.splits.items()
+            },
+            "bytes": self.plan.bytes,
+            "seconds_estimated": round(self.seconds, 1),
+            "disk_free": self.disk_free,
+            "label_convention": self.plan.label_convention,
+        }
+
+
 def dry_run(
-    paths: Sequence[Path], out: Path, split: str | None, plan_options: PlanOptions, progress: ProgressCallback
-) -> tuple[Plan, list[Source]]:
-    """Make the plan and nothing else.
+    paths: Sequence[Path],
+    out: Path,
+    split: str | None,
+    plan_options: PlanOptions,
+    options: ConvertOptions,
+    progress: ProgressCallback,
+) -> Preview:
+    """Make the plan, time a few images of it, and write nothing that stays.
 
     Raises:
         SourceError: A source is missing, empty, damaged or of no known layout.
+        PlanError: A class list cannot be read.
     """
-    import tempfile
-
     sources = detect(paths, split)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
     with tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
-        return _plan(sources, Path(folder), plan_options, progress), list(sources)
+        plan = _plan(sources, Path(folder), plan_options, progress)
+        seconds = _estimate_seconds(plan) / (options.workers or len(os.sched_getaffinity(0)))
+    return Preview(plan, tuple(source.summary() for source in sources), seconds, shutil.disk_usage(parent).free)
+
+
+def _estimate_seconds(plan: Plan) -> float:
+    """Check a few images of each split and scale their time by the bytes."""
+    total = 0.0
+    for split, part in plan.splits.items():
+        refs = shard_refs(plan.database, split, 0, min(part.images, SAMPLE_IMAGES))
+        started = time.perf_counter()
+        for ref in refs:
+            raw = read(ref)
+            if not isinstance(raw, Rejected):
+                validate(raw, plan.options.store)
+        total += (time.perf_counter() - started) * part.bytes / max(1, sum(ref.size_bytes for ref in refs))
+    return total
 
 
 def _plan(sources: Sequence[Source], folder: Path, options: PlanOptions, progress: ProgressCallback) -> Plan:
-    refs = chain.from_iterable(source.refs() for source in sources)
     fresh = folder / "plan.new"
-    plan = make_plan(refs, fresh, options, progress)
+    plan = make_plan(merge(sources), fresh, options, progress)
     database = folder / "plan.sqlite"
     os.replace(fresh, database)
     return Plan(**{**{name: getattr(plan, name) for name in Plan.__slots__}, "database": database})

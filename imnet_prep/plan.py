@@ -162,7 +162,7 @@ def make_plan(
     """Make the plan of a conversion.
 
     Args:
-        refs: What the sources hold, in any order; taken in one pass.
+        refs: What the sources hold, in any order, names unique within a split; taken in one pass.
         database: Where to write the plan; replaced if there.
         options: What shapes it.
         progress: Told how many images were found.
@@ -176,7 +176,7 @@ def make_plan(
         connection.execute("PRAGMA journal_mode = OFF")
         connection.execute("PRAGMA synchronous = OFF")
         rejected = _ingest(connection, refs, options, progress)
-        rejected += _reject_same_names(connection)
+        _index_records(connection)
         if options.max_per_class is not None:
             _limit_classes(connection, options.max_per_class)
         if options.duplicates == "reject":
@@ -259,19 +259,12 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _reject_same_names(connection: sqlite3.Connection) -> list[Rejected]:
-    """Keep the first of several images of one split and name; a record id must be unique as well."""
-    connection.execute("CREATE INDEX by_record ON image(record)")
-    twice = connection.execute(
-        "SELECT later.id, later.split, later.file_name, first.file_name FROM image later JOIN image first "
-        "ON later.record = first.record AND later.id > first.id AND first.id = "
-        "(SELECT MIN(id) FROM image WHERE record = later.record)"
-    ).fetchall()
-    for _, split, name, first in twice:
-        if name != first:  # 64 bits of SHA-256: not in this world
-            raise PlanError(f"{split}/{name} and {first} have the same record id", remedy="rename one of them")
-    connection.executemany("DELETE FROM image WHERE id = ?", [(row[0],) for row in twice])
-    return [Rejected(row[1], row[2], Reason.DUPLICATE_NAME, "another image has this name") for row in twice]
+def _index_records(connection: sqlite3.Connection) -> None:
+    """Make sure that record ids are unique: names are (the sources see to that), and 64 bits of SHA-256 nearly so."""
+    try:
+        connection.execute("CREATE UNIQUE INDEX by_record ON image(record)")
+    except sqlite3.IntegrityError as error:
+        raise PlanError("two images have the same record id", remedy="rename one, or take them in two runs") from error
 
 
 def _limit_classes(connection: sqlite3.Connection, limit: int) -> None:

@@ -1,7 +1,6 @@
 """Is a records folder what its manifest says? Each level includes the ones before it.
 
-``quick`` reads the manifest, the sizes, the headers and the indexes; ``hash`` reads every byte; ``decode`` decodes every
-image and compares every record with its line. No level needs MindSpore.
+``quick`` reads the manifest, sizes, headers and indexes; ``hash`` reads every byte. No level needs MindSpore.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def _check_counts(name: str, split: SplitInfo) -> Iterator[Problem]:
     if split.found != split.images + sum(split.rejected.values()):
         yield Problem("manifest", MANIFEST, f"split {name}: found {split.found} is not images + rejected")
     labelled = sum(split.class_counts)
-    if labelled != (0 if name == "test" else split.images) and labelled != split.images:
+    if labelled != split.images and not (name == "test" and labelled == 0):
         yield Problem("manifest", MANIFEST, f"split {name}: {split.images} images, but class_counts add to {labelled}")
 
 
@@ -208,17 +207,3 @@ def _digest_problem(records: Path, name: str, expected: str) -> Problem | None:
     except OSError as error:
         return Problem("digest", name, f"cannot be read: {error}")
     return None if got == expected else Problem("digest", name, f"expected SHA-256 {expected[:12]}, got {got[:12]}")
-
-
-def raise_unless_ok(records: Path, result: VerifyResult) -> None:
-    """Raise for a result with problems.
-
-    Raises:
-        IntegrityError: There are problems; the first is named.
-    """
-    if not result.ok:
-        first = result.problems[0]
-        raise IntegrityError(
-            f"{records}: {len(result.problems)} problem(s), the first in {first.file}",
-            got=f"{first.kind}: {first.detail}",
-        )

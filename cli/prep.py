@@ -1,0 +1,143 @@
+"""``imnet-prep``: URL lists, archives and folders to verified MindRecord shards."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from cli.bench import bench
+from cli.download import download
+from cli.render import guard, progress_bar, show, stop_requested
+from imnet_prep.errors import IntegrityError
+
+FOLDER = click.Path(path_type=Path)
+DEFAULT_SEED = 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="imnet-prep")
+def main() -> None:
+    """ImageNet as you have it, to verified and reproducible MindRecord shards.
+
+    \b
+    imnet-prep demo                                         see all of it work, in a few minutes
+    imnet-prep to-mindrecord my-photos --out records        a folder a class
+    imnet-prep verify records --level hash
+    mbv2 train --records records --out run                  then train on them
+    """
+
+
+main.add_command(download)
+main.add_command(bench)
+
+
+@main.command("to-mindrecord")
+@click.argument("sources", nargs=-1, required=True, type=FOLDER, metavar="SOURCE...")
+@click.option("--out", required=True, type=FOLDER, help="The records folder to make.")
+@click.option("--split", metavar="train|val|test", help="Where a source does not say which split it is.")
+@click.option("--shards", type=int, metavar="N", help="Shards of each split; one a 256 MiB, at most 128, if not given.")
+@click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True, help="Fixes order and shard membership.")
+@click.option("--workers", type=int, metavar="N", help="Worker processes; one a core if not given. Changes no byte.")
+@click.option(
+    "--label-space", default="found", show_default=True, metavar="found|imagenet1k|FILE",
+    help="Number the classes that are there; or as ImageNet's 1,000; or as a file lists them.",
+)  # fmt: skip
+@click.option("--keep-classes", type=FOLDER, metavar="FILE", help="Keep only the classes in this list, one a line.")
+@click.option("--max-per-class", type=int, metavar="N", help="Keep at most N images of a class, chosen by the seed.")
+@click.option("--short-side", type=int, metavar="PIXELS", help="Store shrunk to this short side (256 is usual).")
+@click.option("--quality", type=int, default=90, show_default=True, help="JPEG quality with --short-side.")
+@click.option("--duplicates", default="keep", show_default=True, metavar="keep|reject", help="Images with equal bytes.")
+@click.option("--max-rejected", default="1%", show_default=True, metavar="N|P%", help="More rejected: exit 3.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--force", is_flag=True, help="Start over; a finished folder is replaced once the new one is whole.")
+@click.option("--executor", default="local", show_default=True, metavar="local|dask", help="Who does the work.")
+@click.option("--scheduler", metavar="ADDR", help="Address of the Dask scheduler.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@guard
+def to_mindrecord(
+    sources: tuple[Path, ...], out: Path, split: str | None, shards: int | None, seed: int, workers: int | None,
+    label_space: str, keep_classes: Path | None, max_per_class: int | None, short_side: int | None, quality: int,
+    duplicates: str, max_rejected: str, dry_run: bool, force: bool, executor: str, scheduler: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Convert archives and folders to MindRecord shards with a manifest.
+
+    SOURCE is an official ILSVRC2012 archive (train, val and devkit together, in any order), the trees extracted from
+    them, Kaggle's layout, Tiny-ImageNet, a folder of class folders (with or without train/ and val/), or a folder made
+    by `imnet-prep download`. Archives are read in place, never unpacked. Every image is decoded once. Interrupted, the
+    same command goes on.
+
+    Example: imnet-prep to-mindrecord ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz
+    --out records
+    """
+    from imnet_prep import convert as conversion
+    from imnet_prep.plan import PlanOptions
+    from imnet_prep.validate import ValidateOptions
+
+    plan_options = PlanOptions(
+        seed=seed, shards=shards, label_space=label_space, keep_classes=keep_classes, max_per_class=max_per_class,
+        store=ValidateOptions(short_side=short_side, quality=quality), duplicates=duplicates,
+    )  # fmt: skip
+    options = conversion.ConvertOptions(workers, max_rejected, executor, scheduler, force)
+    arguments = (sources, out, split, plan_options, options)
+    with progress_bar("to-mindrecord") as progress, stop_requested() as stop:
+        result = conversion.dry_run(*arguments, progress) if dry_run else conversion.convert(*arguments, progress, stop)
+    show(result.to_json(), as_json)
+
+
+@main.command()
+@click.argument("records", type=FOLDER, metavar="DIR")
+@click.option("--level", default="hash", show_default=True, metavar="quick|hash", help="How deep to look.")
+@click.option("--workers", type=int, metavar="N", help="Files read at a time; one a core if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@guard
+def verify(records: Path, level: str, workers: int | None, as_json: bool) -> None:
+    """Compare a records folder with its manifest; exit 3 where they differ.
+
+    quick looks at sizes, headers and indexes; hash reads every byte as well.
+
+    Example: imnet-prep verify records --level hash
+    """
+    from imnet_prep import verify as verification
+
+    with progress_bar("verify") as progress:
+        result = verification.verify(records, level, workers, progress)
+    if as_json:
+        show(result.to_json(), as_json)
+    else:
+        for problem in result.problems:
+            where = problem.file if problem.row is None else f"{problem.file} row {problem.row}"
+            click.echo(f"{where}: {problem.kind}: {problem.detail}")
+        state = "ok" if result.ok else f"{len(result.problems)} problem(s)"
+        click.echo(f"{records}: {state} at level {level}: {result.shards} shards, {result.records} records")
+    if not result.ok:
+        sys.exit(IntegrityError.exit_code)
+
+
+@main.command()
+@click.argument("records", type=FOLDER, metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest's summary as one JSON object.")
+@guard
+def info(records: Path, as_json: bool) -> None:
+    """Say what a records folder holds, from its manifest alone.
+
+    Example: imnet-prep info records
+    """
+    from imnet_prep.info import describe
+
+    show(describe(records), as_json)
+
+
+@main.command()
+@click.option("--out", default=Path("imnet-demo"), show_default=True, type=FOLDER, help="Where everything goes.")
+@click.option("--epochs", type=int, metavar="N", help="Training epochs; enough to learn the set if not given.")
+@guard
+def demo(out: Path, epochs: int | None) -> None:
+    """Draw a small image set, serve and download it, convert, verify, train and evaluate: the whole way in minutes.
+
+    Example: imnet-prep demo --out /tmp/imnet-demo
+    """
+    from cli.demo import run_demo
+
+    run_demo(out, epochs)

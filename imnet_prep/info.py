@@ -1,0 +1,51 @@
+"""What a records folder holds, from its manifest alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from imnet_prep.manifest import SplitInfo, load_manifest
+
+
+def describe(records: Path) -> dict[str, Any]:
+    """Summarise a manifest.
+
+    Returns:
+        Counts, bytes and class balance by split, the label convention, sources and the manifest's digest.
+
+    Raises:
+        RecordsError: There is no such folder, or it has no manifest.
+        IntegrityError: The manifest is damaged or was changed.
+    """
+    manifest = load_manifest(records)
+    return {
+        "records": str(records),
+        "images": sum(split.images for split in manifest.splits.values()),
+        "classes": len(manifest.classes),
+        "first_classes": [
+            f"{name} ({words})" if words else name
+            for name, words in zip(manifest.classes[:5], manifest.class_words[:5], strict=True)
+        ],
+        "label_convention": manifest.label_convention,
+        "splits": {name: _describe_split(split) for name, split in manifest.splits.items()},
+        "seed": manifest.seed,
+        "options": {name: value for name, value in manifest.options.items() if value is not None},
+        "sources": list(manifest.sources),
+        "made_with": manifest.made_with,
+        "manifest_sha256": manifest.digest,
+    }
+
+
+def _describe_split(split: SplitInfo) -> dict[str, Any]:
+    counts = [count for count in split.class_counts if count]
+    return {
+        "images": split.images,
+        "shards": len(split.shards),
+        "bytes": sum(shard.size_bytes + shard.index_size_bytes for shard in split.shards),
+        "classes_with_images": len(counts),
+        "images_per_class": f"{min(counts, default=0)} to {max(counts, default=0)}",
+        "rejected": split.rejected,
+        "changes": split.changes,
+        "duplicates": split.duplicates,
+    }
