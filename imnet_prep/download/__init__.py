@@ -1,0 +1,38 @@
+"""URL lists to verified images on disk, every URL accounted for.
+
+``urllist`` and ``urls`` read the lists, ``ingest`` brings them into the ``journal``, ``hosts`` decides who is fetched
+next, ``worker`` processes ``fetch`` through the safe transport of ``net`` and ``addresses`` and judge the ``content``,
+``run`` ties them together. Names are loaded when used: ``--help`` and readers of a journal need no HTTP client.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from imnet_prep.download.journal import JOURNAL_NAME, Finished, Totals, is_download_folder, read_finished
+from imnet_prep.download.options import ContentOptions, DownloadOptions, FailReason, FetchOptions, PoliteOptions
+
+if TYPE_CHECKING:
+    from imnet_prep.download.run import DownloadResult, download
+
+__all__ = [
+    "JOURNAL_NAME",
+    "ContentOptions",
+    "DownloadOptions",
+    "DownloadResult",
+    "FailReason",
+    "FetchOptions",
+    "Finished",
+    "PoliteOptions",
+    "Totals",
+    "download",
+    "is_download_folder",
+    "read_finished",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("DownloadResult", "download"):
+        return getattr(importlib.import_module("imnet_prep.download.run"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,163 @@
+"""Names to addresses, cached, and which addresses a stranger's list may lead us to.
+
+The connection is made to the address that was checked here (see :mod:`imnet_prep.download.net`), so a name that changes
+its answer between check and use (DNS rebinding) gains nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import queue
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+_POSITIVE_TTL_S, _NEGATIVE_TTL_S = 300.0, 30.0
+_MAX_CACHED = 20_000
+_LOOKUPS = 16  # parallel getaddrinfo calls; each may hang for the resolver's own time-out
+
+
+class NameFailed(OSError):
+    """A name gives no address. ``transient``: the resolver could not say (as against: there is none)."""
+
+    def __init__(self, why: str, *, transient: bool) -> None:
+        self.transient = transient
+        super().__init__(why)
+
+
+class AddressRefused(OSError):
+    """All addresses of a name are ones we do not connect to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A socket address of one name: ``family`` and the ``sockaddr`` without the port."""
+
+    family: int
+    ip: str
+    scope: int = 0
+
+    def sockaddr(self, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+        """Give what ``socket.connect`` takes."""
+        return (self.ip, port) if self.family == socket.AF_INET else (self.ip, port, 0, self.scope)
+
+
+def is_public(ip: str) -> bool:
+    """Say whether an address is on the open Internet; IPv4 inside IPv6 (mapped, 6to4, NAT64, Teredo) is judged too."""
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+        if address in _NAT64:
+            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        embedded = [one for one in inner if one is not None]
+        if embedded:
+            return all(one.is_global and not one.is_multicast for one in embedded)
+        if int(address) >> 32 == 0:  # ::/96, IPv4-compatible, long deprecated
+            return False
+    return address.is_global and not address.is_multicast
+
+
+@dataclass(slots=True)
+class _Lookup:
+    done: threading.Event = field(default_factory=threading.Event)
+    addresses: tuple[Address, ...] = ()
+    error: NameFailed | None = None
+    expires: float = float("inf")
+
+
+class Resolver:
+    """A caching resolver with a deadline: ``getaddrinfo`` cannot be interrupted, so it runs in threads of its own."""
+
+    def __init__(self) -> None:
+        self._cache: dict[str, _Lookup] = {}
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[str, _Lookup]] = queue.SimpleQueue()
+        self._threads = 0
+        self._idle = 0
+
+    def resolve(self, host: str, deadline: float) -> tuple[Address, ...]:
+        """Give a name's addresses in the system's order.
+
+        Raises:
+            NameFailed: there is none, or the resolver failed.
+            TimeoutError: no answer by ``deadline`` (of ``time.monotonic``).
+        """
+        literal = _literal(host)
+        if literal:
+            return (literal,)
+        with self._lock:
+            lookup = self._cache.get(host)
+            if lookup is None or lookup.expires < time.monotonic():
+                lookup = self._start(host)
+        if not lookup.done.wait(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("no answer from the name server in time")
+        if lookup.error:
+            raise NameFailed(str(lookup.error), transient=lookup.error.transient)
+        return lookup.addresses
+
+    def _start(self, host: str) -> _Lookup:
+        if len(self._cache) >= _MAX_CACHED:
+            self._cache.clear()
+        lookup = self._cache[host] = _Lookup()
+        self._queue.put((host, lookup))
+        if self._idle == 0 and self._threads < _LOOKUPS:
+            self._threads += 1
+            threading.Thread(target=self._serve, daemon=True, name="resolver").start()
+        return lookup
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            host, lookup = self._queue.get()
+            with self._lock:
+                self._idle -= 1
+            try:
+                lookup.addresses = _getaddrinfo(host)
+                lookup.expires = time.monotonic() + _POSITIVE_TTL_S
+            except NameFailed as error:
+                lookup.error = error
+                lookup.expires = time.monotonic() + _NEGATIVE_TTL_S
+            lookup.done.set()
+
+
+def _literal(host: str) -> Address | None:
+    if host[:1].isdigit() or ":" in host:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                socket.inet_pton(family, host)
+            except (OSError, ValueError):
+                continue
+            return Address(family, host)
+    return None
+
+
+def _getaddrinfo(host: str) -> tuple[Address, ...]:
+    try:
+        found = socket.getaddrinfo(host, 80, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        gone = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+        raise NameFailed(error.strerror or str(error), transient=error.errno not in gone) from error
+    except (OSError, UnicodeError) as error:
+        raise NameFailed(str(error), transient=False) from error
+    addresses = dict.fromkeys(
+        Address(family, str(sockaddr[0]), int(sockaddr[3]) if len(sockaddr) == 4 else 0)
+        for family, _, _, _, sockaddr in found
+        if family in (socket.AF_INET, socket.AF_INET6)
+    )
+    return tuple(addresses)
+
+
+def allowed(addresses: tuple[Address, ...], allow_private: bool) -> tuple[Address, ...]:
+    """Keep the addresses that we may connect to.
+
+    Raises:
+        AddressRefused: none is left.
+    """
+    kept = addresses if allow_private else tuple(one for one in addresses if is_public(one.ip))
+    if not kept:
+        shown = ", ".join(one.ip for one in addresses[:3]) or "nothing"
+        raise AddressRefused(f"{shown} is not a public address")
+    return kept

@@ -1,0 +1,408 @@
+"""The journal: one SQLite row a URL, so that resume is by record and every URL is accounted for.
+
+A file of the folder may stand under its final name only if the journal already says ``ok`` with its digest: results are
+committed first (WAL, synchronous FULL), renamed after. See docs/journal.md for the columns and the crash cases.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imnet_prep.download.options import ContentOptions, FailReason
+from imnet_prep.errors import DownloadError
+
+JOURNAL_NAME = "journal.sqlite"
+FORMAT_VERSION = "1"
+PENDING, OK, FAILED = 0, 1, 2
+_CACHE_KIB = 48 * 1024
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lists (
+    id INTEGER PRIMARY KEY, path TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    options TEXT NOT NULL, loaded INTEGER NOT NULL DEFAULT 0, first_row INTEGER NOT NULL,
+    lines INTEGER NOT NULL DEFAULT 0, malformed INTEGER NOT NULL DEFAULT 0,
+    repeated INTEGER NOT NULL DEFAULT 0, unwanted INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS bad_lines (
+    list INTEGER NOT NULL, line INTEGER NOT NULL, kind TEXT NOT NULL, why TEXT NOT NULL, text TEXT NOT NULL,
+    PRIMARY KEY (list, line)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS urls (
+    row INTEGER PRIMARY KEY, wnid TEXT NOT NULL, name TEXT NOT NULL, url TEXT NOT NULL, host INTEGER NOT NULL,
+    state INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0, status INTEGER, final_url TEXT,
+    ext TEXT, bytes INTEGER, sha256 BLOB, stored_bytes INTEGER, stored_sha256 BLOB, width INTEGER, height INTEGER,
+    flat INTEGER, reason TEXT, transient INTEGER, detail TEXT, time REAL);
+CREATE TABLE IF NOT EXISTS counts (key TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS doomed (path TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+_INDEXES = {
+    "pending_by_host": "CREATE INDEX IF NOT EXISTS pending_by_host ON urls (host) WHERE state = 0",
+    "by_digest": "CREATE INDEX IF NOT EXISTS by_digest ON urls (sha256) WHERE state = 1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An image that a download folder holds.
+
+    Attributes:
+        path: The file, relative to the folder, with ``/``.
+        wnid: Its class. name: Its id, the file's stem.
+        url: The list's URL (credentials never kept). final_url: Where redirects led; the same without any.
+        status: HTTP status of the answer that held the image.
+        sha256: Hex digest of the file. size_bytes: Its size. width, height: In pixels.
+        source_sha256: Hex digest of the bytes as they came; differs from ``sha256`` only after ``--short-side``.
+    """
+
+    path: str
+    wnid: str
+    name: str
+    url: str
+    final_url: str
+    status: int
+    sha256: str
+    size_bytes: int
+    width: int
+    height: int
+    source_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a URL ended, good (``reason`` None) or bad; crosses from worker to journal.
+
+    Attributes:
+        row: The URL's row.
+        reason: None for an image.
+        transient: Whether another day may help (only with a reason).
+        attempts: Attempts made, this one included.
+        status: Last HTTP status, or None.
+        final_url: URL of the last answer.
+        detail: One line for a person.
+        ext, size_bytes, sha256, width, height, flat: The image as it came.
+        stored_bytes, stored_sha256: The file, where it was re-encoded; else None.
+        temp: File name in the incoming folder that waits for its rename.
+        time_s: Unix time of the end.
+    """
+
+    row: int
+    reason: FailReason | None
+    transient: bool = False
+    attempts: int = 0
+    status: int | None = None
+    final_url: str = ""
+    detail: str = ""
+    ext: str = ""
+    size_bytes: int = 0
+    sha256: bytes = b""
+    width: int = 0
+    height: int = 0
+    flat: bool = False
+    stored_bytes: int | None = None
+    stored_sha256: bytes | None = None
+    temp: str = ""
+    time_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Where all URLs stand: ``requested == ok + sum(failed.values()) + pending``, by construction and by test."""
+
+    requested: int
+    ok: int
+    failed: dict[str, int]
+    pending: int
+    malformed: int
+    repeated: int
+    bytes: int
+
+
+def is_download_folder(folder: Path) -> bool:
+    """Say whether ``imnet-prep download`` made this folder."""
+    return (folder / JOURNAL_NAME).is_file()
+
+
+def read_finished(folder: Path) -> Iterator[Finished]:
+    """Yield every image of a download folder, in list order, from its journal alone (the files are not opened).
+
+    Raises:
+        DownloadError: no journal, or not ours.
+    """
+    connection = _open_to_read(folder / JOURNAL_NAME)
+    try:
+        _check_version(connection, folder / JOURNAL_NAME)
+        rows = connection.execute(
+            "SELECT wnid, name, ext, url, final_url, status, sha256, bytes, stored_sha256, stored_bytes, width, height"
+            " FROM urls WHERE state = 1 ORDER BY row"
+        )
+        for wnid, name, ext, url, final_url, status, sha256, size, stored, stored_size, width, height in rows:
+            yield Finished(
+                path=file_path(wnid, name, ext),
+                wnid=wnid,
+                name=name,
+                url=url,
+                final_url=final_url or url,
+                status=status,
+                sha256=(stored or sha256).hex(),
+                size_bytes=size if stored_size is None else stored_size,
+                width=width,
+                height=height,
+                source_sha256=sha256.hex(),
+            )
+    except sqlite3.DatabaseError as error:
+        raise _damaged(folder / JOURNAL_NAME, error) from error
+    finally:
+        connection.close()
+
+
+def file_path(wnid: str, name: str, ext: str) -> str:
+    """Give an image's place in the folder."""
+    return f"{wnid}/{name}.{ext}"
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    if not path.is_file():
+        raise DownloadError(f"{path.parent} is not a download folder", expected=f"a {path.name} in it")
+    uri = path.resolve().as_uri()
+    try:
+        connection = sqlite3.connect(f"{uri}?mode=ro", uri=True)
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return connection
+    except sqlite3.OperationalError:  # a read-only file system: WAL's side files cannot be made there
+        return sqlite3.connect(f"{uri}?immutable=1", uri=True)
+
+
+def _check_version(connection: sqlite3.Connection, path: Path) -> None:
+    found = connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+    if found is None or found[0] != FORMAT_VERSION:
+        raise DownloadError(
+            f"journal {path} has another format",
+            expected=f"version {FORMAT_VERSION}",
+            got=found[0] if found else "none",
+        )
+
+
+def _damaged(path: Path, error: Exception) -> DownloadError:
+    return DownloadError(f"journal {path} cannot be used", got=str(error), remedy="move it away to start over")
+
+
+class Journal:
+    """The journal open for writing; one process at a time (the run holds the folder's lock)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / JOURNAL_NAME
+        try:
+            self.db = sqlite3.connect(self.path, isolation_level=None)
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = FULL")
+            self.db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            fresh = self.db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None
+            if fresh:
+                version = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT_VERSION}');"
+                self.db.executescript(f"BEGIN; {_SCHEMA} {version} {'; '.join(_INDEXES.values())}; COMMIT;")
+            _check_version(self.db, self.path)
+        except sqlite3.DatabaseError as error:
+            raise _damaged(self.path, error) from error
+
+    def close(self) -> None:
+        """Fold the WAL back and close."""
+        self.db.close()
+
+    def drop_indexes(self) -> None:
+        """Drop what a bulk load would otherwise keep up to date at random places."""
+        for name in _INDEXES:
+            self.db.execute(f"DROP INDEX IF EXISTS {name}")
+
+    def build_indexes(self) -> None:
+        """Build the missing indexes, each by one external sort."""
+        for statement in _INDEXES.values():
+            self.db.execute(statement)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def hosts_with_pending(self) -> list[tuple[int, int]]:
+        """Give (host key, pending URLs), largest first: the longest queues start earliest."""
+        found = self.db.execute("SELECT host, count(*) FROM urls WHERE state = 0 GROUP BY host").fetchall()
+        return sorted(found, key=lambda item: (-item[1], item[0]))
+
+    def pending_of(self, host: int, after_row: int, limit: int) -> list[tuple[int, str, int]]:
+        """Give the next (row, URL, attempts) of a host, in row order."""
+        return self.db.execute(
+            "SELECT row, url, attempts FROM urls INDEXED BY pending_by_host"
+            " WHERE state = 0 AND host = ? AND row > ? ORDER BY row LIMIT ?",
+            (host, after_row, limit),
+        ).fetchall()
+
+    def place_of(self, row: int) -> tuple[int, str, str, str, bytes] | None:
+        """Give (state, wnid, name, ext, digest of the file) of a row, or None."""
+        found: tuple[int, str, str, str, bytes] | None = self.db.execute(
+            "SELECT state, wnid, name, coalesce(ext, ''), coalesce(stored_sha256, sha256, x'') FROM urls WHERE row = ?",
+            (row,),
+        ).fetchone()
+        return found
+
+    def totals(self) -> Totals:
+        """Give the standing of all URLs, from counters kept in the same transactions as the rows."""
+        counts: dict[str, int] = dict(self.db.execute("SELECT key, n FROM counts"))
+        failed = {
+            key.removeprefix("failed:"): n for key, n in sorted(counts.items()) if key.startswith("failed:") and n
+        }
+        malformed, repeated = self.db.execute(
+            "SELECT coalesce(sum(malformed), 0), coalesce(sum(repeated), 0) FROM lists WHERE loaded = 1"
+        ).fetchone()
+        requested, ok = counts.get("requested", 0), counts.get("ok", 0)
+        pending = requested - ok - sum(failed.values())
+        return Totals(requested, ok, failed, pending, malformed, repeated, counts.get("bytes", 0))
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def commit(self, outcomes: Sequence[Outcome], attempts: Iterable[tuple[int, int]] = ()) -> list[tuple[str, str]]:
+        """Make outcomes durable in one transaction.
+
+        Args:
+            outcomes: Ends of URLs. attempts: (row, attempts made) of URLs that will be tried again.
+
+        Returns:
+            (temporary file name, final relative path) of each image, to be renamed now. A row that has already ended
+            (it was found again after a crash) is left as it is.
+        """
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            moves: list[tuple[str, str]] = []
+            added: dict[str, int] = {}
+            for outcome in outcomes:
+                place = self._finish(outcome)
+                if place is None:
+                    continue
+                if outcome.reason is None:
+                    moves.append((outcome.temp, place))
+                    added["bytes"] = added.get("bytes", 0) + outcome.size_bytes
+                key = "ok" if outcome.reason is None else f"failed:{outcome.reason}"
+                added[key] = added.get(key, 0) + 1
+            self.db.executemany("UPDATE urls SET attempts = ?2 WHERE row = ?1 AND state = 0", attempts)
+            self._add(added)
+            self.db.execute("COMMIT")
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        return moves
+
+    def _finish(self, outcome: Outcome) -> str | None:
+        good = outcome.reason is None
+        found = self.db.execute(
+            "UPDATE urls SET state = ?, attempts = ?, status = ?, final_url = nullif(?, url), ext = ?, bytes = ?,"
+            " sha256 = ?, stored_bytes = ?, stored_sha256 = ?, width = ?, height = ?, flat = ?, reason = ?,"
+            " transient = ?, detail = ?, time = ? WHERE row = ? AND state = 0 RETURNING wnid, name",
+            (
+                OK if good else FAILED,
+                outcome.attempts,
+                outcome.status,
+                outcome.final_url or None,
+                outcome.ext or None,
+                outcome.size_bytes or None,
+                outcome.sha256 or None,
+                outcome.stored_bytes,
+                outcome.stored_sha256,
+                outcome.width or None,
+                outcome.height or None,
+                int(outcome.flat) if good else None,
+                None if good else str(outcome.reason),
+                None if good else int(outcome.transient),
+                outcome.detail or None,
+                outcome.time_s,
+                outcome.row,
+            ),
+        ).fetchone()
+        return file_path(found[0], found[1], outcome.ext) if found else None
+
+    def _add(self, counts: dict[str, int]) -> None:
+        self.db.executemany(
+            "INSERT INTO counts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET n = n + excluded.n", list(counts.items())
+        )
+
+    def fail_host(self, host: int, reason: FailReason, detail: str) -> int:
+        """Fail all that is pending at a dead host, transiently, and give the number of URLs."""
+        self.db.execute("BEGIN IMMEDIATE")
+        changed = self.db.execute(
+            "UPDATE urls SET state = 2, reason = ?, transient = 1, detail = ?, time = ? WHERE state = 0 AND host = ?",
+            (str(reason), detail, time.time(), host),
+        ).rowcount
+        self._add({f"failed:{reason}": changed})
+        self.db.execute("COMMIT")
+        return changed
+
+    def reset_transient(self) -> int:
+        """Make the transiently failed URLs pending again, with fresh attempts, and give their number."""
+        self.db.execute("BEGIN IMMEDIATE")
+        for reason, count in self.db.execute(
+            "SELECT reason, count(*) FROM urls WHERE state = 2 AND transient = 1 GROUP BY reason"
+        ).fetchall():
+            self._add({f"failed:{reason}": -count})
+        changed = self.db.execute(
+            "UPDATE urls SET state = 0, attempts = 0, status = NULL, final_url = NULL, bytes = NULL, sha256 = NULL,"
+            " reason = NULL, transient = NULL, detail = NULL, time = NULL WHERE state = 2 AND transient = 1"
+        ).rowcount
+        self.db.execute("COMMIT")
+        return changed
+
+    def retract_repeats(self, options: ContentOptions) -> int:
+        """Turn images that too many URLs share, byte for byte, into placeholders, and give the number of URLs.
+
+        Decided on the finished folder, so that the order of arrival does not matter. The files are listed in ``doomed``
+        in the same transaction; :meth:`doomed` and :meth:`buried` see them off.
+        """
+        usual = self._usual_multiplicity()
+        groups = self.db.execute(
+            "SELECT sha256, count(*), max(flat) FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256"
+            " HAVING count(*) >= ?",
+            (min(options.repeats_flat, options.repeats_photo),),
+        ).fetchall()
+        total = 0
+        for sha256, count, flat in groups:
+            if count < (options.repeats_flat if flat else options.repeats_photo * usual):
+                continue
+            self.db.execute("BEGIN IMMEDIATE")
+            total += self._retract(sha256, f"the same bytes from {count} URLs")
+            self.db.execute("COMMIT")
+        return total
+
+    def _usual_multiplicity(self) -> int:
+        """Give the median number of URLs that share an image's bytes: 1 but for lists that repeat themselves."""
+        histogram = self.db.execute(
+            "SELECT c, count(*) FROM"
+            " (SELECT count(*) AS c FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256)"
+            " GROUP BY c ORDER BY c"
+        ).fetchall()
+        half, seen = sum(n for _, n in histogram) / 2, 0
+        for multiplicity, n in histogram:
+            seen += n
+            if seen >= half:
+                return int(multiplicity)
+        return 1
+
+    def _retract(self, sha256: bytes, detail: str) -> int:
+        rows = self.db.execute(
+            "SELECT row, wnid, name, ext, bytes FROM urls WHERE state = 1 AND sha256 = ?", (sha256,)
+        ).fetchall()
+        self.db.executemany(
+            "INSERT OR IGNORE INTO doomed VALUES (?)", [(file_path(w, n, e),) for _, w, n, e, _ in rows]
+        )
+        self.db.executemany(
+            "UPDATE urls SET state = 2, reason = ?, transient = 0, detail = ? WHERE row = ?",
+            [(str(FailReason.PLACEHOLDER), detail, row) for row, *_ in rows],
+        )
+        self._add(
+            {"ok": -len(rows), "bytes": -sum(row[4] for row in rows), f"failed:{FailReason.PLACEHOLDER}": len(rows)}
+        )
+        return len(rows)
+
+    def doomed(self) -> list[str]:
+        """Give files that are to be deleted: their rows no longer say ok."""
+        return [path for (path,) in self.db.execute("SELECT path FROM doomed")]
+
+    def buried(self) -> None:
+        """Note that all doomed files are gone."""
+        self.db.execute("DELETE FROM doomed")

@@ -1,0 +1,167 @@
+"""What a download may be told, and the names under which a URL can fail."""
+
+from __future__ import annotations
+
+import enum
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imnet_prep.errors import DownloadError
+
+MIB = 1 << 20
+
+
+class FailReason(enum.StrEnum):
+    """Why a URL gave no image. The value is the key in ``--json``, the journal and ``failures.jsonl``."""
+
+    DNS = "dns"  # the name does not resolve
+    CONNECT = "connect"  # refused, reset or closed before an HTTP response, or not HTTP at all
+    TLS = "tls"  # handshake or certificate
+    TIMEOUT = "timeout"  # the connect, read or total time limit passed
+    TOO_SLOW = "too_slow"  # the body came, below the minimum speed
+    GONE = "gone"  # 404, 410
+    HTTP_4XX = "http_4xx"  # the other 4xx
+    HTTP_5XX = "http_5xx"
+    RATE_LIMITED = "rate_limited"  # 429 after all retries, or a Retry-After beyond our patience
+    REDIRECT_REFUSED = "redirect_refused"  # another scheme, no usable Location, or too many hops
+    ADDRESS_REFUSED = "address_refused"  # a private, loopback, link-local or otherwise not public address
+    TOO_LARGE = "too_large"  # more bytes, header bytes, decompressed bytes or pixels than allowed
+    NOT_AN_IMAGE = "not_an_image"  # an answer that holds no decodable still image
+    TRUNCATED = "truncated"  # the body or the image's data ends early
+    PLACEHOLDER = "placeholder"  # a stand-in for a photograph that is gone
+    OPTED_OUT = "opted_out"  # X-Robots-Tag: noai or noimageai
+    INTERNAL = "internal"  # a fault of ours or of this machine
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """What one fetch may cost and where it may go.
+
+    Attributes:
+        timeout_s: Total time of one attempt, redirects included, waiting for the host's turn excluded.
+        connect_timeout_s: Part of it that connecting and the TLS handshake may take, each.
+        read_timeout_s: Longest silence.
+        min_bytes_per_s: Slowest average speed of a body after ``slow_grace_s`` seconds of it.
+        max_bytes: Largest body, on the wire and decompressed.
+        max_redirects: Most hops after the first.
+        allow_private: Also connect to addresses that are not public.
+        honour_opt_out: Obey ``X-Robots-Tag: noai`` and ``noimageai``.
+    """
+
+    timeout_s: float = 30.0
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 20.0
+    min_bytes_per_s: float = 1024.0
+    slow_grace_s: float = 10.0
+    max_bytes: int = 20 * MIB  # the largest ILSVRC2012 photograph has 15 MB
+    max_redirects: int = 8  # browsers take 20; a photograph host needs one or two
+    allow_private: bool = False
+    honour_opt_out: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("--timeout-s", self.timeout_s)
+        _positive("--max-bytes", self.max_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PoliteOptions:
+    """How hosts are treated.
+
+    Attributes:
+        concurrency: Most fetches at any moment, all hosts together.
+        per_host: Most connections to one host (name and port) at any moment.
+        rate_per_host: Most requests to one host in a second; 0 is no limit.
+        retries: Further attempts after the first, only for what may pass.
+        backoff_s: First pause before a retry; it doubles, with jitter, up to ``max_backoff_s``.
+        max_retry_after_s: Longest ``Retry-After`` that is waited for; beyond it the host's URLs fail as rate_limited.
+        dead_after: Failures to get any HTTP answer, in a row, that open a host's circuit breaker.
+        dead_probes: Probes of an open breaker that must fail before the host is given up.
+        probe_pause_s: Pause before the first probe; it doubles.
+    """
+
+    concurrency: int = 64
+    per_host: int = 6  # what browsers do
+    rate_per_host: float = 0.0
+    retries: int = 3
+    backoff_s: float = 0.5
+    max_backoff_s: float = 30.0
+    max_retry_after_s: float = 600.0
+    dead_after: int = 10
+    dead_probes: int = 2
+    probe_pause_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        _positive("--concurrency", self.concurrency)
+        _positive("--per-host", self.per_host)
+        for name, value in (("--rate-per-host", self.rate_per_host), ("--retries", self.retries)):
+            if not 0 <= value < float("inf"):
+                raise DownloadError(f"{name} is out of range", expected="zero or more", got=str(value))
+
+
+@dataclass(frozen=True, slots=True)
+class ContentOptions:
+    """What counts as an image, and how it is stored.
+
+    Attributes:
+        min_side: Images with a side under this many pixels are placeholders (tracking pixels, spacers).
+        repeats_flat: So many URLs with the same bytes make a flat picture (a sign, an icon) a placeholder.
+        repeats_photo: The same for a picture that looks like a photograph, times the median number of URLs an image
+            has in this folder (a list may legitimately name every photograph many times).
+        short_side: Store as JPEG with this short side in pixels; None stores the bytes as they came.
+        quality: JPEG quality of ``short_side``.
+    """
+
+    min_side: int = 16
+    repeats_flat: int = 4
+    repeats_photo: int = 16
+    short_side: int | None = None
+    quality: int = 90
+
+    def __post_init__(self) -> None:
+        if self.short_side is not None and not 8 <= self.short_side <= 8192:
+            raise DownloadError("--short-side is out of range", expected="8 to 8192 pixels", got=str(self.short_side))
+        if not 1 <= self.quality <= 100:
+            raise DownloadError("--quality is out of range", expected="1 to 100", got=str(self.quality))
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadOptions:
+    """Everything that ``imnet-prep download`` may be told.
+
+    Attributes:
+        urls: URL lists, plain or gzip.
+        out: The download folder.
+        wnid: Class of lines that name none.
+        wnids: A file of wnids, one first on each line; lines of other classes are left out.
+        max_failed_frac: More failed URLs than this share of the finished ones is a failed run, 0-1.
+        retry_failed: First make the transiently failed URLs pending again.
+        processes: Worker processes; 0 is one a core.
+    """
+
+    urls: tuple[Path, ...]
+    out: Path
+    wnid: str | None = None
+    wnids: Path | None = None
+    max_failed_frac: float = 1.0  # dead URLs are normal
+    retry_failed: bool = False
+    processes: int = 0
+    fetch: FetchOptions = field(default_factory=FetchOptions)
+    polite: PoliteOptions = field(default_factory=PoliteOptions)
+    content: ContentOptions = field(default_factory=ContentOptions)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_frac <= 1:
+            raise DownloadError(
+                "--max-failed is out of range", expected="a share from 0% to 100%", got=f"{self.max_failed_frac:.4g}"
+            )
+
+    def process_count(self) -> int:
+        """Give the number of worker processes: as asked, else the cores that this process may use."""
+        wanted = self.processes or len(os.sched_getaffinity(0))
+        return max(1, min(wanted, self.polite.concurrency))
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise DownloadError(f"{name} is out of range", expected="more than zero", got=str(value))

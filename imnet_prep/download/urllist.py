@@ -1,0 +1,166 @@
+"""URL lists: bytes to (class, id, URL) or to a malformed line with its reason. Nothing is guessed.
+
+Forms, told apart line by line::
+
+    n00004475_6590<TAB>http://...     fall11_urls.txt and its siblings: id and URL
+    n00004475_6590 http://...         the per-synset lists, CRLF and blank lines included
+    n00004475 http://...              class and URL; the id is made from the URL's digest
+    http://...                        URL alone, with a class given for all such lines
+
+Source: ../shared/FACTS.md section 5 and image-net.org's list files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from imnet_prep.download.urls import BadUrl, normalise_url
+from imnet_prep.errors import DownloadError
+
+MAX_LINE_BYTES = 65536  # longer is malformed, and is skipped to its end in pieces
+_CHUNK = 1 << 20
+_ID = re.compile(rb"(n\d{8})_[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
+_TAB_ID = re.compile(rb"([A-Za-z0-9][A-Za-z0-9._-]{0,99})_[0-9]{1,20}")
+_NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_URL_START = re.compile(rb"[A-Za-z][A-Za-z0-9+.\-]*:/?/?", re.IGNORECASE)
+_BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A usable line: ``wnid`` is the class folder, ``name`` the file's stem, ``url`` normalised."""
+
+    wnid: str
+    name: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A line that says nothing we can fetch, and why."""
+
+    why: str
+
+
+def is_class_name(name: str) -> bool:
+    """Say whether a class can be a folder name on any file system."""
+    return bool(_NAME.fullmatch(name.encode("utf-8", "replace")))
+
+
+def parse_line(raw: bytes, wnid: str | None) -> Line | Malformed | None:
+    """Read one line without its newline.
+
+    Args:
+        raw: The bytes, at most :data:`MAX_LINE_BYTES`.
+        wnid: Class of a line that names none.
+
+    Returns:
+        A :class:`Line`; :class:`Malformed`; None for a blank line.
+    """
+    raw = raw.strip(b" \t\r\x0b\x0c")
+    if not raw:
+        return None
+    if b"\x00" in raw:
+        return Malformed("NUL byte")
+    cut = _first_blank(raw)
+    head = raw[:cut] if cut >= 0 else raw
+    if _URL_START.match(head):
+        return _plain(raw, wnid)
+    if cut < 0:
+        return Malformed("no URL")
+    try:
+        url = normalise_url(raw[cut + 1 :].lstrip())
+    except BadUrl as error:
+        return Malformed(str(error))
+    match = _ID.fullmatch(head) or (_TAB_ID.fullmatch(head) if raw[cut] == 0x09 else None)
+    if match:
+        return Line(match[1].decode("ascii"), head.decode("ascii"), url)
+    if _NAME.fullmatch(head):
+        return _named(head.decode("ascii"), url)
+    return Malformed("neither an id nor a class before the URL")
+
+
+def _first_blank(raw: bytes) -> int:
+    space, tab = raw.find(b" "), raw.find(b"\t")
+    return max(space, tab) if space < 0 or tab < 0 else min(space, tab)
+
+
+def _plain(raw: bytes, wnid: str | None) -> Line | Malformed:
+    try:
+        url = normalise_url(raw)
+    except BadUrl as error:
+        return Malformed(str(error))
+    return Malformed("no class (give --wnid)") if wnid is None else _named(wnid, url)
+
+
+def _named(wnid: str, url: str) -> Line:
+    """Give a URL without an id a stable one: it does not depend on the line's place in the list."""
+    return Line(wnid, f"{wnid}_{hashlib.sha256(url.encode()).hexdigest()[:16]}", url)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, bytes without the newline) of a list, plain or gzip, in flat memory.
+
+    An overlong line comes as its first ``MAX_LINE_BYTES + 1`` bytes.
+
+    Raises:
+        DownloadError: the list is not there, not readable, UTF-16, or damaged gzip.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(2)
+            file.seek(0)
+            if magic in _BOMS_16:
+                raise DownloadError(f"URL list {path} is UTF-16", remedy="convert it: iconv -f UTF-16 -t UTF-8")
+            if magic == b"\x1f\x8b":
+                with gzip.open(file, "rb") as unzipped:
+                    yield from _split(unzipped)
+            else:
+                yield from _split(file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DownloadError(
+            f"URL list {path} is damaged gzip", got=str(error), remedy="fetch it again; its lines were not taken in"
+        ) from error
+    except OSError as error:
+        raise DownloadError(f"cannot read URL list {path}", got=error.strerror or str(error)) from error
+
+
+def _split(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
+    number, rest, skipping, first = 0, b"", False, True
+    while chunk := file.read(_CHUNK):
+        if first:
+            chunk, first = chunk.removeprefix(b"\xef\xbb\xbf"), False
+        lines = (rest + chunk).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            if skipping:  # the tail of an overlong line that was already given
+                skipping = False
+                continue
+            number += 1
+            yield number, line[: MAX_LINE_BYTES + 1]
+        if len(rest) > MAX_LINE_BYTES:
+            if not skipping:
+                number += 1
+                yield number, rest[: MAX_LINE_BYTES + 1]
+            skipping, rest = True, b""
+    if rest and not skipping:
+        yield number + 1, rest
+
+
+def read_wnids(path: Path) -> frozenset[str]:
+    """Read the classes to keep: the first word of each line; blank lines and ``#`` comments are skipped.
+
+    Raises:
+        DownloadError: unreadable, or no class in it.
+    """
+    found = {line.split()[0] for _, line in read_lines(path) if line.strip() and not line.lstrip().startswith(b"#")}
+    if not found:
+        raise DownloadError(f"no classes in {path}", expected="one wnid a line")
+    return frozenset(name.decode("utf-8", "replace") for name in found)

@@ -1,0 +1,140 @@
+"""URLs as pure text: normalising, joining redirects, host keys. Nothing here touches the network.
+
+Source: RFC 3986 (syntax, section 5 for references), RFC 3987 section 3.1 (IRIs to URIs), IDNA 2008 by ``idna``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+from urllib.parse import urljoin
+
+import idna
+
+SCHEMES = ("http", "https")
+DEFAULT_PORT = {"http": 80, "https": 443}
+MAX_URL_BYTES = 16384
+# Printable ASCII that may stand in a path or query as it is; '%' is handled apart.
+_KEEP = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~:/?[]@!$&'()*+,;=")
+_QUOTED = {byte: f"%{byte:02X}" for byte in range(256) if byte not in _KEEP}
+_CLEAN_TAIL = re.compile(rb"(?:[A-Za-z0-9\-._~:/?@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
+_PLAIN = re.compile(
+    rb"(https?)://([a-z0-9](?:[a-z0-9\-.]*[a-z0-9])?)(/(?:[A-Za-z0-9\-._~:/?@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)"
+)
+_SPLIT = re.compile(rb"([A-Za-z][A-Za-z0-9+.\-]*):(?://)?([^/?#\\]*)([^#]*)", re.DOTALL)
+_HOST = re.compile(r"[a-z0-9_](?:[a-z0-9_\-.]*[a-z0-9_])?\.?")
+_HEX = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+class BadUrl(ValueError):
+    """A URL that cannot be fetched as it stands; the message says why. ``scheme`` tells a refused scheme apart."""
+
+    def __init__(self, why: str, *, scheme: bool = False) -> None:
+        self.scheme = scheme
+        super().__init__(why)
+
+
+def normalise_url(raw: bytes) -> str:
+    """Give the ASCII form that is stored and requested.
+
+    Scheme and host lower-case, IDN as punycode, spaces and other bytes outside RFC 3986 percent-encoded as they are
+    (whatever their encoding), fragment and credentials dropped, a default port dropped, an empty path made ``/``.
+
+    Raises:
+        BadUrl: no or another scheme, no host, a bad port, control bytes in the host, too long.
+    """
+    plain = _PLAIN.fullmatch(raw)
+    if plain and len(raw) <= MAX_URL_BYTES:
+        return raw.decode("ascii")
+    raw = raw.strip(b" \t\r\n\x0b\x0c")
+    if len(raw) > MAX_URL_BYTES:
+        raise BadUrl(f"longer than {MAX_URL_BYTES} bytes")
+    parts = _SPLIT.fullmatch(raw.partition(b"#")[0])
+    if not parts:
+        raise BadUrl("no scheme")
+    scheme = parts[1].decode("ascii").lower()
+    if scheme not in SCHEMES:
+        raise BadUrl(f"scheme {scheme} is not http or https", scheme=True)
+    if raw[len(scheme) : len(scheme) + 3] != b"://":
+        raise BadUrl("no // after the scheme")
+    host, port = _authority(parts[2])
+    tail = parts[3]
+    if not _CLEAN_TAIL.fullmatch(tail):
+        tail = _HEX.sub(b"%25", tail)
+        tail = "".join(chr(byte) if byte == 0x25 or byte in _KEEP else _QUOTED[byte] for byte in tail).encode()
+    text = tail.decode("ascii")
+    if not text.startswith("/"):
+        text = "/" + text
+    suffix = "" if port in (None, DEFAULT_PORT[scheme]) else f":{port}"
+    return f"{scheme}://{host}{suffix}{text}"
+
+
+def _authority(raw: bytes) -> tuple[str, int | None]:
+    """Split ``user:password@host:port``; the credentials are dropped, never stored, sent or shown."""
+    raw = raw.rpartition(b"@")[2]
+    if raw.startswith(b"["):
+        literal, bracket, rest = raw[1:].partition(b"]")
+        if not bracket or (rest and not rest.startswith(b":")):
+            raise BadUrl("bad IPv6 address")
+        try:
+            host = f"[{ipaddress.IPv6Address(literal.decode('ascii').partition('%')[0])}]"
+        except ValueError as error:
+            raise BadUrl("bad IPv6 address") from error
+        return host, _port(rest[1:])
+    name, _, port = raw.partition(b":")
+    return _host(name), _port(port)
+
+
+def _port(raw: bytes) -> int | None:
+    if not raw:
+        return None
+    if not raw.isdigit() or not 0 < int(raw[:6]) <= 65535:
+        raise BadUrl("bad port")
+    return int(raw)
+
+
+def _host(raw: bytes) -> str:
+    if not raw:
+        raise BadUrl("no host")
+    try:
+        text = raw.decode("utf-8").lower()
+        if not text.isascii():
+            text = idna.encode(text, uts46=True).decode("ascii")
+    except (UnicodeError, idna.IDNAError) as error:
+        raise BadUrl("host is not a valid name") from error
+    if (
+        not _HOST.fullmatch(text)
+        or ".." in text
+        or len(text) > 253
+        or any(len(label) > 63 for label in text.split("."))
+    ):
+        raise BadUrl("host is not a valid name")
+    return text
+
+
+def join_redirect(base: str, location: bytes) -> str:
+    """Resolve a ``Location`` header, relative or not, against the URL that answered with it.
+
+    Raises:
+        BadUrl: as :func:`normalise_url`, and for an empty header.
+    """
+    location = location.strip()
+    if not location:
+        raise BadUrl("empty Location")
+    # Latin-1 keeps every byte as one character through urljoin; file: and friends must not be joined away.
+    try:
+        joined = urljoin(base, location.decode("latin-1"))
+    except ValueError as error:
+        raise BadUrl("Location is not a URL") from error
+    return normalise_url(joined.encode("latin-1"))
+
+
+def host_of(url: str) -> str:
+    """Give the politeness key of a normalised URL: ``name`` or ``name:port``; http and https of a name are one host."""
+    return url.split("/", 3)[2]
+
+
+def host_key(host: str) -> int:
+    """Give a stable positive 63-bit key of a host, as stored in the journal."""
+    return int.from_bytes(hashlib.blake2b(host.encode(), digest_size=8).digest(), "little") >> 1
