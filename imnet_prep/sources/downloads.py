@@ -40,8 +40,8 @@ class DownloadFolder(Source):
             raise SourceError(exc.what, expected=exc.expected, got=exc.got, remedy=exc.remedy) from exc
         for wnid in sorted(classes):
             rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
-            for row in sorted(row.split(_SEPARATOR) for row in rows):
-                name, path, size_bytes, status, url = row
+            for fields in sorted(row.split(_SEPARATOR) for row in rows):
+                name, path, size_bytes, status, url = fields
                 found = make_ref(self.split, wnid, name, self.path / path, 0, int(size_bytes))
                 known = int(status) if status.isdecimal() else None
                 yield replace(found, url=url, status=known) if isinstance(found, ImageRef) else found
