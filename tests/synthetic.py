@@ -22,20 +22,8 @@ from PIL import Image
 from imnet_prep.types import Change, Reason
 
 Picture = NDArray[np.uint8]
-WNIDS = tuple(  # real ones, so that ImageNet's labels apply; sorted
-    [
-        "n01440764",
-        "n01443537",
-        "n01484850",
-        "n01491361",
-        "n01494475",
-        "n01496331",
-        "n01498041",
-        "n01514668",
-        "n01514859",
-        "n01518878",
-    ]
-)
+_FIRST = (1440764, 1443537, 1484850, 1491361, 1494475, 1496331, 1498041, 1514668, 1514859, 1518878)
+WNIDS = tuple(f"n{number:08d}" for number in _FIRST)  # ImageNet's first ten classes, so that its labels apply
 
 
 def picture(label: int, seed: int, width: int = 48, height: int = 40) -> Picture:
@@ -249,16 +237,8 @@ def meta_mat(ids: Mapping[str, int]) -> bytes:
     """Make ``meta.mat``: struct array ``synsets``, the classes in id order, then two synsets above them."""
     from scipy.io import savemat
 
-    fields = [
-        "ILSVRC2012_ID",
-        "WNID",
-        "words",
-        "gloss",
-        "num_children",
-        "children",
-        "wordnet_height",
-        "num_train_images",
-    ]
+    texts, numbers = ("WNID", "words", "gloss"), ("num_children", "children", "wordnet_height", "num_train_images")
+    fields = ("ILSVRC2012_ID", *texts, *numbers)
     table = np.zeros((len(ids) + 2, 1), dtype=[(name, object) for name in fields])
     leaves = sorted(ids.items(), key=lambda pair: pair[1])
     half = len(leaves) // 2
