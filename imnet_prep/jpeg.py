@@ -14,6 +14,7 @@ from imnet_prep.types import Reason
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
 _TEM, _DNL, _APP1, _APP14 = 0x01, 0xDC, 0xE1, 0xEE
 _RESTARTS = range(0xD0, 0xD8)
+_APPLICATION, _COM = range(0xE0, 0xF0), 0xFE
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC lie between the frame headers
 _LOSSLESS_OR_HIERARCHICAL = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
 _ARITHMETIC = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
@@ -108,6 +109,37 @@ def read_markers(data: bytes) -> JpegInfo:
     if frame is None or scans == 0:
         raise ImageFault(Reason.CORRUPT, "no image between the start and end markers")
     return _info(frame, adobe, orientation, damaged, at)
+
+
+def without_oddities(data: bytes, info: JpegInfo) -> bytes:
+    """Copy a JPEG without its metadata, and with the scan parameters that a sequential one must have.
+
+    libjpeg complains once a file; a harmless complaint (an unknown JFIF revision, say) would hide a serious one.
+
+    Args:
+        data: A file that :func:`read_markers` accepted.
+        info: What it said.
+    """
+    parts, at = [data[:2]], 2
+    while True:
+        marker, body_at = _marker_at(data, at)
+        if marker == EOI:
+            parts.append(data[at:body_at])
+            return b"".join(parts)
+        if marker == _TEM or marker in _RESTARTS:
+            at = body_at
+            continue
+        body, end = _segment(data, body_at)
+        if marker == SOS:
+            if not info.progressive and len(body) >= 3:
+                body = body[:-3] + b"\x00\x3f\x00"
+            found = _NEXT_MARKER.search(data, end)
+            assert found is not None  # read_markers found it
+            parts += [b"\xff\xda", data[body_at : body_at + 2], body, data[end : found.start()]]
+            end = found.start()
+        elif not (marker in _APPLICATION or marker == _COM):
+            parts += [b"\xff", data[body_at - 1 : end]]
+        at = end
 
 
 def _marker_at(data: bytes, at: int) -> tuple[int, int]:

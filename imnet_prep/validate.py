@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from imnet_prep import imaging
 from imnet_prep.errors import PlanError
 from imnet_prep.formats import check_container, sniff
-from imnet_prep.jpeg import ImageFault, JpegInfo, read_markers
+from imnet_prep.jpeg import ImageFault, JpegInfo, read_markers, without_oddities
 from imnet_prep.types import Change, ImageRef, RawImage, Reason, Rejected, Sample
 
 CONVERT_QUALITY = 95  # a conversion is not meant to be seen; 4:4:4 at 95 stays above 40 dB on photographs
@@ -143,6 +143,9 @@ def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, chang
 
 def _refuse_damage(data: bytes, info: JpegInfo, decoded: bool, said: str, changes: list[Change]) -> None:
     damage = _DAMAGE.search(said)
+    if said and damage is None and decoded:
+        _, said = imaging.decode_jpeg(without_oddities(data, info), grey=True, reduce=_CHECK_REDUCE)
+        damage = _DAMAGE.search(said)
     if decoded and damage is None:
         return
     words = damage.group().strip() if damage else f"does not decode ({info.precision}-bit JPEG)"
