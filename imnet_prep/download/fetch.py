@@ -130,6 +130,9 @@ class Fetcher:
         BUDGET.body()
         if declared is not None:
             data = raw.read(declared, decode_content=False) if declared else b""
+            if len(data) < declared:
+                short = f"the body ended after {len(data)} of {declared} bytes"
+                return Failure(FailReason.TRUNCATED, short, status, transient=True)
         else:
             parts, size = [], 0
             for part in _parts(raw):
