@@ -29,14 +29,13 @@ from numpy.typing import NDArray
 from imnet_prep import catalog, executors
 from imnet_prep.errors import BudgetError, Interrupted, PlanError
 from imnet_prep.files import file_digest, sync, write_atomically
-from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, SplitInfo, load_manifest, write_records
+from imnet_prep.manifest import MANIFEST, RECORDS, REJECTED, Manifest, SplitInfo, load_manifest, write_records
 from imnet_prep.plan import Plan, PlanOptions, make_plan, shard_refs
 from imnet_prep.shard_task import ShardResult, ShardTask, finished, lines_path
 from imnet_prep.sources import Source, SourceInfo, SourceSummary, detect, merge, read
 from imnet_prep.types import Progress, ProgressCallback, Rejected
 from imnet_prep.validate import validate
 
-REJECTED = "rejected.jsonl"
 WORK = ".work"
 SAMPLE_IMAGES = 64  # timed for the estimate of --dry-run
 _BUDGET = re.compile(r"(\d+)|(\d+(?:\.\d+)?)%")
@@ -141,14 +140,14 @@ def convert(
         plan = _plan(sources, partial / WORK, plan_options, progress)
         done = _already_done(out, plan, options)
         if done is not None:
-            return ConvertResult(done, out, _stored_bytes(done), time.monotonic() - started, True)
+            return ConvertResult(done, out, stored_bytes(done), time.monotonic() - started, True)
         _resume_or_start(out, partial, plan, options)
         infos = [source.info(progress) for source in sources]
         _check_space(partial, plan)
         results = _run(partial, plan, options, progress, stop)
         manifest = _commit(partial, plan, infos, results)
-        _publish(partial, out)
-    return ConvertResult(manifest, out, _stored_bytes(manifest), time.monotonic() - started, False)
+        publish(partial, out)
+    return ConvertResult(manifest, out, stored_bytes(manifest), time.monotonic() - started, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +374,7 @@ def _run(
 
 
 def _over_budget(partial: Path, rejected: list[Rejected], found: int, options: ConvertOptions) -> BudgetError:
-    _write_rejected(partial / REJECTED, rejected)
+    write_rejected(partial / REJECTED, rejected)
     reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(r.reason for r in rejected).most_common(4))
     return BudgetError(
         f"{len(rejected)} of {found} images rejected ({reasons}); the first: {rejected[0].file_name}",
@@ -384,7 +383,8 @@ def _over_budget(partial: Path, rejected: list[Rejected], found: int, options: C
     )
 
 
-def _write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
+def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
+    """Write ``rejected.jsonl``, sorted."""
     lines = [
         json.dumps(asdict(item), sort_keys=True, ensure_ascii=False)
         for item in sorted(rejected, key=lambda item: (item.split, item.file_name, item.reason))
@@ -397,12 +397,12 @@ def _commit(partial: Path, plan: Plan, infos: Sequence[SourceInfo], results: Seq
     rejected = [*plan.rejected, *(item for result in results for item in result.rejected)]
     if not any(result.images for result in results):
         raise _over_budget(partial, rejected, plan.images + len(plan.rejected), ConvertOptions(max_rejected="0"))
-    _write_rejected(partial / REJECTED, rejected)
+    write_rejected(partial / REJECTED, rejected)
     splits: dict[str, SplitInfo] = {}
     seen = np.empty(0, np.uint64)
     for split in plan.splits:
         mine = [result for result in results if result.split == split]
-        splits[split], seen = _split_info(partial, plan, split, mine, rejected, seen)
+        splits[split], seen = split_info(partial, plan, split, mine, rejected, seen)
     words = dict(catalog.synsets())
     manifest = Manifest(
         classes=plan.classes,
@@ -415,12 +415,19 @@ def _commit(partial: Path, plan: Plan, infos: Sequence[SourceInfo], results: Seq
         made_with={name: version(name) for name in ("imnet-prep", "opencv-python-headless", "pillow")},
         plan=plan.digest,
         splits=splits,
+        rejected=file_entry(partial, REJECTED),
     )
     write_atomically(partial / MANIFEST, manifest.to_bytes())
     return manifest
 
 
-def _split_info(
+def file_entry(folder: Path, name: str) -> dict[str, Any]:
+    """Give name, size and digest of a file, as the manifest records them."""
+    path = folder / name
+    return {"file": name, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def split_info(
     partial: Path,
     plan: Plan,
     split: str,
@@ -461,13 +468,13 @@ def _split_info(
         class_counts=tuple(int(count) for count in counts),
         header_size=layout.header_size,
         page_size=layout.page_size,
-        records={"file": f"{split}/{RECORDS}", "size_bytes": path.stat().st_size, "sha256": file_digest(path)},
+        records=file_entry(partial, f"{split}/{RECORDS}"),
         shards=tuple(result.info for result in stored if result.info is not None),
     )
     return info, np.union1d(seen, unique)
 
 
-def _publish(partial: Path, out: Path) -> None:
+def publish(partial: Path, out: Path) -> None:
     """Give the whole folder its name; an older one goes only now."""
     shutil.rmtree(partial / WORK)
     sync(partial)
@@ -480,6 +487,7 @@ def _publish(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _stored_bytes(manifest: Manifest) -> int:
+def stored_bytes(manifest: Manifest) -> int:
+    """Add up data files and indexes."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     return sum(shard.size_bytes + shard.index_size_bytes for shard in shards)

@@ -1,4 +1,4 @@
-"""Who carries out the shard tasks: a pool of processes here, or Dask workers on machines that share the folder."""
+"""Who carries out tasks: a pool of processes here, or Dask workers on machines that share the folder."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from imnet_prep.errors import PlanError
-from imnet_prep.shard_task import ShardResult, ShardTask, run_task
+from imnet_prep.shard_task import Advance, ShardResult, ShardTask, run_task
 
 EXECUTORS = ("local", "dask")
 POLL_S = 0.2
 Report = Callable[[int, int, int], None]  # images, bytes and rejected of this run so far
 Stop = Callable[[], bool]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 _counters: Any = None  # in a worker process: images, bytes, rejected, shared with the parent
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -42,18 +45,32 @@ def run(
     if not tasks:
         return iter(())
     if scheduler is None:
-        return _run_local(tasks, workers or len(os.sched_getaffinity(0)), report, stop)
+        width = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+        return run_processes(run_task, tasks, width, report, stop)
     return _run_dask(tasks, scheduler, report, stop)
 
 
-def _run_local(tasks: Sequence[ShardTask], workers: int, report: Report, stop: Stop) -> Iterator[ShardResult]:
+def run_processes(
+    function: Callable[[Task, Advance], Result], tasks: Iterable[Task], width: int, report: Report, stop: Stop
+) -> Iterator[Result]:
+    """Carry out tasks in fresh processes that die with this one; at most ``width`` are in hand, the rest not yet made.
+
+    Args:
+        function: What a worker does with a task, from a module; it is told how to say how far it is.
+        tasks: Taken one by one, as workers come free.
+        width: Number of processes.
+        report: Told now and then how far the work is.
+        stop: Once true, no further task begins.
+
+    Raises:
+        PlanError: A worker process was killed.
+    """
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 3)
-    width = min(workers, len(tasks))
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(width, context, _begin_worker, (counters, os.getpid()))
     try:
-        yield from _drive(pool, _run_counted, width, tasks, lambda: report(*counters), stop)
+        yield from _drive(pool, _Counted(function), width, tasks, lambda: report(*counters[:]), stop)
     except BrokenProcessPool as error:
         raise PlanError(
             "a worker process was killed (out of memory?)",
@@ -82,13 +99,20 @@ def _begin_worker(counters: Any, parent: int) -> None:
     cv2.setNumThreads(1)
 
 
-def _run_counted(task: ShardTask) -> ShardResult:
-    def advance(images: int, size: int, rejected: int) -> None:
-        with _counters.get_lock():
-            for position, value in enumerate((images, size, rejected)):
-                _counters[position] += value
+@dataclass(frozen=True, slots=True)
+class _Counted(Generic[Task, Result]):
+    """A function that adds what it says of itself to the counters shared with the parent."""
 
-    return run_task(task, advance)
+    function: Callable[[Task, Advance], Result]
+
+    def __call__(self, task: Task) -> Result:
+        return self.function(task, _advance)
+
+
+def _advance(images: int, size: int, rejected: int) -> None:
+    with _counters.get_lock():
+        for position, value in enumerate((images, size, rejected)):
+            _counters[position] += value
 
 
 def _run_uncounted(task: ShardTask) -> ShardResult:
@@ -123,15 +147,15 @@ def _run_dask(tasks: Sequence[ShardTask], scheduler: str, report: Report, stop: 
 
 def _drive(
     pool: Executor,
-    function: Callable[[ShardTask], ShardResult],
+    function: Callable[[Task], Result],
     width: int,
-    tasks: Sequence[ShardTask],
+    tasks: Iterable[Task],
     report: Callable[[], None],
     stop: Stop,
-) -> Iterator[ShardResult]:
+) -> Iterator[Result]:
     """Keep ``width`` tasks in hand, so that stopping never waits for more than those."""
     todo = iter(tasks)
-    in_hand: set[Future[ShardResult]] = set()
+    in_hand: set[Future[Result]] = set()
     while True:
         while len(in_hand) < width and not stop() and (task := next(todo, None)) is not None:
             in_hand.add(pool.submit(function, task))

@@ -24,6 +24,7 @@ FORMAT = "imnet-prep/records"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl.gz"
+REJECTED = "rejected.jsonl"
 COLUMNS = {"file_name": "string", "image": "bytes", "label": "int32"}  # ImageNetToMR's, so any MindDataset reads them
 
 
@@ -60,8 +61,9 @@ class SplitInfo:
 class Manifest:
     """What ``manifest.json`` says.
 
-    ``plan`` is the digest of the plan it was made by (empty for adopted files); ``digest`` is the SHA-256 (hex) of the
-    file's bytes, empty for one not yet written.
+    ``plan`` is the digest of the plan it was made by (empty for adopted files); ``columns`` are the data files' fields;
+    ``rejected`` is name, size and digest of ``rejected.jsonl`` (empty where there is none); ``digest`` is the SHA-256
+    (hex) of the file's bytes, empty for one not yet written.
     """
 
     classes: tuple[str, ...]
@@ -74,17 +76,19 @@ class Manifest:
     made_with: dict[str, str]
     plan: str
     splits: dict[str, SplitInfo]
+    columns: dict[str, str] = field(default_factory=lambda: dict(COLUMNS))
+    rejected: dict[str, Any] = field(default_factory=dict)
     digest: str = field(default="", compare=False)
 
     def to_bytes(self) -> bytes:
         """Give the bytes of ``manifest.json``: sorted keys, two spaces, one final newline."""
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "classes": [
                 {"name": name, "words": words} for name, words in zip(self.classes, self.class_words, strict=True)
             ],
-            "columns": COLUMNS,
+            "columns": self.columns,
             "label_space": self.label_space,
             "label_convention": self.label_convention,
             "seed": self.seed,
@@ -94,6 +98,8 @@ class Manifest:
             "plan": self.plan,
             "splits": {name: asdict(split) for name, split in self.splits.items()},
         }
+        if self.rejected:
+            document["rejected"] = self.rejected
         return _canonical({**document, "self_sha256": _self_digest(document)})
 
     def split(self, records: Path, name: str) -> SplitInfo:
@@ -195,6 +201,8 @@ def _from_document(document: dict[str, Any], digest: str) -> Manifest:
         made_with=document["made_with"],
         plan=document["plan"],
         splits={name: _split_from(entry) for name, entry in document["splits"].items()},
+        columns=document["columns"],
+        rejected=document.get("rejected", {}),
         digest=digest,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import struct
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 from imnet_prep.errors import RecordsError
 
 LENGTH = struct.Struct("<Q")
-MAX_HEADER_BYTES = 128 << 20  # MindSpore's own limit for a header
+MAX_HEADER_BYTES = 128 << 20  # MindSpore's own limits for a header and a page
+MAX_PAGE_BYTES = 256 << 20
+MAX_PAGES = 1 << 22
 RAW, BLOB = "RAW_DATA", "BLOB_DATA"
 _INDEX_COLUMNS = (
     "ROW_ID, PAGE_ID_RAW, PAGE_OFFSET_RAW, PAGE_OFFSET_RAW_END, PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END"
@@ -34,13 +37,21 @@ _INDEX_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page as the header lists it: its number, type, used bytes and, for blob pages, the rows in it."""
+    """A page as the header lists it.
+
+    Attributes:
+        page_id: Its number, from 0. kind: ``RAW_DATA`` or ``BLOB_DATA``.
+        used_bytes: How many of its bytes hold rows.
+        start_row: First row of a blob page. end_row: The row after its last.
+        groups: Of a raw page, (row group, byte where its rows begin).
+    """
 
     page_id: int
     kind: str
     used_bytes: int
     start_row: int
     end_row: int
+    groups: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +120,7 @@ def read_header(path: Path) -> Header:
         raise _not_mindrecord(path, f"a header length of {length} bytes in a file of {path.stat().st_size}")
     try:
         return _parse_header(json.loads(text), length)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise _not_mindrecord(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -135,14 +146,19 @@ def _parse_header(data: dict[str, Any], length: int) -> Header:
                 int(page["page_size"]),
                 int(page["start_row_id"]),
                 int(page["end_row_id"]),
+                tuple((int(group["id"]), int(group["offset"])) for group in page.get("row_group_ids") or ()),
             )
-            for page in sorted(data["page"], key=lambda page: int(page["page_id"]))
+            # A file that got no rows (ImageNetToMR leaves some where there are few images) has null here.
+            for page in sorted(data["page"] or (), key=lambda page: int(page["page_id"]))
         ),
     )
-    if header.header_size < length + LENGTH.size or header.page_size <= 0:
-        raise ValueError(f"header_size {header.header_size}, page_size {header.page_size}")
-    if any(page.page_id != number or page.used_bytes > header.page_size for number, page in enumerate(header.pages)):
-        raise ValueError("page numbers or sizes do not fit")
+    if not length + LENGTH.size <= header.header_size <= MAX_HEADER_BYTES:
+        raise ValueError(f"header_size {header.header_size}")
+    if not 0 < header.page_size <= MAX_PAGE_BYTES or len(header.pages) > MAX_PAGES:
+        raise ValueError(f"page_size {header.page_size}, {len(header.pages)} pages")
+    for number, page in enumerate(header.pages):
+        if page.page_id != number or not 0 <= page.used_bytes <= header.page_size or page.kind not in (RAW, BLOB):
+            raise ValueError(f"page {number} does not fit: {page.kind}, {page.used_bytes} bytes")
     return header
 
 
@@ -172,8 +188,9 @@ def read_index(path: Path, header: Header) -> RowIndex:
     try:
         connection = connect_index(path)
         try:
-            rows = connection.execute(f"SELECT {_INDEX_COLUMNS} FROM INDEXES ORDER BY ROW_ID").fetchall()
-            table = np.array(rows, dtype=np.int64).reshape(len(rows), 7)
+            found = connection.execute(f"SELECT {_INDEX_COLUMNS} FROM INDEXES ORDER BY ROW_ID")
+            # One number at a time: a list of a million tuples would cost 500 bytes a row.
+            table = np.fromiter((value for row in found for value in row), dtype=np.int64).reshape(-1, 7)
         finally:
             connection.close()
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
@@ -182,8 +199,42 @@ def read_index(path: Path, header: Header) -> RowIndex:
         ) from error
     if not np.array_equal(table[:, 0], np.arange(len(table))):
         raise RecordsError(f"{index_path(path)}: the index is damaged", expected="row numbers from 0 on, without gaps")
+    places = table[:, 1:]
+    wrong = (places < 0) | (places > np.tile([MAX_PAGES, header.page_size, header.page_size], 2))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong.any(axis=1))[0])
+        raise RecordsError(
+            f"{index_path(path)}: the index is damaged", expected="pages and bytes in them", got=f"row {row}"
+        )
     raw, blob = (header.header_size + table[:, column] * header.page_size for column in (1, 4))
     return RowIndex(raw + table[:, 2], raw + table[:, 3], blob + table[:, 5], blob + table[:, 6])
+
+
+def read_index_field(path: Path, header: Header, field: str) -> list[Any] | None:
+    """Read an indexed field of every row, in row order.
+
+    Returns:
+        The values, or None where the index does not carry the field.
+
+    Raises:
+        RecordsError: The index is missing or damaged.
+    """
+    if field not in header.index_fields:
+        return None
+    try:
+        connection = connect_index(path)
+        try:
+            columns = [str(entry[1]) for entry in connection.execute("PRAGMA table_info(INDEXES)")]
+            name = next((name for name in columns if re.fullmatch(rf"{re.escape(field)}_\d+", name)), None)
+            if name is None:
+                return None
+            return [row[0] for row in connection.execute(f'SELECT "{name}" FROM INDEXES ORDER BY ROW_ID')]
+        finally:
+            connection.close()
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        raise RecordsError(
+            f"{index_path(path)}: the index is damaged", got=str(error), remedy="run `imnet-prep repair-index`"
+        ) from error
 
 
 def index_from_data(path: Path, header: Header) -> RowIndex:
@@ -266,7 +317,11 @@ class Shard:
             self._descriptor = -1
 
     def _read(self, row: int, start: int, end: int) -> bytes:
-        data = os.pread(self._descriptor, max(0, end - start), start)
+        size = min(max(0, end - start), self.header.page_size)  # a damaged index must not ask for terabytes
+        try:
+            data = os.pread(self._descriptor, size, max(0, start))
+        except OSError as error:
+            raise RecordsError(f"{self.path}: row {row} cannot be read", got=str(error)) from error
         if len(data) != end - start or len(data) < LENGTH.size:
             raise RecordsError(
                 f"{self.path}: row {row} is cut off", expected=f"bytes {start} to {end}", got=f"{len(data)} bytes"
@@ -282,7 +337,7 @@ class Shard:
         data = self._read(row, int(self.index.raw_start[row]), int(self.index.raw_end[row]))
         try:
             values = msgpack.unpackb(data[LENGTH.size :], raw=False, strict_map_key=False)
-        except (ValueError, msgpack.exceptions.UnpackException) as error:
+        except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
             raise RecordsError(
                 f"{self.path}: row {row} is damaged", got=f"fields that do not decode ({error})"
             ) from error
