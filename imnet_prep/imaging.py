@@ -213,6 +213,14 @@ def _bgr(image: Image.Image) -> Pixels:
     return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
 
 
+def grey(pixels: Pixels) -> Pixels:
+    """Bring BGR to grey, uint8 (H, W); grey stays."""
+    if pixels.ndim == 2:
+        return pixels
+    made: Pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
+    return made
+
+
 def refuse_bomb(width: int, height: int, max_pixels: int) -> None:
     """Raise an :class:`ImageFault` for more pixels than ``max_pixels``, or than a JPEG can hold a side."""
     if width * height > max_pixels:

@@ -78,6 +78,49 @@ def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
     return _sample(ref, raw.data, image, width, height, changes)
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A stored image that is whole: its size as stored, what was noticed, and a small grey copy, uint8 (H, W)."""
+
+    width: int
+    height: int
+    changes: tuple[Change, ...]
+    grey: imaging.Pixels
+
+
+def examine(data: bytes, short_side: int) -> Examined:
+    """Read every compressed bit of a stored image, of whatever format.
+
+    Args:
+        data: The bytes.
+        short_side: The grey copy has at least this many pixels on its short side, where the image has them.
+
+    Raises:
+        ImageFault: It is not whole, or no image.
+    """
+    options = ValidateOptions()
+    if not data:
+        raise ImageFault(Reason.EMPTY, "zero bytes")
+    kind = sniff(data)
+    if kind != "JPEG":
+        pixels, _ = imaging.decode_other(data, kind, deep=check_container(data, kind), max_pixels=options.max_pixels)
+        return Examined(pixels.shape[1], pixels.shape[0], (), imaging.grey(pixels))
+    info = read_markers(data)
+    imaging.refuse_bomb(info.width, info.height, options.max_pixels)
+    changes: list[Change] = []
+    if info.plain and info.components in (1, 3):
+        room = min(info.width, info.height) // short_side
+        reduce = max((scale for scale in (1, 2, 4, 8) if scale <= room), default=1)
+        small, said = imaging.decode_jpeg(data, grey=True, reduce=reduce)
+        _refuse_damage(data, info, small is not None, said, changes)
+        assert small is not None  # _refuse_damage raised otherwise
+    else:
+        small = imaging.grey(_decode_checked(data, info, options, changes))
+    seen = (Change.PROGRESSIVE, Change.GREYSCALE, Change.EXIF_DAMAGED, Change.TRAILING_BYTES)
+    noticed = {change for change in (*_noticed(info, len(data)), *changes) if change in seen}
+    return Examined(info.width, info.height, tuple(sorted(noticed, key=_CHANGE_ORDER.__getitem__)), small)
+
+
 def _sample(ref: ImageRef, data: bytes, image: bytes, width: int, height: int, changes: list[Change]) -> Sample:
     found = hashlib.sha256(data).hexdigest()
     return Sample(
