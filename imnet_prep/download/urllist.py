@@ -106,9 +106,16 @@ def _named(wnid: str, url: str) -> Line:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes without the newline) of a list, plain or gzip, in flat memory.
+    """Yield (line number from 1, bytes without the newline) of a list; see :func:`read_blocks`."""
+    for first, block in read_blocks(path):
+        yield from enumerate(block.split(b"\n")[:-1], first)
 
-    An overlong line comes as its first ``MAX_LINE_BYTES + 1`` bytes.
+
+def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (number of its first line, from 1; whole lines, each with its newline) of a list, in flat memory.
+
+    The list may be plain or gzip, whatever its name. A line longer than a block comes as its first
+    ``MAX_LINE_BYTES + 1`` bytes.
 
     Raises:
         DownloadError: the list is not there, not readable, UTF-16, or damaged gzip.
@@ -121,9 +128,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 raise DownloadError(f"URL list {path} is UTF-16", remedy="convert it: iconv -f UTF-16 -t UTF-8")
             if magic == b"\x1f\x8b":
                 with gzip.open(file, "rb") as unzipped:
-                    yield from _split(unzipped)
+                    yield from _blocks(unzipped)
             else:
-                yield from _split(file)
+                yield from _blocks(file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DownloadError(
             f"URL list {path} is damaged gzip", got=str(error), remedy="fetch it again; its lines were not taken in"
@@ -132,26 +139,27 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DownloadError(f"cannot read URL list {path}", got=error.strerror or str(error)) from error
 
 
-def _split(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
-    number, rest, skipping, first = 0, b"", False, True
+def _blocks(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
+    number, rest, skipping, begun = 1, b"", False, False
     while chunk := file.read(_CHUNK):
-        if first:
-            chunk, first = chunk.removeprefix(b"\xef\xbb\xbf"), False
-        lines = (rest + chunk).split(b"\n")
-        rest = lines.pop()
-        for line in lines:
-            if skipping:  # the tail of an overlong line that was already given
-                skipping = False
-                continue
-            number += 1
-            yield number, line[: MAX_LINE_BYTES + 1]
+        if not begun:
+            chunk, begun = chunk.removeprefix(b"\xef\xbb\xbf"), True
+        if skipping:  # the tail of an overlong line that was already given
+            _, newline, chunk = chunk.partition(b"\n")
+            skipping = not newline
+        whole, newline, tail = chunk.rpartition(b"\n")
+        if newline:
+            block = rest + whole + newline
+            yield number, block
+            number += block.count(b"\n")
+            rest = tail
+        else:
+            rest += tail
         if len(rest) > MAX_LINE_BYTES:
-            if not skipping:
-                number += 1
-                yield number, rest[: MAX_LINE_BYTES + 1]
-            skipping, rest = True, b""
-    if rest and not skipping:
-        yield number + 1, rest
+            yield number, rest[: MAX_LINE_BYTES + 1] + b"\n"
+            number, rest, skipping = number + 1, b"", True
+    if rest:
+        yield number, rest + b"\n"
 
 
 def read_wnids(path: Path) -> frozenset[str]:
