@@ -1,13 +1,102 @@
-"""CPU operators for MobileNetV2 and how to tell whether they are here."""
+"""C++ operators for MobileNetV2 on a CPU: whether they are here, and a direct way to call them.
+
+The library is plain C, built by the package's own build; `docs/kernels.md` lists its operators. This module loads it with
+ctypes and imports no MindSpore; `mbv2.kernels.operators` makes MindSpore operators of it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.errors import TrainError
+
+ENVIRONMENT = "MBV2_KERNELS"
+"""Set to "standard" to hide the operators: everything then runs on MindSpore's own."""
+
+LIBRARY = Path(__file__).parent / "mbv2_kernels.so"
+
 
 def available() -> bool:
-    """Whether the C++ operators are built and usable in this process."""
-    return False
+    """Whether the C++ operators are built, loadable and not hidden."""
+    return _problem() is None
 
 
 def describe() -> str:
-    """One line that names the operators in use, or why they are not and what to install."""
-    return "standard operators"
+    """One line that names the operators in use, or says why they are not and what to do."""
+    problem = _problem()
+    if problem is not None:
+        return f"standard operators ({problem})"
+    library = _library()
+    return f"C++ operators ({library.mbv2_instruction_set().decode()}, {library.mbv2_threads()} threads)"
+
+
+def threads() -> int:
+    """How many threads the operators use."""
+    return int(_library().mbv2_threads())
+
+
+def set_threads(count: int) -> None:
+    """Use `count` threads, or, with 0, as many as this process may use. Results keep their bits at the same count."""
+    _library().mbv2_set_threads(count)
+
+
+def call(name: str, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]) -> None:
+    """Run an operator on NumPy arrays.
+
+    Args:
+        name: Without the prefix, as in `docs/kernels.md`.
+        inputs: C-contiguous arrays in the operator's order.
+        outputs: C-contiguous arrays that it fills.
+
+    Raises:
+        TrainError: There is no such operator, or it refuses a shape or type; the message is the operator's own.
+    """
+    arrays = [*inputs, *outputs]
+    for array in arrays:
+        if not array.flags.c_contiguous:
+            raise TrainError(f"operator {name}", expected="C-contiguous arrays", got=f"strides {array.strides}")
+    function = getattr(_library(), f"mbv2_{name}", None)
+    if function is None:
+        raise TrainError(f"no operator called {name}", remedy="see docs/kernels.md for their names")
+    count = len(arrays)
+    shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
+    code = function(
+        count,
+        (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
+        (ctypes.c_int * count)(*(array.ndim for array in arrays)),
+        (ctypes.POINTER(ctypes.c_int64) * count)(*(ctypes.cast(s, ctypes.POINTER(ctypes.c_int64)) for s in shapes)),
+        (ctypes.c_char_p * count)(*(array.dtype.name.encode() for array in arrays)),
+        None,
+        None,
+    )
+    if code != 0:
+        raise TrainError(_library().mbv2_last_error().decode())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.mbv2_last_error.restype = ctypes.c_char_p
+    library.mbv2_instruction_set.restype = ctypes.c_char_p
+    library.mbv2_set_threads.restype = None
+    return library
+
+
+def _problem() -> str | None:
+    """Why the operators cannot be used, or None."""
+    if os.environ.get(ENVIRONMENT) == "standard":
+        return f"the C++ operators are switched off by {ENVIRONMENT}=standard"
+    if not LIBRARY.exists():
+        return "the C++ operators are not built: install a C++17 compiler such as g++, then `pip install` this package again"
+    try:
+        _library()
+    except OSError as error:
+        return f"the C++ operators do not load here: {error}; run `pip install` of this package again with a C++17 compiler"
+    return None

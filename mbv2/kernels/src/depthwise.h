@@ -1,0 +1,254 @@
+// Depthwise 3x3, forward and backward: a ring of three activated rows, then channels in eights along the row.
+
+long depthwise_scratch(const Depthwise& p) {
+  const long wide_row = static_cast<long>((p.width > p.out_width ? p.width : p.out_width) + 3) * p.channels;
+  return 4 * wide_row + 64;
+}
+
+// Input row `iy` of image `n` with a zero column on each side; zero where it lies outside.
+inline void load_padded_row(const Depthwise& p, long n, int iy, float* to) {
+  const int channels = p.channels;
+  const size_t column = sizeof(float) * channels;
+  if (iy < 0 || iy >= p.height) {
+    std::memset(to, 0, column * (p.width + 2));
+    return;
+  }
+  std::memset(to, 0, column);
+  load_rows(p.x + (n * p.height + iy) * static_cast<long>(p.width) * channels, p.in, p.width, channels, to + channels, channels);
+  std::memset(to + static_cast<long>(p.width + 1) * channels, 0, column);
+}
+
+// N neighbouring outputs of stride S; rows point at the first input column under the window.
+template <int N, int S>
+INLINE void window(const float* const (&rows)[3], long channels, const Eight (&w)[9], Eight (&acc)[N]) {
+#pragma GCC unroll 3
+  for (int ky = 0; ky < 3; ++ky) {
+#pragma GCC unroll 16
+    for (int j = 0; j < (N - 1) * S + 3; ++j) {
+      const Eight v = eight(rows[ky] + j * channels);
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx) {
+        const int from = j - kx;
+        if (from >= 0 && from % S == 0 && from / S < N) acc[from / S] += v * w[ky * 3 + kx];
+      }
+    }
+  }
+}
+
+template <int S>
+inline void depthwise_row(const Depthwise& p, const float* const (&rows)[3], float* y, Sums sums) {
+  const long channels = p.channels;
+  const int skip = 1 - p.pad_left;
+  for (int c = 0; c < channels; c += 8) {
+    Eight w[9];
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) w[k] = eight(p.weights + k * channels + c);
+    Eight s = {}, q = {};
+    const Eight centre = sums.first ? eight(p.centre + c) : Eight{};
+    const Eight bias = p.bias ? eight(p.bias + c) : Eight{};
+    const auto finish = [&](int ox, Eight v) __attribute__((always_inline)) {
+      if (p.bias) {
+        v += bias;
+        if (p.relu6) v = relu6(v);
+      }
+      put(y + ox * channels + c, v);
+      if (sums.first) {
+        v -= centre;
+        s += v;
+        q += v * v;
+      }
+    };
+    int ox = 0;
+    for (; ox + 4 <= p.out_width; ox += 4) {
+      const long at = (ox * S + skip) * channels + c;
+      const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
+      Eight acc[4] = {};
+      window<4, S>(here, channels, w, acc);
+      for (int i = 0; i < 4; ++i) finish(ox + i, acc[i]);
+    }
+    for (; ox < p.out_width; ++ox) {
+      const long at = (ox * S + skip) * channels + c;
+      const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
+      Eight acc[1] = {};
+      window<1, S>(here, channels, w, acc);
+      finish(ox, acc[0]);
+    }
+    if (sums.first) {
+      add_to(sums.first, s, c);
+      add_to(sums.second, q, c);
+    }
+  }
+}
+
+void depthwise(const Depthwise& p, long begin, long end, float* scratch, Sums sums) {
+  // The last column under a window at stride 2 without left padding is width + 1: the zero column on the right.
+  const long row_size = static_cast<long>(p.width + 2) * p.channels;
+  long held[3] = {-100, -100, -100};  // n * (height + 4) + iy, by place in the ring
+  for (long row = begin; row < end; ++row) {
+    const long n = row / p.out_height;
+    const int oy = static_cast<int>(row % p.out_height);
+    const float* rows[3];
+    for (int ky = 0; ky < 3; ++ky) {
+      const int iy = oy * p.stride - p.pad_top + ky;
+      const int place = (iy + 3) % 3;
+      const long key = n * (p.height + 4) + iy;
+      float* to = scratch + place * row_size;
+      if (held[place] != key) {
+        load_padded_row(p, n, iy, to);
+        held[place] = key;
+      }
+      rows[ky] = to;
+    }
+    float* y = p.y + row * p.out_width * p.channels;
+    if (p.stride == 1) depthwise_row<1>(p, rows, y, sums);
+    else depthwise_row<2>(p, rows, y, sums);
+  }
+}
+
+// Row `oy` of the gradient at the output, with a zero column on each side.
+inline void load_gradient_row(const DepthwiseGradient& p, long n, int oy, float* to) {
+  const Depthwise& d = p.shape;
+  const size_t column = sizeof(float) * d.channels;
+  if (oy < 0 || oy >= d.out_height) {
+    std::memset(to, 0, column * (d.out_width + 2));
+    return;
+  }
+  std::memset(to, 0, column);
+  load_gradient(p.out, (n * d.out_height + oy) * d.out_width, d.out_width, d.channels, to + d.channels, d.channels);
+  std::memset(to + static_cast<long>(d.out_width + 1) * d.channels, 0, column);
+}
+
+// What one input row takes part in: the kernel rows ky that reach an output row, and that row's gradient.
+struct Reach {
+  int count = 0;
+  int ky[3];
+  const float* row[3];
+};
+
+// The gradient of one input row from the rows of the output's gradient above it; at stride 2 a column has 1 or 2 taps.
+template <int S>
+INLINE void gradient_row(const DepthwiseGradient& p, const Reach& reach, const float* activation, const float* x, float* dx, float* dw,
+                         Sums sums) {
+  const Depthwise& d = p.shape;
+  const long channels = d.channels;
+  for (int c = 0; c < channels; c += 8) {
+    const Eight centre = sums.first ? eight(p.centre + c) : Eight{};
+    Eight s = {}, q = {};
+    const auto finish = [&](int ix, Eight v) __attribute__((always_inline)) {
+      const long at = ix * channels + c;
+      if (d.in.relu6) v = masked(v, eight(activation + at));
+      put(dx + at, v);
+      if (sums.first) {
+        s += v;
+        q += v * (eight(x + at) - centre);
+      }
+    };
+    if (S == 1) {
+      if (dx) {
+        Eight w[9] = {};  // mirrored: an input column takes from output columns ix - 1 .. ix + 1
+        const float* rows[3] = {reach.row[0], reach.row[0], reach.row[0]};
+        for (int i = 0; i < reach.count; ++i) {
+          rows[i] = reach.row[i];
+          for (int kx = 0; kx < 3; ++kx) w[i * 3 + kx] = eight(d.weights + (reach.ky[i] * 3 + 2 - kx) * channels + c);
+        }
+        int ix = 0;
+        for (; ix + 4 <= d.width; ix += 4) {
+          const long at = ix * channels + c;
+          const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
+          Eight acc[4] = {};
+          window<4, 1>(here, channels, w, acc);
+          for (int i = 0; i < 4; ++i) finish(ix + i, acc[i]);
+        }
+        for (; ix < d.width; ++ix) {
+          const long at = ix * channels + c;
+          const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
+          Eight acc[1] = {};
+          window<1, 1>(here, channels, w, acc);
+          finish(ix, acc[0]);
+        }
+      }
+      if (dw) {
+        for (int i = 0; i < reach.count; ++i) {
+          Eight t[3] = {};
+          const float* from = reach.row[i] + c;
+          for (int ix = 0; ix < d.width; ++ix, from += channels) {
+            const Eight a = eight(activation + ix * channels + c);
+            t[2] += a * eight(from);
+            t[1] += a * eight(from + channels);
+            t[0] += a * eight(from + 2 * channels);
+          }
+          for (int kx = 0; kx < 3; ++kx) {
+            float* to = dw + (reach.ky[i] * 3 + kx) * channels + c;
+            put(to, eight(to) + t[kx]);
+          }
+        }
+      }
+    } else {
+      Eight t[3][3] = {};
+      for (int ix = 0; ix < d.width; ++ix) {
+        const int at = ix + d.pad_left;
+        const Eight a = dw ? eight(activation + ix * channels + c) : Eight{};
+        Eight v = {};
+        for (int i = 0; i < reach.count; ++i) {
+          const float* from = reach.row[i] + c;
+          const float* w = d.weights + reach.ky[i] * 3 * channels + c;
+          if (at % 2 == 0) {
+            const Eight right = eight(from + (at / 2 + 1) * channels), left = eight(from + at / 2 * channels);
+            v += eight(w) * right + eight(w + 2 * channels) * left;
+            t[i][0] += a * right;
+            t[i][2] += a * left;
+          } else {
+            const Eight middle = eight(from + (at / 2 + 1) * channels);
+            v += eight(w + channels) * middle;
+            t[i][1] += a * middle;
+          }
+        }
+        if (dx) finish(ix, v);
+      }
+      if (dw) {
+        for (int i = 0; i < reach.count; ++i) {
+          for (int kx = 0; kx < 3; ++kx) {
+            float* to = dw + (reach.ky[i] * 3 + kx) * channels + c;
+            put(to, eight(to) + t[i][kx]);
+          }
+        }
+      }
+    }
+    if (sums.first) {
+      add_to(sums.first, s, c);
+      add_to(sums.second, q, c);
+    }
+  }
+}
+
+void depthwise_gradient(const DepthwiseGradient& p, long begin, long end, float* scratch, float* dw, Sums sums) {
+  const Depthwise& d = p.shape;
+  // Two columns more than the output: a right-hand tap may lie one past it.
+  const long row_size = static_cast<long>(d.out_width + 2) * d.channels;
+  float* activation = scratch + 3 * row_size;
+  const long x_row = static_cast<long>(d.width) * d.channels;
+  long held[3] = {-100, -100, -100};
+  for (long row = begin; row < end; ++row) {
+    const long n = row / d.height;
+    const int iy = static_cast<int>(row % d.height);
+    Reach reach;
+    for (int ky = 0; ky < 3; ++ky) {
+      const int above = iy + d.pad_top - ky;
+      if (above < 0 || above % d.stride || above / d.stride >= d.out_height) continue;
+      const int oy = above / d.stride, place = oy % 3;
+      const long key = n * (d.out_height + 4) + oy;
+      float* to = scratch + place * row_size;
+      if (held[place] != key) {
+        load_gradient_row(p, n, oy, to);
+        held[place] = key;
+      }
+      reach.ky[reach.count] = ky;
+      reach.row[reach.count++] = to;
+    }
+    const float* x = d.x ? d.x + row * x_row : nullptr;
+    if (x) load_rows(x, d.in, d.width, d.channels, activation, d.channels);
+    float* dx = p.dx ? p.dx + row * x_row : nullptr;
+    if (d.stride == 1) gradient_row<1>(p, reach, activation, x, dx, dw, sums);
+    else gradient_row<2>(p, reach, activation, x, dx, dw, sums);
+  }
+}

@@ -1,0 +1,178 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace mbv2 {
+namespace {
+
+int usable_threads() {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+constexpr int kSpins = 4000;  // some tens of microseconds: the gap between two operators of one step
+
+}  // namespace
+
+Arena::~Arena() { std::free(data_); }
+
+float* Arena::reserve(size_t floats) {
+  if (floats > size_) {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+    const size_t huge = size_t{2} << 20;
+    const size_t alignment = floats * sizeof(float) >= huge ? huge : 64;
+    const size_t bytes = (floats * sizeof(float) + alignment - 1) / alignment * alignment;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, alignment, bytes) != 0) return nullptr;
+#if defined(__linux__)
+    if (alignment == huge) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: failure changes nothing
+#endif
+    data_ = static_cast<float*>(memory);
+    size_ = bytes / sizeof(float);
+  }
+  return data_;
+}
+
+struct Pool::State {
+  std::vector<std::thread> threads;
+  std::vector<std::unique_ptr<Arena>> arenas;
+  std::mutex mutex;
+  std::condition_variable wake, finished;
+  std::atomic<unsigned> round{0};
+  std::atomic<int> pending{0};
+  std::atomic<bool> stopping{false};
+  const std::function<void(int)>* job = nullptr;
+};
+
+Pool& Pool::instance() {
+  static Pool pool;
+  return pool;
+}
+
+Pool::Pool() : state_(new State) {
+  start(usable_threads());
+#if defined(__linux__)
+  pthread_atfork(nullptr, nullptr, &Pool::forked);
+#endif
+}
+
+Pool::~Pool() {
+  stop();
+  delete state_;
+}
+
+// A forked child has none of the threads: it starts its own, and leaves its copy of the parent's bookkeeping alone.
+void Pool::forked() {
+  Pool& pool = instance();
+  new (&pool.turn_) std::mutex;
+  pool.state_ = new State;
+  pool.state_->arenas.emplace_back(new Arena);
+}
+
+void Pool::start(int count) {
+  State& s = *state_;
+  for (int i = 0; i < count; ++i) s.arenas.emplace_back(new Arena);
+  for (int worker = 1; worker < count; ++worker) {
+    s.threads.emplace_back([&s, worker] {
+      for (unsigned seen = 0;;) {
+        for (int i = 0; i < kSpins && s.round.load(std::memory_order_acquire) == seen; ++i) relax();
+        if (s.round.load(std::memory_order_acquire) == seen) {
+          std::unique_lock<std::mutex> lock(s.mutex);
+          s.wake.wait(lock, [&] { return s.round.load(std::memory_order_acquire) != seen; });
+        }
+        ++seen;
+        if (s.stopping.load(std::memory_order_acquire)) return;
+        (*s.job)(worker);
+        if (s.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+          std::lock_guard<std::mutex> lock(s.mutex);
+          s.finished.notify_one();
+        }
+      }
+    });
+  }
+}
+
+void Pool::stop() {
+  State& s = *state_;
+  {
+    std::lock_guard<std::mutex> lock(s.mutex);
+    s.stopping.store(true, std::memory_order_release);
+    s.round.fetch_add(1, std::memory_order_acq_rel);
+  }
+  s.wake.notify_all();
+  for (auto& thread : s.threads) thread.join();
+  s.threads.clear();
+}
+
+int Pool::size() { return static_cast<int>(state_->arenas.size()); }
+
+void Pool::resize(int count) {
+  if (count <= 0) count = usable_threads();
+  if (count == size()) return;
+  stop();
+  delete state_;
+  state_ = new State;
+  start(count);
+}
+
+Arena& Pool::arena(int worker) { return *state_->arenas[worker]; }
+
+void Pool::run(const std::function<void(int)>& job) {
+  State& s = *state_;
+  const int others = static_cast<int>(s.threads.size());
+  if (others > 0) {
+    s.job = &job;
+    s.pending.store(others, std::memory_order_release);
+    {
+      std::lock_guard<std::mutex> lock(s.mutex);
+      s.round.fetch_add(1, std::memory_order_acq_rel);
+    }
+    s.wake.notify_all();
+  }
+  job(0);
+  if (others > 0) {
+    for (int i = 0; i < kSpins && s.pending.load(std::memory_order_acquire) > 0; ++i) relax();
+    if (s.pending.load(std::memory_order_acquire) > 0) {
+      std::unique_lock<std::mutex> lock(s.mutex);
+      s.finished.wait(lock, [&] { return s.pending.load(std::memory_order_acquire) == 0; });
+    }
+  }
+}
+
+Range part(long total, int worker, int count, long grain) {
+  const long pieces = (total + grain - 1) / grain;
+  const long begin = pieces * worker / count * grain, end = pieces * (worker + 1) / count * grain;
+  return {std::min(begin, total), std::min(end, total)};
+}
+
+}  // namespace mbv2

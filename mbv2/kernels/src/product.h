@@ -1,0 +1,251 @@
+// The register-tiled matrix product: packed panels on the right, an epilogue that sees the sums while they are in registers.
+
+// Rows a tile of NV vectors holds: NV * rows accumulators and NV + 1 more registers.
+template <int NV>
+constexpr int tile_rows() {
+#if LANES == 16
+  return NV == 3 ? 8 : NV == 2 ? 12 : 16;
+#else
+  return NV == 3 ? 4 : NV == 2 ? 6 : 8;
+#endif
+}
+constexpr int kMaxTileRows = 16;
+
+// A matrix's columns are cut into panels of 1 to 3 vectors, as many threes as leave no single one.
+struct PanelPlan {
+  explicit PanelPlan(int columns) : vectors((columns + LANES - 1) / LANES) {}
+  int vectors, first = 0;
+  bool done() const { return first >= vectors; }
+  int count() const {
+    const int left = vectors - first;
+    return left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
+  }
+  void next() { first += count(); }
+};
+
+int panels(int columns) {
+  int n = 0;
+  for (PanelPlan p(columns); !p.done(); p.next()) ++n;
+  return n;
+}
+
+long packed_size(int depth, int columns) { return static_cast<long>(depth) * ((columns + LANES - 1) / LANES) * LANES; }
+
+void pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale, float* packed, int p0, int p1) {
+  int index = 0;
+  for (PanelPlan p(columns); !p.done(); p.next(), ++index) {
+    if (index < p0 || index >= p1) continue;
+    const int width = p.count() * LANES, first = p.first * LANES;
+    float* panel = packed + static_cast<long>(first) * depth;
+    for (int j = 0; j < width; ++j) {
+      const int n = first + j;
+      const float factor = n < columns ? (scale ? scale[n] : 1.0f) : 0.0f;
+      const float* column = w + (n < columns ? n : 0) * n_stride;
+      for (int k = 0; k < depth; ++k) panel[static_cast<long>(k) * width + j] = column[k * k_stride] * factor;
+    }
+  }
+}
+
+// acc[r][j] += sum over k of left(r, k) * right(k, j), left at a[r * ars + k * aks].
+template <int NV, int MR>
+INLINE void multiply(const float* a, long ars, long aks, const float* b, long bks, int depth, Wide (&acc)[MR][NV]) {
+  for (int k = 0; k < depth; ++k) {
+    Wide right[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) right[j] = wide(b + j * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const float left = a[r * ars];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[r][j] += left * right[j];
+    }
+    a += aks;
+    b += bks;
+  }
+}
+
+// One panel: all rows in tiles. The last tile reaches back over rows already done (epilogue gets lo > 0); with fewer rows
+// than a tile it reads past them, which the caller's buffer allows, and the epilogue gets hi < MR.
+template <int NV, class Epilogue>
+INLINE void panel_rows(const float* a, long ars, long aks, int rows, const float* b, long bks, int depth, int column, Epilogue& epilogue) {
+  constexpr int MR = tile_rows<NV>();
+  int r0 = 0;
+  for (; r0 + MR <= rows; r0 += MR) {
+    Wide acc[MR][NV] = {};
+    multiply<NV, MR>(a + r0 * ars, ars, aks, b, bks, depth, acc);
+    epilogue.template finish<NV, MR, true>(acc, r0, column, 0, MR);
+  }
+  if (r0 < rows) {
+    const int start = rows >= MR ? rows - MR : 0;
+    Wide acc[MR][NV] = {};
+    multiply<NV, MR>(a + start * ars, ars, aks, b, bks, depth, acc);
+    epilogue.template finish<NV, MR, false>(acc, start, column, r0 - start, rows - start);
+  }
+}
+
+// left (rows, depth) times packed (depth, columns).
+template <class Epilogue>
+inline void product(const float* a, long ars, int rows, const float* packed, int depth, int columns, Epilogue& epilogue) {
+  for (PanelPlan p(columns); !p.done(); p.next()) {
+    const int column = p.first * LANES, nv = p.count();
+    const float* b = packed + static_cast<long>(column) * depth;
+    if (nv == 3) panel_rows<3>(a, ars, 1, rows, b, 3 * LANES, depth, column, epilogue);
+    else if (nv == 2) panel_rows<2>(a, ars, 1, rows, b, 2 * LANES, depth, column, epilogue);
+    else panel_rows<1>(a, ars, 1, rows, b, LANES, depth, column, epilogue);
+  }
+}
+
+// out (left columns, right columns) += transposed left (depth, left columns) times right (depth, right columns).
+struct AddTo {
+  float* out;
+  int columns;
+  template <int NV, int MR, bool FULL>
+  INLINE void finish(Wide (&acc)[MR][NV], int row, int column, int lo, int hi) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      if (!FULL && (r < lo || r >= hi)) continue;
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        const int c = column + j * LANES;
+        float* p = out + static_cast<long>(row + r) * columns + c;
+        put_upto(p, wide_upto(p, columns - c) + acc[r][j], columns - c);
+      }
+    }
+  }
+};
+
+inline void product_transposed(const float* left, long left_stride, int left_columns, const float* right, long right_stride,
+                               int right_columns, int depth, float* out) {
+  AddTo epilogue{out, right_columns};
+  for (PanelPlan p(right_columns); !p.done(); p.next()) {
+    const int column = p.first * LANES, nv = p.count();
+    const float* b = right + column;
+    if (nv == 3) panel_rows<3>(left, 1, left_stride, left_columns, b, right_stride, depth, column, epilogue);
+    else if (nv == 2) panel_rows<2>(left, 1, left_stride, left_columns, b, right_stride, depth, column, epilogue);
+    else panel_rows<1>(left, 1, left_stride, left_columns, b, right_stride, depth, column, epilogue);
+  }
+}
+
+// A row stride of an odd number of cache lines: columns of a tile then fall into different sets of the cache.
+inline long spread(int columns) { return ((columns + 15) / 16 | 1) * 16L; }
+
+// Sums of one tile of rows in single precision, added to the worker's in double: exact enough at any row count.
+struct TileSums {
+  float* first;
+  float* second;
+  void clear(int columns) {
+    std::memset(first, 0, sizeof(float) * columns);
+    std::memset(second, 0, sizeof(float) * columns);
+  }
+  void flush(Sums to, int columns) {
+    for (int c = 0; c < columns; ++c) {
+      to.first[c] += first[c];
+      to.second[c] += second[c];
+    }
+  }
+};
+
+// y = sums; and the moments around `centre`.
+template <bool MOMENTS>
+struct StoreForward {
+  float* y;
+  int columns;
+  const float* centre;
+  TileSums sums;
+  template <int NV, int MR, bool FULL>
+  INLINE void finish(Wide (&acc)[MR][NV], int row, int column, int lo, int hi) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const int c = column + j * LANES;
+      float* p = y + static_cast<long>(row) * columns + c;
+      Wide s = {}, q = {}, m = {};
+      if (MOMENTS) m = wide(centre + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        if (!FULL && (r < lo || r >= hi)) continue;
+        put_upto(p + static_cast<long>(r) * columns, acc[r][j], columns - c);
+        if (MOMENTS) {
+          const Wide d = acc[r][j] - m;
+          s += d;
+          q += d * d;
+        }
+      }
+      if (MOMENTS) {
+        put(sums.first + c, wide(sums.first + c) + s);
+        put(sums.second + c, wide(sums.second + c) + q);
+      }
+    }
+  }
+};
+
+// Inference: y = act(sums + bias) + residual; row r of the product goes to y + places[r], or to row r of y.
+struct StoreInference {
+  float* y;
+  const long* places;
+  int columns;
+  const float* bias;
+  bool clip;
+  const float* residual;  // row stride `columns`
+  template <int NV, int MR, bool FULL>
+  INLINE void finish(Wide (&acc)[MR][NV], int row, int column, int lo, int hi) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const int c = column + j * LANES;
+      const Wide add = wide(bias + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        if (!FULL && (r < lo || r >= hi)) continue;
+        Wide v = acc[r][j] + add;
+        if (clip) v = relu6(v);
+        if (residual) v += wide_upto(residual + static_cast<long>(row + r) * columns + c, columns - c);
+        const long at = places ? places[row + r] : static_cast<long>(row + r) * columns;
+        put_upto(y + at + c, v, columns - c);
+      }
+    }
+  }
+};
+
+// Backward: dx = sums, masked by where the activation lies inside (0, 6), with the sums of dx and dx * (x - centre); or
+// dx = sums + residual.
+template <bool MASK, bool SUMS, bool RESIDUAL>
+struct StoreBackward {
+  float* dx;
+  int columns;
+  const float* activation;  // the tile, with its stride
+  long stride;
+  const float* x;
+  const float* centre;
+  const float* residual;
+  TileSums sums;
+  template <int NV, int MR, bool FULL>
+  INLINE void finish(Wide (&acc)[MR][NV], int row, int column, int lo, int hi) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const int c = column + j * LANES, left = columns - c;
+      const long at = static_cast<long>(row) * columns + c;
+      const Wide zero = {}, six = zero + 6.0f;
+      Wide s = {}, q = {}, m = {};
+      if (SUMS) m = wide(centre + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        if (!FULL && (r < lo || r >= hi)) continue;
+        const long here = at + static_cast<long>(r) * columns;
+        Wide v = acc[r][j];
+        if (MASK) {
+          const Wide a = wide(activation + (row + r) * stride + c);
+          v = (a > zero) & (a < six) ? v : zero;
+        }
+        if (RESIDUAL) v += wide_upto(residual + here, left);
+        put_upto(dx + here, v, left);
+        if (SUMS) {
+          s += v;
+          q += v * (wide_upto(x + here, left) - m);
+        }
+      }
+      if (SUMS) {
+        put(sums.first + c, wide(sums.first + c) + s);
+        put(sums.second + c, wide(sums.second + c) + q);
+      }
+    }
+  }
+};

@@ -1,0 +1,344 @@
+#include "steps.h"
+
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+
+namespace mbv2 {
+namespace {
+
+std::vector<std::unique_ptr<Arena>>& arenas() {
+  static std::vector<std::unique_ptr<Arena>> all;  // used under the pool's turn
+  return all;
+}
+
+constexpr int kStemWindow = 32;  // columns of the stem's weight gradient, 27 of them used
+
+}  // namespace
+
+float* Memory::floats(size_t count) {
+  auto& all = arenas();
+  if (at_ == all.size()) all.emplace_back(new Arena);
+  float* data = all[at_++]->reserve(count);
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+
+float* Memory::channels(int count) {
+  float* data = floats(padded_channels(count));
+  std::memset(data, 0, sizeof(float) * padded_channels(count));
+  return data;
+}
+
+Steps::Steps() : vector(vector_code()), workers_(Pool::instance().size()) {}
+
+void Steps::parallel(long total, long grain, const std::function<void(int, long, long)>& job) {
+  std::vector<std::exception_ptr> failures(workers_);
+  Pool::instance().run([&](int worker) {
+    const Range r = part(total, worker, workers_, grain);
+    try {
+      if (r.begin < r.end) job(worker, r.begin, r.end);
+    } catch (...) {  // out of memory: told to the caller, on its own thread
+      failures[worker] = std::current_exception();
+    }
+  });
+  for (const auto& failure : failures)
+    if (failure) std::rethrow_exception(failure);
+}
+
+float* Steps::scratch(int worker, long floats) {
+  float* data = Pool::instance().arena(worker).reserve(floats);
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+
+const float* Steps::pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale) {
+  float* packed = memory.floats(vector.packed_size(depth, columns) + 16);
+  parallel(vector.panels(columns), 1, [&](int, long begin, long end) {
+    vector.pack(w, k_stride, n_stride, depth, columns, scale, packed, static_cast<int>(begin), static_cast<int>(end));
+  });
+  return packed;
+}
+
+float* Steps::depthwise_weights(const float* w, int channels, const float* scale) {
+  float* out = memory.floats(9L * channels);
+  for (int k = 0; k < 9; ++k)
+    for (int c = 0; c < channels; ++c) out[static_cast<long>(k) * channels + c] = w[c * 9 + k] * (scale ? scale[c] : 1.0f);
+  return out;
+}
+
+const float* Steps::pixel_values(const float* mean, const float* scale) {
+  float* out = memory.floats(256 * 3);
+  for (int v = 0; v < 256; ++v)
+    for (int c = 0; c < 3; ++c) out[v * 3 + c] = (static_cast<float>(v) - mean[c]) * scale[c];
+  return out;
+}
+
+const float* Steps::stem_weights(const float* w, int outputs, const float* scale) {
+  float* ordered = memory.floats(static_cast<size_t>(kStemDepth) * outputs);  // (27, outputs)
+  for (int o = 0; o < outputs; ++o)
+    for (int c = 0; c < 3; ++c)
+      for (int k = 0; k < 9; ++k) ordered[(k * 3L + c) * outputs + o] = w[(o * 3L + c) * 9 + k];
+  return pack(ordered, outputs, 1, kStemDepth, outputs, scale);
+}
+
+void Steps::prepare(Norm& norm, float eps) {
+  const int n = norm.channels;
+  norm.mean = memory.channels(n);
+  norm.inverse = memory.channels(n);
+  norm.scale = memory.channels(n);
+  norm.shift = memory.channels(n);
+  for (int c = 0; c < n; ++c) {
+    const double inverse = 1.0 / std::sqrt(static_cast<double>(norm.moving_variance[c]) + eps);
+    norm.mean[c] = norm.moving_mean[c];
+    norm.inverse[c] = static_cast<float>(inverse);
+    norm.scale[c] = static_cast<float>(norm.gamma[c] * inverse);
+    norm.shift[c] = static_cast<float>(norm.beta[c] - norm.moving_mean[c] * norm.gamma[c] * inverse);
+  }
+}
+
+void Steps::finish(Norm& norm, const Totals& sums, const float* centre, long rows, const NormOptions& options, float* new_mean,
+                   float* new_variance) {
+  const double count = static_cast<double>(rows);
+  // MindSpore keeps the unbiased variance; of a single value there is none, and the biased one (0) is kept.
+  const double unbiased = rows > 1 ? count / (count - 1) : 1.0;
+  const double keep = options.momentum;
+  for (int c = 0; c < norm.channels; ++c) {
+    const double offset = sums.first[c] / count;
+    double variance = sums.second[c] / count - offset * offset;
+    if (variance < 0) variance = 0;  // NaN stays
+    const double mean = centre[c] + offset, inverse = 1.0 / std::sqrt(variance + options.eps);
+    norm.mean[c] = static_cast<float>(mean);
+    norm.inverse[c] = static_cast<float>(inverse);
+    norm.scale[c] = static_cast<float>(norm.gamma[c] * inverse);
+    norm.shift[c] = static_cast<float>(norm.beta[c] - mean * norm.gamma[c] * inverse);
+    new_mean[c] = static_cast<float>(keep * norm.moving_mean[c] + (1 - keep) * mean);
+    new_variance[c] = static_cast<float>(keep * norm.moving_variance[c] + (1 - keep) * variance * unbiased);
+  }
+}
+
+OutputGradient Steps::gradient(const Norm& norm, const Totals& sums, long rows, bool frozen, const float* g, const float* y, float* dgamma,
+                               float* dbeta) {
+  const int n = norm.channels;
+  float *b = memory.channels(n), *shift = memory.channels(n);
+  const double count = static_cast<double>(rows);
+  for (int c = 0; c < n; ++c) {
+    const double inverse = norm.inverse[c], scale = norm.scale[c];
+    dbeta[c] = static_cast<float>(sums.first[c]);
+    dgamma[c] = static_cast<float>(sums.second[c] * inverse);
+    b[c] = static_cast<float>(-scale * inverse * inverse * sums.second[c] / count);
+    shift[c] = static_cast<float>(-scale * sums.first[c] / count);
+  }
+  return {g, y, norm.scale, frozen ? nullptr : b, norm.mean, shift};
+}
+
+OutputGradient Steps::plain_gradient(const float* g, int channels) {
+  float* one = memory.channels(channels);
+  for (int c = 0; c < channels; ++c) one[c] = 1.0f;
+  return {g, g, one, nullptr, nullptr, nullptr};
+}
+
+Totals Steps::gather(int channels, const std::function<void(const std::function<Sums(int)>&)>& body) {
+  const long stride = 2L * static_cast<long>(padded_channels(channels));
+  double* all = memory.doubles(stride * workers_);
+  std::memset(all, 0, sizeof(double) * stride * workers_);
+  body([&](int worker) { return Sums{all + worker * stride, all + worker * stride + stride / 2}; });
+  Totals totals{std::vector<double>(channels), std::vector<double>(channels)};
+  for (int worker = 0; worker < workers_; ++worker) {
+    const double* from = all + worker * stride;
+    for (int c = 0; c < channels; ++c) {
+      totals.first[c] += from[c];
+      totals.second[c] += from[stride / 2 + c];
+    }
+  }
+  return totals;
+}
+
+float* Steps::partial(long floats) {
+  float* all = memory.floats(floats * workers_);
+  parallel(workers_, 1, [&](int, long begin, long end) { std::memset(all + begin * floats, 0, sizeof(float) * floats * (end - begin)); });
+  return all;
+}
+
+void Steps::reduce(const float* partials, long floats, float* to) {
+  parallel(floats, 1024, [&](int, long begin, long end) {
+    for (long i = begin; i < end; ++i) {
+      float sum = partials[i];
+      for (int worker = 1; worker < workers_; ++worker) sum += partials[worker * floats + i];
+      to[i] = sum;
+    }
+  });
+}
+
+void Steps::pointwise(Pointwise p, long rows, Totals* sums, float* centre) {
+  const long floats = vector.pointwise_scratch(p.inputs, p.outputs);
+  if (sums) {  // around one row's values: no cancellation however far the mean lies from zero
+    Pointwise one = p;
+    one.x = p.x + rows / 2 * p.inputs;
+    one.y = centre;
+    vector.pointwise(one, 0, 1, scratch(0, floats), Sums{});
+  }
+  p.centre = centre;
+  const auto all = [&](const std::function<Sums(int)>& of) {
+    parallel(rows, 48, [&](int worker, long begin, long end) { vector.pointwise(p, begin, end, scratch(worker, floats), of(worker)); });
+  };
+  if (sums) *sums = gather(p.outputs, all);
+  else all([](int) { return Sums{}; });
+}
+
+void Steps::depthwise(Depthwise p, Totals* sums, float* centre) {
+  if (sums) {  // one pixel's values, from the middle of the first image
+    const int oy = p.out_height / 2, ox = p.out_width / 2;
+    for (int c = 0; c < p.channels; ++c) {
+      float total = 0;
+      for (int k = 0; k < 9; ++k) {
+        const int iy = oy * p.stride - p.pad_top + k / 3, ix = ox * p.stride - p.pad_left + k % 3;
+        if (iy < 0 || iy >= p.height || ix < 0 || ix >= p.width) continue;
+        float v = p.x[(static_cast<long>(iy) * p.width + ix) * p.channels + c];
+        if (p.in.scale) v = v * p.in.scale[c] + p.in.shift[c];
+        if (p.in.relu6) v = v < 0 ? 0 : v > 6 ? 6 : v;
+        total += v * p.weights[static_cast<long>(k) * p.channels + c];
+      }
+      centre[c] = total;
+    }
+  }
+  p.centre = centre;
+  const long floats = vector.depthwise_scratch(p), rows = static_cast<long>(p.images) * p.out_height;
+  const auto all = [&](const std::function<Sums(int)>& of) {
+    parallel(rows, 1, [&](int worker, long begin, long end) { vector.depthwise(p, begin, end, scratch(worker, floats), of(worker)); });
+  };
+  if (sums) *sums = gather(p.channels, all);
+  else all([](int) { return Sums{}; });
+}
+
+void Steps::stem(Stem p, const float* weights, Totals* sums, float* centre) {
+  if (sums) {
+    const int iy = p.out_height / 2 * 2 - p.pad_top, ix = p.out_width / 2 * 2 - p.pad_left;
+    for (int o = 0; o < p.outputs; ++o) {
+      float total = 0;
+      for (int k = 0; k < 9; ++k) {
+        const int y = iy + k / 3, x = ix + k % 3;
+        if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
+        for (int c = 0; c < 3; ++c)
+          total += p.pixel[p.image[(static_cast<long>(y) * p.width + x) * 3 + c] * 3 + c] * weights[(o * 3L + c) * 9 + k];
+      }
+      centre[o] = total;
+    }
+  }
+  p.centre = centre;
+  const long floats = vector.stem_scratch(p), rows = static_cast<long>(p.images) * p.out_height;
+  const auto all = [&](const std::function<Sums(int)>& of) {
+    parallel(rows, 1, [&](int worker, long begin, long end) { vector.stem(p, begin, end, scratch(worker, floats), of(worker)); });
+  };
+  if (sums) *sums = gather(p.outputs, all);
+  else all([](int) { return Sums{}; });
+}
+
+void Steps::moments(const float* y, int channels, long rows, Totals& sums, float* centre) {
+  std::memcpy(centre, y + rows / 2 * channels, sizeof(float) * channels);
+  sums = gather(channels, [&](const std::function<Sums(int)>& of) {
+    parallel(rows, 32, [&](int worker, long begin, long end) { vector.moments(y, centre, channels, begin, end, of(worker)); });
+  });
+}
+
+void Steps::affine(const float* y, Affine in, const float* residual, float* z, int channels, long rows) {
+  parallel(rows, 32, [&](int, long begin, long end) { vector.affine(y, in, residual, z, channels, begin, end); });
+}
+
+void Steps::pointwise_gradient(PointwiseGradient p, long rows, float* dw, Totals* sums) {
+  const long floats = vector.pointwise_scratch(p.inputs, p.outputs), size = static_cast<long>(p.inputs) * p.outputs;
+  float* partials = dw ? partial(size) : nullptr;
+  const auto all = [&](const std::function<Sums(int)>& of) {
+    parallel(rows, 48, [&](int worker, long begin, long end) {
+      vector.pointwise_gradient(p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
+    });
+  };
+  if (sums) *sums = gather(p.inputs, all);
+  else all([](int) { return Sums{}; });
+  if (dw) reduce(partials, size, dw);
+}
+
+void Steps::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
+  const Depthwise& d = p.shape;
+  const long floats = vector.depthwise_scratch(d), size = 9L * d.channels, rows = static_cast<long>(d.images) * d.height;
+  float* partials = dw ? partial(size) : nullptr;
+  const auto all = [&](const std::function<Sums(int)>& of) {
+    parallel(rows, 1, [&](int worker, long begin, long end) {
+      vector.depthwise_gradient(p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
+    });
+  };
+  if (sums) *sums = gather(d.channels, all);
+  else all([](int) { return Sums{}; });
+  if (!dw) return;
+  for (int c = 0; c < d.channels; ++c) {
+    for (int k = 0; k < 9; ++k) {
+      float sum = 0;
+      for (int worker = 0; worker < workers_; ++worker) sum += partials[worker * size + static_cast<long>(k) * d.channels + c];
+      dw[c * 9 + k] = sum;
+    }
+  }
+}
+
+void Steps::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) {
+  const long floats = vector.stem_scratch(p), size = static_cast<long>(kStemWindow) * p.outputs;
+  const long rows = static_cast<long>(p.images) * p.out_height;
+  float* partials = partial(size);
+  parallel(rows, 1, [&](int worker, long begin, long end) {
+    vector.stem_gradient(p, out, begin, end, scratch(worker, floats), partials + worker * size);
+  });
+  for (int o = 0; o < p.outputs; ++o) {
+    for (int c = 0; c < 3; ++c) {
+      for (int k = 0; k < 9; ++k) {
+        float sum = 0;
+        for (int worker = 0; worker < workers_; ++worker) sum += partials[worker * size + o * kStemWindow + k * 3 + c];
+        dw[(o * 3L + c) * 9 + k] = sum;
+      }
+    }
+  }
+}
+
+void Steps::gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, long rows,
+                          Totals& sums) {
+  sums = gather(channels, [&](const std::function<Sums(int)>& of) {
+    parallel(rows, 32,
+             [&](int worker, long begin, long end) { vector.gradient_sums(g, y, mask, mean, masked, channels, begin, end, of(worker)); });
+  });
+}
+
+void Steps::output_gradient(const OutputGradient& out, float* d, int channels, long rows) {
+  parallel(rows, 32, [&](int, long begin, long end) { vector.output_gradient(out, d, channels, begin, end); });
+}
+
+void Steps::pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums) {
+  sums = gather(norm.channels, [&](const std::function<Sums(int)>& of) {
+    parallel(images, 1, [&](int worker, long begin, long end) {
+      vector.pool_gradient(dpooled, y, norm.affine(true), norm.mean, g, pixels, norm.channels, begin, end, of(worker));
+    });
+  });
+}
+
+void Steps::block(const BlockInference& p) {
+  const long floats = vector.block_scratch(p), rows = static_cast<long>(p.depthwise.images) * p.depthwise.out_height;
+  parallel(rows, 1, [&](int worker, long begin, long end) { vector.block(p, begin, end, scratch(worker, floats)); });
+}
+
+void Steps::pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels) {
+  parallel(images, 1, [&](int, long begin, long end) { vector.pool(y, in, pooled, pixels, channels, begin, end); });
+}
+
+void Steps::add(const float* a, const float* b, float* c, long count) {
+  parallel(count, 8, [&](int, long begin, long end) { vector.add(a, b, c, begin, end); });
+}
+
+Window window_of(int height, int width, int stride, bool same) {
+  const auto before = [&](int size) {
+    if (!same) return 1;
+    const int total = ((size + stride - 1) / stride - 1) * stride + 3 - size;
+    return total > 0 ? total / 2 : 0;
+  };
+  return {(height + stride - 1) / stride, (width + stride - 1) / stride, before(height), before(width)};
+}
+
+}  // namespace mbv2

@@ -1,0 +1,104 @@
+// The steps that operators are made of: each runs one piece of vector code on all workers and puts their sums together in
+// the order of the workers, so that the result does not depend on which finished first.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "core.h"
+#include "pool.h"
+
+namespace mbv2 {
+
+// Channel vectors are read in whole wide vectors: room for the last.
+inline size_t padded_channels(int channels) { return (static_cast<size_t>(channels) + 15) / 16 * 16; }
+
+// Memory of one operator call: its k-th request is served by the k-th arena, which is kept for the next call.
+class Memory {
+ public:
+  float* floats(size_t count);  // throws std::bad_alloc
+  double* doubles(size_t count) { return reinterpret_cast<double*>(floats(2 * count)); }
+  float* channels(int count);   // zeroed
+
+ private:
+  size_t at_ = 0;
+};
+
+// One BatchNorm between a convolution and its reader.
+struct Norm {
+  int channels = 0;
+  const float *gamma = nullptr, *beta = nullptr, *moving_mean = nullptr, *moving_variance = nullptr;
+  float *mean = nullptr, *inverse = nullptr, *scale = nullptr, *shift = nullptr;  // inverse: 1 / sqrt(variance + eps)
+  Affine affine(bool relu6) const { return {scale, shift, relu6}; }
+};
+
+struct NormOptions {
+  float eps = 1e-5f, momentum = 0.9f;
+  bool frozen = false;  // the moving statistics are used and kept
+};
+
+struct Totals {  // per channel, of all workers
+  std::vector<double> first, second;
+};
+
+class Steps {
+ public:
+  Steps();
+  Memory memory;
+  const Vector& vector;
+
+  void parallel(long total, long grain, const std::function<void(int worker, long begin, long end)>& job);
+  float* scratch(int worker, long floats);
+
+  // (depth, columns) with element (k, n) at w[k * k_stride + n * n_stride], times scale[n].
+  const float* pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale = nullptr);
+  // (C, 3, 3) -> (9, C), times scale.
+  float* depthwise_weights(const float* w, int channels, const float* scale = nullptr);
+  const float* pixel_values(const float* mean, const float* scale);
+  // (O, 3, 3, 3) in the order of a window, packed.
+  const float* stem_weights(const float* w, int outputs, const float* scale = nullptr);
+
+  // Allocates the norm's vectors, and fills them from the moving statistics.
+  void prepare(Norm& norm, float eps);
+  // Fills them from the batch's sums around `centre`, and gives the new moving statistics.
+  void finish(Norm& norm, const Totals& sums, const float* centre, long rows, const NormOptions&, float* new_mean, float* new_variance);
+  // dgamma, dbeta, and the gradient at the convolution's output, from sums of g and g * (y - mean).
+  OutputGradient gradient(const Norm& norm, const Totals& sums, long rows, bool frozen, const float* g, const float* y, float* dgamma,
+                          float* dbeta);
+  OutputGradient plain_gradient(const float* g, int channels);
+
+  // Forward. With `sums` (and the operation's centre set by these functions), the moments of y.
+  void pointwise(Pointwise p, long rows, Totals* sums, float* centre);
+  void depthwise(Depthwise p, Totals* sums, float* centre);
+  void stem(Stem p, const float* weights, Totals* sums, float* centre);
+  void moments(const float* y, int channels, long rows, Totals& sums, float* centre);
+  void affine(const float* y, Affine in, const float* residual, float* z, int channels, long rows);
+
+  // Backward. dw: (outputs, inputs), (C, 3, 3), (O, 3, 3, 3) as the parameters lie.
+  void pointwise_gradient(PointwiseGradient p, long rows, float* dw, Totals* sums);
+  void depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums);
+  void stem_gradient(const Stem& p, const OutputGradient& out, float* dw);
+  void gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, long rows, Totals& sums);
+  void output_gradient(const OutputGradient& out, float* d, int channels, long rows);
+  void pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums);
+
+  void block(const BlockInference& p);
+  void pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels);
+  void add(const float* a, const float* b, float* c, long count);
+
+ private:
+  Totals gather(int channels, const std::function<void(const std::function<Sums(int)>&)>& body);
+  float* partial(long floats);  // zeroed, one a worker
+  void reduce(const float* partials, long floats, float* to);
+  int workers_;
+};
+
+// Sizes and padding of a 3x3 convolution; symmetric: 1 on each side; same: TensorFlow's.
+struct Window {
+  int out_height, out_width, pad_top, pad_left;
+};
+Window window_of(int height, int width, int stride, bool same);
+
+}  // namespace mbv2

@@ -1,0 +1,38 @@
+// Which instruction set's code runs: the best that was built and that this processor has.
+#include <cstdlib>
+#include <cstring>
+
+#include "core.h"
+
+namespace mbv2 {
+#if defined(MBV2_X86)
+namespace avx512 { extern const Vector code; }
+namespace avx2 { extern const Vector code; }
+#endif
+namespace baseline { extern const Vector code; }
+
+namespace {
+
+const Vector& choose() {
+  const char* wanted = std::getenv("MBV2_ISA");  // for tests: avx512, avx2 or baseline, where the processor has it
+#if defined(MBV2_X86)
+  __builtin_cpu_init();
+  const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw");
+  const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool none = !wanted || !*wanted;
+  if (has512 && (none || !std::strcmp(wanted, "avx512"))) return avx512::code;
+  if (has2 && (none || std::strcmp(wanted, "baseline"))) return avx2::code;
+#endif
+  (void)wanted;
+  return baseline::code;
+}
+
+}  // namespace
+
+const Vector& vector_code() {
+  static const Vector& chosen = choose();
+  return chosen;
+}
+
+}  // namespace mbv2
