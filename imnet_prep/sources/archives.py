@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,62 +24,15 @@ from imnet_prep.sources.base import (
     printable,
     suffix_of,
 )
+from imnet_prep.sources.digests import check_official, digests
 from imnet_prep.sources.labels import WNID, Labels, tiny_labels
 from imnet_prep.sources.tar import Damage, Kind, Member, clean_parts, member_fault, walk
-from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
+from imnet_prep.types import ProgressCallback, Reason, Rejected
 
-_CHUNK_BYTES = 8 << 20
+END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
 }  # fmt: skip
-
-
-def digests(path: Path, progress: ProgressCallback | None = None) -> tuple[int, str, str]:
-    """Read a file once and give its size in bytes, its MD5 and its SHA-256; both digests run at the same time."""
-    total = path.stat().st_size
-    done, md5, sha256 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        while chunk := file.read(_CHUNK_BYTES):
-            pending = beside.submit(md5.update, chunk)
-            sha256.update(chunk)
-            pending.result()
-            done += len(chunk)
-            if progress is not None:
-                progress(Progress(done, total, unit="bytes", bytes_done=done, note=path.name))
-    return done, md5.hexdigest(), sha256.hexdigest()
-
-
-def check_official(path: Path, size_bytes: int, md5: str, sha256: str) -> tuple[bool, str]:
-    """Compare an archive with the catalogue.
-
-    Returns:
-        Whether it is an official archive, and a note for a person (empty where there is nothing to say).
-
-    Raises:
-        SourceError: It has an official name and size but other bytes, or it is another official archive than it says.
-    """
-    named, same = catalog.archives().get(path.name), catalog.archive_with_digest(md5)
-    pair, mix_up = catalog.mix_up()
-    if same is not None and (not same.sha256 or same.sha256 == sha256):
-        if named is not None and named.file_name != same.file_name:
-            swapped = {named.file_name, same.file_name} == pair
-            raise SourceError(
-                f"{path} is {same.file_name} ({same.what}) under another name",
-                expected=f"MD5 {named.md5}",
-                got=f"MD5 {md5}",
-                remedy=mix_up if swapped else f"rename it to {same.file_name}",
-            )
-        return True, ""
-    if named is None:
-        return False, ""
-    if size_bytes == named.size_bytes:
-        raise SourceError(
-            f"{path} is damaged: it has the official size, and other bytes",
-            expected=f"MD5 {named.md5}",
-            got=f"MD5 {md5}",
-            remedy="download it again" + (f"; note that {mix_up}" if named.file_name in pair else ""),
-        )
-    return False, f"{path.name} is not the official archive of this name: MD5 {named.md5} expected, {md5} found"
 
 
 class TarSource(Source):
@@ -132,15 +83,15 @@ class TarSource(Source):
     @abstractmethod
     def _index(self, descriptor: int, size: int, notes: list[str]) -> Iterator[Found]: ...
 
-    def _outer(self, descriptor: int, size: int, split: str, bad: list[Rejected], *, resync: bool) -> Iterator[Member]:
-        """Walk the outermost tar: regular files of honest names; what is not goes to ``bad``.
+    def _outer(self, descriptor: int, size: int, split: str, bad: list[Rejected]) -> Iterator[Member]:
+        """Walk a plain tar: regular files of honest names; what is not goes to ``bad``.
 
         Raises:
-            SourceError: The archive is cut: nothing can be read after the damage.
+            SourceError: The archive is cut: nothing can be read after the damage, and no zero blocks end it.
         """
-        for found in walk(descriptor, 0, size, resync=resync):
+        for found in walk(descriptor, 0, size):
             if isinstance(found, Damage):
-                if found.last:
+                if found.last and not _ends_in_zeros(descriptor, size):
                     raise self._cut(found)
                 bad.append(_rejected(split, found.name, found.detail))
             elif found.kind is not Kind.FOLDER:
@@ -149,6 +100,12 @@ class TarSource(Source):
                     bad.append(_rejected(split, found.name, fault))
                 else:
                     yield found
+
+
+def _ends_in_zeros(descriptor: int, size: int) -> bool:
+    """Tell whether a tar has its end: then a member that claims more than there is lies, and the tar is not cut."""
+    tail = os.pread(descriptor, END_BYTES, max(0, size - END_BYTES))
+    return len(tail) == END_BYTES and not any(tail)
 
 
 def _fault(member: Member) -> str:
@@ -172,12 +129,19 @@ class NestedTar(TarSource):
         bad: list[Rejected] = []
         ignored: Counter[str] = Counter()
         inner = []
-        for member in self._outer(descriptor, size, self.split, bad, resync=False):
-            base = clean_parts(member.name)[-1] if clean_parts(member.name) else ""
-            if base.endswith(".tar") and not is_hidden(base):
-                inner.append((base.removesuffix(".tar"), member))
-            else:
-                ignored[suffix_of(base)] += 1
+        for found in walk(descriptor, 0, size, suffix=b".tar"):
+            if isinstance(found, Damage):
+                if found.last:  # zeros at the end prove nothing here: every inner tar has them
+                    raise self._cut(found)
+                bad.append(_rejected(self.split, found.name, found.detail))
+            elif found.kind is not Kind.FOLDER:
+                fault, base = _fault(found), (clean_parts(found.name) or [""])[-1]
+                if fault:
+                    bad.append(_rejected(self.split, found.name, fault))
+                elif base.endswith(".tar") and not is_hidden(base):
+                    inner.append((base.removesuffix(".tar"), found))
+                else:
+                    ignored[suffix_of(base)] += 1
         yield from bad
         inner.sort(key=lambda pair: (pair[0], pair[1].offset))
         for class_name, member in inner:
@@ -213,7 +177,7 @@ class FlatTar(TarSource):
         bad: list[Rejected] = []
         ignored: Counter[str] = Counter()
         rows, names = [], []
-        for member in self._outer(descriptor, size, self.split, bad, resync=True):
+        for member in self._outer(descriptor, size, self.split, bad):
             base = (clean_parts(member.name) or [""])[-1]
             if not is_image_name(base) or is_hidden(base):
                 ignored[suffix_of(base)] += 1
@@ -268,7 +232,7 @@ class ClassTar(TarSource):
         groups: dict[tuple[str, ...], _Rows] = {}
         annotations: Member | None = None
         split = self.split or "train"
-        for member in self._outer(descriptor, size, split, bad, resync=True):
+        for member in self._outer(descriptor, size, split, bad):
             *folders, base = clean_parts(member.name) or [""]
             if base == "val_annotations.txt":
                 annotations = member
@@ -364,7 +328,8 @@ def peek(path: Path) -> tuple[str, str]:
     Raises:
         SourceError: It is no tar, is cut before anything could be told, or holds nothing.
     """
-    from imnet_prep.sources.labels import TEST_NAME, VAL_NAME
+    from imnet_prep.sources.digests import check_official, digests
+from imnet_prep.sources.labels import TEST_NAME, VAL_NAME
 
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

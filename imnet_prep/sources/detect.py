@@ -10,6 +10,7 @@ from pathlib import Path
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.sources.archives import (
+    END_BYTES,
     SPLIT_FOLDERS,
     ClassTar,
     Devkit,
@@ -169,7 +170,7 @@ def _refuse_cut(path: Path) -> None:
     """Refuse an official archive that is shorter than published and does not end as a tar does."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(0, size - 1024))
+        file.seek(max(0, size - END_BYTES))
         ends_well = not any(file.read())
     named = catalog.archives().get(path.name)
     if named is not None and named.size_bytes is not None and size < named.size_bytes and not ends_well:

@@ -66,14 +66,15 @@ class _Extra:
     sparse: bool = False
 
 
-def walk(descriptor: int, start: int, end: int, *, resync: bool = True) -> Iterator[Member | Damage]:
+def walk(descriptor: int, start: int, end: int, *, suffix: bytes = b"") -> Iterator[Member | Damage]:
     """Yield the members between two offsets, in their order.
 
     Args:
         descriptor: The outermost file.
         start: First byte of the tar.
         end: One past its last byte.
-        resync: After damage, look for the next header. Off for a tar of tars, where an inner header would be found.
+        suffix: After damage, go on at the next header whose name ends so: in a tar of tars, ``.tar``, lest an inner
+            header be taken for an outer one.
 
     Yields:
         Members, and damage where there is some.
@@ -87,7 +88,7 @@ def walk(descriptor: int, start: int, end: int, *, resync: bool = True) -> Itera
         if header == _ZERO:
             return
         if not is_header(header):
-            found = _next_header(descriptor, at + BLOCK, end) if resync else None
+            found = _next_header(descriptor, at + BLOCK, end, suffix)
             yield Damage("", f"no tar header at byte {at - start}", last=found is None)
             if found is None:
                 return
@@ -95,7 +96,7 @@ def walk(descriptor: int, start: int, end: int, *, resync: bool = True) -> Itera
             continue
         member, after, fault = _parse(descriptor, header, at, extra, common)
         if fault or after > end:
-            found = _next_header(descriptor, at + BLOCK, end) if resync else None
+            found = _next_header(descriptor, at + BLOCK, end, suffix)
             fault = fault or f"says {member.size_bytes} bytes, only {max(0, end - member.offset)} are left"
             yield Damage(member.name, fault, last=found is None)
             if found is None:
@@ -210,15 +211,17 @@ def _pax_records(body: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += int(head)
 
 
-def _next_header(descriptor: int, at: int, end: int) -> int | None:
-    """Search block by block for the next ustar header."""
+def _next_header(descriptor: int, at: int, end: int, suffix: bytes) -> int | None:
+    """Search block by block for the next ustar header whose name ends in ``suffix``."""
     while at + BLOCK <= end:
         chunk = os.pread(descriptor, min(_SEARCH_BYTES, end - at), at)
         if len(chunk) < BLOCK:
             return None
         for place in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if chunk[place + 257 : place + 262] == b"ustar" and is_header(chunk[place : place + BLOCK]):
-                return at + place
+            if chunk[place + 257 : place + 262] == b"ustar":
+                block = chunk[place : place + BLOCK]
+                if block[:100].rstrip(b"\x00").endswith(suffix) and is_header(block):
+                    return at + place
         at += len(chunk) // BLOCK * BLOCK
     return None
 

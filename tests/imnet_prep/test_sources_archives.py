@@ -378,6 +378,21 @@ def test_a_lying_size_costs_its_own_member_alone(tmp_path: Path, size: bytes, ne
     assert len([name for name in good(found) if name.startswith("dog/")]) == (5 if nested else 0)
 
 
+def test_a_lying_size_of_the_last_member_is_no_cut(tmp_path: Path) -> None:
+    data = _with_size(tar_bytes({f"cat/{k}.jpg": jpeg(k) for k in range(3)}), 2, b"00077777777\x00")
+    (tmp_path / "x.tar").write_bytes(data)
+    found = all_of(tmp_path / "x.tar")
+    assert (good(found), bad(found)) == (["cat/0.jpg", "cat/1.jpg"], {"cat/2.jpg": Reason.UNREADABLE})
+
+
+def test_a_lying_inner_tar_costs_its_own_class_alone(tmp_path: Path) -> None:
+    inner = {f"{name}.tar": tar_bytes({f"{k}.jpg": jpeg(k) for k in range(3)}) for name in ("ant", "bee", "cat")}
+    (tmp_path / "x.tar").write_bytes(_with_size(tar_bytes(inner), 1, b"00777777777\x00"))
+    found = all_of(tmp_path / "x.tar")
+    assert good(found) == [f"{name}/{k}.jpg" for name in ("ant", "cat") for k in range(3)]
+    assert bad(found) == {"bee.tar": Reason.UNREADABLE}
+
+
 def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
     sparse = bytearray(tar_bytes({"cat/1.jpg": jpeg(), "cat/2.jpg": jpeg(1)}))
     sparse[156:157] = b"S"
