@@ -25,7 +25,7 @@ from imnet_prep.sources.base import (
     suffix_of,
 )
 from imnet_prep.sources.digests import check_official, digests
-from imnet_prep.sources.labels import WNID, Labels, tiny_labels
+from imnet_prep.sources.labels import TEST_NAME, VAL_NAME, WNID, Labels, tiny_labels
 from imnet_prep.sources.tar import Damage, Kind, Member, clean_parts, member_fault, walk
 from imnet_prep.types import ProgressCallback, Reason, Rejected
 
@@ -328,9 +328,6 @@ def peek(path: Path) -> tuple[str, str]:
     Raises:
         SourceError: It is no tar, is cut before anything could be told, or holds nothing.
     """
-    from imnet_prep.sources.digests import check_official, digests
-from imnet_prep.sources.labels import TEST_NAME, VAL_NAME
-
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size, seen = os.fstat(descriptor).st_size, 0
