@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ class DownloadFolder(Source):
                 classes.setdefault(done.wnid, bytearray()).extend(row.encode("utf-8", "surrogateescape") + b"\n")
         except DownloadError as exc:
             raise SourceError(exc.what, expected=exc.expected, got=exc.got, remedy=exc.remedy) from exc
+        except sqlite3.DatabaseError as exc:
+            raise SourceError(f"{self.path}: its journal.sqlite cannot be read", got=str(exc)) from exc
         for wnid in sorted(classes):
             rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
             for fields in sorted(row.split(_SEPARATOR) for row in rows):
