@@ -1,4 +1,4 @@
-"""What happens to an image between its bytes and the batch: options, and the draws behind every crop, flip, box and mix.
+"""What happens to an image between its bytes and the batch: options, and the draws behind each crop, flip, box and mix.
 
 All draws are keyed by (seed, epoch, record id) and made here, in NumPy, for both decoders.
 """
@@ -50,7 +50,7 @@ class TrainOptions:
         ratio: Range of the crop's width / height; log-uniform.
         interpolation: One of :data:`INTERPOLATIONS`.
         flip_prob: Probability of a horizontal flip.
-        color_jitter: Strengths of brightness, contrast, saturation (factors in 1 +- strength) and hue (turns, at most 0.5).
+        color_jitter: Strengths of brightness, contrast, saturation (factors in 1 +- strength) and hue (in turns).
         randaugment_ops: Operations of RandAugment an image; 0 is off.
         randaugment_magnitude: Their strength, 0 to 30.
         erasing_prob: Probability that a box is erased. erasing_scale, erasing_ratio: its area and aspect ranges.
@@ -146,8 +146,8 @@ def train_geometry(
 ) -> Geometry:
     """Draw RandomResizedCrop and the flip.
 
-    Ten attempts: the area a uniform fraction of the image's in ``scale``, the aspect log-uniform in ``ratio``; the first
-    that fits is placed uniformly. If none fits, the largest central crop with an allowed aspect.
+    Ten attempts: the area a uniform fraction of the image's in ``scale``, the aspect log-uniform in ``ratio``; the
+    first that fits is placed uniformly. If none fits, the largest central crop with an allowed aspect.
 
     Args:
         options: The ranges.

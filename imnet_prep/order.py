@@ -45,15 +45,16 @@ def epoch_order(
     place[np.argsort(keys[::block_rows], kind="stable")] = np.arange(blocks)  # a block's key is its first row's
     group = place[np.arange(rows) // block_rows] // window
     inner = order_keys(seed, epoch, ids, Stream.WINDOW)
-    return np.lexsort((inner, group)).astype(np.int64)
+    order: NDArray[np.int64] = np.lexsort((inner, group)).astype(np.int64)
+    return order
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
     """The batches of one rank: batch ``k * ranks + rank`` of the single-rank run is this rank's batch ``k``.
 
-    So the union of the ranks' batches, in order, *is* the single-rank run with the same batch size, and the ranks' batches
-    of a step, one after the other, are one batch of ``ranks * batch_size`` consecutive records.
+    So the union of the ranks' batches, in order, *is* the single-rank run with the same batch size, and the ranks'
+    batches of a step, one after the other, are one batch of ``ranks * batch_size`` consecutive records.
 
     Attributes:
         rows: Records of the split.

@@ -8,6 +8,7 @@ bytes of ``workers`` chunks.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -22,11 +23,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.augment import EvalOptions, Geometry, TrainOptions, erase_boxes, eval_geometry, mix, train_geometry
-from imnet_prep.augment import ERASE_FILL
+from imnet_prep.augment import (
+    ERASE_FILL,
+    EvalOptions,
+    Geometry,
+    TrainOptions,
+    erase_boxes,
+    eval_geometry,
+    mix,
+    train_geometry,
+)
 from imnet_prep.decode import Decoder, Fault, PortableDecoder
 from imnet_prep.errors import PipelineError
 from imnet_prep.manifest import load_manifest
+from imnet_prep.native import NativeDecoder, load
 from imnet_prep.order import ORDERS, Share, epoch_order
 from imnet_prep.rng import MAX_EPOCH, MAX_SEED
 from imnet_prep.rows import RowReader, load_rows
@@ -43,6 +53,7 @@ ON_ERROR = ("raise", "skip")
 CHECKS = ("first", "always", "never")
 NATIVE = ("auto", "on", "off")
 SKIPPED_KEPT = 100  # skipped rows that are remembered by name; all are counted
+_logger = logging.getLogger(__name__)
 Options = TrainOptions | EvalOptions
 
 
@@ -343,7 +354,7 @@ class Batches:
         return Batch(image, label, ids)
 
     def _skip(self, pending: _Pending) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Raise, or leave bad rows out: evaluation's batch gets shorter, training's repeats its good rows in their place.
+        """Raise, or leave bad rows out: evaluation's batch gets shorter, training's repeats good rows in their place.
 
         A repeated row carries its own label and id, so the step's shape is kept and nothing is mislabelled.
         """
@@ -446,7 +457,13 @@ def _in_range(name: str, value: int, low: int, high: int) -> None:
 
 
 def _choose_decoder(native: str) -> Decoder:
-    return PortableDecoder()
+    if native == "off":
+        return PortableDecoder()
+    library, text = load()
+    if library is None and native == "auto":
+        _logger.info("%s; decoding with OpenCV", text)
+        return PortableDecoder()
+    return NativeDecoder()
 
 
 def open_batches(

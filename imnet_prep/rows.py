@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
 from imnet_prep.manifest import Manifest, SplitInfo
-from imnet_prep.mindrecord import LENGTH, connect_index, read_header
+from imnet_prep.mindrecord import LENGTH, Shard, connect_index, index_path, read_header
 
 # A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks); any other form goes through json.
 _LINE = re.compile(
     rb'\{(?:"changes":\[[^\]]*\],)?"file_name":"([^"\\]*)","height":\d+,"label":(-?\d+),"row":(\d+),'
     rb'"sha256":"([0-9a-f]{64})","shard":(\d+)[,}]'
 )
+NO_LABEL = -2  # in place of a label that the index does not carry; -1 is the test split's
 IMAGE_FIELDS = ("image", "data")  # ours and ImageNetToMR's; hand-written ones
 
 
@@ -107,31 +108,36 @@ def _read_shard(
     header = read_header(path)
     if not header.blob_fields:
         raise RecordsError(f"{path}: no bytes column", expected="a column `image`", got=str(sorted(header.fields)))
-    connection = connect_index(path)
-    try:
-        columns = [entry[1] for entry in connection.execute("PRAGMA table_info(INDEXES)")]
-        label = next((name for name in columns if re.fullmatch(r"label(_\d+)?", name, re.IGNORECASE)), None)
-        if label is None:
-            raise RecordsError(f"{path}: the index does not carry the label", got=str(columns))
-        query = f"SELECT PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END, {label} FROM INDEXES ORDER BY ROW_ID"
-        found = connection.execute(query).fetchall()
-        table = np.array(found, dtype=np.int64).reshape(len(found), 4)
-    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
-        raise RecordsError(
-            f"{path}.db: the index is damaged", got=str(error), remedy="run `imnet-prep repair-index`"
-        ) from error
-    finally:
-        connection.close()
+    table = _read_places(path)
     start = header.header_size + table[:, 0] * header.page_size + table[:, 1]
     length = table[:, 2] - table[:, 1]
     if len(table) != rows or (table[:, :3] < 0).any() or (length < LENGTH.size).any() or (start + length > size).any():
         raise RecordsError(
-            f"{path}.db: the index is damaged",
+            f"{index_path(path)}: the index is damaged",
             expected=f"{rows} rows that lie inside the shard",
             got=f"{len(table)} rows",
             remedy="run `imnet-prep repair-index`",
         )
     return header.blob_fields, start, length, table[:, 3].astype(np.int32)
+
+
+def _read_places(path: Path) -> NDArray[np.int64]:
+    """int64 (rows, 4): page, offset and end of each row's blob, and its label (:data:`NO_LABEL` where not indexed)."""
+    try:
+        connection = connect_index(path)
+        try:
+            columns = [str(entry[1]) for entry in connection.execute("PRAGMA table_info(INDEXES)")]
+            label = next((name for name in columns if re.fullmatch(r"label_\d+", name)), str(NO_LABEL))
+            query = f"SELECT PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END, {label} FROM INDEXES ORDER BY ROW_ID"
+            found = connection.execute(query)
+            # One number at a time: a list of a million tuples would cost 300 bytes a row.
+            return np.fromiter((value for row in found for value in row), dtype=np.int64).reshape(-1, 4)
+        finally:
+            connection.close()
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        raise RecordsError(
+            f"{index_path(path)}: the index is damaged", got=str(error), remedy="run `imnet-prep repair-index`"
+        ) from error
 
 
 def _read_list(
@@ -142,17 +148,23 @@ def _read_list(
     row: NDArray[np.int32],
     label: NDArray[np.int32],
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Ids and digests from ``records.jsonl.gz``, in stored order, checked against shard, row and label."""
+    """Ids and digests from ``records.jsonl.gz``, in stored order, checked against shard, row and label.
+
+    Labels that no index carries are filled in.
+    """
     path = records / info.records["file"]
     ids = np.empty(len(label), dtype=np.uint64)
     digest = np.empty(len(label), dtype=np.uint64)
     count = 0
     prefix = f"{split}/".encode()
-    expected = np.stack([shard, row, label], axis=1)
+    expected = np.stack([shard, row], axis=1)
     for lines in _line_chunks(path):
         names, digests, places = _parse_lines(path, lines, count)
         end = count + len(names)
-        if end > len(label) or not np.array_equal(places, expected[count:end]):
+        if end <= len(label) and label[count] == NO_LABEL:
+            label[count:end] = places[:, 2]
+        same = end <= len(label) and np.array_equal(places[:, :2], expected[count:end])
+        if not same or not np.array_equal(places[:, 2], label[count:end]):
             raise RecordsError(f"{path}: lists other records than the shards' indexes hold")
         hashed = b"".join([hashlib.sha256(prefix + name).digest()[:8] for name in names])
         ids[count:end] = np.frombuffer(hashed, dtype="<u8")
@@ -264,7 +276,7 @@ class RowReader:
 
     def matches(self, position: int, image: bytes) -> bool:
         """Say whether the image is the one that was stored, by its SHA-256."""
-        return hashlib.sha256(image).digest()[:8] == self.table.digest[position].tobytes()
+        return bool(hashlib.sha256(image).digest()[:8] == self.table.digest[position].tobytes())
 
     def where(self, position: int) -> str:
         """Name a record for a message: shard, row and file name."""
@@ -274,8 +286,6 @@ class RowReader:
 
     def file_name(self, position: int) -> str:
         """Look up a record's name in its shard; slow, for messages."""
-        from imnet_prep.mindrecord import Shard
-
         table = self.table
         try:
             with Shard(table.files[int(table.shard[position])]) as shard:

@@ -1,1 +1,149 @@
-"""The optional C++ batch JPEG decoder."""
+"""The optional C++ batch JPEG decoder: only the crop is decoded, resized and flipped straight into the batch.
+
+Built with the package where libjpeg-turbo's headers are; without them :func:`load` says so and OpenCV decodes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.augment import INTERPOLATIONS, Geometry
+from imnet_prep.decode import Fault, PortableDecoder
+from imnet_prep.errors import PipelineError
+
+LIBRARY = Path(__file__).with_name("imnet_jpeg.so")
+_ABI = 1  # kAbi in decoder.cc
+_MESSAGE_BYTES = 256
+_REDUCE, _FAST = 1, 2
+_FAULT, _NOT_TAKEN = 1, 2
+
+
+@cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Load the library once.
+
+    Returns:
+        The library and what it is built on, or None and why it cannot be used.
+    """
+    if not LIBRARY.is_file():
+        return None, "the C++ decoder is not built: install libjpeg-turbo's headers and a compiler, then this package"
+    # Our library's libjpeg goes before any other copy in the process (MindSpore and OpenCV bring their own).
+    mode = os.RTLD_LOCAL | os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0)
+    try:
+        library = ctypes.CDLL(str(LIBRARY), mode=mode)
+    except OSError as error:
+        return None, f"the C++ decoder does not load: {error}"
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.imnet_jpeg_library.restype = ctypes.c_char_p
+    library.imnet_jpeg_new.restype = pointer
+    library.imnet_jpeg_free.argtypes = [pointer]
+    library.imnet_jpeg_decode.argtypes = [pointer, integer, *[pointer] * 5, *[integer] * 3, *[pointer] * 3]
+    if library.imnet_jpeg_abi() != _ABI:
+        return None, "the C++ decoder was built for another version of this package: install it again"
+    return library, library.imnet_jpeg_library().decode()
+
+
+class NativeDecoder:
+    """The C++ decoder; see :class:`imnet_prep.decode.Decoder`. What it does not take, the portable one does.
+
+    Args:
+        reduce: Halve large images in the DCT domain before they are resized.
+        fast: Read the entropy-coded data with our own decoder where it can; the pixels are the same.
+
+    Raises:
+        PipelineError: It is not built, or does not load.
+    """
+
+    def __init__(self, *, reduce: bool = True, fast: bool = True) -> None:
+        library, text = load()
+        if library is None:
+            raise PipelineError(text, remedy="or use the portable decoder")
+        self._library = library
+        self._flags = _REDUCE * reduce + _FAST * fast
+        self.name = f"native ({text})"
+        self._portable = PortableDecoder()
+        self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def __del__(self) -> None:
+        while hasattr(self, "_idle") and not self._idle.empty():
+            self._library.imnet_jpeg_free(self._idle.get())
+
+    def sizes(self, images: Sequence[bytes]) -> tuple[NDArray[np.int32], list[Fault]]:
+        """See :meth:`imnet_prep.decode.Decoder.sizes`."""
+        return self._portable.sizes(images)
+
+    def decode(
+        self, images: Sequence[bytes], geometry: Geometry, interpolation: str, out: NDArray[np.uint8]
+    ) -> list[Fault]:
+        """See :meth:`imnet_prep.decode.Decoder.decode`."""
+        count = len(images)
+        assert out.flags.c_contiguous
+        assert out.shape == (count, out.shape[1], out.shape[1], 3)
+        limits = np.ascontiguousarray(geometry.limits, dtype=np.int32)
+        box = np.ascontiguousarray(geometry.box, dtype=np.float64)
+        flip = np.ascontiguousarray(geometry.flip, dtype=np.uint8)
+        sizes = np.array([len(image) for image in images], dtype=np.uintp)
+        status = np.zeros(count, dtype=np.int32)
+        messages = np.zeros((count, _MESSAGE_BYTES), dtype=np.uint8)
+        handle = self._handle()
+        try:
+            bad = self._library.imnet_jpeg_decode(
+                handle,
+                count,
+                (ctypes.c_char_p * count)(*images),
+                sizes.ctypes.data,
+                limits.ctypes.data,
+                box.ctypes.data,
+                flip.ctypes.data,
+                INTERPOLATIONS.index(interpolation),
+                out.shape[1],
+                self._flags,
+                out.ctypes.data,
+                status.ctypes.data,
+                messages.ctypes.data,
+            )
+        finally:
+            self._idle.put(handle)
+        assert bad >= 0, "the geometry lies outside the image"
+        if not bad:
+            return []
+        faults = [
+            (row, messages[row].tobytes().split(b"\0", 1)[0].decode("utf-8", "replace"))
+            for row in np.flatnonzero(status == _FAULT).tolist()
+        ]
+        return faults + self._others(
+            np.flatnonzero(status == _NOT_TAKEN).tolist(), images, geometry, interpolation, out
+        )
+
+    def _others(
+        self,
+        rows: list[int],
+        images: Sequence[bytes],
+        geometry: Geometry,
+        interpolation: str,
+        out: NDArray[np.uint8],
+    ) -> list[Fault]:
+        """Decode what the library does not take (other formats, CMYK) portably."""
+        faults: list[Fault] = []
+        for row in rows:
+            one = slice(row, row + 1)
+            part = Geometry(geometry.limits[one], geometry.box[one], geometry.flip[one])
+            faults += [(row, why) for _, why in self._portable.decode([images[row]], part, interpolation, out[one])]
+        return faults
+
+    def _handle(self) -> int:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            handle: int | None = self._library.imnet_jpeg_new()
+            if not handle:
+                raise MemoryError("no memory for a decoder") from None
+            return handle

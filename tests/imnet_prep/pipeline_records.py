@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, file_digest, write_records
+from imnet_prep.files import file_digest
+from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
 from imnet_prep.types import ShardInfo
 
 HEADER_BYTES, PAGE_BYTES = 1 << 20, 1 << 22
@@ -54,7 +55,7 @@ def write_folder(folder: Path, splits: dict[str, Sequence[Entry]], shards: int =
     """Write shards, indexes, record lists and the manifest."""
     infos = {name: _write_split(folder, name, rows, shards, classes) for name, rows in splits.items()}
     names = tuple(f"n{label:08d}" for label in range(classes))
-    manifest = Manifest(names, ("",) * classes, "found", "sorted class name, from 0", 0, {}, (), {}, infos)
+    manifest = Manifest(names, ("",) * classes, "found", "sorted class name, from 0", 0, {}, (), {}, "", infos)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return folder
 

@@ -1,0 +1,180 @@
+"""Colour jitter and RandAugment on uint8 images, with OpenCV, in place.
+
+Source: torchvision's ColorJitter and RandAugment define operations, ranges and order; geometric operations interpolate
+bilinearly and fill with ImageNet's mean colour, as timm's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.augment import ERASE_FILL, TrainOptions
+from imnet_prep.rng import Stream, uniforms
+
+Pixels = NDArray[np.uint8]
+MAX_MAGNITUDE = 30  # of RandAugment's 31 steps
+SHEAR, ROTATE_DEG, TRANSLATE_FRAC, ENHANCE = 0.3, 30.0, 150 / 331, 0.9  # at the highest magnitude
+_LEVELS = np.arange(256, dtype=np.float64)
+
+
+def augment_colours(
+    options: TrainOptions, image: Pixels, rows: list[int], seed: int, epoch: int, ids: NDArray[np.uint64]
+) -> None:
+    """Apply RandAugment, then colour jitter, to some rows of a batch.
+
+    Args:
+        options: ``randaugment_ops``, ``randaugment_magnitude``, ``color_jitter``.
+        image: uint8 (N, H, W, 3) RGB, changed in place.
+        rows: Which rows. ids: uint64 (len(rows),), their record ids.
+        seed: Of the run. epoch: From 0.
+    """
+    operations = uniforms(seed, epoch, ids, np.arange(Stream.RANDAUGMENT, Stream.RANDAUGMENT + options.randaugment_ops))
+    factors = uniforms(seed, epoch, ids, Stream.COLOUR)
+    order = uniforms(seed, epoch, ids, Stream.COLOUR_ORDER).argsort(axis=1)
+    for place, row in enumerate(rows):
+        pixels = image[row]
+        for draw in operations[place]:
+            pixels = randaugment_step(pixels, draw, options.randaugment_magnitude)
+        if any(options.color_jitter):
+            pixels = _jitter(pixels, options.color_jitter, factors[place], order[place])
+        image[row] = pixels
+
+
+def _jitter(
+    pixels: Pixels, strengths: tuple[float, ...], drawn: NDArray[np.float64], order: NDArray[np.int64]
+) -> Pixels:
+    """Brightness, contrast, saturation and hue in a drawn order, each uniform in 1 +- strength (hue: 0 +- strength)."""
+    for which in order.tolist():
+        strength = strengths[which]
+        if not strength:
+            continue
+        centred = (2.0 * float(drawn[which]) - 1.0) * strength
+        pixels = (
+            hue(pixels, centred) if which == 3 else (brightness, contrast, saturation)[which](pixels, 1.0 + centred)
+        )
+    return pixels
+
+
+def _look_up(pixels: Pixels, levels: NDArray[np.float64]) -> Pixels:
+    """Map each value through 256 levels."""
+    table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    return np.asarray(cv2.LUT(pixels, table), dtype=np.uint8)
+
+
+def _grey(pixels: Pixels) -> Pixels:
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
+
+
+def brightness(pixels: Pixels, factor: float) -> Pixels:
+    """Blend with black: 0 is black, 1 the image."""
+    return _look_up(pixels, _LEVELS * factor)
+
+
+def contrast(pixels: Pixels, factor: float) -> Pixels:
+    """Blend with the mean grey: 0 is flat, 1 the image."""
+    mean = float(cv2.mean(_grey(pixels))[0])
+    return _look_up(pixels, factor * _LEVELS + (1.0 - factor) * mean)
+
+
+def saturation(pixels: Pixels, factor: float) -> Pixels:
+    """Blend with the grey image: 0 is grey, 1 the image."""
+    grey = cv2.cvtColor(_grey(pixels), cv2.COLOR_GRAY2RGB)
+    return np.asarray(cv2.addWeighted(pixels, factor, grey, 1.0 - factor, 0.0), dtype=np.uint8)
+
+
+def hue(pixels: Pixels, turn: float) -> Pixels:
+    """Turn the hue by a share of the full circle."""
+    found = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    found[..., 0] += np.uint8(round(turn * 256) % 256)
+    return np.asarray(cv2.cvtColor(found, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)
+
+
+def sharpness(pixels: Pixels, factor: float) -> Pixels:
+    """Blend with a smoothed image, the border left alone: 0 is smooth, 1 the image."""
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13.0
+    smooth = cv2.filter2D(pixels, -1, kernel)
+    blended = np.asarray(cv2.addWeighted(pixels, factor, smooth, 1.0 - factor, 0.0), dtype=np.uint8)
+    result = pixels.copy()
+    result[1:-1, 1:-1] = blended[1:-1, 1:-1]
+    return result
+
+
+def posterize(pixels: Pixels, kept_bits: int) -> Pixels:
+    """Keep the highest bits of each value."""
+    return np.asarray(pixels & np.uint8((0xFF << (8 - kept_bits)) & 0xFF), dtype=np.uint8)
+
+
+def solarize(pixels: Pixels, threshold: float) -> Pixels:
+    """Invert the values from a threshold on."""
+    return _look_up(pixels, np.where(threshold <= _LEVELS, 255.0 - _LEVELS, _LEVELS))
+
+
+def autocontrast(pixels: Pixels) -> Pixels:
+    """Stretch each channel to 0..255."""
+    result = np.empty_like(pixels)
+    for channel in range(3):
+        values = pixels[..., channel]
+        low, high = float(values.min()), float(values.max())
+        stretched = (_LEVELS - low) * (255.0 / (high - low)) if high > low else _LEVELS
+        result[..., channel] = _look_up(np.ascontiguousarray(values), stretched)
+    return result
+
+
+def equalize(pixels: Pixels) -> Pixels:
+    """Even out each channel's histogram."""
+    return np.stack([cv2.equalizeHist(np.ascontiguousarray(pixels[..., channel])) for channel in range(3)], axis=-1)
+
+
+def warp(pixels: Pixels, matrix: list[list[float]]) -> Pixels:
+    """Apply an affine map (2 x 3, output to input, about the centre)."""
+    height, width = pixels.shape[:2]
+    (a, b, x), (c, d, y) = matrix
+    cx, cy = (width - 1) / 2.0, (height - 1) / 2.0
+    shifted = np.array([[a, b, x + cx - a * cx - b * cy], [c, d, y + cy - c * cx - d * cy]], dtype=np.float64)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    found = cv2.warpAffine(pixels, shifted, (width, height), flags=flags, borderValue=ERASE_FILL)
+    return np.asarray(found, dtype=np.uint8)
+
+
+def _rotate(pixels: Pixels, degrees: float) -> Pixels:
+    turn = np.deg2rad(degrees)
+    return warp(pixels, [[np.cos(turn), np.sin(turn), 0.0], [-np.sin(turn), np.cos(turn), 0.0]])
+
+
+# Each takes the image and the magnitude, -1 to 1 (its sign is drawn; operations without a direction ignore it).
+OPERATIONS: dict[str, Callable[[Pixels, float], Pixels]] = {
+    "identity": lambda pixels, _: pixels,
+    "shear_x": lambda pixels, m: warp(pixels, [[1.0, SHEAR * m, 0.0], [0.0, 1.0, 0.0]]),
+    "shear_y": lambda pixels, m: warp(pixels, [[1.0, 0.0, 0.0], [SHEAR * m, 1.0, 0.0]]),
+    "translate_x": lambda pixels, m: warp(pixels, [[1.0, 0.0, TRANSLATE_FRAC * pixels.shape[1] * m], [0.0, 1.0, 0.0]]),
+    "translate_y": lambda pixels, m: warp(pixels, [[1.0, 0.0, 0.0], [0.0, 1.0, TRANSLATE_FRAC * pixels.shape[0] * m]]),
+    "rotate": lambda pixels, m: _rotate(pixels, ROTATE_DEG * m),
+    "brightness": lambda pixels, m: brightness(pixels, 1.0 + ENHANCE * m),
+    "color": lambda pixels, m: saturation(pixels, 1.0 + ENHANCE * m),
+    "contrast": lambda pixels, m: contrast(pixels, 1.0 + ENHANCE * m),
+    "sharpness": lambda pixels, m: sharpness(pixels, 1.0 + ENHANCE * m),
+    "posterize": lambda pixels, m: posterize(pixels, 8 - round(4 * abs(m))),
+    "solarize": lambda pixels, m: solarize(pixels, 255.0 * (1.0 - abs(m))),
+    "autocontrast": lambda pixels, _: autocontrast(pixels),
+    "equalize": lambda pixels, _: equalize(pixels),
+}
+
+
+def randaugment_step(pixels: Pixels, draw: NDArray[np.float64], magnitude: float) -> Pixels:
+    """Apply one operation of RandAugment, drawn evenly, with a drawn sign.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        draw: float64 (4,) in (0, 1): the operation, the sign; two unused.
+        magnitude: 0 to 30.
+
+    Source: Cubuk et al., "RandAugment", 2019.
+    """
+    names = tuple(OPERATIONS)
+    name = names[min(len(names) - 1, int(draw[0] * len(names)))]
+    sign = 1.0 if draw[1] < 0.5 else -1.0
+    return OPERATIONS[name](pixels, sign * magnitude / MAX_MAGNITUDE)
