@@ -160,12 +160,12 @@ def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tupl
     changes = []
     with _pillow(data, kind) as image:
         refuse_bomb(*image.size, max_pixels)
-        orientation, damaged = _orientation(image)
-        image.load()
-        upright: Image.Image = image.copy()
-        still_turned = _orientation(image)[0] != 1  # Pillow turns a TIFF by itself while loading
         if _has_second_frame(image):
             raise ImageFault(Reason.ANIMATED, f"{kind} with more than one frame")
+        orientation, damaged = _orientation(image)
+        image.load()
+        upright: Image.Image = image
+        still_turned = _orientation(image)[0] != 1  # Pillow turns a TIFF by itself while loading
         if orientation != 1:
             changes.append(Change.ORIENTED)
             if still_turned:

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from imnet_prep import catalog
@@ -144,26 +145,67 @@ class NestedTar(TarSource):
                     ignored[suffix_of(base)] += 1
         yield from bad
         inner.sort(key=lambda pair: (pair[0], pair[1].offset))
-        for class_name, member in inner:
-            yield from self._class(descriptor, class_name, member)
+        for class_name, tars in groupby(inner, key=lambda pair: pair[0]):
+            rows: list[_Row] = []
+            for _, tar in tars:
+                end = tar.offset + tar.size_bytes
+                yield from _class_tar(descriptor, tar.offset, end, self.split, class_name, rows)
+            for name, offset, size_bytes in sorted(rows):
+                yield make_ref(self.split, class_name, name, self.path, offset, size_bytes)
         notes += ignored_note(ignored, self.name)
 
-    def _class(self, descriptor: int, class_name: str, tar: Member) -> Iterator[Found]:
-        rows = []
-        for found in walk(descriptor, tar.offset, tar.offset + tar.size_bytes):
-            if isinstance(found, Damage):
-                yield _rejected(self.split, f"{class_name}/{found.name or class_name + '.tar'}", found.detail)
-            elif found.kind is not Kind.FOLDER:
-                fault = _fault(found)
-                parts = clean_parts(found.name)
-                if fault or not parts:
-                    yield _rejected(self.split, f"{class_name}/{found.name}", fault or "it has no name")
-                else:
-                    name = "/".join(parts[1:] if len(parts) > 1 and parts[0] == class_name else parts)
-                    rows.append((name, found.offset, found.size_bytes))
-        rows.sort()
-        for name, offset, size_bytes in rows:
-            yield make_ref(self.split, class_name, name, self.path, offset, size_bytes)
+
+_Row = tuple[str, int, int]  # name, offset, size in bytes
+
+
+def _class_tar(
+    descriptor: int, start: int, end: int, split: str, class_name: str, rows: list[_Row]
+) -> Iterator[Rejected]:
+    """Walk one class's tar: its images go to ``rows``, what is none is yielded."""
+    for found in walk(descriptor, start, end):
+        if isinstance(found, Damage):
+            yield _rejected(split, f"{class_name}/{found.name or class_name + '.tar'}", found.detail)
+        elif found.kind is not Kind.FOLDER:
+            fault = _fault(found)
+            parts = clean_parts(found.name)
+            if fault or not parts:
+                yield _rejected(split, f"{class_name}/{found.name}", fault or "it has no name")
+            else:
+                name = "/".join(parts[1:] if len(parts) > 1 and parts[0] == class_name else parts)
+                rows.append((name, found.offset, found.size_bytes))
+
+
+class TarFolder(Source):
+    """A folder of one tar a class: the official training archive, unpacked once."""
+
+    kind = "folder-of-class-tars"
+
+    def __init__(self, path: Path, split: str) -> None:
+        super().__init__(path)
+        self.split = split
+
+    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
+        """Say what the folder holds, without its name: a copy elsewhere gives the same manifest."""
+        tally = self._counted()
+        size, images = sum(tally.size_bytes.values()), sum(tally.images.values())
+        return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
+
+    def _walk(self, notes: list[str]) -> Iterator[Found]:
+        ignored: Counter[str] = Counter()
+        for path in sorted(self.path.iterdir()):
+            if path.suffix != ".tar" or not WNID.fullmatch(path.stem) or not path.is_file():
+                ignored[suffix_of(path.name)] += 1
+                continue
+            rows: list[_Row] = []
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                end = os.fstat(descriptor).st_size
+                yield from _class_tar(descriptor, 0, end, self.split, path.stem, rows)
+            finally:
+                os.close(descriptor)
+            for name, offset, size_bytes in sorted(rows):
+                yield make_ref(self.split, path.stem, name, path, offset, size_bytes)
+        notes += ignored_note(ignored, self.name)
 
 
 class FlatTar(TarSource):

@@ -17,6 +17,7 @@ from imnet_prep.sources.archives import (
     FlatTar,
     LabelFile,
     NestedTar,
+    TarFolder,
     peek,
 )
 from imnet_prep.sources.base import Source, is_image_name
@@ -24,6 +25,7 @@ from imnet_prep.sources.folders import ClassFolders, FlatFolder, FolderSource, f
 from imnet_prep.sources.labels import (
     TEST_NAME,
     VAL_NAME,
+    WNID,
     Labels,
     read_devkit,
     read_kaggle_solution,
@@ -341,6 +343,9 @@ def _one_split(path: Path, found: _Found) -> bool:
             remedy="put the images of each class into a folder named after it",
         )
     names = sorted(entry.name for entry in os.scandir(path))
+    if any(name.endswith(".tar") and WNID.fullmatch(name[:-4]) for name in names):
+        found.sources.append(TarFolder(path, split))
+        return True
     raise SourceError(
         f"{path} holds no class folders with images",
         expected=f"{path.name}/<class>/<image>.jpg (or png, webp, ...)",

@@ -83,6 +83,22 @@ def test_members_agree_with_pythons_tarfile(net: SyntheticImageNet) -> None:
     assert {item.file_name: data_of(item) for item in all_of(net.train)} == wanted
 
 
+def test_the_train_archive_unpacked_once_is_the_same(net: SyntheticImageNet, tmp_path: Path) -> None:
+    with tarfile.open(net.train) as archive:
+        archive.extractall(tmp_path / "train", filter="data")
+    found = all_of(tmp_path / "train")
+    assert good(found) == list(net.train_names)
+    assert [data_of(ref) for ref in found] == [data_of(ref) for ref in all_of(net.train)]
+
+
+def test_two_inner_tars_of_one_class_are_one_class(tmp_path: Path) -> None:
+    inner = [tar_bytes({f"{k}.jpg": jpeg(k) for k in numbers}) for numbers in ((1, 3), (2, 3))]
+    (tmp_path / "x.tar").write_bytes(tar_bytes({"a/cat.tar": inner[0], "b/cat.tar": inner[1]}))
+    found = all_of(tmp_path / "x.tar")
+    assert [item.file_name for item in found] == ["cat/1.jpg", "cat/2.jpg", "cat/3.jpg", "cat/3.jpg"]
+    assert bad(found) == {"cat/3.jpg": Reason.DUPLICATE_NAME}
+
+
 def test_val_is_labelled_by_number_and_missing_numbers_are_named(net: SyntheticImageNet) -> None:
     sources = detect([net.val, net.devkit])
     found = list(merge(sources))
