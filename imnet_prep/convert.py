@@ -1,15 +1,14 @@
 """Sources to a records folder: the plan is carried out shard by shard, and committed as a whole.
 
-Everything is written in ``<out>.partial/``. A shard is made in a folder of its own, read back, brought to the disk and
-moved to its place; then its note in ``.work/done/`` says that it is there. So whatever stops the work, at most the
-shards in hand are lost, and the same command goes on. The manifest comes last, and then the folder gets its name.
+Everything is written in ``<out>.partial/`` (see :mod:`imnet_prep.workspace`). A shard is made in a folder of its own,
+read back, brought to the disk and moved to its place; then its note in ``.work/done/`` says that it is there. So
+whatever stops the work, at most the shards in hand are lost, and the same command goes on.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,28 +16,41 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from imnet_prep import catalog, executors
-from imnet_prep.errors import BudgetError, Interrupted, PlanError
-from imnet_prep.files import file_digest, sync, write_atomically
-from imnet_prep.manifest import MANIFEST, RECORDS, REJECTED, Manifest, SplitInfo, load_manifest, write_records
-from imnet_prep.plan import Plan, PlanOptions, make_plan, shard_refs
-from imnet_prep.shard_task import ShardResult, ShardTask, finished, lines_path
+from imnet_prep import executors
+from imnet_prep.commit import commit, write_rejected
+from imnet_prep.errors import BudgetError, ImnetError, Interrupted, PlanError
+from imnet_prep.files import write_atomically
+from imnet_prep.manifest import MANIFEST, Manifest
+from imnet_prep.plan import Plan, PlanOptions, load_plan, make_plan, shard_refs
+from imnet_prep.shard_task import ShardResult, ShardTask, finished
+from imnet_prep.shards import Layout
 from imnet_prep.sources import Source, SourceInfo, SourceSummary, detect, merge, read
-from imnet_prep.types import Progress, ProgressCallback, Rejected
+from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
 from imnet_prep.validate import validate
+from imnet_prep.workspace import (
+    DIGESTS,
+    REJECTED,
+    Workspace,
+    begin,
+    check_begun,
+    check_out,
+    finished_before,
+    hold,
+    is_full,
+    publish,
+)
 
-WORK = ".work"
+LOG = logging.getLogger(__name__)
+LAYOUTS = "layouts.json"  # in .work: how often each split's layout was doubled, where it had to be
 SAMPLE_IMAGES = 64  # timed for the estimate of --dry-run
 _BUDGET = re.compile(r"(\d+)|(\d+(?:\.\d+)?)%")
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +59,8 @@ class ConvertOptions:
 
     Attributes:
         workers: Worker processes, or None for one a core that this process may use.
-        max_rejected: How many images may be rejected: a number, or a share as ``1%``.
+        max_rejected: How many images may be rejected: a number, or a share as ``1%``. Those that
+            ``--duplicates reject`` keeps out were asked for, and do not count.
         executor: ``local`` or ``dask``.
         scheduler: Address of the Dask scheduler.
         force: Start over where another plan was begun, and replace a finished folder once the new one is whole.
@@ -81,30 +94,41 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What a conversion made; ``already_done`` where the folder was whole before."""
+    """What a conversion made.
+
+    Attributes:
+        manifest: Of the whole folder.
+        path: The folder.
+        seconds: What this run took.
+        images_now: Images that this run read; the rest was there before.
+        notes: What a person should know of the sources.
+        already_done: The folder was whole before.
+    """
 
     manifest: Manifest
     path: Path
-    bytes: int
     seconds: float
+    images_now: int
+    notes: tuple[str, ...]
     already_done: bool
 
     def to_json(self) -> dict[str, Any]:
         """Give the object that ``--json`` prints."""
         splits = self.manifest.splits.values()
-        images = sum(split.images for split in splits)
         rejected: Counter[str] = Counter()
         for split in splits:
             rejected.update(split.rejected)
+        shards = [shard for split in splits for shard in split.shards]
         return {
-            "images": images,
+            "images": sum(split.images for split in splits),
             "rejected": dict(rejected),
-            "shards": sum(len(split.shards) for split in splits),
-            "bytes": self.bytes,
+            "shards": len(shards),
+            "bytes": sum(shard.size_bytes + shard.index_size_bytes for shard in shards),
             "seconds": round(self.seconds, 3),
-            "images_per_s": round(images / self.seconds, 1) if self.seconds > 0 and not self.already_done else 0.0,
+            "images_per_s": round(self.images_now / self.seconds, 1) if self.seconds > 0 else 0.0,
             "manifest": str(self.path / MANIFEST),
             "already_done": self.already_done,
+            "notes": list(self.notes),
         }
 
 
@@ -115,7 +139,7 @@ def convert(
     plan_options: PlanOptions,
     options: ConvertOptions,
     progress: ProgressCallback,
-    stop: Callable[[], bool],
+    stop: Stop,
 ) -> ConvertResult:
     """Convert sources to a records folder.
 
@@ -136,18 +160,254 @@ def convert(
     """
     started = time.monotonic()
     sources = detect(paths, split)
-    with _work_folder(out) as partial:
-        plan = _plan(sources, partial / WORK, plan_options, progress)
-        done = _already_done(out, plan, options)
-        if done is not None:
-            return ConvertResult(done, out, stored_bytes(done), time.monotonic() - started, True)
-        _resume_or_start(out, partial, plan, options)
-        infos = [source.info(progress) for source in sources]
-        _check_space(partial, plan)
-        results = _run(partial, plan, options, progress, stop)
-        manifest = _commit(partial, plan, infos, results)
-        publish(partial, out)
-    return ConvertResult(manifest, out, stored_bytes(manifest), time.monotonic() - started, False)
+    space = check_out(out, paths, force=options.force)
+    heeding = _heeding(progress, stop)
+    with _named_failures(space), hold(space):
+        key = _archive_key(sources, split, plan_options)
+        plan = _plan(space, sources, key, plan_options, heeding)
+        if (done := finished_before(space, plan, force=options.force)) is not None:
+            return ConvertResult(done, out, time.monotonic() - started, 0, (), already_done=True)
+        check_begun(space, plan, force=options.force)
+        _check_space(space, plan)
+        infos, notes = _source_infos(space, sources, heeding)
+        for note in notes:
+            LOG.warning("%s", note)
+        state = {"inputs": [asdict(info) for info in infos], "key": key, "notes": notes}
+        plan = begin(space, plan, state, force=options.force)
+        results, layouts, images_now = _run(space, plan, options, progress, stop)
+        manifest = commit(space.partial, plan, layouts, infos, results)
+        publish(space)
+    return ConvertResult(manifest, out, time.monotonic() - started, images_now, tuple(notes), already_done=False)
+
+
+def _heeding(progress: ProgressCallback, stop: Stop) -> ProgressCallback:
+    """Give a progress callback that leaves when it is asked to, for the time before there is anything to finish."""
+
+    def told(state: Progress) -> None:
+        if stop():
+            raise Interrupted("stopped before the first shard", remedy="run the same command again")
+        progress(state)
+
+    return told
+
+
+@contextmanager
+def _named_failures(space: Workspace) -> Iterator[None]:
+    """Turn failures of the file system into one line: a full disk says how much is missing."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            where = error.filename or space.partial
+            raise PlanError(
+                f"{where if isinstance(where, str | Path) else os.fsdecode(where)}: cannot be written or read",
+                got=error.strerror or str(error),
+                remedy="mend that and run the same command again: finished shards are kept",
+            ) from error
+        plan = None
+        with suppress(ImnetError):
+            plan = load_plan(space.database, PlanOptions())
+        raise _disk_full(space, plan) from error
+
+
+def _disk_full(space: Workspace, plan: Plan | None) -> PlanError:
+    missing = 1 << 20
+    if plan is not None:
+        there = sum(file.stat().st_size for split in plan.splits for file in (space.partial / split).glob("*"))
+        needed = sum(part.stored_bytes for part in plan.splits.values())
+        missing = max(missing, needed - there - shutil.disk_usage(space.out.parent).free)
+    return PlanError(
+        f"{space.partial}: the disk is full",
+        expected=f"about {missing:,} more bytes free",
+        remedy="free them and run the same command again: finished shards are kept",
+    )
+
+
+def _check_space(space: Workspace, plan: Plan) -> None:
+    """Refuse to begin what cannot end; not for images to be shrunk, as their stored size is not known."""
+    there = sum(file.stat().st_size for split in plan.splits for file in (space.partial / split).glob("*"))
+    if plan.options.store.short_side is None and plan.bytes - there > shutil.disk_usage(space.partial).free:
+        raise _disk_full(space, plan)
+
+
+# --- the plan and the sources ----------------------------------------------------------------------------------------
+
+
+def _file_state(path: Path) -> list[Any] | None:
+    """Tell a file from what may stand under its name later; None for a folder."""
+    if path.is_dir():
+        return None
+    state = path.stat()
+    return [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
+
+
+def _archive_key(sources: Sequence[Source], split: str | None, options: PlanOptions) -> str | None:
+    """Give what a plan of archives depends on; None where there is a folder, which must be listed again."""
+    states = [_file_state(source.path) for source in sources]
+    if None in states:
+        return None
+    return json.dumps([states, split, options.content(), options.seed, options.label_names()], sort_keys=True)
+
+
+def _plan(
+    space: Workspace, sources: Sequence[Source], key: str | None, options: PlanOptions, progress: ProgressCallback
+) -> Plan:
+    """Make the plan, or take the one begun where all sources are archives that were not touched since."""
+    begun = space.begun()
+    if key is not None and begun is not None and begun.get("key") == key:
+        plan = load_plan(space.database, options)
+        if plan is not None and plan.digest == begun["plan"]:
+            return plan
+    fresh = space.work / "plan.new"
+    try:
+        return make_plan(merge(sources), fresh, options, progress)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _source_infos(
+    space: Workspace, sources: Sequence[Source], progress: ProgressCallback
+) -> tuple[list[SourceInfo], list[str]]:
+    """Describe the sources, and give their notes; the digests of an archive are remembered while it is not touched."""
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads((space.work / DIGESTS).read_bytes())
+    infos: list[SourceInfo] = []
+    notes: list[str] = []
+    for source in sources:
+        state = json.dumps([source.kind, _file_state(source.path)])
+        if state not in known or source.path.is_dir():
+            info = source.info(progress)
+            known[state] = {"info": asdict(info), "notes": list(source.notes)}
+            write_atomically(space.work / DIGESTS, json.dumps(known).encode())
+        infos.append(SourceInfo(**known[state]["info"]))
+        notes += known[state]["notes"]
+    return infos, notes
+
+
+# --- the work --------------------------------------------------------------------------------------------------------
+
+
+def _tasks(space: Workspace, plan: Plan, layouts: dict[str, Layout]) -> list[ShardTask]:
+    labels = {name: label for label, name in enumerate(plan.classes)}
+    return [
+        ShardTask(
+            folder=space.partial,
+            split=split,
+            number=number,
+            name=plan.shard_name(split, number),
+            first=part.first + part.bounds[number],
+            last=part.first + part.bounds[number + 1],
+            layout=layouts[split],
+            store=plan.options.store,
+            labels=labels,
+            plan=plan.digest,
+        )
+        for split, part in plan.splits.items()
+        for number in range(part.shards)
+    ]
+
+
+def _run(
+    space: Workspace, plan: Plan, options: ConvertOptions, progress: ProgressCallback, stop: Stop
+) -> tuple[list[ShardResult], dict[str, Layout], int]:
+    """Carry out what is not done; where a row does not fit its page, once more with larger pages for its split.
+
+    Returns:
+        The results of all shards in the order of the plan, the layout of each split, and the images read now.
+    """
+    path = space.work / LAYOUTS
+    doubled: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
+    images_now = 0
+    while True:
+        layouts = {split: part.layout.grown(doubled.get(split, 0)) for split, part in plan.splits.items()}
+        tasks = _tasks(space, plan, layouts)
+        results, more, images = _run_tasks(space, plan, tasks, options, progress, stop)
+        images_now += images
+        if not more:
+            return results, layouts, images_now
+        for split, doublings in more.items():
+            doubled[split] = doubled.get(split, 0) + doublings
+            if plan.splits[split].layout.grown(doubled[split]) == layouts[split]:
+                raise PlanError(f"a shard of {split} cannot be laid out", remedy="use more shards (--shards)")
+        LOG.info("larger pages are needed: writing the shards of %s again", ", ".join(more))
+        write_atomically(path, json.dumps(doubled).encode())
+
+
+def _run_tasks(
+    space: Workspace,
+    plan: Plan,
+    tasks: Sequence[ShardTask],
+    options: ConvertOptions,
+    progress: ProgressCallback,
+    stop: Stop,
+) -> tuple[list[ShardResult], dict[str, int], int]:
+    """Carry out the tasks that are not finished; also gives the doublings needed by split, and the images read."""
+    results = {task.name: result for task in tasks if (result := finished(task)) is not None}
+    budget = _Budget(space, plan, options)
+    for result in results.values():
+        budget.spend(result.rejected)
+    kept_images = sum(result.images + len(result.rejected) for result in results.values())
+    kept_rejected = len(budget.rejected)
+    more: dict[str, int] = {}
+
+    def report(images: int, size: int, rejected: int) -> None:
+        counts = (("rejected", kept_rejected + rejected),)
+        progress(Progress(min(plan.images, kept_images + images), plan.images, "images", size, counts))
+
+    todo = [task for task in tasks if task.name not in results]
+    work = executors.run(todo, options.workers, options.scheduler, report, lambda: stop() or bool(more))
+    try:
+        with closing(work):
+            for result in work:
+                if result.doublings:
+                    more[result.split] = max(more.get(result.split, 0), result.doublings)
+                else:
+                    results[result.name] = result
+                    budget.spend(result.rejected)
+    finally:
+        for left in (space.work / "tmp").glob("*"):  # of workers that were killed
+            shutil.rmtree(left, ignore_errors=True)
+    done_now = sum(result.images + len(result.rejected) for result in results.values()) - kept_images
+    if len(results) < len(tasks) and (stop() or not more):
+        raise Interrupted(
+            f"stopped after {len(results)} of {len(tasks)} shards", remedy="run the same command again to go on"
+        )
+    if not more and not any(result.images for result in results.values()):
+        raise budget.exceeded()
+    return [results[task.name] for task in tasks if task.name in results], more, done_now
+
+
+class _Budget:
+    """Counts what is rejected, and stops the work where it is more than allowed."""
+
+    def __init__(self, space: Workspace, plan: Plan, options: ConvertOptions) -> None:
+        self.rejected: list[Rejected] = []
+        self._path = space.partial / REJECTED
+        self._found = plan.images + len(plan.rejected)
+        self._allowed, self._budget = options.allowed(self._found), options.max_rejected
+        self._spent = 0
+        self.spend(plan.rejected)
+
+    def spend(self, rejected: Sequence[Rejected]) -> None:
+        self.rejected += rejected
+        self._spent += sum(item.reason is not Reason.DUPLICATE for item in rejected)
+        if self._spent > self._allowed:
+            raise self.exceeded()
+
+    def exceeded(self) -> BudgetError:
+        write_rejected(self._path, self.rejected)
+        counted = [item for item in self.rejected if item.reason is not Reason.DUPLICATE] or self.rejected
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(r.reason for r in counted).most_common(4))
+        return BudgetError(
+            f"{len(counted)} of {self._found} images rejected ({reasons}); the first: {counted[0].file_name}",
+            expected=f"at most {self._budget} (--max-rejected)",
+            remedy=f"see {self._path}; mend the source, or allow more and run again: finished shards are kept",
+        )
+
+
+# --- the preview -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +427,7 @@ class Preview:
             ],
             "images": self.plan.images,
             "classes": len(self.plan.classes),
+            "shards": sum(part.shards for part in self.plan.splits.values()),
             "rejected": dict(Counter(item.reason.value for item in self.plan.rejected)),
             "splits": {
                 name: {
@@ -179,6 +440,7 @@ class Preview:
             },
             "bytes": self.plan.bytes,
             "seconds_estimated": round(self.seconds, 1),
+            "disk_needed": sum(part.stored_bytes for part in self.plan.splits.values()),
             "disk_free": self.disk_free,
             "label_convention": self.plan.label_convention,
         }
@@ -191,17 +453,20 @@ def dry_run(
     plan_options: PlanOptions,
     options: ConvertOptions,
     progress: ProgressCallback,
+    stop: Stop,
 ) -> Preview:
     """Make the plan, time a few images of it, and write nothing that stays.
 
     Raises:
         SourceError: A source is missing, empty, damaged or of no known layout.
-        PlanError: A class list cannot be read.
+        PlanError: A class list cannot be read, or ``out`` cannot be made.
+        Interrupted: ``stop`` said so.
     """
     sources = detect(paths, split)
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    with tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
-        plan = _plan(sources, Path(folder), plan_options, progress)
+    space = check_out(out, paths, force=options.force)
+    parent = next(folder for folder in space.out.parents if folder.exists())
+    with _named_failures(space), tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
+        plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, _heeding(progress, stop))
         seconds = _estimate_seconds(plan) / (options.workers or len(os.sched_getaffinity(0)))
     return Preview(plan, tuple(source.summary() for source in sources), seconds, shutil.disk_usage(parent).free)
 
@@ -209,8 +474,8 @@ def dry_run(
 def _estimate_seconds(plan: Plan) -> float:
     """Check a few images of each split and scale their time by the bytes."""
     total = 0.0
-    for split, part in plan.splits.items():
-        refs = shard_refs(plan.database, split, 0, min(part.images, SAMPLE_IMAGES))
+    for part in plan.splits.values():
+        refs = list(islice(shard_refs(plan.database, part.first, part.first + part.images), SAMPLE_IMAGES))
         started = time.perf_counter()
         for ref in refs:
             raw = read(ref)
@@ -218,276 +483,3 @@ def _estimate_seconds(plan: Plan) -> float:
                 validate(raw, plan.options.store)
         total += (time.perf_counter() - started) * part.bytes / max(1, sum(ref.size_bytes for ref in refs))
     return total
-
-
-def _plan(sources: Sequence[Source], folder: Path, options: PlanOptions, progress: ProgressCallback) -> Plan:
-    fresh = folder / "plan.new"
-    plan = make_plan(merge(sources), fresh, options, progress)
-    database = folder / "plan.sqlite"
-    os.replace(fresh, database)
-    return Plan(**{**{name: getattr(plan, name) for name in Plan.__slots__}, "database": database})
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """Take ``<out>.partial`` for this process alone; leave nothing where nothing was begun."""
-    partial = out.with_name(out.name + ".partial")
-    work = partial / WORK
-    begun = work.exists()
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"{partial}: cannot be made", got=str(error), remedy="choose another --out") from error
-    lock = (work / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise PlanError(f"{partial}: another conversion is at work there", remedy="wait for it, or stop it") from error
-    try:
-        yield partial
-    except BaseException:
-        if not begun and not (work / "plan.json").exists():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        lock.close()
-
-
-def _already_done(out: Path, plan: Plan, options: ConvertOptions) -> Manifest | None:
-    if not out.exists() or options.force:
-        return None
-    if out.is_dir() and not any(out.iterdir()):
-        return None
-    if not out.is_dir() or not (out / MANIFEST).exists():
-        raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out, or --force")
-    manifest = load_manifest(out)
-    if manifest.plan != plan.digest:
-        raise PlanError(
-            f"{out}: holds the result of another plan (other images, options or seed)",
-            expected=f"plan {plan.digest[:12]}",
-            got=f"plan {manifest.plan[:12] or 'none'}",
-            remedy="choose another --out, or --force to replace it once the new one is whole",
-        )
-    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
-    return manifest
-
-
-def _resume_or_start(out: Path, partial: Path, plan: Plan, options: ConvertOptions) -> None:
-    work = partial / WORK
-    note = work / "plan.json"
-    if note.exists():
-        begun = json.loads(note.read_text(encoding="utf-8"))["plan"]
-        if begun != plan.digest and not options.force:
-            raise PlanError(
-                f"{partial}: holds an unfinished conversion with another plan (other images, options or seed)",
-                expected=f"plan {plan.digest[:12]}",
-                got=f"plan {begun[:12]}",
-                remedy="repeat its command to go on with it, or --force to start over",
-            )
-        if begun != plan.digest:
-            for item in [*partial.iterdir(), *work.iterdir()]:
-                if item.name not in (WORK, "lock", plan.database.name):
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
-    for folder in (work / "tmp", work / "done", *(partial / split for split in plan.splits)):
-        folder.mkdir(exist_ok=True)
-    for left in (work / "tmp").iterdir():
-        shutil.rmtree(left, ignore_errors=True)
-    write_atomically(note, json.dumps({"plan": plan.digest}).encode())
-
-
-def _check_space(partial: Path, plan: Plan) -> None:
-    """Refuse to begin what cannot end; not for images to be shrunk, as their stored size is unknown."""
-    if plan.options.store.short_side is not None:
-        return
-    there = sum(file.stat().st_size for split in plan.splits for file in (partial / split).iterdir())
-    missing = plan.bytes - there - shutil.disk_usage(partial).free
-    if missing > 0:
-        raise _disk_full(partial, missing)
-
-
-def _disk_full(partial: Path, missing: int) -> PlanError:
-    return PlanError(
-        f"{partial}: the disk is full",
-        expected=f"about {missing:,} more bytes free",
-        remedy="free them and run the same command again: finished shards are kept",
-    )
-
-
-def _tasks(partial: Path, plan: Plan) -> list[ShardTask]:
-    labels = {name: label for label, name in enumerate(plan.classes)}
-    return [
-        ShardTask(
-            folder=partial.absolute(),
-            split=split,
-            number=number,
-            name=plan.shard_name(split, number),
-            first=part.bounds[number],
-            last=part.bounds[number + 1],
-            layout=part.layout,
-            store=plan.options.store,
-            labels=labels,
-        )
-        for split, part in plan.splits.items()
-        for number in range(part.shards)
-    ]
-
-
-def _run(
-    partial: Path, plan: Plan, options: ConvertOptions, progress: ProgressCallback, stop: Callable[[], bool]
-) -> list[ShardResult]:
-    """Carry out what is not done; gives the results of all shards in the order of the plan."""
-    tasks = _tasks(partial, plan)
-    results = {task.name: result for task in tasks if (result := finished(task)) is not None}
-    found = plan.images + len(plan.rejected)
-    allowed = options.allowed(found)
-
-    def check_budget() -> None:
-        rejected = [*plan.rejected, *(item for result in results.values() for item in result.rejected)]
-        if len(rejected) > allowed:
-            raise _over_budget(partial, rejected, found, options)
-
-    kept_images = sum(result.images + len(result.rejected) for result in results.values())
-    kept_rejected = len(plan.rejected) + sum(len(result.rejected) for result in results.values())
-
-    def report(images: int, size: int, rejected: int) -> None:
-        counts = (("rejected", kept_rejected + rejected),)
-        progress(Progress(min(plan.images, kept_images + images), plan.images, "images", size, counts))
-
-    check_budget()
-    todo = [task for task in tasks if task.name not in results]
-    try:
-        for result in executors.run(todo, options.workers, options.scheduler, report, stop):
-            results[result.name] = result
-            check_budget()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise PlanError(f"{partial}: a shard could not be written", got=str(error)) from error
-        stored = sum(r.info.size_bytes + r.info.index_size_bytes for r in results.values() if r.info is not None)
-        missing = max(plan.bytes - stored - shutil.disk_usage(partial).free, 1 << 20)
-        raise _disk_full(partial, missing) from error
-    if len(results) < len(tasks):
-        raise Interrupted(
-            f"stopped after {len(results)} of {len(tasks)} shards", remedy="run the same command again to go on"
-        )
-    return [results[task.name] for task in tasks]
-
-
-def _over_budget(partial: Path, rejected: list[Rejected], found: int, options: ConvertOptions) -> BudgetError:
-    write_rejected(partial / REJECTED, rejected)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(r.reason for r in rejected).most_common(4))
-    return BudgetError(
-        f"{len(rejected)} of {found} images rejected ({reasons}); the first: {rejected[0].file_name}",
-        expected=f"at most {options.max_rejected} (--max-rejected)",
-        remedy=f"see {partial / REJECTED}; mend the source, or allow more and run again: finished shards are kept",
-    )
-
-
-def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """Write ``rejected.jsonl``, sorted."""
-    lines = [
-        json.dumps(asdict(item), sort_keys=True, ensure_ascii=False)
-        for item in sorted(rejected, key=lambda item: (item.split, item.file_name, item.reason))
-    ]
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
-
-
-def _commit(partial: Path, plan: Plan, infos: Sequence[SourceInfo], results: Sequence[ShardResult]) -> Manifest:
-    """Write the lists and, last, the manifest."""
-    rejected = [*plan.rejected, *(item for result in results for item in result.rejected)]
-    if not any(result.images for result in results):
-        raise _over_budget(partial, rejected, plan.images + len(plan.rejected), ConvertOptions(max_rejected="0"))
-    write_rejected(partial / REJECTED, rejected)
-    splits: dict[str, SplitInfo] = {}
-    seen = np.empty(0, np.uint64)
-    for split in plan.splits:
-        mine = [result for result in results if result.split == split]
-        splits[split], seen = split_info(partial, plan, split, mine, rejected, seen)
-    words = dict(catalog.synsets())
-    manifest = Manifest(
-        classes=plan.classes,
-        class_words=tuple(words.get(name, "") for name in plan.classes),
-        label_space=plan.label_space,
-        label_convention=plan.label_convention,
-        seed=plan.options.seed,
-        options=plan.options.content(),
-        sources=tuple(sorted((asdict(info) for info in infos), key=lambda info: json.dumps(info, sort_keys=True))),
-        made_with={name: version(name) for name in ("imnet-prep", "opencv-python-headless", "pillow")},
-        plan=plan.digest,
-        splits=splits,
-        rejected=file_entry(partial, REJECTED),
-    )
-    write_atomically(partial / MANIFEST, manifest.to_bytes())
-    return manifest
-
-
-def file_entry(folder: Path, name: str) -> dict[str, Any]:
-    """Give name, size and digest of a file, as the manifest records them."""
-    path = folder / name
-    return {"file": name, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def split_info(
-    partial: Path,
-    plan: Plan,
-    split: str,
-    results: Sequence[ShardResult],
-    rejected: Sequence[Rejected],
-    seen: NDArray[np.uint64],
-) -> tuple[SplitInfo, NDArray[np.uint64]]:
-    """Join the shards of a split; ``seen`` are the first 8 bytes of the source digests of the splits before."""
-    stored = [result for result in results if result.info is not None]
-    counts = np.zeros(len(plan.classes), np.int64)
-    digests: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
-    changes: Counter[str] = Counter()
-
-    def lines() -> Iterator[str]:
-        for number, result in enumerate(stored):
-            values = [json.loads(line) for line in lines_path(partial, result.name).read_bytes().splitlines()]
-            labels = np.array([value["label"] for value in values], np.int64)
-            np.add.at(counts, labels[labels >= 0], 1)
-            digests.append(np.array([int(value["source_sha256"][:16], 16) for value in values], np.uint64))
-            for value in values:
-                changes.update(value.get("changes", ()))
-                yield json.dumps({**value, "shard": number}, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-    path = partial / split / RECORDS
-    write_records(path, lines())
-    sync(path)
-    images = sum(result.images for result in results)
-    unique = np.unique(np.concatenate(digests))
-    fresh = int(np.count_nonzero(~np.isin(unique, seen)))
-    mine = Counter(item.reason.value for item in rejected if item.split == split)
-    layout = plan.splits[split].layout
-    info = SplitInfo(
-        found=images + sum(mine.values()),
-        images=images,
-        rejected=dict(mine),
-        changes=dict(changes),
-        duplicates=images - fresh,
-        class_counts=tuple(int(count) for count in counts),
-        header_size=layout.header_size,
-        page_size=layout.page_size,
-        records=file_entry(partial, f"{split}/{RECORDS}"),
-        shards=tuple(result.info for result in stored if result.info is not None),
-    )
-    return info, np.union1d(seen, unique)
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give the whole folder its name; an older one goes only now."""
-    shutil.rmtree(partial / WORK)
-    sync(partial)
-    old = out.with_name(out.name + ".replaced")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    partial.rename(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def stored_bytes(manifest: Manifest) -> int:
-    """Add up data files and indexes."""
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    return sum(shard.size_bytes + shard.index_size_bytes for shard in shards)

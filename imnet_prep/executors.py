@@ -1,4 +1,4 @@
-"""Who carries out tasks: a pool of processes here, or Dask workers on machines that share the folder."""
+"""Who carries out the shard tasks: a pool of processes here, or Dask workers on machines that share the folder."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from imnet_prep.errors import PlanError
-from imnet_prep.shard_task import Advance, ShardResult, ShardTask, run_task
+from imnet_prep.shard_task import ShardResult, ShardTask, run_task
 
 EXECUTORS = ("local", "dask")
 POLL_S = 0.2
 Report = Callable[[int, int, int], None]  # images, bytes and rejected of this run so far
 Stop = Callable[[], bool]
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-_counters: Any = None  # in a worker process: images, bytes, rejected, shared with the parent
+_live: Any = None  # in a worker process: images, bytes and rejected of each task in hand, shared with the parent
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(
     tasks: Sequence[ShardTask], workers: int | None, scheduler: str | None, report: Report, stop: Stop
-) -> Iterator[ShardResult]:
+) -> Generator[ShardResult, None, None]:
     """Carry out tasks, in any order, and give each result as it comes.
+
+    Close the iterator (:func:`contextlib.closing`) where it is not read to its end: local workers are killed then.
 
     Args:
         tasks: What to do.
@@ -43,51 +42,41 @@ def run(
         OSError: A task met a disk that is full or fails.
     """
     if not tasks:
-        return iter(())
+        return
     if scheduler is None:
-        width = min(workers or len(os.sched_getaffinity(0)), len(tasks))
-        return run_processes(run_task, tasks, width, report, stop)
-    return _run_dask(tasks, scheduler, report, stop)
+        yield from _run_local(tasks, workers or len(os.sched_getaffinity(0)), report, stop)
+    else:
+        yield from _run_dask(tasks, scheduler, report, stop)
 
 
-def run_processes(
-    function: Callable[[Task, Advance], Result], tasks: Iterable[Task], width: int, report: Report, stop: Stop
-) -> Iterator[Result]:
-    """Carry out tasks in fresh processes that die with this one; at most ``width`` are in hand, the rest not yet made.
-
-    Args:
-        function: What a worker does with a task, from a module; it is told how to say how far it is.
-        tasks: Taken one by one, as workers come free.
-        width: Number of processes.
-        report: Told now and then how far the work is.
-        stop: Once true, no further task begins.
-
-    Raises:
-        PlanError: A worker process was killed.
-    """
+def _run_local(
+    tasks: Sequence[ShardTask], workers: int, report: Report, stop: Stop
+) -> Generator[ShardResult, None, None]:
     context = multiprocessing.get_context("spawn")
-    counters = context.Array("q", 3)
+    width = min(workers, len(tasks))
+    live = context.RawArray("q", 3 * width)  # no lock: a worker killed while it holds one would stop all others
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(width, context, _begin_worker, (counters, os.getpid()))
+    pool = ProcessPoolExecutor(width, context, _begin_worker, (live, os.getpid()))
+    finished = False
     try:
-        yield from _drive(pool, _Counted(function), width, tasks, lambda: report(*counters[:]), stop)
+        yield from _drive(pool, _run_counted, live, tasks, report, stop)
+        finished = True
     except BrokenProcessPool as error:
         raise PlanError(
             "a worker process was killed (out of memory?)",
             remedy="run the same command again, with fewer --workers if memory is short: finished shards are kept",
         ) from error
-    except KeyboardInterrupt:
-        for child in set(multiprocessing.active_children()) - before:
-            child.kill()
-        raise
     finally:
+        if not finished:  # workers ignore SIGTERM, so the pool's own clean-up after a death would wait for ever
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(counters: Any, parent: int) -> None:
+def _begin_worker(live: Any, parent: int) -> None:
     """Leave signals of the terminal to the parent, die with it, and do not multiply threads."""
-    global _counters  # noqa: PLW0603, a process-wide handle is what an initializer is for
-    _counters = counters
+    global _live  # noqa: PLW0603, a process-wide handle is what an initializer is for
+    _live = live
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -99,69 +88,78 @@ def _begin_worker(counters: Any, parent: int) -> None:
     cv2.setNumThreads(1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Counted(Generic[Task, Result]):
-    """A function that adds what it says of itself to the counters shared with the parent."""
-
-    function: Callable[[Task, Advance], Result]
-
-    def __call__(self, task: Task) -> Result:
-        return self.function(task, _advance)
-
-
-def _advance(images: int, size: int, rejected: int) -> None:
-    with _counters.get_lock():
+def _run_counted(task: ShardTask, slot: int) -> ShardResult:
+    def advance(images: int, size: int, rejected: int) -> None:
         for position, value in enumerate((images, size, rejected)):
-            _counters[position] += value
+            _live[3 * slot + position] += value
+
+    return run_task(task, advance)
 
 
-def _run_uncounted(task: ShardTask) -> ShardResult:
+def _run_uncounted(task: ShardTask, slot: int) -> ShardResult:
     return run_task(task, lambda images, size, rejected: None)
 
 
-def _run_dask(tasks: Sequence[ShardTask], scheduler: str, report: Report, stop: Stop) -> Iterator[ShardResult]:
+def _run_dask(
+    tasks: Sequence[ShardTask], scheduler: str, report: Report, stop: Stop
+) -> Generator[ShardResult, None, None]:
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
     except ImportError as error:
         raise PlanError("--executor dask: Dask is not installed", remedy="pip install 'imnet-prep[dask]'") from error
     try:
-        client = Client(scheduler, timeout="20s")
+        client = Client(scheduler, timeout="20s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise PlanError(f"--scheduler {scheduler}: cannot be reached", got=str(error) or "no answer in 20 s") from error
+    again = "run the same command again: finished shards are kept"
     with client:
         width = sum(client.nthreads().values())
         if not width:
             raise PlanError(f"--scheduler {scheduler}: has no workers", remedy="start `dask worker` processes")
-        done = [0, 0, 0]
+        done = [0, 0]
 
-        def counted(results: Iterator[ShardResult]) -> Iterator[ShardResult]:
+        def told(results: Iterator[ShardResult]) -> Generator[ShardResult, None, None]:
             for result in results:
-                size = result.info.size_bytes if result.info else 0
-                for position, value in enumerate((result.images + len(result.rejected), size, len(result.rejected))):
-                    done[position] += value
+                done[0] += result.images + len(result.rejected)
+                done[1] += len(result.rejected)
+                report(done[0], 0, done[1])
                 yield result
 
         pool = client.get_executor(pure=False)
-        yield from counted(_drive(pool, _run_uncounted, width, tasks, lambda: report(*done), stop))
+        try:
+            yield from told(_drive(pool, _run_uncounted, [0] * (3 * width), tasks, lambda *_: None, stop))
+        except KilledWorker as error:
+            raise PlanError("Dask workers died again and again on one shard", got=str(error), remedy=again) from error
+        except CancelledError as error:
+            raise PlanError(f"--scheduler {scheduler}: was lost", got=str(error), remedy=again) from error
 
 
 def _drive(
     pool: Executor,
-    function: Callable[[Task], Result],
-    width: int,
-    tasks: Iterable[Task],
-    report: Callable[[], None],
+    function: Callable[[ShardTask, int], ShardResult],
+    live: Any,
+    tasks: Sequence[ShardTask],
+    report: Report,
     stop: Stop,
-) -> Iterator[Result]:
-    """Keep ``width`` tasks in hand, so that stopping never waits for more than those."""
+) -> Generator[ShardResult, None, None]:
+    """Keep as many tasks in hand as there are slots of three in ``live``, so that stopping waits for no more."""
     todo = iter(tasks)
-    in_hand: set[Future[Result]] = set()
+    free = list(range(len(live) // 3))
+    in_hand: dict[Future[ShardResult], int] = {}
+    total = [0, 0, 0]
     while True:
-        while len(in_hand) < width and not stop() and (task := next(todo, None)) is not None:
-            in_hand.add(pool.submit(function, task))
+        while free and not stop() and (task := next(todo, None)) is not None:
+            slot = free.pop()
+            live[3 * slot : 3 * slot + 3] = [0, 0, 0]
+            in_hand[pool.submit(function, task, slot)] = slot
         if not in_hand:
             return
-        done, in_hand = wait(in_hand, timeout=POLL_S, return_when=FIRST_COMPLETED)
-        report()
+        done, _ = wait(in_hand, timeout=POLL_S, return_when=FIRST_COMPLETED)
+        report(*(total[part] + sum(live[3 * slot + part] for slot in in_hand.values()) for part in range(3)))
+        for future in done:
+            slot = in_hand.pop(future)
+            total = [total[part] + live[3 * slot + part] for part in range(3)]
+            live[3 * slot : 3 * slot + 3] = [0, 0, 0]
+            free.append(slot)
         for future in done:
             yield future.result()

@@ -1,18 +1,20 @@
 """The plan of a conversion: which image goes to which shard and row, fixed by the seed before any work.
 
-The plan is a SQLite file, so that a million images cost no memory and a worker (here or on another machine) reads only
-its own part. An image's place is its rank by a keyed hash of its name: it depends on the seed and on the names, never
-on the order of the sources, on where they lie, or on who does the work.
+The plan is a SQLite file whose rows lie in the order of the shards, so that a million images cost no memory and a
+worker (here or on another machine) reads only its own part. An image's place is its rank by a keyed hash of its name:
+it depends on the seed and on the names, never on the order of the sources, on where they lie, or on who does the work.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ from urllib.parse import quote
 
 from imnet_prep import catalog
 from imnet_prep.errors import PlanError, SourceError
+from imnet_prep.files import sqlite_failure
 from imnet_prep.shards import Layout, choose_layout
 from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, Reason, Rejected, record_id
 from imnet_prep.validate import ValidateOptions
 
-SHARD_BYTES = 256 << 20  # a shard's usual size: small enough to redo after a crash, large enough for sequential reads
+PLAN_VERSION = 1  # part of each plan's digest: to be raised when the same plan would give other bytes
+SHARD_BYTES = 64 << 20  # a shard's usual size: soon redone after a crash, enough of them to keep all cores busy
 MAX_SHARDS = 128  # open file handles = readers x shards
 BATCH_ROWS = 10_000
+ROW_BYTES = 400  # a record's scalar fields, its line of the index and its line of records.jsonl.gz, about
 LABEL_SPACES = ("found", "imagenet1k")
 DUPLICATES = ("keep", "reject")
 _CONVENTIONS = {
@@ -42,7 +47,7 @@ class PlanOptions:
 
     Attributes:
         seed: Of the order, 0 or more.
-        shards: Number of shards of a split, or None for one a 256 MiB, at most 128.
+        shards: Number of shards of a split, or None for one a 64 MiB, at most 128.
         label_space: ``found``, ``imagenet1k``, or the path of a file of class names in label order.
         keep_classes: The path of a file of class names to keep, or None for all.
         max_per_class: Images kept of a class in a split, chosen by the seed, or None for all.
@@ -81,13 +86,39 @@ class PlanOptions:
             "short_side": self.store.short_side,
         }
 
+    def label_names(self) -> list[str] | str:
+        """Give what ``label_space`` holds: names in label order where it is a file, else its own name.
+
+        Raises:
+            PlanError: It is neither a known name nor a file, or the file cannot be read.
+        """
+        if self.label_space in LABEL_SPACES:
+            return self.label_space
+        if "/" not in self.label_space and not Path(self.label_space).exists():
+            choices = ", ".join(LABEL_SPACES)
+            raise PlanError(
+                f"unknown label space {self.label_space!r}", expected=f"{choices}, or a file of class names"
+            )
+        return list(read_names(Path(self.label_space)))
+
 
 @dataclass(frozen=True, slots=True)
 class SplitPlan:
-    """One split of a plan: its images and bytes as found, the bounds of its shards and their sizes."""
+    """One split of a plan.
+
+    Attributes:
+        images: Images planned.
+        bytes: Their bytes as found.
+        stored_bytes: About how many bytes the split will take on the disk.
+        first: Place of its first image in the plan.
+        bounds: Ranks within the split at which its shards begin, and after the last one where it ends.
+        layout: Sizes of its data files.
+    """
 
     images: int
     bytes: int
+    stored_bytes: int
+    first: int
     bounds: tuple[int, ...]
     layout: Layout
 
@@ -108,7 +139,7 @@ class Plan:
         label_space: ``found``, ``imagenet1k`` or ``file``.
         splits: By split name; a split without a plannable image is not there.
         rejected: Images kept out before any was read.
-        digest: SHA-256 (hex) over the options, the classes and each image's split, name and size.
+        digest: SHA-256 (hex) over the options, the classes and each image's split, name, size and URL.
     """
 
     database: Path
@@ -118,6 +149,10 @@ class Plan:
     splits: dict[str, SplitPlan]
     rejected: tuple[Rejected, ...] = field(repr=False)
     digest: str
+
+    def at(self, database: Path) -> Plan:
+        """Give the same plan, its database moved."""
+        return replace(self, database=database)
 
     @property
     def label_convention(self) -> str:
@@ -146,14 +181,26 @@ def read_names(path: Path) -> tuple[str, ...]:
         PlanError: The file cannot be read, is empty, or names a class twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read as a list of class names", got=str(error)) from error
     names = tuple(name for line in lines if (name := line.split("\t")[0].strip()))
     if not names or len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)[:10]
         raise PlanError(f"{path}: not a list of class names", expected="each name once", got=", ".join(twice) or "none")
     return names
+
+
+@contextmanager
+def _connected(database: Path) -> Iterator[sqlite3.Connection]:
+    """Open a file for writing, without a journal: what is not finished is thrown away; its errors become OSError."""
+    try:
+        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+            for setting in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE"):
+                connection.execute(f"PRAGMA {setting}")
+            yield connection
+    except sqlite3.Error as error:
+        raise sqlite_failure(error, database) from error
 
 
 def make_plan(
@@ -169,27 +216,76 @@ def make_plan(
 
     Raises:
         SourceError: No image was found, or a class has no label in the label space.
-        PlanError: A class list cannot be read.
+        PlanError: A class list cannot be read, or names a class that is not there.
+        OSError: The disk is full or fails.
     """
-    database.unlink(missing_ok=True)
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA journal_mode = OFF")
-        connection.execute("PRAGMA synchronous = OFF")
-        rejected = _ingest(connection, refs, options, progress)
-        _index_records(connection)
-        if options.max_per_class is not None:
-            _limit_classes(connection, options.max_per_class)
-        if options.duplicates == "reject":
-            rejected += _reject_duplicates(connection, progress)
-        connection.execute("CREATE INDEX by_rank ON image(split, rank, record)")
-        classes, label_space = _label_space(connection, options)
-        splits = _split_plans(connection, options)
-        digest = _digest(connection, options, classes)
-        connection.commit()
-    rejected.sort(key=lambda item: (SPLITS.index(item.split), item.file_name, item.reason))
-    if not splits and not rejected:
-        raise SourceError("no images were found", remedy="check the source, --split and --keep-classes")
-    return Plan(database, options, classes, label_space, splits, tuple(rejected), digest)
+    staging = database.with_name(database.name + ".found")
+    try:
+        for path in (database, staging):
+            path.unlink(missing_ok=True)
+        with _connected(database) as connection:
+            connection.execute("ATTACH ? AS staging", (os.fsencode(staging),))
+            connection.execute("PRAGMA staging.journal_mode = OFF")
+            connection.execute("PRAGMA staging.synchronous = OFF")
+            connection.execute("BEGIN")
+            rejected = _ingest(connection, refs, options, progress)
+            _check_records(connection)
+            if options.max_per_class is not None:
+                _limit_classes(connection, options.max_per_class)
+            if options.duplicates == "reject":
+                rejected += _reject_duplicates(connection, progress)
+            # From here on the rows lie in their order: place is the row number.
+            connection.execute(f"CREATE TABLE image(place INTEGER PRIMARY KEY, {_COLUMNS})")
+            connection.execute("INSERT INTO image SELECT NULL, * FROM found ORDER BY split, rank, record")
+            connection.execute("COMMIT")
+            classes, label_space = _label_space(connection, options)
+            splits = _split_plans(connection, options)
+            digest = _digest(connection, options, classes, label_space)
+            rejected.sort(key=lambda item: (SPLITS.index(item.split), item.file_name, item.reason))
+            if not splits and not rejected:
+                raise SourceError("no images were found", remedy="check the source, --split and --keep-classes")
+            plan = Plan(database, options, classes, label_space, splits, tuple(rejected), digest)
+            _store(connection, plan)
+        return plan
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _store(connection: sqlite3.Connection, plan: Plan) -> None:
+    """Keep the rest of the plan beside its rows, for :func:`load_plan`."""
+    connection.execute("CREATE TABLE rejected(item TEXT)")
+    rows = ((json.dumps(asdict(item)),) for item in plan.rejected)
+    connection.execute("BEGIN")
+    connection.executemany("INSERT INTO rejected VALUES(?)", rows)
+    connection.execute("COMMIT")
+    head = {
+        "classes": plan.classes,
+        "label_space": plan.label_space,
+        "digest": plan.digest,
+        "splits": {name: asdict(part) for name, part in plan.splits.items()},
+    }
+    connection.execute("CREATE TABLE head(json TEXT)")
+    connection.execute("INSERT INTO head VALUES(?)", (json.dumps(head),))
+
+
+def load_plan(database: Path, options: PlanOptions) -> Plan | None:
+    """Read a plan that was made with the same options; None where there is none, or it is not whole."""
+    try:
+        with closing(_read_only(database)) as connection:
+            head = json.loads(connection.execute("SELECT json FROM head").fetchone()[0])
+            rejected = [json.loads(row[0]) for row in connection.execute("SELECT item FROM rejected ORDER BY rowid")]
+    except (sqlite3.Error, ValueError, TypeError):
+        return None
+    splits = {
+        name: SplitPlan(**{**part, "bounds": tuple(part["bounds"]), "layout": Layout(**part["layout"])})
+        for name, part in head["splits"].items()
+    }
+    items = tuple(Rejected(**{**item, "reason": Reason(item["reason"])}) for item in rejected)
+    return Plan(database, options, tuple(head["classes"]), head["label_space"], splits, items, head["digest"])
+
+
+def _read_only(database: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(os.fsencode(database.absolute()))}?mode=ro&immutable=1", uri=True)
 
 
 def _ingest(
@@ -198,12 +294,10 @@ def _ingest(
     options: PlanOptions,
     progress: ProgressCallback,
 ) -> list[Rejected]:
-    connection.execute(
-        "CREATE TABLE image(id INTEGER PRIMARY KEY, split TEXT, record INTEGER, rank INTEGER, class TEXT, "
-        "file_name TEXT, path INTEGER, offset INTEGER, size INTEGER, url TEXT, status INTEGER)"
-    )
-    connection.execute("CREATE TABLE path(id INTEGER PRIMARY KEY, path TEXT)")
+    connection.execute(f"CREATE TABLE staging.found({_COLUMNS})")
+    connection.execute("CREATE TABLE path(id INTEGER PRIMARY KEY, path BLOB)")
     keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
+    seen: set[str] = set()
     rejected: list[Rejected] = []
     paths = _Paths(connection)
     done = 0
@@ -211,16 +305,29 @@ def _ingest(
     def rows() -> Iterator[tuple[object, ...]]:
         for ref in refs:
             if isinstance(ref, Rejected):
-                rejected.append(ref)
-            elif keep is None or ref.class_name in keep or not ref.class_name:
+                if keep is None or ref.reason is Reason.UNLABELLED or ref.file_name.split("/")[0] in keep:
+                    rejected.append(ref)
+                continue
+            seen.add(ref.class_name)
+            if keep is None or ref.class_name in keep or not ref.class_name:
                 yield _row(ref, options.seed, paths)
 
     source = rows()
     while batch := list(islice(source, BATCH_ROWS)):
-        connection.executemany("INSERT INTO image VALUES(NULL,?,?,?,?,?,?,?,?,?,?)", batch)
+        connection.executemany(f"INSERT INTO found VALUES({','.join('?' * len(batch[0]))})", batch)
         done += len(batch)
         progress(Progress(done, None, "found"))
+    if keep is not None and (unknown := sorted(keep - seen)):
+        raise PlanError(
+            f"{options.keep_classes}: {len(unknown)} of {len(keep)} names are not classes of the sources",
+            expected=f"names among {_listed(sorted(seen - {''}))}",
+            got=_listed(unknown),
+        )
     return rejected
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
 class _Paths:
@@ -232,8 +339,7 @@ class _Paths:
 
     def number(self, path: Path) -> int:
         if path != self._last[0]:
-            text = str(path.absolute())
-            cursor = self._connection.execute("INSERT INTO path VALUES(NULL, ?)", (text,))
+            cursor = self._connection.execute("INSERT INTO path VALUES(NULL, ?)", (os.fsencode(path.absolute()),))
             self._last = (path, cursor.lastrowid or 0)
         return self._last[1]
 
@@ -242,7 +348,7 @@ def _row(ref: ImageRef, seed: int, paths: _Paths) -> tuple[object, ...]:
     name = f"{ref.split}/{ref.file_name}".encode()
     rank = hashlib.blake2b(name, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return (
-        ref.split,
+        SPLITS.index(ref.split),
         _signed(record_id(ref.split, ref.file_name)),
         int.from_bytes(rank, "little", signed=True),
         ref.class_name,
@@ -259,18 +365,19 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _index_records(connection: sqlite3.Connection) -> None:
+def _check_records(connection: sqlite3.Connection) -> None:
     """Make sure that record ids are unique: names are (the sources see to that), and 64 bits of SHA-256 nearly so."""
     try:
-        connection.execute("CREATE UNIQUE INDEX by_record ON image(record)")
+        connection.execute("CREATE UNIQUE INDEX staging.by_record ON found(record)")
     except sqlite3.IntegrityError as error:
         raise PlanError("two images have the same record id", remedy="rename one, or take them in two runs") from error
 
 
 def _limit_classes(connection: sqlite3.Connection, limit: int) -> None:
+    """Keep the first of each class by rank; images without a class (the test split) all stay."""
     connection.execute(
-        "DELETE FROM image WHERE id IN (SELECT id FROM (SELECT id, ROW_NUMBER() OVER "
-        "(PARTITION BY split, class ORDER BY rank, record) AS place FROM image) WHERE place > ?)",
+        "DELETE FROM found WHERE record IN (SELECT record FROM (SELECT record, ROW_NUMBER() OVER "
+        "(PARTITION BY split, class ORDER BY rank, record) AS place FROM found WHERE class != '') WHERE place > ?)",
         (limit,),
     )
 
@@ -279,24 +386,27 @@ def _reject_duplicates(connection: sqlite3.Connection, progress: ProgressCallbac
     """Hash every image once, in the order in which they lie, and keep the first of each: val, then test, then train."""
     from imnet_prep.sources import read
 
-    total = connection.execute("SELECT COUNT(*) FROM image").fetchone()[0]
-    connection.execute("CREATE TABLE digest(id INTEGER PRIMARY KEY, sha256 BLOB)")
-    for done, row in enumerate(connection.execute(f"{_SELECT} ORDER BY image.path, offset"), 1):
+    total = connection.execute("SELECT COUNT(*) FROM found").fetchone()[0]
+    connection.execute("CREATE TABLE staging.digest(record INTEGER PRIMARY KEY, sha256 BLOB)")
+    found = connection.execute(_SELECT.format("found") + " ORDER BY found.path, offset")
+    for done, row in enumerate(found, 1):
         raw = read(_ref(row))
         if not isinstance(raw, Rejected) and raw.data:  # what cannot be read is accounted for later
-            digest = hashlib.sha256(raw.data).digest()
-            connection.execute("INSERT INTO digest SELECT id, ? FROM image WHERE record = ?", (digest, row[-1]))
+            connection.execute("INSERT INTO digest VALUES(?, ?)", (row[-1], hashlib.sha256(raw.data).digest()))
         if done % 1000 == 0 or done == total:
             progress(Progress(done, total, "hashed"))
-    found = connection.execute(
-        "SELECT id, split, file_name, FIRST_VALUE(split || '/' || file_name) OVER same "
-        "FROM image JOIN digest USING (id) "
-        "WINDOW same AS (PARTITION BY sha256 ORDER BY split = 'train', split DESC, file_name)"
+    val = SPLITS.index("val")
+    twice = connection.execute(
+        "SELECT record, split, file_name, first_split, first_name FROM (SELECT record, split, file_name, "
+        "FIRST_VALUE(record) OVER same AS first, FIRST_VALUE(split) OVER same AS first_split, "
+        "FIRST_VALUE(file_name) OVER same AS first_name FROM found JOIN digest USING (record) "
+        f"WINDOW same AS (PARTITION BY sha256 ORDER BY split != {val}, -split, file_name)) WHERE record != first"
     ).fetchall()
-    twice = [row for row in found if f"{row[1]}/{row[2]}" != row[3]]
-    connection.executemany("DELETE FROM image WHERE id = ?", [(row[0],) for row in twice])
-    connection.execute("DROP TABLE digest")
-    return [Rejected(split, name, Reason.DUPLICATE, f"same bytes as {first}") for _, split, name, first in twice]
+    connection.executemany("DELETE FROM found WHERE record = ?", [(row[0],) for row in twice])
+    return [
+        Rejected(SPLITS[split], name, Reason.DUPLICATE, f"same bytes as {SPLITS[first]}/{first_name}")
+        for _, split, name, first, first_name in twice
+    ]
 
 
 def _label_space(connection: sqlite3.Connection, options: PlanOptions) -> tuple[tuple[str, ...], str]:
@@ -305,11 +415,8 @@ def _label_space(connection: sqlite3.Connection, options: PlanOptions) -> tuple[
         return tuple(sorted(found)), "found"
     if options.label_space == "imagenet1k":
         names, kind = tuple(wnid for wnid, _ in catalog.synsets()), "imagenet1k"
-    elif "/" not in options.label_space and not Path(options.label_space).exists():
-        choices = ", ".join(LABEL_SPACES)
-        raise PlanError(f"unknown label space {options.label_space!r}", expected=f"{choices}, or a file of class names")
     else:
-        names, kind = read_names(Path(options.label_space)), "file"
+        names, kind = tuple(options.label_names()), "file"
     foreign = sorted(set(found) - set(names))
     if foreign:
         raise SourceError(
@@ -325,48 +432,59 @@ def _split_plans(connection: sqlite3.Connection, options: PlanOptions) -> dict[s
     plans: dict[str, SplitPlan] = {}
     # What is not named as a JPEG will be converted, and may grow (a flat PNG most of all).
     stored = "CASE WHEN lower(file_name) LIKE '%.jpg' OR lower(file_name) LIKE '%.jpeg' THEN size ELSE 4 * size END"
-    query = f"SELECT split, COUNT(*), SUM(size), MAX({stored}) FROM image GROUP BY split"
-    found = {row[0]: row[1:] for row in connection.execute(query)}
-    for split in SPLITS:
-        if split in found:
-            images, total, largest = found[split]
-            count = options.shards or min(MAX_SHARDS, -(-total // SHARD_BYTES))
-            count = max(1, min(count, images))
-            bounds = tuple(images * number // count for number in range(count + 1))
-            plans[split] = SplitPlan(images, total, bounds, choose_layout(-(-images // count), total // count, largest))
+    query = f"SELECT split, COUNT(*), SUM(size), MAX({stored}), MIN(place) FROM image GROUP BY split ORDER BY split"
+    for number, images, total, largest_found, first in connection.execute(query):
+        count = options.shards or min(MAX_SHARDS, -(-total // SHARD_BYTES))
+        count = max(1, min(count, images))
+        bounds = tuple(images * shard // count for shard in range(count + 1))
+        total_stored, largest = total, largest_found
+        if options.store.short_side is not None:
+            # A photograph at quality 90 takes about half a byte a pixel; a side is seldom over 8 times the other.
+            square = options.store.short_side**2
+            total_stored, largest = min(total, images * square * 2 // 3), min(largest_found, 8 * square)
+        layout = choose_layout(-(-images // count), total_stored // count, largest)
+        on_disk = total_stored + count * (layout.header_size + layout.page_size // 2) + ROW_BYTES * images
+        plans[SPLITS[number]] = SplitPlan(images, total, on_disk, first, bounds, layout)
     return plans
 
 
-def _digest(connection: sqlite3.Connection, options: PlanOptions, classes: Sequence[str]) -> str:
-    shape = {"options": options.content(), "seed": options.seed, "classes": list(classes)}
+def _digest(connection: sqlite3.Connection, options: PlanOptions, classes: Sequence[str], label_space: str) -> str:
+    shape = {
+        "version": PLAN_VERSION,
+        "options": options.content(),
+        "seed": options.seed,
+        "label_space": label_space,
+        "classes": list(classes),
+    }
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    for row in connection.execute("SELECT split, file_name, size FROM image ORDER BY split, rank, record"):
-        digest.update(json.dumps(row).encode())
+    for split, *row in connection.execute("SELECT split, file_name, size, url, status FROM image ORDER BY place"):
+        digest.update(json.dumps([SPLITS[split], *row]).encode())
     return digest.hexdigest()
 
 
+_COLUMNS = (
+    "split INTEGER, record INTEGER, rank INTEGER, class TEXT, file_name TEXT, path INTEGER, offset INTEGER, "
+    "size INTEGER, url TEXT, status INTEGER"
+)
 _SELECT = (
-    "SELECT split, class, file_name, path.path, offset, size, url, status, record "
-    "FROM image JOIN path ON image.path = path.id"
+    "SELECT split, class, file_name, path.path, offset, size, url, status, record FROM {0} JOIN path "
+    "ON {0}.path = path.id"
 )
 
 
 def _ref(row: tuple[Any, ...]) -> ImageRef:
-    return ImageRef(row[0], row[1], row[2], Path(row[3]), row[4], row[5], row[6], row[7])
+    return ImageRef(SPLITS[row[0]], row[1], row[2], Path(os.fsdecode(row[3])), row[4], row[5], row[6], row[7])
 
 
-def shard_refs(database: Path, split: str, first: int, last: int) -> list[ImageRef]:
-    """Read the images of one shard from a plan, in row order.
+def shard_refs(database: Path, first: int, last: int) -> Iterator[ImageRef]:
+    """Read images from a plan, in row order.
 
     Args:
         database: The plan's SQLite file.
-        split: The split.
-        first: Rank of the first image within the split. last: Rank after the last one (:attr:`SplitPlan.bounds`).
+        first: Place of the first image in the plan (:attr:`SplitPlan.first` plus a bound).
+        last: Place after the last.
     """
-    with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro&immutable=1", uri=True)) as connection:
-        rows = connection.execute(
-            f"{_SELECT} WHERE image.id IN "
-            "(SELECT id FROM image WHERE split = ? ORDER BY rank, record LIMIT ? OFFSET ?) ORDER BY rank, record",
-            (split, last - first, first),
-        ).fetchall()
-    return [_ref(row) for row in rows]
+    with closing(_read_only(database)) as connection:
+        query = _SELECT.format("image") + " WHERE place >= ? AND place < ? ORDER BY place"
+        for row in connection.execute(query, (first, last)):
+            yield _ref(row)

@@ -11,18 +11,23 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from imnet_prep.errors import PlanError
 from imnet_prep.files import sync, write_atomically
 from imnet_prep.manifest import RecordLine
-from imnet_prep.mindrecord import LENGTH, index_path
+from imnet_prep.mindrecord import index_path
 from imnet_prep.plan import shard_refs
-from imnet_prep.shards import Layout, ShardWriter, read_back
+from imnet_prep.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
 from imnet_prep.sources import read
 from imnet_prep.types import ImageRef, Reason, Rejected, Sample, ShardInfo
 from imnet_prep.validate import ValidateOptions, validate
 
+WORK = ".work"  # in the .partial folder: the plan, notes of what is done, and shards in hand
+PLAN_NOTE, PLAN_DATABASE = "plan.json", "plan.sqlite"
+UNLABELLED = -1  # the label of the test split
 REPORT_EVERY = 16  # images between two reports to the bar
 Advance = Callable[[int, int, int], None]  # images, bytes, rejected since the last call
 
@@ -35,8 +40,9 @@ class ShardTask:
         folder: The ``.partial`` folder; the plan lies in its ``.work``.
         split: The split. number: Which of its shards, from 0.
         name: Path of the data file relative to ``folder``.
-        first: Rank of its first image in the split. last: Rank after its last.
+        first: Place of its first image in the plan. last: Place after its last.
         layout: Sizes of the split's files.
+        plan: Digest of the plan: a worker that was left behind must not touch the folder of another one.
         store: What an image must be, and how it is stored.
         labels: Label by class name.
     """
@@ -50,97 +56,134 @@ class ShardTask:
     layout: Layout
     store: ValidateOptions
     labels: dict[str, int]
+    plan: str
 
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """A finished shard; ``info`` is None where every image of it was rejected, and there is no file."""
+    """What became of a shard.
+
+    Attributes:
+        name: As in the task. split: Likewise.
+        images: Records stored.
+        info: The files in place; None where every image was rejected, or the layout is too small.
+        rejected: Images kept out.
+        doublings: How often the layout must at least be doubled before the shard can be written; usually 0.
+    """
 
     name: str
     split: str
     images: int
     info: ShardInfo | None
     rejected: tuple[Rejected, ...]
+    doublings: int = 0
 
 
 def lines_path(folder: Path, name: str) -> Path:
     """Where the record lines of a finished shard wait for the commit."""
-    return folder / ".work" / "done" / (Path(name).name + ".jsonl")
+    return folder / WORK / "done" / (Path(name).name + ".jsonl")
 
 
 def _note_path(folder: Path, name: str) -> Path:
-    return folder / ".work" / "done" / (Path(name).name + ".json")
+    return folder / WORK / "done" / (Path(name).name + ".json")
 
 
 def finished(task: ShardTask) -> ShardResult | None:
     """Give the result of a shard that is in place, or None."""
     try:
         note = json.loads(_note_path(task.folder, task.name).read_bytes())
+        if note.pop("plan") != task.plan or Layout(**note.pop("layout")) != task.layout:
+            return None
         info = ShardInfo(**note["info"]) if note["info"] is not None else None
         rejected = tuple(Rejected(**{**item, "reason": Reason(item["reason"])}) for item in note["rejected"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if info is not None:
-        data = task.folder / info.file
-        sizes = {data: info.size_bytes, index_path(data): info.index_size_bytes}
-        if any(not path.is_file() or path.stat().st_size != size for path, size in sizes.items()):
+        result = ShardResult(**{**note, "info": info, "rejected": rejected})
+        there: list[tuple[Path, int | None]] = [(lines_path(task.folder, task.name), None)]
+        if info is not None:
+            data = task.folder / info.file
+            there += [(data, info.size_bytes), (index_path(data), info.index_size_bytes)]
+        if any(size not in (None, path.stat().st_size) for path, size in there):
             return None
-    return ShardResult(task.name, task.split, note["images"], info, rejected)
+    except (OSError, ValueError, KeyError, TypeError, PlanError):
+        return None
+    return result
 
 
 def run_task(task: ShardTask, advance: Advance) -> ShardResult:
     """Write one shard, read it back, and move it to its place.
 
+    Args:
+        task: What to do.
+        advance: Told of images read, their bytes, and those rejected.
+
     Raises:
-        OSError: The disk is full or fails.
+        OSError: The disk is full or fails, or the folder is gone.
         IntegrityError: Reading back gave something else.
+        PlanError: Another plan has the folder now.
     """
-    work = task.folder / ".work"
-    temporary = work / "tmp" / uuid.uuid4().hex
-    temporary.mkdir(parents=True)
+    temporary = task.folder / WORK / "tmp" / uuid.uuid4().hex
+    temporary.mkdir()
     try:
-        path = temporary / Path(task.name).name
-        lines, rejected = _write(task, path, advance)
-        info = read_back(path, task.name, [line.sha256 for line in lines]) if lines else None
-        text = "".join(line.to_json() + "\n" for line in lines)
-        write_atomically(lines_path(task.folder, task.name), text.encode())
+        path, lines = temporary / Path(task.name).name, temporary / "lines"
+        try:
+            written, rejected = _write(task, path, lines, advance)
+        except LayoutTooSmall as small:
+            return ShardResult(task.name, task.split, 0, None, (), small.doublings)
+        info = None
+        if written is not None:
+            with ThreadPoolExecutor(1) as beside:  # the disk writes while the shard is read back
+                synced = beside.submit(sync, path)
+                info = read_back(path, task.name, written)
+                synced.result()
+        check_plan(task.folder, task.plan)
+        os.replace(lines, lines_path(task.folder, task.name))
         if info is not None:
             for source in (path, index_path(path)):  # another folder, the same base name: MindRecord allows that
                 os.replace(source, task.folder / task.split / source.name)
             sync(task.folder / task.split)
-        result = ShardResult(task.name, task.split, len(lines), info, tuple(rejected))
-        note = asdict(result)
+        result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
+        note = {**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}
         write_atomically(_note_path(task.folder, task.name), json.dumps(note, sort_keys=True).encode())
         return result
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(task: ShardTask, path: Path, advance: Advance) -> tuple[list[RecordLine], list[Rejected]]:
-    store = replace(task.store, max_bytes=min(task.store.max_bytes, task.layout.page_size - LENGTH.size))
-    lines: list[RecordLine] = []
+def check_plan(folder: Path, plan: str) -> None:
+    """Make sure that a folder still belongs to a plan.
+
+    Raises:
+        PlanError: It belongs to another.
+    """
+    begun = json.loads((folder / WORK / PLAN_NOTE).read_bytes())["plan"]
+    if begun != plan:
+        raise PlanError(f"{folder}: was taken over by another plan meanwhile", expected=plan[:12], got=begun[:12])
+
+
+def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[Written | None, list[Rejected]]:
+    """Write the data file, its index and its record lines; gives None where there is no row, and no data file."""
     rejected: list[Rejected] = []
+    pending = [0, 0, 0]
     writer = ShardWriter(path, task.layout)
     try:
-        pending = [0, 0, 0]
-        for ref in shard_refs(task.folder / ".work" / "plan.sqlite", task.split, task.first, task.last):
-            outcome = _check(ref, store)
-            if isinstance(outcome, Rejected):
-                rejected.append(outcome)
-            else:
-                label = task.labels[ref.class_name] if ref.class_name else -1
-                writer.add(outcome.image, label, ref.file_name)
-                lines.append(_line(outcome, label, len(lines)))
-            pending = [pending[0] + 1, pending[1] + ref.size_bytes, pending[2] + isinstance(outcome, Rejected)]
-            if pending[0] == REPORT_EVERY:
-                advance(*pending)
-                pending = [0, 0, 0]
-        advance(*pending)
-        if lines:
-            writer.finish()
+        with lines.open("w", encoding="utf-8", newline="\n") as text:
+            for ref in shard_refs(task.folder / WORK / PLAN_DATABASE, task.first, task.last):
+                outcome = _check(ref, task.store)
+                if isinstance(outcome, Rejected):
+                    rejected.append(outcome)
+                else:
+                    label = task.labels[ref.class_name] if ref.class_name else UNLABELLED
+                    text.write(_line(outcome, label, len(writer)).to_json() + "\n")
+                    writer.add(outcome.image, label, ref.file_name)
+                pending = [pending[0] + 1, pending[1] + ref.size_bytes, pending[2] + isinstance(outcome, Rejected)]
+                if pending[0] == REPORT_EVERY:
+                    advance(*pending)
+                    pending = [0, 0, 0]
+            advance(*pending)
+            text.flush()
+            os.fsync(text.fileno())
+        return (writer.finish() if len(writer) else None), rejected
     finally:
         writer.close()
-    return lines, rejected
 
 
 def _check(ref: ImageRef, store: ValidateOptions) -> Sample | Rejected:

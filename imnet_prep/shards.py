@@ -7,12 +7,13 @@ is, byte for byte, what ``FileWriter`` makes of the same rows in one call (a tes
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import io
 import json
 import os
 import sqlite3
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from imnet_prep.errors import IntegrityError, PlanError
-from imnet_prep.files import file_digest
+from imnet_prep.errors import IntegrityError, PlanError, RecordsError
+from imnet_prep.files import file_digest, sqlite_failure
 from imnet_prep.manifest import COLUMNS
-from imnet_prep.mindrecord import BLOB, LENGTH, RAW, RowIndex, Shard, index_from_data, index_path, read_header
+from imnet_prep.mindrecord import BLOB, LENGTH, RAW, RowIndex, index_from_data, index_path, read_header, read_index
 from imnet_prep.types import ShardInfo
 
 SQLITE_VERSION_OFFSET = 96  # where SQLite notes the version that wrote the file last: it must not differ by machine
 SQLITE_VERSION = 3_040_000
+MIN_HEADER_BYTES, MAX_HEADER_BYTES = 1 << 14, 1 << 27  # MindSpore's own limits
+MIN_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 15, 1 << 28
 _INDEXES = (
     "CREATE TABLE INDEXES(ROW_ID INT NOT NULL, PAGE_ID_RAW INT NOT NULL, PAGE_OFFSET_RAW INT NOT NULL, "
     "PAGE_OFFSET_RAW_END INT NOT NULL, ROW_GROUP_ID INT NOT NULL, PAGE_ID_BLOB INT NOT NULL, "
@@ -50,41 +53,73 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name, size, low, high in (
-            ("header_size", self.header_size, 1 << 14, 1 << 27),
-            ("page_size", self.page_size, 1 << 15, 1 << 28),
+            ("header_size", self.header_size, MIN_HEADER_BYTES, MAX_HEADER_BYTES),
+            ("page_size", self.page_size, MIN_PAGE_BYTES, MAX_PAGE_BYTES),
         ):
             if not low <= size <= high or size & (size - 1):
                 raise PlanError(f"{name} of a shard", expected=f"a power of two from {low} to {high}", got=str(size))
 
+    def grown(self, level: int) -> Layout:
+        """Give both sizes doubled ``level`` times, each up to its limit."""
+        return Layout(min(self.header_size << level, MAX_HEADER_BYTES), min(self.page_size << level, MAX_PAGE_BYTES))
 
-def _power_of_two(value: float) -> int:
-    return 1 << max(0, int(np.ceil(np.log2(max(1.0, value)))))
+
+class LayoutTooSmall(Exception):
+    """A row or the header does not fit.
+
+    ``doublings`` is how often the layout must at least be doubled: exact for a row. A header may fit after one, as
+    there are fewer pages then.
+    """
+
+    def __init__(self, name: str, size_bytes: int, limit_bytes: int, doublings: int | None = None) -> None:
+        super().__init__(f"{name}: {size_bytes} bytes do not fit in {limit_bytes}")
+        self.doublings = (-(-size_bytes // limit_bytes) - 1).bit_length() if doublings is None else doublings
+
+
+def _power_of_two(value: float, *, nearest: bool = False) -> int:
+    exponent = np.log2(max(1.0, value))
+    return 1 << int(round(exponent) if nearest else np.ceil(exponent))
 
 
 def choose_layout(rows: int, total_bytes: int, largest_bytes: int) -> Layout:
     """Choose sizes that waste little at any scale.
 
-    A blob page loses half a row on average, so a page should hold many rows; it must hold twice the largest source
-    image, as converting one can make it larger; and it should be a small part of a small shard.
+    A blob page loses half a row on average, and the last one half of itself, so the square root of mean row times
+    shard wastes least; the largest image must fit, twice over where that costs little, as converting can make it grow.
+    What does not fit after all makes the split's shards be written again with twice the sizes.
 
     Args:
         rows: Rows of the fullest shard.
         total_bytes: Bytes of its images.
-        largest_bytes: Bytes of the largest source image of the split.
+        largest_bytes: Bytes of the largest image of the split.
     """
     mean = total_bytes / max(1, rows)
-    least = 1 << 20 if total_bytes > 16 << 20 else 1 << 18
-    page = _power_of_two(max(least, 2 * largest_bytes + 4096, min(64 * mean, total_bytes / 64)))
-    page = min(page, 1 << 28)
-    pages = 8 + 2 * total_bytes / max(page / 4, page - largest_bytes)
-    header = _power_of_two(max(1 << 16, 2 * 256 * pages))
-    return Layout(min(header, 1 << 27), page)
+    least = _power_of_two((2 * (mean + LENGTH.size) * total_bytes) ** 0.5, nearest=True)
+    fits = _power_of_two(max(largest_bytes + 4096, min(2 * largest_bytes + 4096, total_bytes / 16)))
+    page = min(max(least, fits, MIN_PAGE_BYTES), MAX_PAGE_BYTES)
+    pages = 4 + 2 * total_bytes / max(page / 4, page - largest_bytes)
+    header = _power_of_two(max(MIN_HEADER_BYTES, 256 * pages))  # a page takes about 200 bytes of JSON
+    return Layout(min(header, MAX_HEADER_BYTES), page)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was given to the disk, to compare with what it gives back.
+
+    Attributes:
+        rows: Records.
+        sums: Of the header and of each page, their bytes as little-endian 64-bit words added up modulo 2^64.
+    """
+
+    rows: int
+    sums: tuple[int, ...]
 
 
 class ShardWriter:
     """Writes one data file row by row, then its header and index.
 
-    One page is held in memory, and the scalar fields of all rows (about 50 bytes each), as they come after the images.
+    One page is held in memory, and of each row its scalar fields and its place (about 80 bytes in all), as they come
+    after the images.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
@@ -98,54 +133,62 @@ class ShardWriter:
         self.layout = layout
         self._file = path.open("xb", buffering=0)
         self._page = bytearray()
-        self._page_rows = 0
-        self._group: list[bytes] = []  # raw rows of the blob page in hand; a row group never spans raw pages
-        self._groups: list[list[bytes]] = []
-        self._group_bytes = 0
-        self._blob: list[tuple[int, int, int]] = []  # page, start, end of each row
-        self._labels: list[int] = []
+        self._raw = bytearray()  # scalar fields of all rows, one after the other
+        self._raw_ends = array("Q")  # in _raw
+        self._group_start = 0  # in _raw; a row group is a blob page's rows, and never spans raw pages
+        self._group_ends = array("I")  # in rows
+        self._blob = array("I")  # page, start and end of each row
+        self._labels = array("i")
         self._pages: list[dict[str, Any]] = []
+        self._sums: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._labels)
 
     def add(self, image: bytes, label: int, file_name: str) -> None:
         """Append a row.
 
         Raises:
-            PlanError: It does not fit in a page.
+            LayoutTooSmall: It does not fit in a page.
             OSError: The disk is full or fails.
         """
         packed = msgpack.packb({"file_name": file_name, "label": label})
-        raw = LENGTH.pack(len(packed)) + packed
-        blob_bytes = LENGTH.size + len(image)
-        if max(blob_bytes, len(raw)) > self.layout.page_size:
-            raise PlanError(f"{file_name}: does not fit in a page", expected=f"{self.layout.page_size} bytes at most")
-        full = len(self._page) + blob_bytes > self.layout.page_size
-        if full or self._group_bytes + len(raw) > self.layout.page_size:
+        raw_bytes, blob_bytes = LENGTH.size + len(packed), LENGTH.size + len(image)
+        page_size = self.layout.page_size
+        if max(blob_bytes, raw_bytes) > page_size:
+            raise LayoutTooSmall(file_name, max(blob_bytes, raw_bytes), page_size)
+        if len(self._page) + blob_bytes > page_size or len(self._raw) - self._group_start + raw_bytes > page_size:
             self._flush()
         start = len(self._page)
         self._page += LENGTH.pack(len(image))
         self._page += image
-        self._blob.append((len(self._pages), start, len(self._page)))
+        self._raw += LENGTH.pack(len(packed))
+        self._raw += packed
+        self._raw_ends.append(len(self._raw))
+        self._blob.extend((len(self._pages), start, len(self._page)))
         self._labels.append(label)
-        self._group.append(raw)
-        self._group_bytes += len(raw)
 
     def _flush(self) -> None:
-        """Write the blob page in hand, so that its space is taken first and a full disk is found at once."""
+        """Write the blob page in hand."""
         if not self._page:
             return
         page_id = len(self._pages)
-        offset = self.layout.header_size + page_id * self.layout.page_size
-        os.posix_fallocate(self._file.fileno(), offset, len(self._page))
-        _write_all(self._file.fileno(), self._page, offset)
-        rows = len(self._blob) - len(self._group), len(self._blob)
+        self._write_page(page_id, self._page)
+        rows = self._group_ends[-1] if self._group_ends else 0, len(self)
         self._pages.append(_page(page_id, BLOB, page_id, len(self._page), rows, [(0, 0)]))
-        self._groups.append(self._group)
-        self._page, self._group, self._group_bytes = bytearray(), [], 0
+        self._group_ends.append(len(self))
+        self._group_start = len(self._raw)
+        self._page = bytearray()
 
-    def finish(self) -> None:
-        """Write what is left, the header and the index, and bring all of it to the disk.
+    def _write_page(self, page_id: int, data: bytes | bytearray) -> None:
+        _write_all(self._file.fileno(), data, self.layout.header_size + page_id * self.layout.page_size)
+        self._sums.append(_word_sum(data))
+
+    def finish(self) -> Written:
+        """Write what is left, the header and the index; :func:`imnet_prep.files.sync` then brings it to the disk.
 
         Raises:
+            LayoutTooSmall: The header does not fit.
             OSError: The disk is full or fails.
         """
         self._flush()
@@ -153,41 +196,48 @@ class ShardWriter:
         header = self._header()
         _write_all(self._file.fileno(), header, 0)
         os.fchmod(self._file.fileno(), 0o644)
-        os.fsync(self._file.fileno())
         self._file.close()
+        blob = self._blob
         rows = (
-            (row, *place, page, page, start, end, label)
-            for row, (place, (page, start, end), label) in enumerate(zip(raw, self._blob, self._labels, strict=True))
+            (row, *place, blob[3 * row], *blob[3 * row : 3 * row + 3], self._labels[row])
+            for row, place in enumerate(raw)
         )
         write_index(self.path, rows)
+        return Written(len(self), (_word_sum(header), *self._sums))
 
     def close(self) -> None:
         """Let go of an unfinished file."""
         self._file.close()
 
-    def _write_raw(self) -> list[tuple[int, int, int]]:
+    def _write_raw(self) -> Iterator[tuple[int, int, int]]:
         """Write the raw pages; gives page, start and end of each row."""
-        places: list[tuple[int, int, int]] = []
-        page, starts = bytearray(), list[tuple[int, int]]()
+        places = array("I")
+        page, groups = bytearray(), list[tuple[int, int]]()
         first = len(self._pages)
 
         def flush() -> None:
             page_id = len(self._pages)
-            _write_all(self._file.fileno(), page, self.layout.header_size + page_id * self.layout.page_size)
+            self._write_page(page_id, page)
             # FileWriter numbers the first raw page 0 and each later one by its page id.
             kind_id = 0 if page_id == first else page_id
-            self._pages.append(_page(page_id, RAW, kind_id, len(page), (0, 0), starts))
+            self._pages.append(_page(page_id, RAW, kind_id, len(page), (0, 0), groups))
 
-        for number, group in enumerate(self._groups):
-            if page and len(page) + sum(map(len, group)) > self.layout.page_size:
+        row = at = 0
+        for number, end_row in enumerate(self._group_ends):
+            end = self._raw_ends[end_row - 1]
+            if page and len(page) + end - at > self.layout.page_size:
                 flush()
-                page, starts = bytearray(), []
-            starts.append((number, len(page)))
-            for raw in group:
-                places.append((len(self._pages), len(page), len(page) + len(raw)))
-                page += raw
+                page, groups = bytearray(), []
+            groups.append((number, len(page)))
+            shift = len(page) - at
+            while row < end_row:
+                start = self._raw_ends[row - 1] if row else 0
+                places.extend((len(self._pages), start + shift, self._raw_ends[row] + shift))
+                row += 1
+            page += self._raw[at:end]
+            at = end
         flush()
-        return places
+        return zip(*[iter(places)] * 3, strict=True)
 
     def _header(self) -> bytes:
         schema = {"blob_fields": ["image"], "desc": "imagenet", "schema": {n: {"type": t} for n, t in COLUMNS.items()}}
@@ -205,12 +255,7 @@ class ShardWriter:
         }
         text = json.dumps(document, separators=(",", ":")).encode()
         if LENGTH.size + len(text) > self.layout.header_size:
-            raise PlanError(
-                f"{self.path.name}: the header does not fit",
-                expected=f"{self.layout.header_size} bytes at most",
-                got=str(len(text)),
-                remedy="use more shards",
-            )
+            raise LayoutTooSmall(self.path.name, LENGTH.size + len(text), self.layout.header_size, 1)
         return LENGTH.pack(len(text)) + text
 
 
@@ -261,8 +306,7 @@ def write_index(path: Path, rows: Iterable[tuple[int, ...]]) -> None:
         connection.execute("INSERT INTO SHARD_NAME VALUES(?)", (path.name,))
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        full = errno.ENOSPC if "full" in str(error) else errno.EIO
-        raise OSError(full, f"the index could not be written: {error}", str(database)) from error
+        raise sqlite_failure(error, database) from error
     finally:
         connection.close()
     with database.open("r+b", buffering=0) as file:
@@ -271,39 +315,72 @@ def write_index(path: Path, rows: Iterable[tuple[int, ...]]) -> None:
         os.fsync(file.fileno())
 
 
-def read_back(path: Path, relative: str, digests: list[str]) -> ShardInfo:
-    """Read a finished shard again, by the reader and not by the writer's memory.
+def _word_sum(data: bytes | bytearray | memoryview) -> int:
+    """Add up the bytes as little-endian 64-bit words modulo 2^64; zeros after them change nothing."""
+    whole = len(data) & ~7
+    words = np.frombuffer(data, "<u8", whole // 8).sum(dtype=np.uint64)
+    return (int(words) + int.from_bytes(data[whole:], "little")) % (1 << 64)
+
+
+def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
+    """Read a finished shard again, by the reader and not by the writer's memory, and hash it on the way.
 
     Args:
         path: The data file.
         relative: Its name in the manifest.
-        digests: SHA-256 (hex) of each row's image, in order.
+        written: What the writer gave.
 
     Raises:
         IntegrityError: What is on the disk is not what was written.
     """
-    header = read_header(path)
-    index: RowIndex = index_from_data(path, header)
-    with Shard(path) as shard:
-        same = all(np.array_equal(getattr(index, name), getattr(shard.index, name)) for name in RowIndex.__slots__)
-        wrong = [row for row, digest in enumerate(digests) if row >= len(shard) or _image_digest(shard, row) != digest]
-        if not same or wrong or len(shard) != len(digests):
-            raise IntegrityError(
-                f"{path}: reading back does not give what was written",
-                expected=f"{len(digests)} rows",
-                got=f"{len(shard)} rows, first wrong row {wrong[0] if wrong else 'none'}",
-                remedy="check the disk and memory of this machine, then run the same command again",
-            )
     database = index_path(path)
+    try:
+        header = read_header(path)
+        index, walked = read_index(path, header), index_from_data(path, header)
+    except RecordsError as error:
+        raise _not_as_written(path, str(error)) from error
+    digest, sums = hashlib.sha256(), []
+    with path.open("rb", buffering=0) as file:
+        for size in (header.header_size, *(header.page_size for _ in header.pages)):
+            sums.append(_hash_region(file, size, digest))
+    if tuple(sums) != written.sums:
+        wrong = [number for number, (a, b) in enumerate(zip(sums, written.sums, strict=False)) if a != b]
+        raise _not_as_written(path, f"other bytes in page {wrong[0] - 1}" if wrong else f"{len(header.pages)} pages")
+    if len(index) != written.rows or any(
+        not np.array_equal(getattr(walked, name), getattr(index, name)) for name in RowIndex.__slots__
+    ):
+        raise _not_as_written(path, f"{len(index)} rows in the index, {len(walked)} in the pages")
     return ShardInfo(
         file=relative,
-        rows=len(digests),
+        rows=written.rows,
         size_bytes=path.stat().st_size,
-        sha256=file_digest(path),
+        sha256=digest.hexdigest(),
         index_size_bytes=database.stat().st_size,
         index_sha256=file_digest(database),
     )
 
 
-def _image_digest(shard: Shard, row: int) -> str:
-    return hashlib.sha256(shard.image(row)).hexdigest()
+def _hash_region(file: io.FileIO, size: int, digest: hashlib._Hash) -> int:
+    """Hash the next ``size`` bytes (fewer at the end of the file) and give their word sum."""
+    total, buffer = 0, memoryview(bytearray(min(size, 1 << 20)))
+    while size > 0 and (got := _fill(file, buffer[: min(size, len(buffer))])):
+        digest.update(buffer[:got])
+        total += _word_sum(buffer[:got])
+        size -= got
+    return total % (1 << 64)
+
+
+def _fill(file: io.FileIO, buffer: memoryview) -> int:
+    """Read until the buffer is full or the file ends: a short read would shift the words."""
+    filled = 0
+    while filled < len(buffer) and (got := file.readinto(buffer[filled:])):
+        filled += got
+    return filled
+
+
+def _not_as_written(path: Path, got: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path.name}: reading back does not give what was written",
+        got=got,
+        remedy="check the disk and memory of this machine, then run the same command again",
+    )

@@ -1,0 +1,286 @@
+"""The folders around a conversion: ``<out>.partial`` while it is at work, ``<out>`` once it is whole.
+
+One process at a time holds ``<out>.partial.lock``. In ``.partial`` lie the files under their final names and ``.work``:
+the plan, notes of finished shards, and shards in hand. The manifest is written last, so a ``.partial`` with one only
+lacks its name; the old folder is put aside in the same step in which the new one gets its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imnet_prep.errors import ImnetError, IntegrityError, PlanError
+from imnet_prep.files import exchange, exclusive_lock, sync, write_atomically
+from imnet_prep.manifest import FORMAT, MANIFEST, Manifest, load_manifest
+from imnet_prep.mindrecord import index_path
+from imnet_prep.plan import Plan
+from imnet_prep.shard_task import PLAN_DATABASE, PLAN_NOTE, WORK
+from imnet_prep.types import SPLITS
+
+REJECTED = "rejected.jsonl"
+DIGESTS = "digests.json"  # in .work: of archives, so that resuming does not read 148 GB again
+_OURS = frozenset({MANIFEST, REJECTED, WORK, *SPLITS})  # what a records folder holds
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where a conversion works and where its result goes; absolute paths."""
+
+    out: Path
+
+    @property
+    def partial(self) -> Path:
+        """The folder while it is not whole."""
+        return self.out.with_name(self.out.name + ".partial")
+
+    @property
+    def work(self) -> Path:
+        """What is needed until it is whole."""
+        return self.partial / WORK
+
+    @property
+    def database(self) -> Path:
+        """The plan that was begun."""
+        return self.work / PLAN_DATABASE
+
+    @property
+    def note(self) -> Path:
+        """Which plan was begun; a ``.partial`` without it holds nothing worth keeping."""
+        return self.work / PLAN_NOTE
+
+    @property
+    def old(self) -> Path:
+        """A finished folder that was replaced, while it is being deleted."""
+        return self.out.with_name(self.out.name + ".partial.replaced")
+
+    def begun(self) -> dict[str, Any] | None:
+        """Give the note of the plan that was begun (or carried out, and only the name is missing), or None."""
+        try:
+            note: dict[str, Any] = json.loads(self.note.read_bytes())
+        except (OSError, ValueError):
+            try:
+                return {"plan": load_manifest(self.partial).plan, "inputs": None}
+            except ImnetError:
+                return None
+        return note
+
+
+def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
+    """Make sure that a folder may be made, or replaced, at ``out``; nothing is written.
+
+    Raises:
+        PlanError: It is a source, holds one, or holds what no conversion made.
+    """
+    target = out.resolve()
+    if not target.name:
+        raise PlanError(f"{out}: cannot be the records folder", expected="the name of a folder to be made")
+    for source in sources:
+        if source.exists() and (target == source.resolve() or target in source.resolve().parents):
+            raise PlanError(f"{out}: the source {source} lies there", remedy="choose another --out")
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        if os.path.ismount(target):
+            raise PlanError(
+                f"{out}: is a mount point", remedy="choose a folder inside it, as it gets its name at the end"
+            )
+        return Workspace(target)
+    if not target.is_dir() or not (target / MANIFEST).is_file():
+        raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out")
+    if force and not _is_ours(target):
+        raise PlanError(
+            f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
+        )
+    return Workspace(target)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Tell a records folder, also one whose manifest is damaged, from someone else's files."""
+    try:
+        return bool(json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {item.name for item in folder.iterdir()} <= _OURS
+
+
+@contextmanager
+def hold(space: Workspace) -> Iterator[None]:
+    """Take the workspace for this process alone; leave nothing behind where nothing was begun.
+
+    Raises:
+        PlanError: Another process holds it, or the folder cannot be made.
+    """
+    made = [folder for folder in space.out.parents if not folder.exists()]
+    try:
+        space.out.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(space.partial.with_name(space.partial.name + ".lock")):
+            if not space.work.exists() and not (space.partial / MANIFEST).exists() and _foreign(space.partial):
+                raise PlanError(f"{space.partial}: holds files that no conversion made", remedy="choose another --out")
+            space.work.mkdir(parents=True, exist_ok=True)
+            try:
+                yield
+            finally:
+                if not space.note.exists() and space.work.exists():
+                    shutil.rmtree(space.work, ignore_errors=True)
+                    if not (space.partial / MANIFEST).exists():
+                        shutil.rmtree(space.partial, ignore_errors=True)
+    except BlockingIOError as error:
+        raise PlanError(f"{space.partial}: another conversion is at work", remedy="wait for it, or stop it") from error
+    finally:
+        with suppress(OSError):  # until one is not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def _foreign(partial: Path) -> bool:
+    return partial.exists() and not (partial.is_dir() and {item.name for item in partial.iterdir()} <= _OURS)
+
+
+def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | None:
+    """Give the manifest of a finished folder that this plan made, now or before; None where there is work to do.
+
+    Raises:
+        PlanError: The folder is another plan's.
+        IntegrityError: It is this plan's, and not whole.
+    """
+    if (waiting := _manifest_of(space.partial, plan)) is not None:  # stopped before it got its name
+        publish(space)
+        return waiting
+    if force or not (space.out / MANIFEST).exists():
+        return None
+    manifest = load_manifest(space.out)
+    if manifest.plan != plan.digest:
+        raise PlanError(
+            f"{space.out}: holds the result of another plan (other images, options or seed)",
+            expected=f"plan {plan.digest[:12]}",
+            got=f"plan {manifest.plan[:12] or 'none'}",
+            remedy="choose another --out, or --force to replace it once the new one is whole",
+        )
+    if missing := _missing(space.out, manifest):
+        raise IntegrityError(
+            f"{space.out}: was finished by this plan, but {missing} is not there or has another size",
+            remedy="restore it, or --force to convert again",
+        )
+    _discard(space.old)
+    if space.begun() is None and (space.partial / MANIFEST).exists():
+        _discard(space.partial)  # an older folder, replaced by this one just before a kill
+    return manifest
+
+
+def _manifest_of(folder: Path, plan: Plan) -> Manifest | None:
+    """Give the manifest of a whole folder of this plan, or None."""
+    try:
+        manifest = load_manifest(folder)
+    except ImnetError:
+        return None
+    return manifest if manifest.plan == plan.digest and not _missing(folder, manifest) else None
+
+
+def _missing(folder: Path, manifest: Manifest) -> str:
+    """Name the first file that is not there in its size, or give an empty string."""
+    for split in manifest.splits.values():
+        files = [(split.records["file"], split.records["size_bytes"])]
+        for shard in split.shards:
+            files += [(shard.file, shard.size_bytes), (str(index_path(Path(shard.file))), shard.index_size_bytes)]
+        for name, size in files:
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                return str(name)
+    return ""
+
+
+def check_begun(space: Workspace, plan: Plan, *, force: bool) -> None:
+    """Make sure that what was begun is this plan, or forget it.
+
+    Raises:
+        PlanError: Another plan was begun, and it is not to be forced.
+    """
+    begun = space.begun()
+    if begun is not None and begun["plan"] == plan.digest:
+        return
+    if begun is not None and not force:
+        raise PlanError(
+            f"{space.partial}: holds an unfinished conversion with another plan (other images, options or seed)",
+            expected=f"plan {plan.digest[:12]}",
+            got=f"plan {begun['plan'][:12]}",
+            remedy="repeat its command to go on with it, or --force to start over",
+        )
+    _forget(space, plan)
+
+
+def begin(space: Workspace, plan: Plan, state: dict[str, Any], *, force: bool) -> Plan:
+    """Note that a plan is begun, or go on with it.
+
+    Args:
+        space: Where.
+        plan: The plan, its database anywhere in ``.work``.
+        state: To be kept in the note; its ``inputs`` say what the sources are, so that another archive of the same
+            names and sizes is noticed.
+        force: Start over where it was begun from other archives.
+
+    Returns:
+        The plan, its database in place.
+
+    Raises:
+        PlanError: It was begun from other archives.
+    """
+    begun = space.begun()
+    if begun is not None and begun["inputs"] != state["inputs"]:
+        if not force:
+            raise PlanError(
+                f"{space.partial}: was begun from other archives of the same names and sizes",
+                remedy="give those again, or --force to start over",
+            )
+        _forget(space, plan)
+        begun = None
+    if plan.database != space.database:
+        os.replace(plan.database, space.database)
+    _discard(space.work / "tmp")
+    for folder in (space.work / "tmp", space.work / "done", *(space.partial / split for split in plan.splits)):
+        folder.mkdir(exist_ok=True)
+    if begun is None:
+        write_atomically(space.note, json.dumps({"plan": plan.digest, **state}).encode())
+    return plan.at(space.database)
+
+
+def _forget(space: Workspace, plan: Plan) -> None:
+    """Delete what was begun; its note first, so that a kill meanwhile leaves nothing that looks begun."""
+    _discard(space.note)
+    for item in (*space.partial.iterdir(), *space.work.iterdir()):
+        if item not in (space.work, plan.database, space.work / DIGESTS):
+            _discard(item)
+
+
+def publish(space: Workspace) -> None:
+    """Give the whole folder its name; an older one goes in the same step."""
+    shutil.rmtree(space.work, ignore_errors=True)
+    sync(space.partial)
+    if not os.path.lexists(space.out):
+        os.rename(space.partial, space.out)
+    elif exchange(space.partial, space.out):
+        _discard(space.old)
+        os.rename(space.partial, space.old)
+    else:
+        # Killed between these two, the next run finds the new folder whole in .partial and goes on here.
+        _discard(space.old)
+        os.rename(space.out, space.old)
+        os.rename(space.partial, space.out)
+    sync(space.out.parent)
+    _discard(space.old)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_full(error: OSError) -> bool:
+    """Tell a full disk or quota from other failures."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
