@@ -32,6 +32,11 @@ def main() -> None:
 @click.option("--width", type=float, help="Width multiplier, 0.35 to 1.4.")
 @click.option("--lr", type=float, help="Peak learning rate, used as it is (not scaled by the batch).")
 @click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Set any other field of the recipe.")
+@click.option("--pretrained", type=click.Path(path_type=Path), help="Checkpoint to start from; see mbv2 convert.")
+@click.option(
+    "--freeze", help="none, bn (keep BatchNorm's statistics) or backbone (train the head on cached features)."
+)
+@click.option("--features", type=click.Path(path_type=Path), help="Folder of cached features. [default: RUN/features]")
 @DEVICE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order, augmentation and dropout.")
 @click.option("--save-every", type=int, default=0, show_default=True, help="Steps between saves within an epoch.")
@@ -48,6 +53,9 @@ def train(
     width: float | None,
     lr: float | None,
     assignments: tuple[str, ...],
+    pretrained: Path | None,
+    freeze: str | None,
+    features: Path | None,
     device_target: str,
     seed: int,
     save_every: int,
@@ -62,13 +70,31 @@ def train(
     Example: mbv2 train --records records --recipe tiny --epochs 20 --width 0.5 --out run
     """
     from mbv2.recipe import parse_assignments, resolve_recipe
-    from mbv2.train import RunOptions, stored_recipe
+    from mbv2.train import RunOptions, pretrained_fields, stored_recipe
     from mbv2.train import train as run
 
-    flags = {"epochs": epochs, "batch_size": batch_size, "image_size": image_size, "width": width, "lr": lr}
+    flags = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "width": width,
+        "lr": lr,
+        "freeze": freeze,
+    }
     base = stored_recipe(out) if resume else None
-    resolved = resolve_recipe(recipe, flags, parse_assignments(assignments), base=base)
-    options = RunOptions(records, out, resolved, seed, device_target, save_every=save_every, resume=resume)
+    defaults = pretrained_fields(pretrained)
+    resolved = resolve_recipe(recipe, flags, parse_assignments(assignments), base=base, defaults=defaults)
+    options = RunOptions(
+        records,
+        out,
+        resolved,
+        seed,
+        device_target,
+        save_every=save_every,
+        resume=resume,
+        pretrained=pretrained,
+        features=features,
+    )
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)
     if as_json:
@@ -108,6 +134,45 @@ def evaluate(
         emit_json(scores.to_json())
     else:
         table(scores.rows())
+
+
+@main.command()
+@click.argument("weights", type=click.Path(path_type=Path))
+@click.option("--from", "source", required=True, help="timm, torchvision, mindcv or mindspore-models.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint to write.")
+@click.option("--padding", default="symmetric", show_default=True, help="same for weights that come from TensorFlow.")
+@click.option("--mean", type=float, nargs=3, help="Of RGB in 0..1. [default: ImageNet's]")
+@click.option("--std", type=float, nargs=3, help="Of RGB in 0..1. [default: ImageNet's]")
+@click.option("--bn-eps", type=float, help="BatchNorm's epsilon. [default: 1e-3 with same padding, else 1e-5]")
+@click.option("--image-size", type=int, default=224, show_default=True, help="Side of the input, in pixels.")
+@JSON
+@guard
+def convert(
+    weights: Path,
+    source: str,
+    out: Path,
+    padding: str,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    bn_eps: float | None,
+    image_size: int,
+    as_json: bool,
+) -> None:
+    """Bring weights of another project into a checkpoint of ours; every tensor is accounted for.
+
+    Reads .safetensors, .ckpt and, where PyTorch is installed, .pth. Padding and preprocessing are kept in the
+    checkpoint and used by eval, predict, fine-tuning and export.
+
+    Example: mbv2 convert mobilenetv2_100.safetensors --from timm --out mobilenetv2.ckpt
+    """
+    from mbv2.convert import ConvertOptions, convert_weights
+
+    options = ConvertOptions(padding, mean, std, bn_eps, image_size)
+    result = convert_weights(weights, source, out, options)
+    if as_json:
+        emit_json(result.to_json())
+    else:
+        table(result.rows())
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ MindSpore's settings are process-wide, and two of them can be set once only; not
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from imnet_prep.errors import TrainError
 
@@ -43,6 +45,15 @@ def cpu_count() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def import_mindspore() -> ModuleType:
+    """Import MindSpore with its C++ logs down to errors; a user's own ``GLOG_v`` wins.
+
+    The setting is read when MindSpore is first imported, so whoever may be first imports it here.
+    """
+    os.environ.setdefault("GLOG_v", "3")
+    return importlib.import_module("mindspore")
+
+
 def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> Runtime:
     """Set up MindSpore for this process: device, graph mode, threads, quiet logs. Asked again, it does nothing.
 
@@ -63,9 +74,7 @@ def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> R
         if wanted != _started:
             raise TrainError("MindSpore was already started in this process", expected=f"{_started}", got=f"{wanted}")
         return _started
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ logs: errors only; a user's own setting wins
-    import mindspore as ms
-
+    ms = import_mindspore()
     try:
         ms.set_device(device_target)
     except (RuntimeError, ValueError) as error:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError
+from imnet_prep.runtime import import_mindspore
 
 if TYPE_CHECKING:
     from mbv2.model import MobileNetV2, ModelConfig
@@ -90,6 +91,11 @@ class Checkpoint:
         averaged = {n.removeprefix(AVERAGE_PREFIX): v for n, v in self.tensors.items() if n.startswith(AVERAGE_PREFIX)}
         return {**plain, **averaged}
 
+    def without_state(self) -> Checkpoint:
+        """Give the network's live parameters alone."""
+        plain = {name: value for name, value in self.tensors.items() if not name.startswith(STATE_PREFIXES)}
+        return Checkpoint(self.path, self.meta, plain)
+
     def digest(self) -> str:
         """Give the SHA-256 (hex) of the weights: the key of what is computed from them."""
         return tensor_digest(self.weights())
@@ -111,8 +117,7 @@ def save_checkpoint(path: Path, tensors: Tensors, meta: Meta) -> None:
     Raises:
         CheckpointError: The disk does not take it.
     """
-    import mindspore as ms
-
+    ms = import_mindspore()
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -146,6 +151,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     Raises:
         CheckpointError: The file is missing, is not a MindSpore checkpoint, or is damaged.
     """
+    import_mindspore()
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from mindspore.train.checkpoint_pb2 import Checkpoint as Message
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.manifest import Manifest, load_manifest
 from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches
 from imnet_prep.types import Batch
+from mbv2.features import FeatureBatch
 from mbv2.recipe import Recipe
+
+AnyBatch = Batch | FeatureBatch
+
+
+def batch_inputs(batch: AnyBatch) -> NDArray[Any]:
+    """Give what the network is fed: uint8 images, or float32 pooled features."""
+    return batch.features if isinstance(batch, FeatureBatch) else batch.image
+
+
+def fill_rows(rows: NDArray[Any], size: int) -> NDArray[Any]:
+    """Append rows of zeros up to the batch size that a graph was compiled for."""
+    missing = size - len(rows)
+    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) if missing else rows
 
 
 class BatchSource(Protocol):
@@ -22,7 +39,7 @@ class BatchSource(Protocol):
     def steps_per_epoch(self) -> int:
         """Number of batches in an epoch."""
 
-    def epoch(self, number: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start_step: int = 0) -> Iterator[AnyBatch]:
         """Iterate an epoch's batches from a step on."""
 
 
@@ -34,6 +51,8 @@ class RunData:
         classes: Names in label order.
         digest: SHA-256 (hex) of ``manifest.json``.
         train: Batches of exactly the recipe's size.
+        train_images: Images of the ``train`` split.
+        train_view: Gives every training image once, in stored order: view 0 as evaluation sees it, others augmented.
         val: Batches for scoring, or None where the records have no ``val`` split.
         val_images: Images of the ``val`` split.
     """
@@ -41,6 +60,8 @@ class RunData:
     classes: tuple[str, ...]
     digest: str
     train: BatchSource
+    train_images: int
+    train_view: Callable[[int], Iterator[AnyBatch]]
     val: BatchSource | None
     val_images: int
 
@@ -62,7 +83,15 @@ def open_run_data(records: Path, recipe: Recipe, seed: int, stack: ExitStack) ->
     if val_images:
         options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
         val = stack.enter_context(open_batches(records, "val", options, seed))
-    return RunData(manifest.classes, manifest.digest, train, val, val_images)
+
+    def train_view(view: int) -> Iterator[Batch]:
+        options: TrainOptions | EvalOptions = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
+        if view:
+            options = replace(train_options(recipe), mixup_alpha=0.0, cutmix_alpha=0.0, drop_last=False)
+        with open_batches(records, "train", options, seed, order="sequential") as batches:
+            yield from batches.epoch(view)
+
+    return RunData(manifest.classes, manifest.digest, train, images, train_view, val, val_images)
 
 
 def train_options(recipe: Recipe) -> TrainOptions:

@@ -18,12 +18,12 @@ from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.manifest import Manifest, load_manifest
 from imnet_prep.pipeline import open_batches
 from imnet_prep.runtime import start_mindspore
-from imnet_prep.types import Batch, Progress, ProgressCallback
+from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
-from mbv2.data import eval_options, split_images
+from mbv2.data import AnyBatch, batch_inputs, eval_options, fill_rows, split_images
 
 TOP = 5
-Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # images of the compiled batch size -> logits
+Predict = Callable[[NDArray[Any]], NDArray[np.float32]]  # images or features of the compiled batch size -> logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def label_ranks(logits: NDArray[np.float32], label: NDArray[np.int32]) -> NDArra
 
 def score_batches(
     predict: Predict,
-    batches: Iterable[Batch],
+    batches: Iterable[AnyBatch],
     *,
     classes: int,
     batch_size: int,
@@ -103,7 +103,7 @@ def score_batches(
     """Score every image of an iterable of batches.
 
     Args:
-        predict: uint8 (batch_size, H, W, 3) to logits float32 (batch_size, classes).
+        predict: Images or pooled features (batch_size, ...) to logits float32 (batch_size, classes).
         batches: Batches of at most ``batch_size`` images.
         classes: Number of classes.
         batch_size: What ``predict`` was compiled for.
@@ -121,7 +121,7 @@ def score_batches(
     for batch in batches:
         if stop():
             raise Interrupted("evaluation stopped", got=f"{images} of {total} images scored")
-        logits = predict(_fill(batch.image, batch_size))[: len(batch)]
+        logits = predict(fill_rows(batch_inputs(batch), batch_size))[: len(batch)]
         ranks = label_ranks(logits, batch.label)
         images += len(batch)
         correct1 += int((ranks < 1).sum())
@@ -136,18 +136,13 @@ def score_batches(
     return Scores(images, correct1, correct5, loss / max(1, images), confusion)
 
 
-def _fill(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    missing = size - len(image)
-    return np.concatenate([image, np.zeros((missing, *image.shape[1:]), np.uint8)]) if missing else image
-
-
 def network_predict(net: Any) -> Predict:
-    """Wrap a network in evaluation mode as a function from NumPy to NumPy."""
+    """Wrap a cell in evaluation mode as a function from NumPy to NumPy."""
     import mindspore as ms
 
-    def predict(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = net(ms.Tensor(image)).asnumpy()
-        return logits
+    def predict(inputs: NDArray[Any]) -> NDArray[np.float32]:
+        outputs: NDArray[np.float32] = net(ms.Tensor(inputs)).asnumpy()
+        return outputs
 
     return predict
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -23,7 +24,7 @@ from imnet_prep.errors import RecipeError
 DEFAULT_RECIPE = "tiny"  # one machine, small images: what a first run needs; ImageNet users name theirs
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "rmsprop")
 SCHEDULES = ("cosine", "step", "linear", "constant")
-FREEZES = ("none", "bn")
+FREEZES = ("none", "bn", "backbone")
 _CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "freeze": FREEZES}
 
 
@@ -67,7 +68,9 @@ class Recipe:
         mixup_alpha: MixUp's beta parameter; 0 is off.
         cutmix_alpha: CutMix's; with both, each batch draws one.
         eval_crop: Side of the evaluation's centre crop as a share of the resized short side.
-        freeze: ``none``; ``bn``: all weights train, BatchNorm keeps its statistics.
+        freeze: ``none``; ``bn``: all weights train, BatchNorm keeps its statistics; ``backbone``: only the head
+            trains, on cached features.
+        feature_views: With ``freeze`` ``backbone``: augmented views of each image that are cached beside the plain one.
         eval_every: Epochs between two evaluations; the last epoch is always scored.
     """
 
@@ -106,6 +109,7 @@ class Recipe:
     cutmix_alpha: float = 0.0
     eval_crop: float = 0.875
     freeze: str = "none"
+    feature_views: int = 0
     eval_every: int = 1
 
     def __post_init__(self) -> None:
@@ -158,6 +162,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "mixup_alpha": (0, _ANY, False),
     "cutmix_alpha": (0, _ANY, False),
     "eval_crop": (0.5, 1, True),
+    "feature_views": (0, 1000, True),
     "eval_every": (1, 100_000, True),
 }
 
@@ -227,6 +232,7 @@ def resolve_recipe(
     assignments: Mapping[str, str],
     *,
     base: Recipe | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recipe:
     """Put a run's recipe together: the named one, then flags, then assignments.
 
@@ -235,8 +241,11 @@ def resolve_recipe(
         flags: Fields by name; None leaves a field alone. A given ``lr`` is used as it is, whatever the batch.
         assignments: Fields as text; they win.
         base: The recipe of a run that is resumed, used where none is named.
+        defaults: Fields that replace the named recipe's, as the width of pretrained weights does.
     """
-    recipe = base if base is not None and name_or_file is None else load_recipe(name_or_file or DEFAULT_RECIPE)
+    recipe = base
+    if recipe is None or name_or_file is not None:
+        recipe = override(load_recipe(name_or_file or DEFAULT_RECIPE), defaults)
     given = {name: value for name, value in flags.items() if value is not None}
     if "lr" in given and base is None:
         given["lr_batch_size"] = 0

@@ -221,6 +221,30 @@ class TrainStep(nn.Cell):
         return {parameter.name: parameter for parameter in [*self.optimizer.slots(), *averages]}
 
 
+class PooledFeatures(nn.Cell):
+    """The backbone alone: images to pooled features."""
+
+    def __init__(self, net: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, image: Any) -> Any:
+        """Give float32 (N, C) of uint8 (N, H, W, 3)."""
+        return self.net.features(image)
+
+
+class Head(nn.Cell):
+    """The head alone: pooled features to logits."""
+
+    def __init__(self, net: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, pooled: Any) -> Any:
+        """Give float32 (N, classes) of float32 (N, C)."""
+        return self.net.classify(pooled)
+
+
 def trained_parameters(net: nn.Cell, *, head_only: bool) -> list[ms.Parameter]:
     """List the parameters that a run trains, in the network's order."""
     parameters = list(net.trainable_params())

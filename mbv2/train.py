@@ -10,11 +10,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +22,39 @@ from numpy.typing import NDArray
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.runtime import start_mindspore, versions
 from imnet_prep.types import Batch, Progress, ProgressCallback
-from mbv2.checkpoint import Checkpoint, Meta, load_parameters, parameter_tensors, read_checkpoint, save_checkpoint
+from mbv2.checkpoint import (
+    AVERAGE_PREFIX,
+    Checkpoint,
+    Meta,
+    load_parameters,
+    parameter_tensors,
+    read_checkpoint,
+    save_checkpoint,
+    tensor_digest,
+)
 from mbv2.curves import draw_curves
-from mbv2.data import RunData, open_run_data
+from mbv2.data import AnyBatch, RunData, batch_inputs, fill_rows, open_run_data
 from mbv2.evaluate import Scores, network_predict, score_batches
+from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
 from mbv2.recipe import Recipe, recipe_from_fields
 from mbv2.runlog import EpochRow, RunLog, StepRow, read_metrics, verdict
 from mbv2.schedule import learning_rate
 
+if TYPE_CHECKING:
+    from mbv2.model import ModelConfig
+
 LAST, BEST, CONFIG, CURVES = "last.ckpt", "best.ckpt", "config.json", "curves.png"
+HEAD_PREFIX = "classifier."
+# Fields of the recipe that an augmented view's pixels follow from.
+AUGMENTATION = (
+    "crop_min",
+    "crop_max",
+    "flip",
+    "color_jitter",
+    "randaugment_ops",
+    "randaugment_magnitude",
+    "erasing_prob",
+)
 _logger = logging.getLogger(__name__)
 
 
@@ -49,6 +73,8 @@ class RunOptions:
             only.
         log_every: Steps between two rows of ``log.jsonl``.
         resume: Go on from ``last.ckpt``.
+        pretrained: A checkpoint to start from; its head is kept where the class names are the records', else replaced.
+        features: Where ``freeze`` ``backbone`` keeps its features; ``<out>/features`` if not given.
     """
 
     records: Path
@@ -60,12 +86,18 @@ class RunOptions:
     save_every: int = 0
     log_every: int = 10
     resume: bool = False
+    pretrained: Path | None = None
+    features: Path | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise TrainError("seed", expected="0 or more", got=f"{self.seed}")
         if self.save_every < 0 or self.log_every < 1:
             raise TrainError("save_every and log_every", expected="0 or more and 1 or more", got=f"{self}")
+        if self.recipe.freeze == "backbone" and self.pretrained is None and not self.resume:
+            raise TrainError(
+                "freeze=backbone trains the head of a pretrained network", remedy="give one with --pretrained"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +211,7 @@ def train(
         if last is not None and last.meta.epoch >= options.recipe.epochs:
             return _finished(options, last)
         start_mindspore(options.device_target)
-        return _Run(options, data, stop, progress).run(last)
+        return _Run(options, data, last, stop, progress).run()
 
 
 def stored_recipe(out: Path) -> Recipe | None:
@@ -197,12 +229,29 @@ def stored_recipe(out: Path) -> Recipe | None:
         raise TrainError(f"{path} is not a run's configuration", got=str(error)) from error
 
 
-def _identity(options: RunOptions, data: RunData) -> dict[str, Any]:
-    """Give what must be the same for a run to be the same."""
+def pretrained_fields(checkpoint: Path | None) -> dict[str, Any]:
+    """Give the fields of a recipe that pretrained weights decide.
+
+    Raises:
+        CheckpointError: The checkpoint is not one of ours.
+    """
+    return {} if checkpoint is None else {"width": read_checkpoint(checkpoint).meta.model_config().width}
+
+
+def _identity(options: RunOptions, data: RunData, origin: str = "") -> dict[str, Any]:
+    """Give what must be the same for a run to be the same.
+
+    Args:
+        options: Of the run.
+        data: Of the run.
+        origin: Digest of the weights that a resumed run once started from, where they are not given again.
+    """
     recipe = {
         k: v for k, v in asdict(options.recipe).items() if k not in ("name", "command", "source", "expected_top1")
     }
-    return {"seed": options.seed, "records": data.digest, **recipe}
+    if options.pretrained is not None:
+        origin = read_checkpoint(options.pretrained).digest()
+    return {"seed": options.seed, "records": data.digest, "pretrained": origin, **recipe}
 
 
 def _find_last(options: RunOptions, data: RunData) -> Checkpoint | None:
@@ -213,7 +262,8 @@ def _find_last(options: RunOptions, data: RunData) -> Checkpoint | None:
             raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
         return None
     last = read_checkpoint(path)
-    have, want = last.meta.training.get("identity", {}), _identity(options, data)
+    have = last.meta.training.get("identity", {})
+    want = _identity(options, data, have.get("pretrained", "") if options.resume else "")
     differing = [name for name in want if have.get(name) != want[name]]
     finished = last.meta.epoch >= int(have.get("epochs", 0))
     if differing:
@@ -238,44 +288,146 @@ def _finished(options: RunOptions, last: Checkpoint) -> RunResult:
     return RunResult(*best, last.meta.epoch, *pace, options.out / BEST, already_done=True)
 
 
+def network_config(recipe: Recipe, classes: int, start: Checkpoint | None) -> ModelConfig:
+    """Give the network's configuration: the recipe's, but what belongs to pretrained weights comes with them.
+
+    Raises:
+        TrainError: The recipe's width is not the weights'.
+    """
+    from mbv2.model import ModelConfig
+
+    if start is None:
+        return ModelConfig(classes=classes, width=recipe.width, dropout=recipe.dropout)
+    config = start.meta.model_config()
+    if config.width != recipe.width:
+        expected, got = f"width {config.width:g} as in {start.path}", f"{recipe.width:g}"
+        raise TrainError("the pretrained weights have another width", expected=expected, got=got)
+    return replace(config, classes=classes, dropout=recipe.dropout)
+
+
+def load_pretrained(net: Any, start: Checkpoint, classes: tuple[str, ...]) -> bool:
+    """Load pretrained weights; the head too where the classes are the same, else the new one stays.
+
+    Returns:
+        Whether the head was kept.
+
+    Raises:
+        CheckpointError: A tensor is missing, left over or of another shape.
+    """
+    keep = start.meta.class_names == classes
+    weights = start.weights()
+    parameters = {parameter.name: parameter for parameter in net.get_parameters()}
+    if not keep:
+        weights = {name: value for name, value in weights.items() if not name.startswith(HEAD_PREFIX)}
+        parameters = {name: value for name, value in parameters.items() if not name.startswith(HEAD_PREFIX)}
+        _logger.info("new head: %d classes instead of %s", len(classes), start.meta.model["classes"])
+    load_parameters(parameters.values(), weights, str(start.path))
+    return keep
+
+
 class _Run:
     """The state of a run in this process."""
 
     def __init__(
-        self, options: RunOptions, data: RunData, stop: Callable[[], bool], progress: ProgressCallback | None
+        self,
+        options: RunOptions,
+        data: RunData,
+        last: Checkpoint | None,
+        stop: Callable[[], bool],
+        progress: ProgressCallback | None,
     ) -> None:
         import mindspore as ms
 
-        from mbv2.model import MobileNetV2, ModelConfig
+        from mbv2.model import MobileNetV2
         from mbv2.step import TrainStep
 
         recipe = options.recipe
         self.options, self.recipe, self.data = options, recipe, data
         self.stop, self.progress = stop, progress
-        self.steps_per_epoch = data.train.steps_per_epoch
-        self.total_steps = self.steps_per_epoch * recipe.epochs
-        self.config = ModelConfig(classes=len(data.classes), width=recipe.width, dropout=recipe.dropout)
+        self.head_only = recipe.freeze == "backbone"
+        self.last = last
+        start = read_checkpoint(options.pretrained) if options.pretrained else None
+        if last is not None:
+            start = last.without_state()
+        self.identity = last.meta.training["identity"] if last is not None else _identity(options, data)
+        self.config = network_config(recipe, len(data.classes), start)
         ms.set_seed(options.seed)
         self.net = MobileNetV2(self.config, kernels=options.kernels)
+        if start is not None:
+            load_pretrained(self.net, start, data.classes)
         if recipe.freeze == "bn":
             self.net.freeze_batchnorm()
+        if self.head_only:
+            self.data = self._cache_features(start)
         self.average = None
         if recipe.ema_decay:
             self.average = MobileNetV2(self.config, kernels=options.kernels)
             load_parameters(self.average.get_parameters(), parameter_tensors(self.net.get_parameters()), "average")
             self.average.set_train(False)
-            self.average.update_parameters_name("ema.")
-        self.train_step = TrainStep(self.net, recipe, self.config.classes, average=self.average)
+            for parameter in self.average.get_parameters():
+                parameter.name = f"{AVERAGE_PREFIX}{parameter.name}"
+        self.train_step = TrainStep(
+            self.net, recipe, self.config.classes, average=self.average, head_only=self.head_only
+        )
+        self.steps_per_epoch = self.data.train.steps_per_epoch
+        self.total_steps = self.steps_per_epoch * recipe.epochs
         self.position = Position()
         self.pending: list[tuple[int, float, Any]] = []  # (step, lr, result on the device) not yet read back
         self.epoch_pace, self.run_pace, self.row_pace = Pace(), Pace(), Pace()
         self.compiled = False
         self.log: RunLog
 
+    def _cache_features(self, start: Checkpoint | None) -> RunData:
+        """Replace the images by their pooled features, from the cache or computed now."""
+        from mbv2.step import PooledFeatures
+
+        assert start is not None
+        recipe, data = self.recipe, self.data
+        self.net.set_train(False)
+        predict = network_predict(PooledFeatures(self.net))
+        backbone = {name: value for name, value in start.weights().items() if not name.startswith("classifier.")}
+        common = {
+            "weights": tensor_digest(backbone),
+            "model": {k: v for k, v in asdict(self.config).items() if k not in ("classes", "dropout")},
+            "kernels": self.net.kernels,
+            "records": data.digest,
+            "image_size": recipe.image_size,
+            "eval_crop": recipe.eval_crop,
+        }
+        augmented = {"seed": self.options.seed, **{name: getattr(recipe, name) for name in AUGMENTATION}}
+        folder = self.options.features or self.options.out / "features"
+
+        def open_set(split: str, view: int, batches: Callable[[], Iterator[AnyBatch]], images: int) -> FeatureSet:
+            name = (
+                f"{split}-{view}-{cache_key({**common, **(augmented if view else {}), 'split': split, 'view': view})}"
+            )
+            return load_features(folder, name) or compute_features(
+                folder,
+                name,
+                lambda image: predict(fill_rows(image, recipe.batch_size))[: len(image)],
+                batches(),
+                images=images,
+                length=self.net.feature_count,
+                stop=self.stop,
+                progress=self.progress,
+            )
+
+        views = [
+            open_set("train", view, lambda view=view: data.train_view(view), data.train_images)  # type: ignore[misc]
+            for view in range(1 + recipe.feature_views)
+        ]
+        train_source = FeatureSource(tuple(views), recipe.batch_size, training=True, seed=self.options.seed)
+        source, val_source = data.val, None
+        if source is not None:
+            val_set = open_set("val", 0, lambda: source.epoch(0), data.val_images)
+            val_source = FeatureSource((val_set,), recipe.batch_size, training=False)
+        self.net.set_train(True)
+        return replace(data, train=train_source, val=val_source)
+
     # --- the run -------------------------------------------------------------------------------------------------
 
-    def run(self, last: Checkpoint | None) -> RunResult:
-        out = self.options.out
+    def run(self) -> RunResult:
+        out, last = self.options.out, self.last
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -357,17 +509,18 @@ class _Run:
     def _lr(self, step: int) -> float:
         return learning_rate(self.recipe, step, self.steps_per_epoch, self.recipe.batch_size)
 
-    def _step(self, batch: Batch, lr: float) -> Any:
+    def _step(self, batch: AnyBatch, lr: float) -> Any:
         import mindspore as ms
 
         from mbv2.step import dropout_mask, step_controls
 
         shape = (len(batch), self.net.feature_count)
         mask = dropout_mask(self.options.seed, self.position.step, shape, self.recipe.dropout)
-        mix_label = batch.label if batch.mix_label is None else batch.mix_label
-        weight = np.ones(len(batch), np.float32) if batch.mix_weight is None else batch.mix_weight
+        mix_label, weight = batch.label, np.ones(len(batch), np.float32)
+        if isinstance(batch, Batch) and batch.mix_label is not None and batch.mix_weight is not None:
+            mix_label, weight = batch.mix_label, batch.mix_weight
         controls = step_controls(self.recipe, lr, self.position.step)
-        inputs = (batch.image, mask, batch.label, mix_label, weight, controls)
+        inputs = (batch_inputs(batch), mask, batch.label, mix_label, weight, controls)
         return self.train_step(*(ms.Tensor(value) for value in inputs))
 
     def _count(self, images: int, wait_s: float, busy_s: float) -> None:
@@ -424,12 +577,14 @@ class _Run:
         self.progress(Progress(position.step * size, self.total_steps * size, note=note))
 
     def _evaluate(self) -> Scores:
+        from mbv2.step import Head
+
         assert self.data.val is not None
         net = self.net if self.average is None else self.average
         net.set_train(False)
         try:
             return score_batches(
-                network_predict(net),
+                network_predict(Head(net) if self.head_only else net),
                 self.data.val.epoch(0),
                 classes=self.config.classes,
                 batch_size=self.recipe.batch_size,
@@ -473,7 +628,7 @@ class _Run:
     def _save_last(self) -> None:
         self._read_back()
         parameters = [*self.net.get_parameters(), *self.train_step.state().values()]
-        training = {"identity": _identity(self.options, self.data), "position": asdict(self.position)}
+        training = {"identity": self.identity, "position": asdict(self.position)}
         save_checkpoint(self.options.out / LAST, self._tensors(parameters), self._meta({}, training))
 
     def _keep_best(self, scores: Scores | None) -> None:
@@ -485,7 +640,7 @@ class _Run:
             position.best_top1, position.best_top5 = scores.top1, scores.top5
         metrics = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss} if scores else {}
         net = self.net if self.average is None else self.average
-        tensors = {n.removeprefix("ema."): v for n, v in self._tensors(list(net.get_parameters())).items()}
+        tensors = {n.removeprefix(AVERAGE_PREFIX): v for n, v in self._tensors(list(net.get_parameters())).items()}
         save_checkpoint(self.options.out / BEST, tensors, self._meta(metrics, {}))
 
     def _restore(self, last: Checkpoint) -> None:
@@ -505,6 +660,7 @@ class _Run:
             "kernels": self.net.kernels,
             "model": asdict(self.config),
             "classes": len(self.data.classes),
+            "pretrained_weights_sha256": self.identity["pretrained"],
             "records_manifest_sha256": self.data.digest,
             "steps_per_epoch": self.steps_per_epoch,
             "versions": versions(),

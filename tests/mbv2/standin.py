@@ -51,4 +51,6 @@ def memory_data(*, images: int = 40, val: int = 13, classes: int = 3, size: int 
     val_set = coloured_images(val, classes, size, seed=3)
     names = tuple(f"class{number}" for number in range(classes))
     source = MemorySource(*val_set, batch, training=False) if val else None
-    return RunData(names, f"{images}-{val}-{size}", MemorySource(*train_set, batch, training=True), source, val)
+    ordered = MemorySource(*train_set, batch, training=False)
+    train = MemorySource(*train_set, batch, training=True)
+    return RunData(names, f"{images}-{val}-{size}", train, images, ordered.epoch, source, val)

@@ -68,9 +68,9 @@ def test_file_is_read_and_its_errors_name_it(tmp_path: Path) -> None:
     assert (recipe.name, recipe.epochs, recipe.lr) == ("mine", 3, 0.01)
     for text in ("- a\n- b\n", "epochs: [1\n", "epoch: 3\n"):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(RecipeError, match="mine.yaml"):
+        with pytest.raises(RecipeError, match=r"mine\.yaml"):
             load_recipe(str(path))
-    with pytest.raises(RecipeError, match="absent.yaml"):
+    with pytest.raises(RecipeError, match=r"absent\.yaml"):
         load_recipe(str(tmp_path / "absent.yaml"))
 
 

@@ -33,7 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, killed with SIGKILL at step 19 after its save at 17, stopped by request at step 28, and finished."""
+    """The same run, killed at step 19 after its save at 17, stopped by request at step 28, and finished."""
     out = tmp_path_factory.mktemp("broken") / "run"
     command = [sys.executable, "-m", "tests.mbv2.run_standin", str(out), "19"]
     assert subprocess.run(command, check=False, timeout=200).returncode == -signal.SIGKILL

@@ -1,0 +1,179 @@
+"""Pooled features of a frozen backbone, computed once and kept on disk (5 kB an image at width 1).
+
+A cache is named by a digest over everything that its numbers follow from: the backbone's weights, the preprocessing,
+the records' manifest, the split, the view and the operators. Other weights, other records or another crop are another
+name, so a cache is never stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.errors import Interrupted, TrainError
+from imnet_prep.types import Batch, Progress, ProgressCallback
+
+_ORDER_STREAM, _VIEW_STREAM = 0xF0, 0xF1  # keep these draws apart from every other use of the seed
+_logger = logging.getLogger(__name__)
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBatch:
+    """What a step of head training takes.
+
+    Attributes:
+        features: float32 (N, C), pooled.
+        label: int32 (N,).
+        record_id: uint64 (N,).
+    """
+
+    features: NDArray[np.float32]
+    label: NDArray[np.int32]
+    record_id: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """The features of one view of a split, in record order: memory-mapped, so that size does not matter."""
+
+    features: NDArray[np.float32]
+    label: NDArray[np.int32]
+    record_id: NDArray[np.uint64]
+
+
+def cache_key(parts: Mapping[str, Any]) -> str:
+    """Give the name of a cache: 20 hex digits over everything its numbers follow from."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def load_features(folder: Path, name: str) -> FeatureSet | None:
+    """Open a cache, or give None where there is none."""
+    paths = _paths(folder, name)
+    if not all(path.exists() for path in paths):
+        return None
+    try:
+        features, label, ids = (np.load(path, mmap_mode="r") for path in paths)
+    except (OSError, ValueError) as error:
+        remedy = f"delete {folder}"
+        raise TrainError(f"the feature cache {paths[0]} is damaged", got=str(error), remedy=remedy) from error
+    return FeatureSet(features, label, ids)
+
+
+def compute_features(
+    folder: Path,
+    name: str,
+    pooled: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    batches: Iterator[Batch | FeatureBatch],
+    *,
+    images: int,
+    length: int,
+    stop: Stop,
+    progress: ProgressCallback | None,
+) -> FeatureSet:
+    """Compute the features of a view and keep them.
+
+    Args:
+        folder: Where caches lie.
+        name: From :func:`cache_key`, with the split before it.
+        pooled: uint8 (N, H, W, 3) to float32 (N, C).
+        batches: Every record of the split once.
+        images: How many records there are.
+        length: C.
+        stop: Says whether to leave; what was computed of this view is dropped then.
+        progress: Called after each batch.
+
+    Raises:
+        TrainError: The disk does not take it, or another number of images came.
+        Interrupted: ``stop`` said so.
+    """
+    paths = _paths(folder, name)
+    partial = [path.with_name(f"partial-{path.name}") for path in paths]
+    label, ids = np.empty(images, np.int32), np.empty(images, np.uint64)
+    done = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        features = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            partial[0], mode="w+", dtype=np.float32, shape=(images, length)
+        )
+        for batch in batches:
+            assert isinstance(batch, Batch)
+            end = done + len(batch)
+            if end > images:
+                break
+            features[done:end] = pooled(batch.image)
+            label[done:end], ids[done:end] = batch.label, batch.record_id
+            done = end
+            if stop():
+                raise Interrupted("stopped while computing features", got=f"{done} of {images} images")
+            if progress:
+                progress(Progress(done, images, note=f"features of the {name.partition('-')[0]} split"))
+        if done != images:
+            raise TrainError("the loader gave another number of images", expected=f"{images}", got=f"{done}")
+        features.flush()
+        np.save(partial[1], label)
+        np.save(partial[2], ids)
+        for source, target in zip(reversed(partial), reversed(paths), strict=True):
+            source.replace(target)  # the features last: their presence says that the cache is whole
+    except OSError as error:
+        raise TrainError(f"cannot keep features in {folder}", got=error.strerror or str(error)) from error
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    _logger.info("kept the features of %d images in %s", images, paths[0])
+    loaded = load_features(folder, name)
+    assert loaded is not None
+    return loaded
+
+
+def _paths(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    return folder / f"{name}.npy", folder / f"{name}.label.npy", folder / f"{name}.id.npy"
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSource:
+    """Batches of cached features, shuffled by sample, for training or (``training`` false) in order for scoring.
+
+    An epoch visits each image once; with several views, which one is drawn by (seed, epoch).
+
+    Attributes:
+        views: The caches, all of the same records in the same order.
+        batch_size: Rows of a batch.
+        training: Shuffle, and drop what does not fill a batch.
+        seed: Of order and views.
+    """
+
+    views: tuple[FeatureSet, ...]
+    batch_size: int
+    training: bool
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        whole, rest = divmod(len(self.views[0].label), self.batch_size)
+        return whole + (rest > 0 and not self.training)
+
+    def epoch(self, number: int, start_step: int = 0) -> Iterator[FeatureBatch]:
+        """Iterate an epoch's batches from a step on."""
+        first, rows = self.views[0], len(self.views[0].label)
+        order, view = np.arange(rows), np.zeros(rows, np.int64)
+        if self.training:
+            order = np.random.default_rng([self.seed, _ORDER_STREAM, number]).permutation(rows)
+            view = np.random.default_rng([self.seed, _VIEW_STREAM, number]).integers(0, len(self.views), rows)
+        for step in range(start_step, self.steps_per_epoch):
+            taken = order[step * self.batch_size : (step + 1) * self.batch_size]
+            features = np.stack([self.views[view[row]].features[row] for row in taken])
+            yield FeatureBatch(features, first.label[taken], first.record_id[taken])

@@ -1,0 +1,160 @@
+"""Cached features: keyed, whole or absent, shuffled by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from imnet_prep.errors import Interrupted, TrainError
+from imnet_prep.types import Batch
+from mbv2.checkpoint import read_checkpoint
+from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
+from mbv2.recipe import Recipe
+from mbv2.train import RunOptions, train
+from tests.mbv2.standin import memory_data
+
+LENGTH = 4
+
+
+def pooled(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return image.reshape(len(image), -1)[:, :LENGTH].astype(np.float32)
+
+
+def batches(count: int, size: int = 4) -> Iterator[Batch]:
+    image = np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3)
+    label, ids = np.arange(count, dtype=np.int32), np.arange(count, dtype=np.uint64) + 100
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        yield Batch(image[rows], label[rows], ids[rows])
+
+
+def compute(folder: Path, count: int = 10, *, images: int = 10, stop: bool = False) -> FeatureSet:
+    return compute_features(
+        folder, "train-0-x", pooled, batches(count), images=images, length=LENGTH, stop=lambda: stop, progress=None
+    )
+
+
+def test_features_come_back_in_record_order(tmp_path: Path) -> None:
+    made = compute(tmp_path)
+    loaded = load_features(tmp_path, "train-0-x")
+    assert loaded is not None
+    assert np.array_equal(loaded.features, made.features)
+    assert loaded.label.tolist() == list(range(10))
+    assert loaded.record_id.tolist() == [100 + row for row in range(10)]
+    assert loaded.features[3].tolist() == [36, 37, 38, 39]
+
+
+def test_an_interrupted_computation_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        compute(tmp_path, stop=True)
+    assert list(tmp_path.iterdir()) == []
+    assert load_features(tmp_path, "train-0-x") is None
+
+
+@pytest.mark.parametrize("images", [9, 11])
+def test_another_number_of_images_is_an_error(tmp_path: Path, images: int) -> None:
+    with pytest.raises(TrainError, match=f"expected {images}"):
+        compute(tmp_path, images=images)
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    compute(tmp_path)
+    (tmp_path / "train-0-x.npy").write_bytes(b"nothing")
+    with pytest.raises(TrainError, match=r"train-0-x\.npy"):
+        load_features(tmp_path, "train-0-x")
+
+
+def test_the_key_follows_every_part() -> None:
+    parts = {"weights": "a", "records": "b", "image_size": 224}
+    keys = {cache_key(parts), *(cache_key({**parts, name: "other"}) for name in parts)}
+    assert len(keys) == 4
+
+
+def view(offset: int) -> FeatureSet:
+    rows = np.arange(10)
+    features = (rows[:, None] + offset + np.zeros((1, LENGTH))).astype(np.float32)
+    return FeatureSet(features, rows.astype(np.int32), rows.astype(np.uint64))
+
+
+def test_an_epoch_visits_samples_once_in_an_order_of_its_own() -> None:
+    source = FeatureSource((view(0),), 3, training=True, seed=1)
+    first = [batch.label.tolist() for batch in source.epoch(0)]
+    assert source.steps_per_epoch == len(first) == 3
+    rows = [row for batch in first for row in batch]
+    assert len(set(rows)) == 9
+    assert rows != sorted(rows)
+    assert first == [batch.label.tolist() for batch in source.epoch(0)]
+    assert first[1:] == [batch.label.tolist() for batch in source.epoch(0, 1)]
+    assert first != [batch.label.tolist() for batch in source.epoch(1)]
+
+
+def test_views_are_drawn_by_epoch_and_stay_with_their_sample() -> None:
+    source = FeatureSource((view(0), view(100)), 5, training=True)
+    drawn: set[int] = set()
+    for epoch in range(4):
+        for batch in source.epoch(epoch):
+            drawn |= {int(value) for value in batch.features[:, 0] // 100}
+            assert np.array_equal(batch.features[:, 0] % 100, batch.label)
+    assert drawn == {0, 1}
+
+
+def test_scoring_takes_every_row_in_order() -> None:
+    source = FeatureSource((view(0),), 4, training=False)
+    assert [row for batch in source.epoch(0) for row in batch.label] == list(range(10))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of another class count, from a short run."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    recipe = Recipe(epochs=1, batch_size=8, image_size=32, width=0.35, lr=0.01)
+    train(RunOptions(out, out, recipe), data=memory_data(images=80, val=0, classes=5))
+    return out / "best.ckpt"
+
+
+@pytest.mark.slow
+def test_head_training_caches_features_and_leaves_the_backbone_alone(pretrained: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        epochs=6, batch_size=8, image_size=32, width=0.35, lr=0.05, freeze="backbone", feature_views=1, warmup_frac=0
+    )
+    options = RunOptions(tmp_path, tmp_path / "run", recipe, pretrained=pretrained, features=tmp_path / "cache")
+    result = train(options, data=memory_data())
+    assert result.top1 is not None
+    start, end = read_checkpoint(pretrained), read_checkpoint(result.checkpoint)
+    assert end.meta.model["classes"] == 3
+    for name, value in start.tensors.items():
+        if not name.startswith("classifier."):
+            assert np.array_equal(value, end.tensors[name]), name
+    assert end.tensors["classifier.weight"].shape == (3, 1280)
+    caches = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert len(caches) == 9  # two views of train and one of val, three files each
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    other = replace(options, out=tmp_path / "other", recipe=replace(recipe, lr=0.01))
+    train(other, data=memory_data())
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+
+
+@pytest.mark.slow
+def test_frozen_batchnorm_keeps_its_statistics_while_weights_train(pretrained: Path, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_size=8, image_size=32, width=0.35, lr=0.05, freeze="bn", warmup_frac=0)
+    result = train(RunOptions(tmp_path, tmp_path / "run", recipe, pretrained=pretrained), data=memory_data())
+    start, end = read_checkpoint(pretrained).tensors, read_checkpoint(result.checkpoint).tensors
+    for name, value in start.items():
+        same = name not in end or np.array_equal(value, end[name]) if value.shape == end[name].shape else False
+        assert same == ("moving_" in name), name
+
+
+def test_head_training_needs_pretrained_weights(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="--pretrained"):
+        RunOptions(tmp_path, tmp_path, Recipe(freeze="backbone"))
+
+
+def test_another_width_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_size=8, image_size=32, width=0.5)
+    with pytest.raises(TrainError, match=r"width 0\.35"):
+        train(RunOptions(tmp_path, tmp_path / "run", recipe, pretrained=pretrained), data=memory_data())
