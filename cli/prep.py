@@ -82,33 +82,34 @@ def to_mindrecord(
     options = conversion.ConvertOptions(workers, max_rejected, executor, scheduler, force)
     arguments = (sources, out, split, plan_options, options)
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:
-        result = conversion.dry_run(*arguments, progress) if dry_run else conversion.convert(*arguments, progress, stop)
+        result = conversion.dry_run(*arguments, progress, stop) if dry_run else conversion.convert(*arguments, progress, stop)
     show(result.to_json(), as_json)
 
 
 @main.command()
 @click.argument("records", type=FOLDER, metavar="DIR")
-@click.option("--level", default="hash", show_default=True, metavar="quick|hash", help="How deep to look.")
-@click.option("--workers", type=int, metavar="N", help="Files read at a time; one a core if not given.")
+@click.option("--level", default="hash", show_default=True, metavar="quick|hash|decode", help="How deep to look.")
+@click.option("--expect", metavar="ilsvrc2012", help="Compare the counts with those of the published data set.")
+@click.option("--workers", type=int, metavar="N", help="Files read or decoded at a time; one a core if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @guard
-def verify(records: Path, level: str, workers: int | None, as_json: bool) -> None:
+def verify(records: Path, level: str, expect: str | None, workers: int | None, as_json: bool) -> None:
     """Compare a records folder with its manifest; exit 3 where they differ.
 
-    quick looks at sizes, headers and indexes; hash reads every byte as well.
+    quick looks at sizes, headers and indexes; hash reads every byte as well; decode also looks at every record: that it
+    decodes, is what was stored, has the label that its name says, and is not there twice (a warning).
 
-    Example: imnet-prep verify records --level hash
+    Example: imnet-prep verify records --level decode
     """
     from imnet_prep import verify as verification
 
     with progress_bar("verify") as progress:
-        result = verification.verify(records, level, workers, progress)
+        result = verification.verify(records, level, workers, progress, expect)
     if as_json:
         show(result.to_json(), as_json)
     else:
-        for problem in result.problems:
-            where = problem.file if problem.row is None else f"{problem.file} row {problem.row}"
-            click.echo(f"{where}: {problem.kind}: {problem.detail}")
+        for problem in (*result.warnings, *result.problems):
+            click.echo(problem.to_line("warning: " if problem in result.warnings else ""))
         state = "ok" if result.ok else f"{len(result.problems)} problem(s)"
         click.echo(f"{records}: {state} at level {level}: {result.shards} shards, {result.records} records")
     if not result.ok:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,9 +72,16 @@ def commit(
         made_with={name: version(name) for name in ("imnet-prep", "opencv-python-headless", "pillow")},
         plan=plan.digest,
         splits=splits,
+        rejected=_file_entry(partial, REJECTED),
     )
     write_atomically(partial / MANIFEST, manifest.to_bytes())
     return manifest
+
+
+def _file_entry(folder: Path, name: str) -> dict[str, Any]:
+    """Give name, size and digest of a file, as the manifest has them."""
+    path = folder / name
+    return {"file": name, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _split_info(
@@ -120,7 +128,7 @@ def _split_info(
         class_counts=tuple(int(count) for count in counts),
         header_size=layout.header_size,
         page_size=layout.page_size,
-        records={"file": f"{split}/{RECORDS}", "size_bytes": path.stat().st_size, "sha256": file_digest(path)},
+        records=_file_entry(partial, f"{split}/{RECORDS}"),
         shards=tuple(result.info for result in stored if result.info is not None),
     )
 

@@ -316,6 +316,10 @@ class Shard:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
+
     def _read(self, row: int, start: int, end: int) -> bytes:
         size = min(max(0, end - start), self.header.page_size)  # a damaged index must not ask for terabytes
         try:

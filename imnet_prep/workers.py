@@ -1,0 +1,119 @@
+"""A pool of processes for tasks of any kind, made as they are wanted, with a count of how far each one is.
+
+Workers are spawned (not forked: the threads of OpenCV and MindSpore do not survive that), leave the terminal's signals
+to the parent, and die with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from imnet_prep.errors import PlanError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Advance = Callable[[int, int, int], None]  # images, bytes and bad ones since the last call
+POLL_S = 0.2
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_live: Any = None  # in a worker: images, bytes and bad ones of each task in hand, shared with the parent
+
+
+def run_processes(
+    function: Callable[[Task, Advance], Result], tasks: Iterable[Task], width: int, report: Advance
+) -> Iterator[Result]:
+    """Carry out tasks and give each result as it comes, in any order.
+
+    At most ``width`` tasks are in hand and no other is made yet, so memory does not grow with their number. Close the
+    iterator (:func:`contextlib.closing`) where it is not read to its end: the workers are killed then.
+
+    Args:
+        function: What a worker does with a task; from a module. It says now and then how far it is.
+        tasks: Taken one by one as workers come free.
+        width: Number of processes.
+        report: Told the totals of this run so far: images, bytes and bad ones.
+
+    Raises:
+        PlanError: A worker process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    live = context.RawArray("q", 3 * width)  # no lock: a worker killed while it holds one would stop all others
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(width, context, _begin_worker, (live, os.getpid()))
+    finished = False
+    try:
+        yield from _drive(pool, _Counted(function), live, iter(tasks), report)
+        finished = True
+    except BrokenProcessPool as error:
+        raise PlanError(
+            "a worker process was killed (out of memory?)", remedy="run the same command again, with fewer --workers"
+        ) from error
+    finally:
+        if not finished:  # workers ignore SIGTERM, so the pool's own clean-up after a death would wait for ever
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(live: Any, parent: int) -> None:
+    global _live  # noqa: PLW0603, a process-wide handle is what an initializer is for
+    _live = live
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted(Generic[Task, Result]):
+    """A function whose word on how far it is goes to the slot shared with the parent."""
+
+    function: Callable[[Task, Advance], Result]
+
+    def __call__(self, task: Task, slot: int) -> Result:
+        def advance(images: int, size: int, bad: int) -> None:
+            for position, value in enumerate((images, size, bad)):
+                _live[3 * slot + position] += value
+
+        return self.function(task, advance)
+
+
+def _drive(
+    pool: ProcessPoolExecutor,
+    function: Callable[[Task, int], Result],
+    live: Any,
+    todo: Iterator[Task],
+    report: Advance,
+) -> Iterator[Result]:
+    """Keep as many tasks in hand as there are slots of three in ``live``."""
+    free = list(range(len(live) // 3))
+    in_hand: dict[Future[Result], int] = {}
+    total = [0, 0, 0]
+    while True:
+        while free and (task := next(todo, None)) is not None:
+            slot = free.pop()
+            live[3 * slot : 3 * slot + 3] = [0, 0, 0]
+            in_hand[pool.submit(function, task, slot)] = slot
+        if not in_hand:
+            return
+        done, _ = wait(in_hand, timeout=POLL_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            slot = in_hand.pop(future)
+            total = [total[part] + live[3 * slot + part] for part in range(3)]
+            free.append(slot)
+        report(*(total[part] + sum(live[3 * slot + part] for slot in in_hand.values()) for part in range(3)))
+        for future in done:
+            yield future.result()
