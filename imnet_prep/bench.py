@@ -1,0 +1,179 @@
+"""How fast the pipeline is on this machine, where its time goes, and what limits it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imnet_prep.errors import PipelineError
+from imnet_prep.manifest import load_manifest
+from imnet_prep.runtime import cpu_count
+from imnet_prep.types import Batch, Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from imnet_prep.pipeline import Batches, StageTimes
+
+MODES = ("train", "eval")
+WINDOWS = 5  # parts of the measured time; their median counts
+WARM_UP_S = 1.0
+BUSY = 0.85  # from this share of use on, something is the limit
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        mode: ``train`` (random crops, shuffled) or ``eval`` (centre crops, in order).
+        batch_size: Rows of a batch. image_size: Side of the output, pixels.
+        workers: Decode threads; the cores this process may use where None.
+        seconds: How long to measure, after a warm-up of a second and the first batches.
+        native: ``auto``, ``on`` or ``off``: the C++ decoder.
+    """
+
+    mode: str = "train"
+    batch_size: int = 64
+    image_size: int = 224
+    workers: int | None = None
+    seconds: float = 10.0
+    native: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise PipelineError("unknown bench mode", expected=f"one of {', '.join(MODES)}", got=repr(self.mode))
+        if not 0 < self.seconds <= 86_400:
+            raise PipelineError("seconds is out of range", expected="more than 0, at most 86400", got=str(self.seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """What was measured. Times are worker time per image, all threads together.
+
+    Attributes:
+        images_per_s: Median over five windows; ``slowest`` and ``fastest`` are the extremes.
+        mode: As asked. split: The split read. batch_size, image_size, workers: As run.
+        decoder: Which decoder ran.
+        read_ms, check_ms, decode_ms, augment_ms: Milliseconds an image, by stage.
+        cores: Cores this process may use. cores_used_frac: Share of them that it used.
+        memory_bytes: Bound on the decoded images held.
+        limit: A sentence that says what limits the rate.
+    """
+
+    images_per_s: float
+    slowest: float
+    fastest: float
+    mode: str
+    split: str
+    batch_size: int
+    image_size: int
+    workers: int
+    decoder: str
+    read_ms: float
+    check_ms: float
+    decode_ms: float
+    augment_ms: float
+    cores: int
+    cores_used_frac: float
+    memory_bytes: int
+    limit: str
+
+
+def bench(records: Path, options: BenchOptions, progress: ProgressCallback | None = None) -> BenchResult:
+    """Iterate :func:`~imnet_prep.pipeline.open_batches` as training or evaluation does, and measure.
+
+    Raises:
+        RecordsError: The folder is not usable.
+        PipelineError: An option is out of range, or a record is bad.
+    """
+    from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches  # OpenCV: not for `--help`
+
+    splits = load_manifest(records).splits
+    wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")
+    split = next((name for name in wanted if name in splits and splits[name].images), wanted[0])
+    kind = TrainOptions if options.mode == "train" else EvalOptions
+    pipeline = kind(batch_size=options.batch_size, image_size=options.image_size)
+    with open_batches(records, split, pipeline, workers=options.workers, native=options.native) as batches:
+        return _measure(batches, options, progress)
+
+
+def _endless(batches: Batches) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from batches.epoch(epoch)
+        epoch += 1
+
+
+def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback | None) -> BenchResult:
+    stream = _endless(batches)
+    warm = time.perf_counter() + WARM_UP_S
+    for number, _ in enumerate(stream):
+        if number >= batches.prefetch and time.perf_counter() >= warm:
+            break
+    before, cpu, began = batches.times, time.process_time(), time.perf_counter()
+    rates: list[float] = []
+    total = 0
+    while len(rates) < WINDOWS:
+        start, images = time.perf_counter(), 0
+        while time.perf_counter() - start < options.seconds / WINDOWS:
+            images += len(next(stream))
+        rates.append(images / (time.perf_counter() - start))
+        total += images
+        if progress is not None:
+            progress(Progress(total, None))
+    wall, used = time.perf_counter() - began, time.process_time() - cpu
+    times, cores = batches.times - before, cpu_count()
+    share = used / (wall * cores)
+    made = max(1, times.images)
+    return BenchResult(
+        images_per_s=round(statistics.median(rates), 1),
+        slowest=round(min(rates), 1),
+        fastest=round(max(rates), 1),
+        mode=options.mode,
+        split=batches.split,
+        batch_size=options.batch_size,
+        image_size=options.image_size,
+        workers=batches.workers,
+        decoder=batches.decoder,
+        read_ms=round(1e3 * times.read_s / made, 4),
+        check_ms=round(1e3 * times.check_s / made, 4),
+        decode_ms=round(1e3 * times.decode_s / made, 4),
+        augment_ms=round(1e3 * times.augment_s / made, 4),
+        cores=cores,
+        cores_used_frac=round(share, 3),
+        memory_bytes=batches.memory_bytes,
+        limit=limit_sentence(times, wall, share, batches.workers, cores),
+    )
+
+
+def limit_sentence(times: StageTimes, wall_s: float, cores_used_frac: float, workers: int, cores: int) -> str:
+    """Say what limits the rate.
+
+    Args:
+        times: Worker time by stage in the measured time.
+        wall_s: The measured time, seconds.
+        cores_used_frac: Processor time over cores and wall time, 0 to 1.
+        workers: Decode threads. cores: Cores this process may use.
+    """
+    stages = {
+        "reading": times.read_s,
+        "checking digests": times.check_s,
+        "decoding": times.decode_s,
+        "augmenting": times.augment_s,
+    }
+    spent = sum(stages.values())
+    largest = max(stages, key=lambda name: stages[name])
+    busy = spent / (wall_s * workers)
+    part = f"{largest} takes {stages[largest] / max(spent, 1e-9):.0%} of the workers' time"
+    if cores_used_frac >= BUSY:
+        return f"The cores limit it: {cores_used_frac:.0%} of {cores} are in use, and {part}."
+    if busy < BUSY:
+        return f"The workers wait for the caller {1 - busy:.0%} of the time: what takes the batches limits it."
+    if largest == "reading":
+        return f"The storage limits it: {part}, and {cores_used_frac:.0%} of {cores} cores are in use."
+    if workers < cores:
+        return f"The number of workers limits it: {workers} for {cores} cores, and {part}."
+    return f"Other work on this machine limits it: the workers are busy, yet get {cores_used_frac:.0%} of the cores."
