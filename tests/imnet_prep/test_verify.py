@@ -1,0 +1,300 @@
+"""Verification: what each level finds, that it names it, and that no damage makes it fall over."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.files import file_digest
+from imnet_prep.manifest import MANIFEST, load_manifest, read_records
+from imnet_prep.mindrecord import Shard, read_header
+from imnet_prep.verify import VerifyResult, verify
+from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, reseal, shard_files
+from tests.synthetic import encode, picture
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_records(tmp_path_factory.mktemp("verify"))
+
+
+@pytest.fixture
+def records(whole: Path, tmp_path: Path) -> Path:
+    return copy(whole, tmp_path / "records")
+
+
+def look(records: Path, level: str = "decode", **options: Any) -> VerifyResult:
+    return verify(records, level, 1, quiet, **options)
+
+
+def kinds(result: VerifyResult) -> set[str]:
+    return {problem.kind for problem in result.problems}
+
+
+def place_of_image(records: Path, number: int) -> tuple[Path, int, int]:
+    """A train shard, and where the bytes of its row ``number`` begin and end."""
+    path = sorted(records.glob("train/*.mindrecord"))[0]
+    with Shard(path) as shard:
+        return path, int(shard.index.blob_start[number]) + 8, int(shard.index.blob_end[number])
+
+
+@pytest.mark.parametrize("level", ["quick", "hash", "decode"])
+def test_whole_folder_is_ok_at_every_level(whole: Path, level: str) -> None:
+    result = look(whole, level)
+    assert result.ok
+    assert (result.shards, result.records) == (4, 36)
+    assert result.to_json()["problems"] == []
+
+
+def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
+    records = make_records(tmp_path, classes=4, per_class=150, splits=("train",), shards=3)
+    path, start, _ = place_of_image(records, 5)
+    flip(path, 8 * (start + 200))
+    alone, together = look(records), verify(records, "decode", 2, quiet)
+    assert not alone.ok
+    assert alone == together
+
+
+def test_hash_finds_every_one_of_200_bit_flips(records: Path) -> None:
+    draw = random.Random(8)
+    files = shard_files(records)
+    missed = []
+    for _ in range(200):
+        path = draw.choice(files)
+        bit = draw.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        if look(records, "hash").ok:
+            missed.append((path.name, bit))
+        flip(path, bit)
+    assert missed == []
+    assert look(records, "hash").ok
+
+
+@pytest.mark.parametrize("withheld", [("shards",), ("shards", "records")])
+def test_decode_never_falls_over_whatever_bit_is_flipped(records: Path, withheld: tuple[str, ...]) -> None:
+    draw = random.Random(len(withheld))
+    files = [*shard_files(records), *records.glob("*/records.jsonl.gz"), records / "manifest.json"]
+    for path in files:
+        ends = [*range(64), *(draw.randrange(8 * path.stat().st_size) for _ in range(12))]
+        for bit in draw.sample(ends, 10):
+            flip(path, bit)
+            for problem in look(records, withhold=withheld).problems:
+                assert problem.to_line()
+            flip(path, bit)
+    assert look(records).ok
+
+
+def changed_rows(records: Path, before: dict[tuple[str, int], tuple[Any, ...]]) -> bool:
+    """Whether a reader now gets another image, label or name, or none, for some row."""
+    for (file, row), content in before.items():
+        try:
+            with Shard(records / file) as shard:
+                fields = shard.fields(row)
+                if (shard.image(row), fields.get("label"), fields.get("file_name")) != content:
+                    return True
+        except (RecordsError, IndexError, KeyError):
+            return True
+    return False
+
+
+def contents(records: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
+    found: dict[tuple[str, int], tuple[Any, ...]] = {}
+    for path in sorted(records.glob("*/*.mindrecord")):
+        with Shard(path) as shard:
+            for row in range(len(shard)):
+                fields = shard.fields(row)
+                key = path.relative_to(records).as_posix(), row
+                found[key] = shard.image(row), fields["label"], fields["file_name"]
+    return found
+
+
+def test_decode_finds_by_record_digests_every_flip_that_changes_a_record(records: Path) -> None:
+    before = contents(records)
+    draw = random.Random(3)
+    changed = 0
+    for number in range(120):
+        path = draw.choice(shard_files(records))
+        if number % 2 and path.suffix == ".mindrecord":
+            header = read_header(path)  # into the used part of a page, where most flips matter
+            page = draw.choice(header.pages)
+            bit = 8 * header.offset(page.page_id) + draw.randrange(8 * page.used_bytes)
+        else:
+            bit = draw.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        if changed_rows(records, before):
+            changed += 1
+            assert not look(records, withhold=("shards",)).ok, (path.name, bit)
+        flip(path, bit)
+    assert changed > 30
+
+
+def test_without_any_digest_undecodable_images_and_bad_labels_and_names_are_found(records: Path) -> None:
+    path, start, end = place_of_image(records, 1)
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\x00" * (end - start))
+        data = (path.read_bytes(), file.seek(0))[0]
+        raw = data.index(b"\xa5label")
+        file.seek(raw + 6)
+        file.write(bytes([(data[raw + 6] + 1) % 3]))
+        name = data.rindex(b"file_name") + len(b"file_name") + 2
+        file.seek(name)
+        file.write(b"x")
+    result = look(records, withhold=("shards", "records"))
+    assert {"image", "label", "name"} <= kinds(result)
+    bad = next(problem for problem in result.problems if problem.kind == "image")
+    assert (bad.file, bad.row) == ("train/" + path.name, 1)
+    assert bad.name is not None
+    assert bad.name.startswith("n0")
+
+
+def test_a_flip_that_decodes_is_named_with_file_row_and_name(records: Path) -> None:
+    path, _, end = place_of_image(records, 2)
+    for back in range(40, 400):  # a bit of the entropy-coded data that changes pixels and draws no complaint
+        flip(path, 8 * (end - back))
+        found = [problem for problem in look(records, withhold=("shards",)).problems if problem.kind == "digest"]
+        if found:
+            break
+        flip(path, 8 * (end - back))
+    line = list(read_records(records, load_manifest(records).splits["train"]))[2]
+    assert [(problem.file, problem.row, problem.name) for problem in found] == [
+        ("train/" + path.name, 2, line.file_name)
+    ]
+    assert look(records, withhold=("shards", "records")).ok  # nothing else can see it
+
+
+@pytest.mark.parametrize("level", ["quick", "decode"])
+def test_truncated_and_missing_files_are_named(records: Path, level: str) -> None:
+    first, second = sorted(records.glob("train/*.mindrecord"))
+    with first.open("r+b") as file:
+        file.truncate(first.stat().st_size * 2 // 3)
+    second.unlink()
+    (records / "val" / "records.jsonl.gz").unlink()
+    found = {(problem.kind, problem.file) for problem in look(records, level).problems}
+    assert {("size", "train/" + first.name), ("missing", "train/" + second.name)} <= found
+    assert ("missing", "val/records.jsonl.gz") in found
+
+
+def test_rows_are_read_by_their_pages_where_the_index_is_gone(records: Path) -> None:
+    for index in records.glob("*/*.db"):
+        index.unlink()
+    assert kinds(look(records)) == {"missing"}
+
+
+def test_an_index_that_points_elsewhere_is_named_with_its_row(records: Path) -> None:
+    import sqlite3
+
+    path = sorted(records.glob("train/*.db"))[0]
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE INDEXES SET label_0 = (label_0 + 1) % 3 WHERE ROW_ID = 4")
+    connection.commit()
+    connection.close()
+    found = [problem for problem in look(records, withhold=("shards",)).problems if problem.kind == "index"]
+    assert found
+    assert found[-1].row == 4
+
+
+def test_a_damaged_record_list_is_a_problem_and_the_rest_is_still_looked_at(records: Path) -> None:
+    path = records / "train" / "records.jsonl.gz"
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    path.write_bytes(gzip.compress(b"".join([*lines[:3], b'{"shard": []}\n', *lines[4:-1]])))
+    result = look(records)
+    assert "records" in kinds(result)
+    assert any(problem.row == 3 for problem in result.problems)
+
+
+def test_an_edited_manifest_shows(records: Path) -> None:
+    path = records / MANIFEST
+    path.write_bytes(path.read_bytes().replace(b'"images": 18', b'"images": 17', 1))
+    assert kinds(look(records, "quick")) == {"manifest"}
+
+
+def test_class_counts_are_compared_with_the_records(records: Path) -> None:
+    def move(document: dict[str, Any]) -> None:
+        counts = document["splits"]["train"]["class_counts"]
+        counts[0], counts[1] = counts[0] - 1, counts[1] + 1
+
+    reseal(records, move)
+    assert look(records, "hash").ok
+    assert kinds(look(records)) == {"counts"}
+
+
+def test_the_list_of_rejected_images_is_covered(tmp_path: Path) -> None:
+    def spoil(source: Path) -> None:
+        (next((source / "train").iterdir()) / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+
+    records = make_records(tmp_path, add=spoil)
+    assert look(records).ok
+    path = records / "rejected.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("broken", "brokem"))
+    assert [problem.file for problem in look(records, "hash").problems] == ["rejected.jsonl"]
+    path.write_text(text + text)
+    assert {"rejected", "size"} <= kinds(look(records, "quick"))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_named(records: Path) -> None:
+    extra = records / "train" / "train-00002-of-00002.mindrecord"
+    shutil.copy(sorted(records.glob("train/*.mindrecord"))[0], extra)
+    assert [(problem.kind, problem.file) for problem in look(records, "quick").problems] == [
+        ("unexpected", "train/" + extra.name)
+    ]
+
+
+def test_duplicates_inside_and_across_splits_are_warnings(tmp_path: Path) -> None:
+    def repeat(source: Path) -> None:
+        images = sorted((source / "train").rglob("*.jpg"))
+        shutil.copy(images[0], images[0].with_name("again.jpg"))
+        shutil.copy(images[1], source / "val" / images[-1].parent.name / "elsewhere.jpg")
+        big = picture(1, 99, 320, 240)
+        images[2].write_bytes(encode(big))
+        images[2].with_name("mirrored.jpg").write_bytes(encode(big[:, ::-1].copy(), quality=60))
+
+    result = look(make_records(tmp_path, add=repeat))
+    assert result.ok
+    exact = {str(warning.name).rpartition("/")[2] for warning in result.warnings if warning.kind == "duplicate"}
+    assert len(exact) == 2
+    assert any("another label" in warning.detail for warning in result.warnings if warning.kind == "duplicate")
+    near = [warning for warning in result.warnings if warning.kind == "near_duplicate"]
+    assert any("mirrored" in warning.detail for warning in near)
+
+
+def test_expectation_compares_with_the_published_counts(records: Path) -> None:
+    result = look(records, "quick", expect="ilsvrc2012")
+    assert kinds(result) == {"counts"}
+    assert any("1,281,167" in problem.detail for problem in result.problems)
+    with pytest.raises(RecordsError, match="ilsvrc2012"):
+        look(records, "quick", expect="cifar")
+
+
+def test_official_archives_converted_whole_must_have_the_published_counts(records: Path) -> None:
+    def pretend(document: dict[str, Any]) -> None:
+        source = {"kind": "ilsvrc2012-val-tar", "name": "ILSVRC2012_img_val.tar", "size_bytes": 6744924160}
+        digests = {"md5": "29b22e2961454d5413ddabcf34fc5622", "sha256": "", "official": True, "images": 50000}
+        document["sources"] = [{**source, **digests}]
+
+    reseal(records, pretend)
+    found = look(records, "quick").problems
+    assert all("split val" in problem.detail for problem in found)
+    assert any("50,000" in problem.detail for problem in found)
+    reseal(records, lambda document: document["options"].update(max_per_class=6))  # type: ignore[attr-defined]
+    assert look(records, "quick").ok
+
+
+def test_unknown_level_lists_the_choices(records: Path) -> None:
+    with pytest.raises(RecordsError, match="quick, hash, decode"):
+        look(records, "deep")
+
+
+def test_digest_of_a_file_is_its_sha256(whole: Path) -> None:
+    import hashlib
+
+    assert file_digest(whole / MANIFEST) == hashlib.sha256((whole / MANIFEST).read_bytes()).hexdigest()
+    assert json.loads((whole / MANIFEST).read_bytes())["rejected"]["file"] == "rejected.jsonl"
