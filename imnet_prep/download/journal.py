@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from imnet_prep.download.options import ContentOptions, FailReason
 from imnet_prep.errors import DownloadError
@@ -69,8 +70,7 @@ class Finished:
     source_sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a URL ended, good (``reason`` None) or bad; crosses from worker to journal.
 
     Attributes:
@@ -362,7 +362,7 @@ class Journal:
         ).fetchall()
         total = 0
         for sha256, count, flat in groups:
-            if count < (options.repeats_flat if flat else options.repeats_photo * usual):
+            if count < usual * (options.repeats_flat if flat else options.repeats_photo):
                 continue
             self.db.execute("BEGIN IMMEDIATE")
             total += self._retract(sha256, f"the same bytes from {count} URLs")
@@ -370,11 +370,11 @@ class Journal:
         return total
 
     def _usual_multiplicity(self) -> int:
-        """Give the median number of URLs that share an image's bytes: 1 but for lists that repeat themselves."""
+        """Give the median number of URLs that share a photograph's bytes: 1 but for lists that repeat themselves."""
         histogram = self.db.execute(
             "SELECT c, count(*) FROM"
-            " (SELECT count(*) AS c FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256)"
-            " GROUP BY c ORDER BY c"
+            " (SELECT count(*) AS c, max(flat) AS flat FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256)"
+            " WHERE flat = 0 GROUP BY c ORDER BY c"
         ).fetchall()
         half, seen = sum(n for _, n in histogram) / 2, 0
         for multiplicity, n in histogram:

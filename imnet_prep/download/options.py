@@ -105,9 +105,9 @@ class ContentOptions:
 
     Attributes:
         min_side: Images with a side under this many pixels are placeholders (tracking pixels, spacers).
-        repeats_flat: So many URLs with the same bytes make a flat picture (a sign, an icon) a placeholder.
-        repeats_photo: The same for a picture that looks like a photograph, times the median number of URLs an image
-            has in this folder (a list may legitimately name every photograph many times).
+        repeats_flat: So many URLs with the same bytes make a flat picture (a sign, an icon) a placeholder,
+        repeats_photo: so many one that looks like a photograph; both times the median number of URLs that a photograph
+            has in this folder (a list may name every photograph many times).
         short_side: Store as JPEG with this short side in pixels; None stores the bytes as they came.
         quality: JPEG quality of ``short_side``.
     """

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -497,5 +497,5 @@ class _Run:
 
 
 def _failed(task: Task, reason: FailReason, detail: str) -> Outcome:
-    ended = Outcome(task.row, reason, transient=True, attempts=task.attempts, final_url=task.url, detail=detail)
-    return replace(ended, time_s=time.time())
+    now = time.time()
+    return Outcome(task.row, reason, True, attempts=task.attempts, final_url=task.url, detail=detail, time_s=now)

@@ -16,10 +16,12 @@ import random
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
+
+import cv2
 
 from imnet_prep.download.addresses import Resolver
 from imnet_prep.download.content import Refused, is_placeholder_url, judge
@@ -35,8 +37,7 @@ _SPOOL_LINES = 5_000  # then a new spool, and the old one goes once the journal 
 _LINGER_S = 0.05  # a host needs a moment to notice that we cut a connection before it may see the next
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A URL to fetch. ``spent_s`` and ``hops`` are of this attempt's earlier hops; ``url`` is the next hop's."""
 
     row: int
@@ -46,8 +47,7 @@ class Task:
     spent_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(NamedTuple):
     """Work for one connection to one host."""
 
     number: int
@@ -55,47 +55,41 @@ class Lane:
     tasks: tuple[Task, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(NamedTuple):
     """An attempt that failed in a way that may pass."""
 
     task: Task
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Redirect:
+class Redirect(NamedTuple):
     """A hop: the same URL goes on at another address."""
 
     task: Task
 
 
-@dataclass(frozen=True, slots=True)
-class LaneDone:
+class LaneDone(NamedTuple):
     """A lane came to its end; ``returned`` are tasks that it did not start."""
 
     number: int
     returned: tuple[Task, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(NamedTuple):
     """This machine cannot store images (a full disk): no fault of the URL, and the end of the run."""
 
     task: Task
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """A final outcome, with what the breaker wants to know: ``answered`` whether there was an HTTP answer."""
 
     outcome: Outcome
     answered: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Rotated:
+class Rotated(NamedTuple):
     """A spool is complete: all its results have been reported before this."""
 
     spool: str
@@ -136,6 +130,7 @@ def worker_main(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(1)  # the cores are shared out among processes already
     incoming = options.out / INCOMING
     users = (incoming / USERS_LOCK).open("ab")
     fcntl.flock(users, fcntl.LOCK_SH)  # the next run waits for stragglers of a killed one
@@ -210,7 +205,7 @@ class _Sender:
 
 def spool_line(outcome: Outcome) -> bytes:
     """Write an outcome as one line of JSON."""
-    fields = asdict(outcome)
+    fields = outcome._asdict()
     fields["sha256"] = outcome.sha256.hex()
     fields["stored_sha256"] = outcome.stored_sha256.hex() if outcome.stored_sha256 else None
     return json.dumps(fields, ensure_ascii=True).encode() + b"\n"
@@ -275,7 +270,7 @@ class _Runner:
                 failure = Failure(FailReason.REDIRECT_REFUSED, f"more than {task.hops} redirects", result.status)
                 self.sender.send(Answered(_outcome(task, failure), True))
             else:
-                self.sender.send(Redirect(replace(task, url=result.url, hops=task.hops + 1, spent_s=spent)))
+                self.sender.send(Redirect(task._replace(url=result.url, hops=task.hops + 1, spent_s=spent)))
             return True
         return self._failed(task, result, slot)
 
@@ -292,7 +287,7 @@ class _Runner:
         if failure.aborted:
             time.sleep(_LINGER_S)
         if failure.transient and task.attempts < polite.retries:
-            self.sender.send(Retry(replace(task, attempts=task.attempts + 1), failure))
+            self.sender.send(Retry(task._replace(attempts=task.attempts + 1), failure))
         else:
             self.sender.send(Answered(_outcome(task, failure), failure.answered))
         return failure.answered and failure.retry_after_s is None and failure.status != 429
@@ -309,9 +304,7 @@ class _Runner:
         except OSError as error:
             self.sender.send(Broken(task, error.strerror or str(error)))
             return False
-        outcome = replace(
-            _outcome(task, Failure(FailReason.INTERNAL, "", body.status)),
-            reason=None,
+        outcome = _outcome(task, None, body.status)._replace(
             ext=found.ext,
             size_bytes=len(body.data),
             sha256=found.sha256,
@@ -337,15 +330,15 @@ def _write_whole(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def _outcome(task: Task, failure: Failure) -> Outcome:
+def _outcome(task: Task, failure: Failure | None, status: int | None = None) -> Outcome:
     return Outcome(
         row=task.row,
-        reason=failure.reason,
-        transient=failure.transient,
+        reason=failure.reason if failure else None,
+        transient=failure.transient if failure else False,
         attempts=task.attempts + 1,
-        status=failure.status,
+        status=failure.status if failure else status,
         final_url=task.url,
-        detail=failure.detail,
+        detail=failure.detail if failure else "",
         time_s=time.time(),
     )
 
