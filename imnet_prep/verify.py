@@ -204,6 +204,12 @@ def _check_header(manifest: Manifest, split: SplitInfo, shard: ShardInfo, header
         ("header_size", split.header_size, header.header_size),
         ("page_size", split.page_size, header.page_size),
         ("columns", manifest.columns, header.fields),
+        (
+            "bytes columns",
+            {name for name, kind in manifest.columns.items() if kind == "bytes"},
+            set(header.blob_fields),
+        ),
+        ("indexed columns", True, set(header.index_fields) <= set(manifest.columns)),
         ("file name", True, Path(shard.file).name in header.addresses),
     ):
         if expected != got:

@@ -1,0 +1,198 @@
+"""Repair: indexes and shards that come back bit for bit, and the whole rows of what does not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imnet_prep.files import file_digest
+from imnet_prep.manifest import load_manifest, read_records
+from imnet_prep.mindrecord import Shard, index_path, read_header
+from imnet_prep.repair import DAMAGED, RepairResult, repair_index
+from imnet_prep.verify import verify
+from tests.imnet_prep.records_folder import copy, flip, make_records, quiet
+from tests.synthetic import WNIDS, jpeg
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_records(tmp_path_factory.mktemp("repair"), per_class=20)
+
+
+@pytest.fixture
+def records(whole: Path, tmp_path: Path) -> Path:
+    return copy(whole, tmp_path / "records")
+
+
+def repair(records: Path) -> RepairResult:
+    return repair_index(records, quiet)
+
+
+def states(result: RepairResult) -> list[str]:
+    return [shard.state for shard in result.shards]
+
+
+def digests(records: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in sorted(records.glob("*/*"))}
+
+
+def read_by_mindspore(files: list[Path]) -> list[dict[str, Any]]:
+    import mindspore.dataset as ds
+
+    data = ds.MindDataset([str(path) for path in files], shuffle=False, num_parallel_workers=1)
+    rows = list(data.create_dict_iterator(num_epochs=1, output_numpy=True))
+    return [{name: value.item() if value.ndim == 0 else value.tobytes() for name, value in row.items()} for row in rows]
+
+
+def test_whole_folder_stays_as_it_is(records: Path, whole: Path) -> None:
+    result = repair(records)
+    assert result.ok
+    assert states(result) == ["intact"] * 4
+    assert digests(records) == digests(whole)
+
+
+def test_every_deleted_index_comes_back_bit_for_bit_and_mindspore_reads_the_same_rows(
+    records: Path, whole: Path
+) -> None:
+    for index in records.glob("*/*.db"):
+        index.unlink()
+    result = repair(records)
+    assert result.ok
+    assert states(result) == ["rebuilt"] * 4
+    assert digests(records) == digests(whole)
+    assert verify(records, "hash", 1, quiet).ok
+    pair = [sorted(folder.glob("train/*.mindrecord")) for folder in (records, whole)]
+    assert read_by_mindspore(pair[0]) == read_by_mindspore(pair[1])
+
+
+def test_damaged_index_is_replaced(records: Path, whole: Path) -> None:
+    first, second, third, _ = sorted(records.glob("*/*.db"))
+    flip(first, 8 * 5000)
+    first.chmod(0o644)
+    second.write_bytes(b"not a database")
+    third.write_bytes(b"")
+    assert states(repair(records)) == ["rebuilt"] * 3 + ["intact"]
+    assert digests(records) == digests(whole)
+
+
+@pytest.mark.parametrize("where", ["header", "raw", "raw length", "cut to the images", "cut and no index"])
+def test_whatever_is_not_an_image_comes_back_bit_for_bit(records: Path, whole: Path, where: str) -> None:
+    path = sorted(records.glob("train/*.mindrecord"))[0]
+    header = read_header(path)
+    raw = next(page for page in header.pages if page.kind == "RAW_DATA")
+    if where == "header":
+        path.open("r+b").write(b"\x00" * 300)
+    elif where == "raw":
+        flip(path, 8 * (header.offset(raw.page_id) + 60))
+        index_path(path).unlink()
+    elif where == "raw length":
+        flip(path, 8 * header.offset(raw.page_id) + 20)
+        index_path(path).unlink()
+    else:
+        with path.open("r+b") as file:
+            file.truncate(header.offset(raw.page_id))
+        if where == "cut and no index":
+            index_path(path).unlink()
+    result = repair(records)
+    assert states(result)[:1] == ["restored"], result
+    assert result.ok
+    assert digests(records) == digests(whole)
+    assert not (records / DAMAGED).exists()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_truncated_data_file_gives_back_every_whole_row(records: Path, whole: Path, share: float) -> None:
+    path = sorted(records.glob("train/*.mindrecord"))[1]
+    with Shard(path) as shard:
+        first, last = int(shard.index.blob_start[0]), int(shard.index.blob_end[-1])
+        end = first + int((last - first) * share)
+        there = int((shard.index.blob_end <= end).sum())
+    with path.open("r+b") as file:
+        file.truncate(end)
+    result = repair(records)
+    assert not result.ok
+    mine = result.shards[1]
+    assert (mine.state, mine.rows, mine.exact) == ("salvaged", there, False)
+    assert 0 < there < mine.expected
+    assert result.to_json()["rows_lost"] == mine.expected - there
+    lines = [line for line in read_records(whole, load_manifest(whole).splits["train"]) if line.shard == 1]
+    expected = [(line.file_name, line.label) for line in lines[:there]]
+    original = whole / path.relative_to(records)
+    with Shard(path) as left, Shard(original) as right:
+        assert [left.image(row) for row in range(there)] == [right.image(row) for row in range(there)]
+    rows = read_by_mindspore([path])
+    assert [(row["file_name"], row["label"]) for row in rows] == expected
+    assert (records / DAMAGED / path.relative_to(records)).stat().st_size == end
+
+
+def test_repairing_twice_keeps_the_first_damaged_file(records: Path) -> None:
+    path = sorted(records.glob("train/*.mindrecord"))[0]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    kept = file_digest(path)
+    first = repair(records)
+    second = repair(records)
+    assert (states(first)[0], states(second)[0]) == ("salvaged", "salvaged")
+    assert first.shards[0].rows == second.shards[0].rows
+    assert file_digest(records / DAMAGED / path.relative_to(records)) == kept
+
+
+def test_an_image_damaged_in_the_middle_costs_one_row(records: Path) -> None:
+    path = sorted(records.glob("train/*.mindrecord"))[0]
+    with Shard(path) as shard:
+        place = int(shard.index.blob_start[7]) + 100
+    flip(path, 8 * place)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 10)
+    mine = repair(records).shards[0]
+    assert (mine.state, mine.expected - mine.rows) == ("salvaged", 1)
+    assert str(list(read_records(records, load_manifest(records).splits["train"]))[7].file_name) in mine.detail
+
+
+def test_a_data_file_that_is_gone_is_lost(records: Path) -> None:
+    sorted(records.glob("val/*.mindrecord"))[0].unlink()
+    result = repair(records)
+    assert not result.ok
+    assert [shard.state for shard in result.shards if not shard.exact] == ["lost"]
+
+
+def test_other_writers_files_keep_the_rows_before_the_cut(tmp_path: Path) -> None:
+    from imnet_prep.clip import clip_to_whole_rows
+    from imnet_prep.indexes import write_index_of
+
+    path = tmp_path / "made" / "a.mindrecord"
+    write_foreign(path, rows=24)
+    before = read_by_mindspore([path])
+    index_path(path).unlink()
+    (tmp_path / "index").mkdir()
+    shutil.copy(write_index_of(path, tmp_path / "index"), path.parent)
+    assert read_by_mindspore([path]) == before
+    with path.open("r+b") as file:
+        file.truncate((1 << 16) + 5 * (1 << 15) + 700)
+    (tmp_path / "cut").mkdir()
+    rows = clip_to_whole_rows(path, tmp_path / "cut" / path.name)
+    write_index_of(tmp_path / "cut" / path.name, tmp_path / "cut")
+    assert 0 < rows < 24
+    assert read_by_mindspore([tmp_path / "cut" / path.name]) == before[:rows]
+
+
+def write_foreign(path: Path, rows: int) -> None:
+    """A file as a hand-written script makes it: small pages, several writes, more fields, all of them indexed."""
+    from mindspore.mindrecord import FileWriter
+
+    path.parent.mkdir()
+    writer = FileWriter(str(path), shard_num=1)
+    writer.set_header_size(1 << 16)
+    writer.set_page_size(1 << 15)
+    fields = {"data": "bytes", "label": "int64", "note": "string", "weight": "float32"}
+    writer.add_schema({name: {"type": kind} for name, kind in fields.items()}, "by hand")
+    made = [
+        {"data": jpeg(k % 3, k, 160, 120), "label": k % 3, "note": f"{WNIDS[k % 3]} {k}", "weight": k / 7}
+        for k in range(rows)
+    ]
+    for start in range(0, rows, 5):
+        writer.write_raw_data(made[start : start + 5])
+    writer.commit()
