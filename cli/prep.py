@@ -9,7 +9,7 @@ import click
 
 from cli.bench import bench
 from cli.download import download
-from cli.render import guard, progress_bar, show, stop_requested
+from cli.render import emit_json, guard, progress_bar, show, stop_requested, table
 from imnet_prep.errors import IntegrityError
 
 FOLDER = click.Path(path_type=Path)
@@ -82,7 +82,11 @@ def to_mindrecord(
     options = conversion.ConvertOptions(workers, max_rejected, executor, scheduler, force)
     arguments = (sources, out, split, plan_options, options)
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:
-        result = conversion.dry_run(*arguments, progress, stop) if dry_run else conversion.convert(*arguments, progress, stop)
+        result = (
+            conversion.dry_run(*arguments, progress, stop)
+            if dry_run
+            else conversion.convert(*arguments, progress, stop)
+        )
     show(result.to_json(), as_json)
 
 
@@ -139,6 +143,9 @@ def demo(out: Path, epochs: int | None) -> None:
 
     Example: imnet-prep demo --out /tmp/imnet-demo
     """
-    from cli.demo import run_demo
+    from mbv2.demo import run_demo
 
-    run_demo(out, epochs)
+    with stop_requested() as stop:
+        result = run_demo(out, epochs, progress_bar, stop)
+    table(result.rows)
+    emit_json(result.to_json())

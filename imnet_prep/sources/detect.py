@@ -202,7 +202,8 @@ def _download(path: Path, found: _Found) -> bool:
         return False
     from imnet_prep.sources.downloads import DownloadFolder
 
-    found.sources.append(DownloadFolder(path, found.split or "train"))
+    split = found.split or SPLIT_FOLDERS.get(path.resolve().name.lower(), "train")
+    found.sources.append(DownloadFolder(path, split))
     return True
 
 
