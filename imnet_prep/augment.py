@@ -204,7 +204,8 @@ def eval_geometry(options: EvalOptions, sizes: NDArray[np.int32]) -> Geometry:
     scale = sides / resized
     box = np.concatenate([start * scale, (start + options.image_size) * scale], axis=1)
     limits = np.concatenate([np.zeros_like(sides), sides], axis=1).astype(np.int32)
-    return Geometry(limits, np.minimum(box, limits), np.zeros(len(sizes), dtype=np.bool_))
+    inside = np.minimum(box, np.tile(sides, 2))  # rounding may lead beyond the last pixel
+    return Geometry(limits, inside, np.zeros(len(sizes), dtype=np.bool_))
 
 
 def erase_boxes(options: TrainOptions, seed: int, epoch: int, ids: NDArray[np.uint64]) -> NDArray[np.int32]:
