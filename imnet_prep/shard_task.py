@@ -79,6 +79,10 @@ class ShardResult:
     doublings: int = 0
 
 
+Write = Callable[[ShardTask, Path, Path, Advance], tuple[Written | None, list[Rejected]]]
+"""Writes the data file and its index at the first path and its record lines at the second."""
+
+
 def lines_path(folder: Path, name: str) -> Path:
     """Where the record lines of a finished shard wait for the commit."""
     return folder / WORK / "done" / (Path(name).name + ".jsonl")
@@ -108,12 +112,13 @@ def finished(task: ShardTask) -> ShardResult | None:
     return result
 
 
-def run_task(task: ShardTask, advance: Advance) -> ShardResult:
+def run_task(task: ShardTask, advance: Advance, write: Write | None = None) -> ShardResult:
     """Write one shard, read it back, and move it to its place.
 
     Args:
         task: What to do.
         advance: Told of images read, their bytes, and those rejected.
+        write: How its rows are written; None validates images from their sources.
 
     Raises:
         OSError: The disk is full or fails, or the folder is gone.
@@ -125,7 +130,7 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
     try:
         path, lines = temporary / Path(task.name).name, temporary / "lines"
         try:
-            written, rejected = _write(task, path, lines, advance)
+            written, rejected = (write or _write)(task, path, lines, advance)
         except LayoutTooSmall as small:
             return ShardResult(task.name, task.split, 0, None, (), small.doublings)
         info = None

@@ -28,7 +28,11 @@ _live: Any = None  # in a worker: images, bytes and bad ones of each task in han
 
 
 def run_processes(
-    function: Callable[[Task, Advance], Result], tasks: Iterable[Task], width: int, report: Advance
+    function: Callable[[Task, Advance], Result],
+    tasks: Iterable[Task],
+    width: int,
+    report: Advance,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
     """Carry out tasks and give each result as it comes, in any order.
 
@@ -40,6 +44,7 @@ def run_processes(
         tasks: Taken one by one as workers come free.
         width: Number of processes.
         report: Told the totals of this run so far: images, bytes and bad ones.
+        stop: Once true, no further task begins; those in hand are finished and given.
 
     Raises:
         PlanError: A worker process was killed.
@@ -50,7 +55,7 @@ def run_processes(
     pool = ProcessPoolExecutor(width, context, _begin_worker, (live, os.getpid()))
     finished = False
     try:
-        yield from _drive(pool, _Counted(function), live, iter(tasks), report)
+        yield from _drive(pool, _Counted(function), live, iter(tasks), report, stop)
         finished = True
     except BrokenProcessPool as error:
         raise PlanError(
@@ -97,13 +102,14 @@ def _drive(
     live: Any,
     todo: Iterator[Task],
     report: Advance,
+    stop: Callable[[], bool],
 ) -> Iterator[Result]:
     """Keep as many tasks in hand as there are slots of three in ``live``."""
     free = list(range(len(live) // 3))
     in_hand: dict[Future[Result], int] = {}
     total = [0, 0, 0]
     while True:
-        while free and (task := next(todo, None)) is not None:
+        while free and not stop() and (task := next(todo, None)) is not None:
             slot = free.pop()
             live[3 * slot : 3 * slot + 3] = [0, 0, 0]
             in_hand[pool.submit(function, task, slot)] = slot
