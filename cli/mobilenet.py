@@ -175,5 +175,61 @@ def convert(
         table(result.rows())
 
 
+@main.command()
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option("--top", type=int, default=5, show_default=True, help="Guesses an image.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Draw a contact sheet, a PNG.")
+@DEVICE
+@JSON
+@guard
+def predict(
+    checkpoint: Path, images: tuple[Path, ...], top: int, sheet: Path | None, device_target: str, as_json: bool
+) -> None:
+    """Guess the classes of images, or of all images in folders.
+
+    Preprocessing and class names come from the checkpoint.
+
+    Example: mbv2 predict --checkpoint run/best.ckpt photo.jpg folder --sheet guesses.png
+    """
+    from mbv2.predict import contact_sheet, predict_images
+
+    with stop_requested() as stop, progress_bar("predict") as progress:
+        found = predict_images(checkpoint, images, top=top, device_target=device_target, stop=stop, progress=progress)
+    if sheet:
+        contact_sheet(sheet, found)
+    if as_json:
+        emit_json({"predictions": [prediction.to_json() for prediction in found]})
+    else:
+        table([prediction.row() for prediction in found])
+
+
+@main.command()
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
+@click.option("--format", "kind", required=True, help="mindir, onnx or onnx-int8.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--calibrate", type=click.Path(path_type=Path), help="Records to choose 8-bit ranges and score by.")
+@click.option("--split", default="val", show_default=True, help="The split of --calibrate.")
+@JSON
+@guard
+def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split: str, as_json: bool) -> None:
+    """Write a checkpoint for other runtimes, run both, and print the largest difference.
+
+    The file takes uint8 images (N, H, W, 3) in RGB, any N, normalises inside and gives logits.
+
+    Example: mbv2 export --checkpoint run/best.ckpt --format onnx --out mobilenetv2.onnx
+    """
+    from mbv2.export import export_checkpoint
+
+    with stop_requested() as stop, progress_bar("export") as progress:
+        result = export_checkpoint(
+            checkpoint, kind, out, calibrate=calibrate, split=split, stop=stop, progress=progress
+        )
+    if as_json:
+        emit_json(result.to_json())
+    else:
+        table(result.rows())
+
+
 if __name__ == "__main__":
     main()
