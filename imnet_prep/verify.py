@@ -27,8 +27,8 @@ from imnet_prep.mindrecord import Header, RowIndex, index_path, read_header, rea
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 from imnet_prep.verify_counts import check_counts, check_expectation, check_rejected
 from imnet_prep.verify_duplicates import find_duplicates
-from imnet_prep.verify_rows import Problem, RowsResult, RowsTask, check_rows
-from imnet_prep.workers import Advance, run_processes
+from imnet_prep.verify_rows import Problem, RowsTask, check_rows
+from imnet_prep.workers import run_processes
 
 LEVELS = ("quick", "hash", "decode")
 WITHHELD = ("shards", "records")
@@ -251,7 +251,7 @@ def _check_rows(
         progress(Progress(min(images, total), total, "images", size, (("problems", wrong),)))
 
     tasks = _tasks(records, manifest, lists, digests=digests)
-    for result in _carry_out(tasks, min(workers, -(-total // CHUNK_ROWS)), report):
+    for result in run_processes(check_rows, tasks, min(workers, -(-total // CHUNK_ROWS)), report):
         prints[result.position : result.position + len(result.prints)] = result.prints
         labelled = result.labels[(result.labels >= 0) & (result.labels < len(counts[result.split]))]
         np.add.at(counts[result.split], labelled, 1)
@@ -266,21 +266,6 @@ def _check_rows(
             detail += f"expected {split.class_counts[label]}, got {counts[name][label]}"
             problems.append(Problem("counts", MANIFEST, detail))
     return problems, prints
-
-
-def _carry_out(tasks: Iterator[RowsTask], width: int, report: Advance) -> Iterator[RowsResult]:
-    """Use processes, but for what is done before one has started."""
-    if width > 1:
-        yield from run_processes(check_rows, tasks, width, report)
-        return
-    total = [0, 0, 0]
-
-    def advance(images: int, size: int, wrong: int) -> None:
-        total[:] = [total[0] + images, total[1] + size, total[2] + wrong]
-        report(*total)
-
-    for task in tasks:
-        yield check_rows(task, advance)
 
 
 def _tasks(records: Path, manifest: Manifest, problems: list[Problem], *, digests: bool) -> Iterator[RowsTask]:

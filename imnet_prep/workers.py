@@ -23,8 +23,14 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int, int, int], None]  # images, bytes and bad ones since the last call
 POLL_S = 0.2
+SMALL_BYTES = 64 << 20  # hashed before a second process has started
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _live: Any = None  # in a worker: images, bytes and bad ones of each task in hand, shared with the parent
+
+
+def worker_count(asked: int | None, size_bytes: int) -> int:
+    """Choose a number of processes for work that is little more than copying and hashing some bytes."""
+    return asked or (len(os.sched_getaffinity(0)) if size_bytes >= SMALL_BYTES else 1)
 
 
 def run_processes(
@@ -42,13 +48,16 @@ def run_processes(
     Args:
         function: What a worker does with a task; from a module. It says now and then how far it is.
         tasks: Taken one by one as workers come free.
-        width: Number of processes.
+        width: Number of processes; for 1 the work is done in this one, which is there already.
         report: Told the totals of this run so far: images, bytes and bad ones.
         stop: Once true, no further task begins; those in hand are finished and given.
 
     Raises:
         PlanError: A worker process was killed.
     """
+    if width <= 1:
+        yield from _run_here(function, tasks, report, stop)
+        return
     context = multiprocessing.get_context("spawn")
     live = context.RawArray("q", 3 * width)  # no lock: a worker killed while it holds one would stop all others
     before = set(multiprocessing.active_children())
@@ -66,6 +75,21 @@ def run_processes(
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
         pool.shutdown(cancel_futures=True)
+
+
+def _run_here(
+    function: Callable[[Task, Advance], Result], tasks: Iterable[Task], report: Advance, stop: Callable[[], bool]
+) -> Iterator[Result]:
+    total = [0, 0, 0]
+
+    def advance(images: int, size: int, bad: int) -> None:
+        total[:] = [total[0] + images, total[1] + size, total[2] + bad]
+        report(*total)
+
+    for task in tasks:
+        if stop():
+            return
+        yield function(task, advance)
 
 
 def _begin_worker(live: Any, parent: int) -> None:

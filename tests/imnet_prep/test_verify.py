@@ -83,7 +83,7 @@ def test_decode_never_falls_over_whatever_bit_is_flipped(records: Path, withheld
     files = [*shard_files(records), *records.glob("*/records.jsonl.gz"), records / "manifest.json"]
     for path in files:
         ends = [*range(64), *(draw.randrange(8 * path.stat().st_size) for _ in range(12))]
-        for bit in draw.sample(ends, 10):
+        for bit in draw.sample(ends, 7):
             flip(path, bit)
             for problem in look(records, withhold=withheld).problems:
                 assert problem.to_line()
@@ -119,7 +119,7 @@ def test_decode_finds_by_record_digests_every_flip_that_changes_a_record(records
     before = contents(records)
     draw = random.Random(3)
     changed = 0
-    for number in range(120):
+    for number in range(80):
         path = draw.choice(shard_files(records))
         if number % 2 and path.suffix == ".mindrecord":
             header = read_header(path)  # into the used part of a page, where most flips matter
@@ -132,7 +132,7 @@ def test_decode_finds_by_record_digests_every_flip_that_changes_a_record(records
             changed += 1
             assert not look(records, withhold=("shards",)).ok, (path.name, bit)
         flip(path, bit)
-    assert changed > 30
+    assert changed > 20
 
 
 def test_without_any_digest_undecodable_images_and_bad_labels_and_names_are_found(records: Path) -> None:

@@ -1,0 +1,168 @@
+"""Resharding: the same records in other files, by the same rule as a conversion, and proof of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imnet_prep.errors import IntegrityError, PlanError
+from imnet_prep.files import file_digest
+from imnet_prep.manifest import load_manifest, read_records
+from imnet_prep.mindrecord import Shard
+from imnet_prep.proof import Proof
+from imnet_prep.reshard import ReshardOptions, ReshardResult, reshard
+from imnet_prep.verify import verify
+from tests.imnet_prep.records_folder import copy, flip, make_records, quiet
+from tests.synthetic import WNIDS, encode, picture
+
+
+def spoil(source: Path) -> None:
+    """A broken image and a PNG: one is rejected, the other converted."""
+    folder = next((source / "train").iterdir())
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    (folder / "drawn.png").write_bytes(encode(picture(0, 77), "PNG"))
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_records(tmp_path_factory.mktemp("clean"), per_class=9, shards=8)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_records(tmp_path_factory.mktemp("mixed"), per_class=9, shards=8, add=spoil)
+
+
+def run(folders: list[Path], out: Path, **options: Any) -> ReshardResult:
+    return reshard(folders, out, ReshardOptions(workers=1, **options), quiet)
+
+
+def rows(records: Path) -> Counter[tuple[str, int, str, bytes]]:
+    """Every record as it lies in the data files, whatever its place."""
+    found: Counter[tuple[str, int, str, bytes]] = Counter()
+    for path in sorted(records.glob("*/*.mindrecord")):
+        with Shard(path) as shard:
+            for row in range(len(shard)):
+                fields = shard.fields(row)
+                found[path.parent.name, fields["label"], fields["file_name"], shard.image(row)] += 1
+    return found
+
+
+def tree(records: Path) -> dict[str, str]:
+    return {str(path.relative_to(records)): file_digest(path) for path in records.rglob("*") if path.is_file()}
+
+
+def test_8_to_3_to_8_gives_the_same_files_again(clean: Path, tmp_path: Path) -> None:
+    three = run([clean], tmp_path / "three", shards=3)
+    eight = run([tmp_path / "three"], tmp_path / "eight", shards=8)
+    assert three.proof == eight.proof
+    assert three.labels_unchanged
+    assert len(list((tmp_path / "three" / "train").glob("*.mindrecord"))) == 3
+    assert tree(tmp_path / "eight") == tree(clean)
+    for folder in (tmp_path / "three", tmp_path / "eight"):
+        assert verify(folder, "decode", 1, quiet).ok
+
+
+def test_it_is_the_conversion_with_as_many_shards(clean: Path, tmp_path: Path) -> None:
+    direct = make_records(tmp_path, per_class=9, shards=3)
+    run([clean], tmp_path / "three", shards=3)
+    assert tree(tmp_path / "three") == tree(direct)
+
+
+def test_rejections_and_conversions_come_along_and_nothing_changes(mixed: Path, tmp_path: Path) -> None:
+    result = run([mixed], tmp_path / "three", shards=3)
+    assert rows(tmp_path / "three") == rows(mixed)
+    before, after = load_manifest(mixed).splits["train"], result.manifest.splits["train"]
+    assert before.rejected == after.rejected == {"corrupt": 1} or before.rejected == after.rejected
+    assert (before.changes, before.found, before.duplicates) == (after.changes, after.found, after.duplicates)
+    assert (tmp_path / "three" / "rejected.jsonl").read_bytes() == (mixed / "rejected.jsonl").read_bytes()
+    lines = {line.file_name: (line.sha256, line.source_sha256, line.changes) for line in read_records(mixed, before)}
+    again = read_records(tmp_path / "three", after)
+    assert {line.file_name: (line.sha256, line.source_sha256, line.changes) for line in again} == lines
+    assert verify(tmp_path / "three", "decode", 1, quiet).ok
+
+
+def test_worker_count_changes_no_byte(mixed: Path, tmp_path: Path) -> None:
+    run([mixed], tmp_path / "one", shards=3)
+    reshard([mixed], tmp_path / "two", ReshardOptions(shards=3, workers=2), quiet)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_filtered_classes_are_numbered_again_and_the_rest_stays(mixed: Path, tmp_path: Path) -> None:
+    keep = tmp_path / "keep.txt"
+    keep.write_text(f"{WNIDS[2]}\n{WNIDS[1]}\n")
+    result = run([mixed], tmp_path / "kept", shards=2, keep_classes=keep)
+    assert result.manifest.classes == (WNIDS[1], WNIDS[2])
+    assert not result.labels_unchanged
+    assert result.proof.records == 36
+    assert verify(tmp_path / "kept", "decode", 1, quiet).ok
+    expected = Counter({(s, label - 1, n, i): c for (s, label, n, i), c in rows(mixed).items() if label})
+    assert rows(tmp_path / "kept") == expected
+
+
+def test_renamed_class_keeps_its_images(clean: Path, tmp_path: Path) -> None:
+    renames = tmp_path / "renames.tsv"
+    renames.write_text(f"{WNIDS[0]}\ttench\n")
+    result = run([clean], tmp_path / "renamed", shards=2, rename_classes=renames)
+    assert result.manifest.classes == (WNIDS[1], WNIDS[2], "tench")
+    images = Counter(
+        image for (_, _, name, image), _ in rows(tmp_path / "renamed").items() if name.startswith("tench/")
+    )
+    assert images == Counter(image for (_, label, _, image), _ in rows(clean).items() if label == 0)
+    assert verify(tmp_path / "renamed", "decode", 1, quiet).ok
+
+
+def test_folders_are_merged_in_any_order(clean: Path, tmp_path: Path) -> None:
+    other = make_records(tmp_path, classes=5, per_class=4, splits=("train",), seed=3)
+    first = renamed_copies(other, tmp_path / "names", tmp_path / "other")
+    run([clean, first], tmp_path / "ab", shards=2)
+    run([first, clean], tmp_path / "ba", shards=2)
+    assert tree(tmp_path / "ab") == tree(tmp_path / "ba")
+    merged = load_manifest(tmp_path / "ab")
+    assert merged.splits["train"].images == 27 + 20
+    assert merged.classes == tuple(sorted({*WNIDS[:3], *(f"x{name}" for name in WNIDS[:5])}))
+
+
+def renamed_copies(records: Path, names: Path, out: Path) -> Path:
+    names.write_text("".join(f"{name}\tx{name}\n" for name in load_manifest(records).classes))
+    run([records], out, shards=1, rename_classes=names)
+    return out
+
+
+def test_the_same_name_twice_is_refused(clean: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="same record id"):
+        run([clean, copy(clean, tmp_path / "copy")], tmp_path / "out", shards=2)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_damaged_image_stops_it_and_is_named(clean: Path, tmp_path: Path) -> None:
+    records = copy(clean, tmp_path / "records")
+    path = sorted(records.glob("train/*.mindrecord"))[3]
+    with Shard(path) as shard:
+        place, name = int(shard.index.blob_start[1]) + 300, shard.fields(1)["file_name"]
+    flip(path, 8 * place)
+    with pytest.raises(IntegrityError, match=f"row 1 .{name}"):
+        run([records], tmp_path / "out", shards=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_asked_for_again_it_is_already_done(clean: Path, tmp_path: Path) -> None:
+    first = run([clean], tmp_path / "out", shards=3)
+    again = run([clean], tmp_path / "out", shards=3)
+    assert (first.already_done, again.already_done) == (False, True)
+    assert first.proof == again.proof
+    with pytest.raises(PlanError, match="another plan"):
+        run([clean], tmp_path / "out", shards=4)
+
+
+def test_proof_depends_on_every_record_and_on_no_order() -> None:
+    a, b = ("train", "x", "x/1", "00"), ("train", "x", "x/2", "11")
+    assert Proof().add(*a).add(*b) == Proof().add(*b).add(*a) == Proof().add(*a) + Proof().add(*b)
+    assert Proof().add(*a).add(*a) != Proof().add(*b).add(*b)
+    assert Proof().add("train", "y", "x/1", "00") != Proof().add(*a)
+    assert json.loads(json.dumps(Proof().add(*a).digest)) != Proof().digest
