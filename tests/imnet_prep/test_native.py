@@ -1,0 +1,254 @@
+"""The C++ decoder makes what the portable one makes, whatever JPEG it is given, and survives any bytes."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from imnet_prep.augment import INTERPOLATIONS, EvalOptions, Geometry, TrainOptions, eval_geometry, train_geometry
+from imnet_prep.decode import PortableDecoder, image_size, jpeg_size
+from imnet_prep.native import NativeDecoder, load
+from tests.imnet_prep.pipeline_records import jpeg, picture
+
+pytestmark = pytest.mark.skipif(load()[0] is None, reason=load()[1])
+TOLERANCE = 1  # of 255, bilinear, no reduction in the DCT domain: the resize rounds in 14 bits, Pillow in 22
+MEAN_TOLERANCE = 1.0  # of 255, the mean over any one photograph, with the reduction
+
+
+def _geometry(images: list[bytes], mode: str = "train", size: int = 48, epoch: int = 0) -> Geometry:
+    sizes, faults = PortableDecoder().sizes(images)
+    assert not faults
+    if mode == "eval":
+        return eval_geometry(EvalOptions(1, size), sizes)
+    return train_geometry(TrainOptions(1, size), sizes, 0, epoch, np.arange(len(images), dtype=np.uint64))
+
+
+def _decode(
+    decoder: PortableDecoder | NativeDecoder, images: list[bytes], geometry: Geometry, size: int = 48,
+    interpolation: str = "bilinear",
+) -> NDArray[np.uint8]:  # fmt: skip
+    out = np.full((len(images), size, size, 3), 77, dtype=np.uint8)
+    assert decoder.decode(images, geometry, interpolation, out) == []
+    return out
+
+
+def _variants() -> dict[str, bytes]:
+    """One picture in every form that a JPEG takes."""
+    pixels = picture(5, 157, 121)
+    found = {f"subsampling_{name}": jpeg(pixels, subsampling=code) for code, name in enumerate(("444", "422", "420"))}
+    for name in ("411", "440"):
+        code = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{name}")
+        found[f"subsampling_{name}"] = cv2.imencode(
+            ".jpg", pixels, [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, code, cv2.IMWRITE_JPEG_QUALITY, 95]
+        )[1].tobytes()
+    found["progressive"] = jpeg(pixels, progressive=True)
+    found["optimised"] = jpeg(pixels, optimize=True)
+    found["quality_100"] = jpeg(pixels, quality=100)
+    found["quality_5"] = jpeg(pixels, quality=5)
+    found["grey"] = jpeg(pixels[..., 0])
+    found["restart_every_block"] = jpeg(pixels, restart_marker_blocks=1)
+    found["restart_every_7_blocks"] = jpeg(pixels, restart_marker_blocks=7)
+    found["restart_rows"] = jpeg(pixels, restart_marker_rows=1)
+    found["noise"] = jpeg(np.random.default_rng(0).integers(0, 256, (121, 157, 3), dtype=np.uint8), quality=100)
+    found["orientation_tag"] = jpeg(pixels, exif=_rotated_exif())
+    found["extra_bytes_at_the_end"] = jpeg(pixels) + b"\0" * 500
+    for wide, tall in ((1, 1), (1, 9), (9, 1), (8, 8), (17, 16), (15, 33), (1000, 3)):
+        found[f"size_{wide}x{tall}"] = jpeg(picture(1, wide, tall))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    found["png"] = buffer.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("CMYK").save(buffer, "JPEG")
+    found["cmyk"] = buffer.getvalue()
+    return found
+
+
+def _rotated_exif() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+VARIANTS = _variants()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pixels_are_those_of_the_portable_decoder(name: str, mode: str) -> None:
+    repeats = 1 if mode == "eval" else 12
+    images = [VARIANTS[name]] * repeats
+    geometry = _geometry(images, mode)
+    expected = _decode(PortableDecoder(), images, geometry)
+    for fast in (False, True):
+        found = _decode(NativeDecoder(reduce=False, fast=fast), images, geometry)
+        assert np.abs(found.astype(int) - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_every_interpolation_is_close_to_pillows(interpolation: str) -> None:
+    images = [jpeg(picture(seed, 150 + seed, 100 + 3 * seed)) for seed in range(20)]
+    geometry = _geometry(images)
+    expected = _decode(PortableDecoder(), images, geometry, interpolation=interpolation)
+    found = _decode(NativeDecoder(), images, geometry, interpolation=interpolation)
+    assert np.abs(found.astype(int) - expected).mean() < 0.1
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 7, 8, 9, 10, 11, 16, 33])
+def test_any_output_size_is_written_whole_and_nothing_beyond(side: int) -> None:
+    images = [VARIANTS["subsampling_420"]] * 3
+    geometry = _geometry(images, size=side)
+    around = np.full((5, side, side, 3), 77, dtype=np.uint8)
+    assert NativeDecoder(reduce=False).decode(images, geometry, "bilinear", around[1:4]) == []
+    assert (around[[0, 4]] == 77).all()
+    assert np.abs(around[1:4].astype(int) - _decode(PortableDecoder(), images, geometry, side)).max() <= TOLERANCE
+
+
+def test_flat_areas_keep_their_value() -> None:
+    images = [jpeg(np.full((90, 130, 3), value, dtype=np.uint8), quality=100, subsampling=0) for value in (0, 127, 255)]
+    found = _decode(NativeDecoder(), images, _geometry(images))
+    assert [one.min() == one.max() for one in found] == [True] * 3
+
+
+def test_the_order_of_images_and_the_thread_change_nothing() -> None:
+    images = [data for name, data in VARIANTS.items() if name.startswith(("sub", "prog", "rest", "grey"))] * 4
+    geometry = _geometry(images)
+    decoder = NativeDecoder()
+    expected = _decode(decoder, images, geometry)
+
+    def one(row: int) -> NDArray[np.uint8]:
+        part = slice(row, row + 1)
+        return _decode(decoder, [images[row]], Geometry(geometry.limits[part], geometry.box[part], geometry.flip[part]))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = np.concatenate(list(pool.map(one, reversed(range(len(images))))))
+    assert np.array_equal(found[::-1], expected)
+
+
+def test_large_images_are_halved_within_the_tolerance() -> None:
+    images = [
+        jpeg(cv2.resize(picture(seed, 300, 225), (1200, 900), interpolation=cv2.INTER_CUBIC)) for seed in range(3)
+    ]
+    geometry = _geometry(images, "eval")
+    whole = _decode(NativeDecoder(reduce=False), images, geometry)
+    halved = _decode(NativeDecoder(reduce=True), images, geometry)
+    difference = np.abs(halved.astype(int) - whole)
+    assert difference.any()  # else nothing was reduced and the test shows nothing
+    assert difference.mean(axis=(1, 2, 3)).max() < MEAN_TOLERANCE
+
+
+@pytest.mark.real_data
+def test_real_photographs_are_within_one_level_of_pillow(shared_data: Path) -> None:
+    with tarfile.open(shared_data / "imagenet-samples-250.tar") as archive:
+        files = [archive.extractfile(member) for member in archive if member.name.endswith(".JPEG")]
+        images = [file.read() for file in files[::4] if file is not None]
+    geometry = _geometry(images, "eval", 224)
+    found = _decode(NativeDecoder(), images, geometry, 224)
+    for data, square in zip(images, found, strict=True):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        short = min(image.size)
+        wide, tall = (256 * edge // short for edge in image.size)
+        left, top = round((wide - 224) / 2), round((tall - 224) / 2)
+        whole = image.resize((wide, tall), Image.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
+        assert np.abs(np.asarray(whole).astype(int) - square).mean() < MEAN_TOLERANCE
+    trained = _geometry(images, "train", 224)
+    for fast in (False, True):
+        native = _decode(NativeDecoder(fast=fast), images, trained, 224)
+        assert np.abs(native.astype(int) - _decode(PortableDecoder(), images, trained, 224)).max() <= TOLERANCE
+
+
+def test_a_truncated_image_is_a_fault_of_its_row_alone() -> None:
+    good = VARIANTS["subsampling_420"]
+    images = [good, good[: len(good) // 2], good]
+    geometry = _geometry([good] * 3, "eval")
+    for fast in (False, True):
+        out = np.zeros((3, 48, 48, 3), dtype=np.uint8)
+        faults = NativeDecoder(fast=fast).decode(images, geometry, "bilinear", out)
+        assert [row for row, _ in faults] == [1]
+        assert faults[0][1]
+        assert np.array_equal(out[0], out[2])
+
+
+def test_damaged_entropy_data_is_reported_alike_with_both_entropy_decoders() -> None:
+    good = VARIANTS["quality_100"]
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(200):
+        data = bytearray(good)
+        data[int(rng.integers(700, len(data) - 2))] = int(rng.integers(0, 256))
+        images.append(bytes(data))
+    geometry = _geometry([good] * 200, "eval")
+    found = []
+    for fast in (False, True):
+        out = np.zeros((200, 48, 48, 3), dtype=np.uint8)
+        faults = NativeDecoder(fast=fast).decode(images, geometry, "bilinear", out)
+        bad = [row for row, _ in faults]
+        out[bad] = 0
+        found.append((bad, out))
+    assert found[0][0] == found[1][0]
+    assert 5 < len(found[0][0]) < 200
+    assert np.array_equal(found[0][1], found[1][1])
+
+
+def test_no_mutation_crashes_either_decoder_or_lies_about_its_size() -> None:
+    rng = np.random.default_rng(1)
+    sources = [data for name, data in VARIANTS.items() if name not in ("size_1000x3", "png")]
+    decoder, portable = NativeDecoder(), PortableDecoder()
+    decoded = 0
+    for number in range(1500):
+        data = bytearray(sources[number % len(sources)])
+        for _ in range(int(rng.integers(1, 8))):
+            place = int(rng.integers(0, len(data)))
+            action = rng.integers(0, 4)
+            if action == 0:
+                data[place] = int(rng.integers(0, 256))
+            elif action == 1:
+                data[place] ^= 1 << int(rng.integers(0, 8))
+            elif action == 2:
+                del data[place : place + int(rng.integers(1, 60))]
+            else:
+                data[place:place] = data[: int(rng.integers(1, 60))]
+            data = data or bytearray(b"\xff")
+        images = [bytes(data)]
+        sizes, faults = decoder.sizes(images)
+        if faults or sizes.prod() > 4_000_000:
+            continue
+        geometry = train_geometry(TrainOptions(1, 32), sizes, 0, number, np.array([number], dtype=np.uint64))
+        out = np.zeros((1, 32, 32, 3), dtype=np.uint8)
+        faults = decoder.decode(images, geometry, "bilinear", out)
+        decoded += not faults
+        if number % 10 == 0:
+            portable.decode(images, geometry, "bilinear", out)
+    assert decoded > 100
+
+
+def test_a_header_that_says_another_size_is_a_fault() -> None:
+    small, large = jpeg(picture(0, 60, 50)), jpeg(picture(0, 90, 80))
+    out = np.zeros((1, 48, 48, 3), dtype=np.uint8)
+    geometry = _geometry([large], "eval")
+    for decoder in (NativeDecoder(), PortableDecoder()):
+        assert [row for row, _ in decoder.decode([small], geometry, "bilinear", out)] == [0]
+
+
+def test_sizes_are_read_from_headers_of_any_format() -> None:
+    for data in VARIANTS.values():
+        assert image_size(data) == Image.open(io.BytesIO(data)).size
+    for data in (b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"no image", b"\xff\xd8\xff\xc0\x00\x02", b"\xff" * 50):
+        assert jpeg_size(data) is None
+        with pytest.raises(ValueError, match="no image header"):
+            image_size(data)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header() -> None:
+    data = bytearray(jpeg(picture(0, 16, 16)))
+    place = data.index(b"\xff\xc0")
+    data[place + 5 : place + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(ValueError, match="65535 x 65535"):
+        image_size(bytes(data))
