@@ -23,9 +23,10 @@ def main() -> None:
 
 
 @main.command()
-@RECORDS
+@click.option("--records", type=click.Path(path_type=Path), help="Folder with a manifest.json.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--recipe", help="A recipe's name, or a YAML file of its fields. [default: tiny]")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML with the official MindSpore trainer's keys.")
 @click.option("--epochs", type=int, help="Passes over the training images.")
 @click.option("--batch-size", type=int, help="Images a step.")
 @click.option("--image-size", type=int, help="Side of the input, in pixels, 32 to 288.")
@@ -37,16 +38,17 @@ def main() -> None:
     "--freeze", help="none, bn (keep BatchNorm's statistics) or backbone (train the head on cached features)."
 )
 @click.option("--features", type=click.Path(path_type=Path), help="Folder of cached features. [default: RUN/features]")
-@DEVICE
+@click.option("--device-target", help="CPU, GPU or Ascend. [default: CPU]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order, augmentation and dropout.")
 @click.option("--save-every", type=int, default=0, show_default=True, help="Steps between saves within an epoch.")
 @click.option("--resume", is_flag=True, help="Go on from RUN/last.ckpt, with the run's own recipe.")
 @JSON
 @guard
 def train(
-    records: Path,
+    records: Path | None,
     out: Path,
     recipe: str | None,
+    config: Path | None,
     epochs: int | None,
     batch_size: int | None,
     image_size: int | None,
@@ -56,7 +58,7 @@ def train(
     pretrained: Path | None,
     freeze: str | None,
     features: Path | None,
-    device_target: str,
+    device_target: str | None,
     seed: int,
     save_every: int,
     resume: bool,
@@ -69,9 +71,17 @@ def train(
 
     Example: mbv2 train --records records --recipe tiny --epochs 20 --width 0.5 --out run
     """
+    from mbv2.official import BASE_RECIPE, OfficialConfig, read_official
     from mbv2.recipe import parse_assignments, resolve_recipe
     from mbv2.train import RunOptions, pretrained_fields, stored_recipe
     from mbv2.train import train as run
+
+    official = read_official(config) if config else OfficialConfig({})
+    for key, became in official.shown:
+        click.echo(f"{config}: {key} -> {became}", err=True)
+    records, pretrained = records or official.records, pretrained or official.pretrained
+    if records is None:
+        raise click.UsageError("Missing option '--records'.")
 
     flags = {
         "epochs": epochs,
@@ -82,14 +92,15 @@ def train(
         "freeze": freeze,
     }
     base = stored_recipe(out) if resume else None
-    defaults = pretrained_fields(pretrained)
-    resolved = resolve_recipe(recipe, flags, parse_assignments(assignments), base=base, defaults=defaults)
+    defaults = {**official.fields, **pretrained_fields(pretrained)}
+    name = recipe or (BASE_RECIPE if config else None)
+    resolved = resolve_recipe(name, flags, parse_assignments(assignments), base=base, defaults=defaults)
     options = RunOptions(
         records,
         out,
         resolved,
         seed,
-        device_target,
+        device_target or official.device_target or "CPU",
         save_every=save_every,
         resume=resume,
         pretrained=pretrained,

@@ -204,6 +204,8 @@ def train(
         CheckpointError: ``last.ckpt`` is damaged or of another run.
         Interrupted: ``stop`` said so; ``last.ckpt`` holds the state.
     """
+    if options.resume and not (options.out / LAST).exists():
+        raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
     with ExitStack() as stack:
         if data is None:
             data = open_run_data(options.records, options.recipe, options.seed, stack)
@@ -258,8 +260,6 @@ def _find_last(options: RunOptions, data: RunData) -> Checkpoint | None:
     """Decide what is to be done with what the run's folder holds."""
     path = options.out / LAST
     if not path.exists():
-        if options.resume:
-            raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
         return None
     last = read_checkpoint(path)
     have = last.meta.training.get("identity", {})

@@ -228,3 +228,24 @@ def test_published_weights_on_photographs_equal_a_numpy_forward(shared_data: Pat
     loaded = read_checkpoint(timm)
     got = build_network(loaded)(ms.Tensor(image)).asnumpy()
     assert np.abs(got - reference_logits(loaded, image)).max() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_published_weights_score_as_their_authors_code_does(shared_data: Path, timm: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    from imnet_prep.convert import ConvertOptions as RecordOptions
+    from imnet_prep.convert import convert
+    from imnet_prep.plan import PlanOptions
+    from mbv2.evaluate import evaluate_checkpoint
+
+    with tarfile.open(shared_data / "imagenet-samples-250.tar") as archive:
+        archive.extractall(tmp_path / "photographs", filter="data")
+    plan = PlanOptions(label_space="imagenet1k")
+    records = tmp_path / "records"
+    convert([tmp_path / "photographs"], records, "val", plan, RecordOptions(), lambda _: None, lambda: False)
+    scores, names = evaluate_checkpoint(records, timm)
+    assert (scores.images, len(names)) == (250, 1000)
+    assert scores.correct1 >= 226  # timm itself: 228
+    assert scores.correct5 >= 246  # timm itself: 248
