@@ -338,7 +338,8 @@ def _commit(
     agreed = {
         name: value
         for name, value in manifests[0].options.items()
-        if all(other.options.get(name) == value for other in manifests)
+        if name != "names"  # how adopted files spell theirs
+        and all(other.options.get(name) == value for other in manifests)
     }
     options = {**manifest.options, **agreed, "shards": manifest.options["shards"]}
     if manifest.options["keep_classes"] is not None:

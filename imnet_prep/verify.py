@@ -27,7 +27,7 @@ from imnet_prep.mindrecord import Header, RowIndex, index_path, read_header, rea
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 from imnet_prep.verify_counts import check_counts, check_expectation, check_rejected
 from imnet_prep.verify_duplicates import find_duplicates
-from imnet_prep.verify_rows import Problem, RowsTask, check_rows
+from imnet_prep.verify_rows import BASE, EQUAL, Problem, RowsTask, check_rows
 from imnet_prep.workers import run_processes
 
 LEVELS = ("quick", "hash", "decode")
@@ -158,7 +158,7 @@ def _unexpected(records: Path, manifest: Manifest) -> Iterator[Problem]:
     known = {name for name, _, _ in _files(manifest)}
     for path in sorted([*records.glob("*/*"), *records.glob("*.mindrecord*")]):
         name = path.relative_to(records).as_posix()
-        if path.is_file() and name not in known:
+        if path.is_file() and name not in known and not _has_no_rows(path):
             yield Problem("unexpected", name, "is not in the manifest")
 
 
@@ -196,6 +196,15 @@ def check_size(records: Path, name: str, size: int) -> Problem | None:
         return Problem("missing", name, "is not there")
     got = path.stat().st_size
     return None if got == size else Problem("size", name, f"expected {size} bytes, got {got}")
+
+
+def _has_no_rows(path: Path) -> bool:
+    """Whether it is a data file without a row, or the index of one, as ImageNetToMR leaves them."""
+    data = path.with_suffix("") if path.suffix == ".db" else path
+    try:
+        return not read_header(data).pages
+    except RecordsError:
+        return False
 
 
 def _check_header(manifest: Manifest, split: SplitInfo, shard: ShardInfo, header: Header) -> Iterator[Problem]:
@@ -287,7 +296,7 @@ def _tasks(records: Path, manifest: Manifest, problems: list[Problem], *, digest
                     position=position,
                     lines=None if lines is None else lines.take(count),
                     classes=manifest.classes,
-                    adopted=not manifest.plan,
+                    names=EQUAL if manifest.plan else str(manifest.options.get("names", {}).get(name, BASE)),
                     digests=digests,
                 )
                 position += count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,8 @@ from imnet_prep.workers import Advance
 
 IMAGE_FIELDS = ("image", "data")  # ours and ImageNetToMR's; hand-written ones
 REPORT_EVERY = 32
+EQUAL, END, BASE = "equal", "end", "base"
+_SEPARATORS = re.compile(r"[/\\]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ class RowsTask:
         first: Row to begin with. count: Number of rows. position: Of the first row among all records of the folder.
         lines: Their lines of the record list, or None where it cannot be read.
         classes: Names in label order.
-        adopted: Names are stored as the maker of the files liked: the record list's is the end of it, or there is none.
+        names: How the stored file_name goes with the record list's: ``equal``, or of adopted files ``end`` (it ends
+            with it) or ``base`` (only the base names are equal).
         digests: Compare with the record list's digests.
     """
 
@@ -82,7 +86,7 @@ class RowsTask:
     position: int
     lines: tuple[bytes, ...] | None
     classes: tuple[str, ...]
-    adopted: bool
+    names: str
     digests: bool
 
 
@@ -162,6 +166,15 @@ def _differing(file: str, index: RowIndex, walked: RowIndex) -> Iterator[Problem
     elif len(index) != len(walked):
         detail = f"has {len(index)} rows, the pages of the data file {len(walked)}"
         yield Problem("index", index_path(Path(file)).as_posix(), detail)
+
+
+def names_agree(stored: str, listed: str, how: str) -> bool:
+    """Compare a stored file_name with the record list's; see :class:`RowsTask`."""
+    if how == EQUAL:
+        return stored == listed
+    parts, end = _SEPARATORS.split(stored), listed.split("/")
+    wanted = end if how == END else end[-1:]
+    return parts[-len(wanted) :] == wanted
 
 
 def check_rows(task: RowsTask, advance: Advance) -> RowsResult:
@@ -255,7 +268,7 @@ class _Row:
             self._add("label", f"expected {self.line['label']}, got {label}")
         elif label == -1 and (slash or self.task.split != "test"):
             self._add("label", "no label")
-        elif slash and label >= 0 and self.task.classes[label] != class_name and not self.task.adopted:
+        elif slash and label >= 0 and self.task.classes[label] != class_name and self.task.names == EQUAL:
             self._add("label", f"label {label} is {self.task.classes[label]}, the name says {class_name}")
         labels = self.opened.labels
         if labels is not None and (self.row >= len(labels) or labels[self.row] != label):
@@ -268,10 +281,10 @@ class _Row:
             self._add("name", f"not a file name: {stored!r}")
         elif listed is None:
             self.name = stored
-        elif stored != listed and not (self.task.adopted and stored.endswith("/" + listed)):
+        elif not names_agree(stored, listed, self.task.names):
             self._add("name", f"expected {listed!r}, got {stored!r}")
         class_name, slash, _ = (self.name or "").rpartition("/")
-        if slash and class_name not in self.label_of and not self.task.adopted:
+        if slash and class_name not in self.label_of and self.task.names == EQUAL:
             self._add("name", f"its class {class_name!r} is not in the manifest")
 
     def _check_image(self, image: bytes) -> None:

@@ -1,0 +1,137 @@
+"""What the labels of adopted records are called: decided from the names that go with them, and from what is given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imnet_prep import catalog
+from imnet_prep.errors import IntegrityError, RecordsError
+from imnet_prep.plan import read_names
+
+_SEPARATORS = re.compile(r"[/\\]+")
+_WNID = re.compile(r"n\d{8}")
+_UNSAFE = re.compile(r"[^0-9A-Za-z._-]+")
+
+
+class NameFound(NamedTuple):
+    """A label with a name that goes with it: the folder in ``file_name``, and what its base name begins with."""
+
+    split: str
+    label: int
+    folder: str
+    beginning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """Names in label order, and how records are called.
+
+    Attributes:
+        classes: Names in label order.
+        label_space: As in the manifest. convention: What the labels mean, in words.
+        notes: What a person should know.
+    """
+
+    classes: tuple[str, ...]
+    label_space: str
+    convention: str
+    notes: tuple[str, ...] = ()
+
+    def file_name(self, file: str, line: dict[str, Any]) -> str:
+        """Give ``<class>/<name>`` of a record; its place stands in for a name that it has not."""
+        base = _SEPARATORS.split(line["file_name"])[-1] or f"{_UNSAFE.sub('_', file)}-{line['row']:08d}"
+        return f"{self.classes[line['label']]}/{base}" if line["label"] >= 0 else base
+
+
+def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming:
+    """Decide what the classes are called.
+
+    Args:
+        found: All labels with the names that go with them.
+        label_space: ``imagenet1k``, the path of a file of class names in label order, or None.
+
+    Raises:
+        RecordsError: A label has no name in the label space, or the list cannot be read.
+        IntegrityError: A label goes with two classes, or a class with two labels.
+    """
+    if unlabelled := sorted({name.split for name in found if name.label < 0 and name.split != "test"}):
+        raise RecordsError(f"split {unlabelled[0]}: records without a label", expected="labels from 0 on")
+    labels = sorted({name.label for name in found if name.label >= 0})
+    known = _from_folders(found) or _from_beginnings(found)
+    given = _given(label_space)
+    if given is not None:
+        if labels and labels[-1] >= len(given):
+            raise RecordsError(
+                f"label {labels[-1]} has no name in {label_space}", expected=f"labels from 0 to {len(given) - 1}"
+            )
+        wrong = next((item for item in sorted(known.items()) if item[1] in given and given[item[0]] != item[1]), None)
+        if wrong is not None:
+            raise IntegrityError(
+                f"label {wrong[0]} is {given[wrong[0]]} by {label_space}", got=f"records of class {wrong[1]}"
+            )
+        space = "imagenet1k" if label_space == "imagenet1k" else "file"
+        return Naming(
+            given, space, f"adopted: as {'ILSVRC2012' if space == 'imagenet1k' else 'the list that was given'}"
+        )
+    return _named(labels, known)
+
+
+def _given(label_space: str | None) -> tuple[str, ...] | None:
+    if label_space is None:
+        return None
+    if label_space == "imagenet1k":
+        return tuple(synset.wnid for synset in catalog.synsets())
+    if not Path(label_space).is_file():
+        raise RecordsError(f"unknown label space {label_space!r}", expected="imagenet1k, or a file of class names")
+    return read_names(Path(label_space))
+
+
+def _named(labels: Sequence[int], known: dict[int, str]) -> Naming:
+    synsets = catalog.labels()
+    if known and all(synsets.get(name) == label for label, name in known.items()):
+        convention = "adopted: ILSVRC2012's labels, the 1,000 WordNet ids sorted, from 0"
+        return Naming(tuple(synset.wnid for synset in catalog.synsets()), "imagenet1k", convention)
+    size = labels[-1] + 1 if labels else 0
+    width = len(str(max(0, size - 1)))
+    names = tuple(known.get(label, f"{label:0{width}d}") for label in range(size))
+    notes = []
+    if missing := size - len(labels):
+        notes.append(f"{missing} labels below {size} have no record; their classes are called by their numbers")
+    if not known:
+        notes.append("no class names in the records: classes are called by their labels (--label-space names them)")
+    if len(set(names)) != len(names):
+        raise IntegrityError("a class is called by the number of another label", remedy="use --label-space")
+    in_order = list(names) == sorted(names)
+    return Naming(names, "found" if in_order else "file", "adopted: the labels as the files have them", tuple(notes))
+
+
+def _from_folders(found: Sequence[NameFound]) -> dict[int, str]:
+    """Names by label from the folders in ``file_name``; a split whose images all lie in one folder says nothing."""
+    pairs: set[tuple[int, str]] = set()
+    for split in {name.split for name in found}:
+        mine = {(name.label, name.folder) for name in found if name.split == split and name.label >= 0}
+        folders = {folder for _, folder in mine}
+        if "" not in folders and (len(folders) > 1 or len({label for label, _ in mine}) == 1):
+            pairs |= mine
+    return _one_to_one(pairs)
+
+
+def _from_beginnings(found: Sequence[NameFound]) -> dict[int, str]:
+    """Names by label from base names as ``n01440764_10026.JPEG``."""
+    pairs = {(name.label, name.beginning) for name in found if name.label >= 0}
+    return _one_to_one(pairs) if all(_WNID.fullmatch(name) for _, name in pairs) else {}
+
+
+def _one_to_one(pairs: set[tuple[int, str]]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    labels: dict[str, int] = {}
+    for label, name in sorted(pairs):
+        if names.setdefault(label, name) != name:
+            raise IntegrityError(f"label {label} goes with two classes", got=f"{names[label]} and {name}")
+        if labels.setdefault(name, label) != label:
+            raise IntegrityError(f"class {name} goes with two labels", got=f"{labels[name]} and {label}")
+    return names
