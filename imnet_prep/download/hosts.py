@@ -104,7 +104,8 @@ class Scheduler:
         blocked_until: MutableSequence[float],
     ) -> None:
         self._options, self._processes = options, processes
-        self._free = [threads] * processes
+        self._threads = threads
+        self._free = [0] * processes  # none before the process says that it is ready
         self._left = options.concurrency
         self._backlog = iter(hosts)
         self._read_more, self._ended, self._shared = read_more, ended, blocked_until
@@ -112,6 +113,7 @@ class Scheduler:
         self._hosts: dict[int, Host] = {}
         self._lanes: dict[int, _LaneState] = {}
         self._rows: dict[int, int] = {}  # rows in memory -> their lane, 0 while queued or waiting
+        self._gone: dict[int, tuple[FailReason, str]] = {}  # hosts that were given up, and why
         self._delayed: list[tuple[float, int, Host, Task]] = []
         self._numbers = itertools.count(1)
 
@@ -185,6 +187,10 @@ class Scheduler:
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
+    def ready(self, process: int) -> None:
+        """Take note that a process has started: until then a lane given to it would only wait, and spoil the pace."""
+        self._free[process] = self._threads
+
     def ended(self, row: int, answered: bool, reason: FailReason | None, detail: str, now: float) -> Abandoned | None:
         """Take note that a URL has ended; ``answered`` says whether its host gave any HTTP answer."""
         host = self._take(row)
@@ -201,6 +207,8 @@ class Scheduler:
             return None
         options = self._options
         pause = backoff_s(options.backoff_s, options.max_backoff_s, task.attempts - 1)
+        if host.key in self._gone:
+            return self._refuse(host, (task,))
         self._rows[task.row] = 0
         if failure.retry_after_s is not None or failure.status == 429:
             pause = failure.retry_after_s if failure.retry_after_s is not None else pause * 4
@@ -214,47 +222,59 @@ class Scheduler:
         heapq.heappush(self._delayed, (now + pause, next(self._numbers), host, task))
         return self._judge(host, failure.answered, failure.reason, failure.detail, now)
 
-    def redirect(self, task: Task, now: float) -> None:
+    def redirect(self, task: Task, now: float) -> Abandoned | None:
         """Hand a task on to the host that its redirect names."""
         host = self._take(task.row)
         if host is None:
-            return
-        host.held -= 1
+            return None
         self._judge(host, True, FailReason.CONNECT, "", now)
+        key = host_key(host_of(task.url))
+        if key in self._gone:
+            host.held -= 1
+            self._rows.pop(task.row, None)
+            return Abandoned(key, *self._gone[key], (task,))
         self._rows[task.row] = 0
-        target = self._host(host_key(host_of(task.url)))
+        target = self._host(key)
         if target is None:  # no slot is free: it waits at the host it came from
-            host.held += 1
             heapq.heappush(self._delayed, (now + 1.0, next(self._numbers), host, task))
-            return
-        target.queue.appendleft(task)
+        else:
+            host.held -= 1
+            target.queue.appendleft(task)
+        return None
 
-    def lane_done(self, number: int, returned: Sequence[Task], now: float) -> None:
+    def lane_done(self, number: int, returned: Sequence[Task], now: float) -> Abandoned | None:
         """Take a lane back, with the tasks that it did not start."""
         lane = self._lanes.pop(number, None)
         if lane is None:
-            return
+            return None
         host = lane.host
         done = lane.count - len(returned)
         if done:
             host.task_s += 0.3 * ((now - lane.begun) / done - host.task_s)
-        for task in reversed(returned):
-            host.queue.appendleft(task)
-            host.held -= 1
-            self._rows[task.row] = 0
         host.lanes[lane.process] -= 1
         self._free[lane.process] += 1
         self._left += 1
+        abandoned = None
+        if host.key in self._gone and returned:
+            abandoned = self._refuse(host, returned)
+        else:
+            for task in reversed(returned):
+                host.queue.appendleft(task)
+                host.held -= 1
+                self._rows[task.row] = 0
+            # The worker that hears a Retry-After pauses the host for all workers before it tells us.
+            host.blocked_until = max(host.blocked_until, self._shared[host.slot])
         self._retire(host)
+        return abandoned
 
     def lost(self, process: int, now: float) -> list[Task]:
         """Take note that a process has died, and give the tasks whose end is not known; each is to be told of next."""
         tasks = []
+        self._free[process] = 0
         for number, lane in [item for item in self._lanes.items() if item[1].process == process]:
             tasks += list(lane.tasks.values())
             del self._lanes[number]
             lane.host.lanes[process] -= 1
-            self._free[process] += 1
             self._left += 1
             for task in lane.tasks.values():
                 self._rows[task.row] = 0
@@ -310,7 +330,15 @@ class Scheduler:
         host.blocked_until = max(host.blocked_until, until)
         self._shared[host.slot] = max(self._shared[host.slot], until)
 
+    def _refuse(self, host: Host, tasks: Sequence[Task]) -> Abandoned:
+        """Fail tasks that come back to a host which was given up meanwhile."""
+        host.held -= len(tasks)
+        for task in tasks:
+            self._rows.pop(task.row, None)
+        return Abandoned(host.key, *self._gone[host.key], tuple(tasks))
+
     def _abandon(self, host: Host, reason: FailReason, detail: str) -> Abandoned:
+        self._gone[host.key] = (reason, detail)
         waiting = [item for item in self._delayed if item[2] is host]
         self._delayed = [item for item in self._delayed if item[2] is not host]
         heapq.heapify(self._delayed)

@@ -37,6 +37,7 @@ from imnet_prep.download.worker import (
     Lane,
     LaneDone,
     Message,
+    Ready,
     Redirect,
     Retry,
     Rotated,
@@ -268,6 +269,8 @@ class _Run:
     committed_at: float = 0.0
     reported_at: float = 0.0
     broken: str = ""
+    clean: bool = False
+    called_off: bool = False
     workers: list[_Worker] = field(default_factory=list)
     threads: int = 0
     blocked_until: Any = None
@@ -298,6 +301,7 @@ class _Run:
             self.workers = [self._start(index) for index in range(count)]
             verdict = self._loop(scheduler, total, incoming)
             self._commit(incoming)
+            self.clean = True
             return verdict
         finally:
             self._end_workers()
@@ -352,8 +356,9 @@ class _Run:
 
     def _call_off(self) -> None:
         """Make every lane stop after the URL in hand."""
-        for slot in range(_HOST_SLOTS):
-            self.blocked_until[slot] = float("inf")
+        if not self.called_off:
+            self.called_off = True
+            self.blocked_until[:] = [float("inf")] * _HOST_SLOTS
 
     def _listen(self, scheduler: Scheduler, timeout: float) -> None:
         sources: dict[Any, int] = {worker.outbox: index for index, worker in enumerate(self.workers)}
@@ -380,12 +385,14 @@ class _Run:
                 self._end(outcome)
                 self._abandon(scheduler.ended(outcome.row, answered, outcome.reason, outcome.detail, now))
             case LaneDone(number, returned):
-                scheduler.lane_done(number, returned, now)
+                self._abandon(scheduler.lane_done(number, returned, now))
             case Redirect(task):
-                scheduler.redirect(task, now)
+                self._abandon(scheduler.redirect(task, now))
             case Retry(task, failure):
                 self.tried[task.row] = task.attempts
                 self._abandon(scheduler.retry(task, failure, now))
+            case Ready(worker):
+                scheduler.ready(worker)
             case Rotated(spool):
                 self.old_spools.append(spool)
             case Broken(_, detail):
@@ -492,7 +499,7 @@ class _Run:
             worker.inbox.close()
             worker.outbox.close()
         for spool in (self.journal.folder / INCOMING).glob("spool-*"):
-            if not self.ended:
+            if self.clean:  # else the next run takes over what is in them
                 spool.unlink(missing_ok=True)
 
 

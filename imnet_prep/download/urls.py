@@ -18,10 +18,7 @@ MAX_URL_BYTES = 16384
 # Printable ASCII that may stand in a path or query as it is; '%' is handled apart.
 _KEEP = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~:/?[]@!$&'()*+,;=")
 _QUOTED = {byte: f"%{byte:02X}" for byte in range(256) if byte not in _KEEP}
-_CLEAN_TAIL = re.compile(rb"(?:[A-Za-z0-9\-._~:/?@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
-_PLAIN = re.compile(
-    rb"(https?)://([a-z0-9](?:[a-z0-9\-.]*[a-z0-9])?)(/(?:[A-Za-z0-9\-._~:/?@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)"
-)
+_CLEAN_TAIL = re.compile(rb"[A-Za-z0-9\-._~:/?@!$&'()*+,;=]*")
 _SPLIT = re.compile(rb"([A-Za-z][A-Za-z0-9+.\-]*):(?://)?([^/?#\\]*)([^#]*)", re.DOTALL)
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9_\-.]*[a-z0-9_])?\.?")
 _HEX = re.compile(rb"%(?![0-9A-Fa-f]{2})")
@@ -44,9 +41,6 @@ def normalise_url(raw: bytes) -> str:
     Raises:
         BadUrl: no or another scheme, no host, a bad port, control bytes in the host, too long.
     """
-    plain = _PLAIN.fullmatch(raw)
-    if plain and len(raw) <= MAX_URL_BYTES:
-        return raw.decode("ascii")
     raw = raw.strip(b" \t\r\n\x0b\x0c")
     if len(raw) > MAX_URL_BYTES:
         raise BadUrl(f"longer than {MAX_URL_BYTES} bytes")

@@ -75,6 +75,12 @@ class LaneDone(NamedTuple):
     returned: tuple[Task, ...]
 
 
+class Ready(NamedTuple):
+    """A worker has started."""
+
+    worker: int
+
+
 class Broken(NamedTuple):
     """This machine cannot store images (a full disk): no fault of the URL, and the end of the run."""
 
@@ -95,7 +101,7 @@ class Rotated(NamedTuple):
     spool: str
 
 
-Message = Retry | Redirect | LaneDone | Answered | Rotated | Broken
+Message = Ready | Retry | Redirect | LaneDone | Answered | Rotated | Broken
 
 
 def user_agent() -> str:
@@ -143,6 +149,7 @@ def worker_main(
             options, Fetcher(session, options.fetch), sender, blocked_until, started, index * threads + thread
         )
         threading.Thread(target=runner.serve, args=(work,), daemon=True, name=f"fetch-{thread}").start()
+    sender.send(Ready(index))
     try:
         while (lanes := inbox.recv()) is not None:
             for lane in lanes:

@@ -334,7 +334,7 @@ def test_a_bad_answer_ends_with_its_reason(seen: _Seen, case: str, reason: str) 
 
 def test_nothing_hangs_beyond_its_deadline(seen: _Seen) -> None:
     # The slowest are three attempts that each take the whole time limit, and the pauses between them.
-    assert seen.seconds < 3 * TIMEOUT_S + 5
+    assert seen.seconds < 3 * TIMEOUT_S + 20
 
 
 def test_the_extension_is_the_real_format(seen: _Seen) -> None:
