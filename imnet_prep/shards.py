@@ -31,6 +31,7 @@ SQLITE_VERSION_OFFSET = 96  # where SQLite notes the version that wrote the file
 SQLITE_VERSION = 3_040_000
 MIN_HEADER_BYTES, MAX_HEADER_BYTES = 1 << 14, 1 << 27  # MindSpore's own limits
 MIN_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 15, 1 << 28
+RAW_BYTES = 80  # a row's scalar fields, about
 _INDEXES = (
     "CREATE TABLE INDEXES(ROW_ID INT NOT NULL, PAGE_ID_RAW INT NOT NULL, PAGE_OFFSET_RAW INT NOT NULL, "
     "PAGE_OFFSET_RAW_END INT NOT NULL, ROW_GROUP_ID INT NOT NULL, PAGE_ID_BLOB INT NOT NULL, "
@@ -97,7 +98,8 @@ def choose_layout(rows: int, total_bytes: int, largest_bytes: int) -> Layout:
     least = _power_of_two((2 * (mean + LENGTH.size) * total_bytes) ** 0.5, nearest=True)
     fits = _power_of_two(max(largest_bytes + 4096, min(2 * largest_bytes + 4096, total_bytes / 16)))
     page = min(max(least, fits, MIN_PAGE_BYTES), MAX_PAGE_BYTES)
-    pages = 4 + 2 * total_bytes / max(page / 4, page - largest_bytes)
+    stored = total_bytes + LENGTH.size * rows
+    pages = 4 + 2 * stored / max(page / 4, page - largest_bytes) + 2 * RAW_BYTES * rows / page
     header = _power_of_two(max(MIN_HEADER_BYTES, 256 * pages))  # a page takes about 200 bytes of JSON
     return Layout(min(header, MAX_HEADER_BYTES), page)
 

@@ -1,0 +1,89 @@
+"""The fast scan never calls clean what libjpeg complains of, and does call clean what encoders write."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imnet_prep import validate as validation
+from imnet_prep.imaging import decode_jpeg
+from imnet_prep.scan import available, is_clean
+from imnet_prep.types import ImageRef, RawImage
+from imnet_prep.validate import ValidateOptions, validate
+from tests.synthetic import jpeg, odd_images, picture
+
+pytestmark = pytest.mark.skipif(not available(), reason="imnet_scan.so is not built")
+ENCODINGS: list[dict[str, object]] = [
+    {"quality": 30}, {"quality": 100, "subsampling": 0}, {"subsampling": 1}, {"optimize": True},
+    {"restart_marker_blocks": 3}, {"restart_marker_rows": 1},
+]  # fmt: skip
+
+
+def samples() -> list[bytes]:
+    drawn = [jpeg(k, k, 48 + 7 * k, 40 + 3 * k, **options) for k, options in enumerate(ENCODINGS)]
+    grey = io.BytesIO()
+    Image.fromarray(picture(1, 1)).convert("L").save(grey, "JPEG")
+    return [*drawn, grey.getvalue(), jpeg(0, 0, 1, 1), jpeg(0, 0, 8, 8)]
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Flip bits, cut, insert, or splice."""
+    changed, kind = bytearray(data), rng.randrange(5)
+    place = rng.randrange(2, len(data))
+    if kind < 2:
+        for _ in range(rng.choice((1, 1, 4))):
+            changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        del changed[place : place + rng.choice((1, 2, 9))]
+    elif kind == 3:
+        changed[place:place] = bytes(rng.randrange(256) for _ in range(rng.choice((1, 2, 5))))
+    else:
+        changed = changed[:place] + b"\xff\xd9"
+    return bytes(changed)
+
+
+def test_whole_baseline_images_are_clean() -> None:
+    assert all(is_clean(data) for data in samples())
+
+
+def test_what_it_does_not_know_is_in_doubt() -> None:
+    progressive = jpeg(progressive=True)
+    assert not any(is_clean(data) for data in (b"", b"\xff\xd8", b"GIF89a", progressive, *(d[:-2] for d in samples())))
+
+
+def test_clean_means_that_libjpeg_has_no_complaint() -> None:
+    rng, clean = random.Random(7), 0
+    pool = samples()
+    for _ in range(4000):
+        data = damaged(rng.choice(pool), rng)
+        if is_clean(data):
+            clean += 1
+            pixels, said = decode_jpeg(data, grey=True, reduce=8)
+            assert pixels is not None
+            assert "orrupt" not in said
+            assert "remature" not in said
+    assert clean > 500  # flips that only change values: the test has something to compare
+
+
+def test_results_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(11)
+    images = [damaged(data, rng) for data in samples() * 40] + [odd.data for odd in odd_images().values()]
+    raws = [RawImage(ImageRef("train", "c", "c/x.jpg", Path("x"), 0, len(data)), data) for data in images]
+    fast = [validate(raw, ValidateOptions()) for raw in raws]
+    monkeypatch.setattr(validation, "is_clean", lambda data: False)
+    assert [validate(raw, ValidateOptions()) for raw in raws] == fast
+
+
+@pytest.mark.real_data
+def test_photographs_are_clean(shared_data: Path) -> None:
+    import tarfile
+
+    with tarfile.open(shared_data / "imagenet-samples-250.tar") as archive:
+        files = [archive.extractfile(member) for member in archive if member.isfile()]
+        photographs = [data for file in files if file and (data := file.read()).startswith(b"\xff\xd8")]
+    assert len(photographs) >= 250
+    assert sum(map(is_clean, photographs)) >= 0.98 * len(photographs)
