@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
-from imnet_prep.manifest import Manifest, SplitInfo
+from imnet_prep.manifest import RECORDS, Manifest, SplitInfo
 from imnet_prep.mindrecord import LENGTH, Shard, connect_index, index_path, read_header
 
 # A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks); any other form goes through json.
@@ -285,10 +285,21 @@ class RowReader:
         return f"{path}: row {row} ({self.file_name(position)})"
 
     def file_name(self, position: int) -> str:
-        """Look up a record's name in its shard; slow, for messages."""
+        """Look up a record's name in its shard, or where that is damaged in the record list; slow, for messages."""
         table = self.table
         try:
             with Shard(table.files[int(table.shard[position])]) as shard:
-                return str(shard.fields(int(table.row[position])).get("file_name", "no file_name"))
-        except (OSError, ImnetError):
-            return "file_name unreadable"
+                return str(shard.fields(int(table.row[position]))["file_name"])
+        except (OSError, ImnetError, KeyError):
+            return self._listed_name(position)
+
+    def _listed_name(self, position: int) -> str:
+        before = 0
+        try:
+            for lines in _line_chunks(self.table.files[0].with_name(RECORDS)):
+                if position < before + len(lines):
+                    return str(json.loads(lines[position - before])["file_name"])
+                before += len(lines)
+        except (ImnetError, ValueError, KeyError, TypeError):
+            pass
+        return "file_name unreadable"
