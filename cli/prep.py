@@ -9,6 +9,7 @@ import click
 
 from cli.bench import bench
 from cli.download import download
+from cli.inspect import adopt, browse, repair_index, report, reshard
 from cli.render import emit_json, guard, progress_bar, show, stop_requested, table
 from imnet_prep.errors import IntegrityError
 
@@ -31,6 +32,8 @@ def main() -> None:
 
 main.add_command(download)
 main.add_command(bench)
+for _command in (report, browse, repair_index, adopt, reshard):
+    main.add_command(_command)
 
 
 @main.command("to-mindrecord")

@@ -1,0 +1,389 @@
+"""The report of a records folder, section by section."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.files import write_atomically
+from imnet_prep.manifest import REJECTED
+from imnet_prep.report.gather import (
+    CONVERTED,
+    MAX_COLOURS,
+    MAX_PAIRS,
+    MAX_PRINTS,
+    Gathered,
+    Shown,
+    decode,
+    gather,
+)
+from imnet_prep.report.html import (
+    Bar,
+    Html,
+    bars,
+    details,
+    facts,
+    histogram,
+    join,
+    page,
+    picture,
+    table,
+    tag,
+    text,
+    thumbnail,
+    tiles,
+)
+from imnet_prep.types import ProgressCallback
+from imnet_prep.verify_duplicates import Located
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as torchvision's references have them
+PICTURE_BYTES = 3_300_000  # of all pictures, in base64: the file stays under 5 MB
+MAX_REJECTED_LISTED = 100
+MAX_BARS = 100
+_CHANGES = {
+    "format": "was not a JPEG: converted",
+    "cmyk": "was CMYK: converted to RGB",
+    "sixteen_bit": "had more than 8 bits a channel: converted",
+    "alpha": "had transparency: composed over white",
+    "oriented": "EXIF orientation applied",
+    "progressive": "progressive JPEG",
+    "greyscale": "greyscale",
+    "exif_damaged": "damaged EXIF",
+    "trailing_bytes": "bytes after its end marker",
+    "resized": "shrunk",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOptions:
+    """How a report is made: with pictures or without, and by how many worker processes (one a core where None)."""
+
+    images: bool = True
+    workers: int | None = None
+
+
+class _Pictures:
+    """Makes thumbnails until their bytes are spent."""
+
+    def __init__(self, records: Path, gathered: Gathered, options: ReportOptions) -> None:
+        self._located = Located(records, gathered.manifest)
+        self._left = PICTURE_BYTES if options.images else 0
+        classes = max(1, len(gathered.samples))
+        # About 2 kB a picture of 96 pixels as base64; of many classes each gets one or two, smaller.
+        self.per_class = max(1, min(6, PICTURE_BYTES // (classes * 4000)))
+        self._side = 96 if classes * self.per_class <= 1200 else 72
+        self.spent = False
+
+    def of(self, shown: Shown, caption: object = "") -> Html:
+        """Show a record."""
+        what = f"{shown.split}/{shown.name}, {shown.width} by {shown.height} pixels"
+        return self.at(shown.position, what, caption)
+
+    def at(self, position: int, alt: str, caption: object = "") -> Html:
+        """Show the record at a position; a text in its place where there is no picture."""
+        if self._left <= 0:
+            self.spent = True
+            return tag("figure", tag("figcaption", caption or alt), class_="thumb")
+        try:
+            pixels = decode(self._located.image(position), 1)
+        except (RecordsError, OSError):
+            pixels = None
+        if pixels is None:
+            return tag("figure", tag("figcaption", f"{alt}: does not decode"), class_="thumb")
+        data = thumbnail(pixels, self._side)
+        self._left -= len(data) * 4 // 3 + 200
+        return picture(data, alt, caption)
+
+    def name(self, position: int) -> str:
+        """Name the record at a position."""
+        return f"{self._located.place(position)[0]}/{self._located.name(position)}"
+
+
+def write_report(records: Path, out: Path, options: ReportOptions, progress: ProgressCallback) -> dict[str, Any]:
+    """Write the report of a records folder.
+
+    Args:
+        records: The folder.
+        out: The HTML file.
+        options: How.
+        progress: Told of images looked at.
+
+    Returns:
+        What the command prints: ``report`` (the file), ``bytes``, ``images`` and ``duplicates``.
+
+    Raises:
+        RecordsError: The folder cannot be read, or the file not written.
+        IntegrityError: The manifest is damaged.
+    """
+    gathered = gather(records, options.workers, progress)
+    pictures = _Pictures(records, gathered, options)
+    manifest = gathered.manifest
+    sections = [
+        ("numbers", "In numbers", _numbers(gathered)),
+        ("balance", "Class balance", _balance(gathered)),
+        ("sizes", "Sizes", _sizes(gathered)),
+        ("colours", "Colours", _colours(gathered)),
+        ("changes", "Converted and rejected", _changes(records, gathered, pictures)),
+        ("duplicates", "Duplicates", _duplicates(gathered, pictures)),
+        ("classes", "Classes", _classes(gathered, pictures)),
+        ("provenance", "Provenance and digests", _provenance(gathered)),
+    ]
+    images = sum(split.images for split in manifest.splits.values())
+    lead = tag(
+        "p", f"{images:,} images in {len(manifest.classes):,} classes. Manifest SHA-256 ", tag("code", manifest.digest)
+    )
+    made = f"Made by imnet-prep report from {records.resolve().name}; no data leaves this file."
+    data = page(f"Records: {records.resolve().name}", sections, Html(lead), footer=made).encode("utf-8", "replace")
+    try:
+        write_atomically(out, data)
+    except OSError as error:
+        raise RecordsError(f"{out}: cannot be written", got=error.strerror or str(error)) from error
+    near = len(gathered.near) if gathered.near is not None else None
+    return {
+        "report": str(out),
+        "bytes": len(data),
+        "images": images,
+        "duplicates": {"exact": len(gathered.exact), "near": near},
+    }
+
+
+def _numbers(gathered: Gathered) -> Html:
+    manifest = gathered.manifest
+    stored = int(gathered.sizes.sum())
+    files = [shard for split in manifest.splits.values() for shard in split.shards]
+    on_disk = sum(shard.size_bytes + shard.index_size_bytes for shard in files)
+    rows = [
+        (
+            name,
+            split.images,
+            sum(count > 0 for count in split.class_counts),
+            _range(split.class_counts),
+            len(split.shards),
+            _bytes(int(gathered.sizes[gathered.splits[name]].sum())),
+            sum(split.rejected.values()),
+            split.duplicates,
+        )
+        for name, split in manifest.splits.items()
+    ]
+    head = ("split", "images", "classes", "images a class", "shards", "image bytes", "rejected", "repeated bytes")
+    large = [
+        ("images", f"{len(gathered.sizes):,}"),
+        ("classes", f"{len(manifest.classes):,}"),
+        ("shards", f"{len(files):,}"),
+        ("on disk", _bytes(on_disk)),
+        ("an image", _bytes(stored // max(1, len(gathered.sizes)))),
+        ("not images", f"{1 - stored / max(1, on_disk):.1%}"),
+    ]
+    return join([tiles(large), table("Splits", head, rows)])
+
+
+def _range(counts: tuple[int, ...]) -> str:
+    there = [count for count in counts if count]
+    return f"{min(there, default=0):,} to {max(there, default=0):,}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _balance(gathered: Gathered) -> Html:
+    names = gathered.manifest.classes
+    charts = []
+    for split, info in gathered.manifest.splits.items():
+        counts = sorted(((count, names[label]) for label, count in enumerate(info.class_counts) if count), reverse=True)
+        if not counts:
+            charts.append(tag("p", f"{split}: no labels."))
+            continue
+        step = -(-len(counts) // MAX_BARS)
+        groups = [counts[start : start + step] for start in range(0, len(counts), step)]
+        shown = [
+            Bar(
+                group[0][1] if len(group) == 1 else f"{group[0][1]} and {len(group) - 1} more, mean",
+                float(np.mean([count for count, _ in group])),
+            )
+            for group in groups
+        ]
+        ends = (f"{counts[0][0]:,}", f"{len(counts):,} classes, the largest first", f"{counts[-1][0]:,}")
+        charts.append(bars(f"{split}: images a class", shown, ends))
+    return tag("div", *charts, class_="charts")
+
+
+def _sizes(gathered: Gathered) -> Html:
+    widths, heights = gathered.widths.astype(np.float64), gathered.heights.astype(np.float64)
+    known = (widths > 0) & (heights > 0)
+    widths, heights = widths[known], heights[known]
+    charts = [
+        histogram("Width", widths, unit=" px"),
+        histogram("Height", heights, unit=" px"),
+        histogram("Short side", np.minimum(widths, heights), unit=" px"),
+        histogram("Aspect (width / height)", widths / heights, log=True),
+        histogram("Stored bytes an image", gathered.sizes.astype(np.float64), unit=" B", log=True),
+    ]
+    return tag("div", *charts, class_="charts")
+
+
+def _colours(gathered: Gathered) -> Html:
+    mean, deviation = gathered.colours.summary()
+    rows = [
+        (name, round(float(mean[k]), 4), IMAGENET_MEAN[k], round(float(deviation[k]), 4), IMAGENET_STD[k])
+        for k, name in enumerate(("red", "green", "blue"))
+    ]
+    head = ("channel", "mean here", "mean of ImageNet", "std here", "std of ImageNet")
+    total = len(gathered.sizes)
+    which = "every image" if total <= MAX_COLOURS else f"{gathered.colours.images:,} images, evenly spaced"
+    said = f"Computed from {which}; 0 is black, 1 is full; each image counts alike."
+    bad = gathered.colours.undecodable
+    failed = (
+        tag("p", f"{bad:,} images did not decode: run imnet-prep verify --level decode.", class_="warn") if bad else ""
+    )
+    return join([table("Channel mean and standard deviation", head, rows), tag("p", said, class_="faint"), failed])
+
+
+def _changes(records: Path, gathered: Gathered, pictures: _Pictures) -> Html:
+    splits = gathered.manifest.splits
+    counted = {change: sum(split.changes.get(change, 0) for split in splits.values()) for change in _CHANGES}
+    rows = [
+        (_CHANGES[change], count, "converted" if change in CONVERTED else "noticed, stored as it was")
+        for change, count in counted.items()
+        if count
+    ]
+    parts: list[object] = [tag("h3", "Kept, and converted or noticed")]
+    parts.append(table("What was done or noticed", ("what", "images", "then"), rows) if rows else tag("p", "Nothing."))
+    for change, shown in gathered.converted.items():
+        thumbs = [tag("li", pictures.of(item, item.name)) for item in shown]
+        parts += [tag("h3", f"{_CHANGES.get(change, change)}: as stored now"), tag("ul", *thumbs, class_="thumbs")]
+    parts.append(tag("h3", "Rejected"))
+    reasons = sorted({reason for split in splits.values() for reason in split.rejected})
+    if not reasons:
+        parts.append(tag("p", "Nothing was rejected."))
+        return join(parts)
+    counts = [(reason, *(split.rejected.get(reason, 0) for split in splits.values())) for reason in reasons]
+    parts.append(table("Rejected by reason", ("reason", *splits), counts))
+    parts.append(
+        tag("p", "The bytes of rejected images are not kept; duplicates are shown by the one that was.", class_="faint")
+    )
+    twins = {f"{item.split}/{item.name}": item for shown in gathered.samples.values() for item in shown}
+    listed = list(_rejected(records, gathered))
+    body = [
+        (name, reason, join([detail, pictures.of(twin) if (twin := twins.get(detail.partition(" as ")[2])) else ""]))
+        for name, reason, detail in listed[:MAX_REJECTED_LISTED]
+    ]
+    more = f", the first {MAX_REJECTED_LISTED} of {len(listed):,}" if len(listed) > MAX_REJECTED_LISTED else ""
+    parts.append(details(f"By name{more}", table("Rejected images", ("name", "reason", "detail"), body)))
+    return join(parts)
+
+
+def _rejected(records: Path, gathered: Gathered) -> Iterator[tuple[str, str, str]]:
+    if not gathered.manifest.rejected:
+        return
+    try:
+        with (records / REJECTED).open("rb") as lines:
+            for line in lines:
+                values = json.loads(line)
+                yield f"{values['split']}/{values['file_name']}", str(values["reason"]), str(values["detail"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordsError(f"{records / REJECTED}: cannot be read", got=str(error)) from error
+
+
+def _duplicates(gathered: Gathered, pictures: _Pictures) -> Html:
+    parts: list[object] = [
+        tag("p", f"{len(gathered.exact):,} records have the same bytes as an earlier one."),
+    ]
+    pairs = [(first, second, "same bytes") for first, second in gathered.exact[: MAX_PAIRS // 2]]
+    if gathered.near is None:
+        said = f"With more than {MAX_PRINTS:,} records the same picture is looked for by verify --level decode only."
+        parts.append(tag("p", said))
+    else:
+        found = len(gathered.near)
+        said = f"{found:,} show the same picture as an earlier one: encoded again, scaled or mirrored."
+        parts.append(tag("p", said))
+        pairs += [
+            (pair.first, pair.second, "same picture, mirrored" if pair.mirrored else "same picture")
+            for pair in gathered.near[:MAX_PAIRS]
+        ]
+    for first, second, why in pairs:
+        names = pictures.name(first), pictures.name(second)
+        shown = [pictures.at(place, name, name) for place, name in zip((first, second), names, strict=True)]
+        parts.append(
+            tag("div", tag("p", why), *shown, class_="pair", role="group", aria_label=f"{why}: {' and '.join(names)}")
+        )
+    return join(parts)
+
+
+def _classes(gathered: Gathered, pictures: _Pictures) -> Html:
+    manifest = gathered.manifest
+    items = []
+    for label, (name, words) in enumerate(zip(manifest.classes, manifest.class_words, strict=True)):
+        counts = ", ".join(
+            f"{split.class_counts[label]:,} {key}"
+            for key, split in manifest.splits.items()
+            if label < len(split.class_counts)
+        )
+        shown = gathered.samples.get(label, [])[: pictures.per_class]
+        thumbs = tag("ul", *(tag("li", pictures.of(item)) for item in shown), class_="thumbs") if shown else ""
+        heading = tag("h3", f"{label} ", tag("code", name), f" {words}")
+        items.append(
+            tag(
+                "article",
+                heading,
+                tag("p", counts),
+                thumbs,
+                class_="class",
+                data_text=f"{label} {name} {words}".lower(),
+            )
+        )
+    search = tag(
+        "div",
+        tag("label", "Search the classes by name, word or label", for_="class-search"),
+        Html('<input type="search" id="class-search" autocomplete="off">'),
+        tag("p", "", aria_live="polite", class_="faint"),
+        data_filter=".class",
+        hidden="",
+    )
+    note = tag("p", "Some pictures were left out to keep this file small.", class_="faint") if pictures.spent else ""
+    return join([search, note, *items])
+
+
+def _provenance(gathered: Gathered) -> Html:
+    manifest = gathered.manifest
+    sources = [
+        (source["kind"], source["name"] or "a folder", _bytes(source["size_bytes"]), source["images"] or "",
+         "the official one" if source["official"] else "", tag("code", source["sha256"] or source["md5"]))
+        for source in manifest.sources
+    ]  # fmt: skip
+    shards = [
+        (shard.file, shard.rows, shard.size_bytes, tag("code", shard.sha256), tag("code", shard.index_sha256))
+        for split in manifest.splits.values()
+        for shard in split.shards
+    ]
+    options = {key: value for key, value in manifest.options.items() if value is not None}
+    parts: list[object] = [
+        facts(
+            [
+                ("label convention", manifest.label_convention),
+                ("seed", manifest.seed),
+                ("plan", tag("code", manifest.plan or "none: adopted files")),
+                ("manifest", tag("code", manifest.digest)),
+                *((f"option {key}", json.dumps(value)[:300]) for key, value in options.items()),
+                *((f"made with {key}", value) for key, value in manifest.made_with.items()),
+            ]
+        ),
+        table("Sources", ("kind", "name", "size", "images", "official", "digest"), sources),
+    ]
+    if gathered.hosts:
+        hosts = gathered.hosts.most_common(20)
+        said = f"Downloaded: {sum(gathered.hosts.values()):,} records from {len(gathered.hosts):,} hosts"
+        parts.append(details(said, table("Hosts", ("host", "records"), hosts)))
+    head = ("file", "rows", "bytes", "SHA-256", "SHA-256 of the index")
+    parts.append(details(f"Digests of {len(shards):,} shards", table("Shards", head, shards)))
+    return text(join(parts))
