@@ -17,6 +17,7 @@ from imnet_prep.shard_task import ShardResult, ShardTask, run_task
 
 EXECUTORS = ("local", "dask")
 POLL_S = 0.2
+CONNECT_S = 20
 Report = Callable[[int, int, int], None]  # images, bytes and rejected of this run so far
 Stop = Callable[[], bool]
 _live: Any = None  # in a worker process: images, bytes and rejected of each task in hand, shared with the parent
@@ -108,9 +109,11 @@ def _run_dask(
     except ImportError as error:
         raise PlanError("--executor dask: Dask is not installed", remedy="pip install 'imnet-prep[dask]'") from error
     try:
-        client = Client(scheduler, timeout="20s", set_as_default=False)
+        client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise PlanError(f"--scheduler {scheduler}: cannot be reached", got=str(error) or "no answer in 20 s") from error
+        raise PlanError(
+            f"--scheduler {scheduler}: cannot be reached", got=str(error) or f"no answer in {CONNECT_S} s"
+        ) from error
     again = "run the same command again: finished shards are kept"
     with client:
         width = sum(client.nthreads().values())
