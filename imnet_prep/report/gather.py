@@ -45,22 +45,28 @@ class Shown:
 
 @dataclass(slots=True)
 class Colours:
-    """Sums over images of their channels' mean and mean square, float64 (3,), RGB, 0 to 1."""
+    """Sums over images of their channels' mean, mean square and deviation, float64 (3,), RGB, 0 to 1."""
 
     images: int = 0
     mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
+    deviation: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     undecodable: int = 0
 
     def add(self, other: Colours) -> None:
         """Add the images of another."""
         self.images, self.undecodable = self.images + other.images, self.undecodable + other.undecodable
         self.mean, self.square = self.mean + other.mean, self.square + other.square
+        self.deviation = self.deviation + other.deviation
 
-    def summary(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Give mean and standard deviation by channel; each image counts alike, whatever its size."""
-        mean = self.mean / max(1, self.images)
-        return mean, np.sqrt(np.maximum(0, self.square / max(1, self.images) - mean * mean))
+    def summary(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Give by channel the mean, the deviation of all pixels, and the mean of the images' own deviations.
+
+        Each image counts alike, whatever its size. ImageNet's published deviations are of the last kind.
+        """
+        images = max(1, self.images)
+        mean = self.mean / images
+        return mean, np.sqrt(np.maximum(0, self.square / images - mean * mean)), self.deviation / images
 
 
 @dataclass(slots=True)
@@ -233,3 +239,4 @@ def _add_colours(colours: Colours, pixels: NDArray[np.uint8]) -> None:
     colours.images += 1
     colours.mean += mean
     colours.square += deviation**2 + mean**2
+    colours.deviation += deviation

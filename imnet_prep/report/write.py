@@ -233,15 +233,19 @@ def _sizes(gathered: Gathered) -> Html:
 
 
 def _colours(gathered: Gathered) -> Html:
-    mean, deviation = gathered.colours.summary()
+    mean, deviation, own = gathered.colours.summary()
     rows = [
-        (name, round(float(mean[k]), 4), IMAGENET_MEAN[k], round(float(deviation[k]), 4), IMAGENET_STD[k])
+        (
+            name,
+            *(round(float(value), 4) for value in (mean[k], IMAGENET_MEAN[k], own[k], IMAGENET_STD[k], deviation[k])),
+        )
         for k, name in enumerate(("red", "green", "blue"))
     ]
-    head = ("channel", "mean here", "mean of ImageNet", "std here", "std of ImageNet")
+    head = ("channel", "mean here", "mean of ImageNet", "std here", "std of ImageNet", "std of all pixels")
     total = len(gathered.sizes)
     which = "every image" if total <= MAX_COLOURS else f"{gathered.colours.images:,} images, evenly spaced"
-    said = f"Computed from {which}; 0 is black, 1 is full; each image counts alike."
+    said = f"Computed from {which}; 0 is black, 1 is full; each image counts alike. "
+    said += "The std is the mean of the images' own deviations, as ImageNet's published one is."
     bad = gathered.colours.undecodable
     failed = (
         tag("p", f"{bad:,} images did not decode: run imnet-prep verify --level decode.", class_="warn") if bad else ""

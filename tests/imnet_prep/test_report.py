@@ -1,0 +1,151 @@
+"""The report of a records folder: what it says is so, it fetches nothing, and everybody can read it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.manifest import load_manifest
+from imnet_prep.mindrecord import Shard
+from imnet_prep.report import ReportOptions, write_report
+from imnet_prep.report.gather import gather
+from imnet_prep.report.html import Bar, Html, bars, join, picture, tag
+from tests.chromium import Chromium, needs_chromium
+from tests.imnet_prep.records_folder import make_records, quiet
+from tests.synthetic import encode, jpeg
+from tests.synthetic import picture as drawn
+
+
+def mess(source: Path) -> None:
+    """A rejected image, converted ones, the same bytes twice, and a mirrored copy."""
+    images = sorted((source / "train").rglob("*.jpg"))
+    folder = images[0].parent
+    (folder / "broken.jpg").write_bytes(jpeg(0, 1)[:-80])
+    (folder / "drawn.png").write_bytes(encode(drawn(0, 5), "PNG"))
+    shutil.copy(images[1], folder / "again.jpg")
+    wide = drawn(2, 50, 320, 200)
+    (folder / "wide.jpg").write_bytes(encode(wide))
+    (source / "val" / folder.name / "mirrored.jpg").write_bytes(encode(wide[:, ::-1].copy(), quality=60))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_records(tmp_path_factory.mktemp("report"), per_class=8, add=mess)
+
+
+@pytest.fixture(scope="module")
+def made(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "report.html"
+    write_report(records, out, ReportOptions(workers=1), quiet)
+    return out
+
+
+def words(page: Path) -> str:
+    """The text of a page."""
+    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text()).split())
+
+
+def test_report_says_what_is_in_the_records(made: Path, records: Path) -> None:
+    said = words(made)
+    manifest = load_manifest(records)
+    assert manifest.digest in said
+    assert "52 images in 3 classes" in said
+    assert "truncated" in said
+    assert "broken.jpg" in said
+    assert "was not a JPEG: converted" in said
+    assert "1 records have the same bytes" in said
+    assert "same picture, mirrored" in said
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            assert shard.sha256 in said
+
+
+def test_colours_are_those_of_the_pixels(records: Path) -> None:
+    means, squares = [], []
+    for path in sorted(records.glob("*/*.mindrecord")):
+        with Shard(path) as shard:
+            for row in range(len(shard)):
+                pixels = cv2.imdecode(np.frombuffer(shard.image(row), np.uint8), 1)[:, :, ::-1].reshape(-1, 3) / 255
+                means.append(pixels.mean(axis=0))
+                squares.append((pixels**2).mean(axis=0))
+    mean, deviation, _ = gather(records, 1, quiet).colours.summary()
+    expected = np.mean(means, axis=0)
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
+    np.testing.assert_allclose(deviation, np.sqrt(np.mean(squares, axis=0) - expected**2), atol=1e-6)
+
+
+def test_worker_count_changes_no_byte(records: Path, made: Path, tmp_path: Path) -> None:
+    write_report(records, tmp_path / "report.html", ReportOptions(workers=2), quiet)
+    assert (tmp_path / "report.html").read_bytes() == made.read_bytes()
+
+
+def test_report_names_nothing_outside_itself(made: Path) -> None:
+    page = made.read_text()
+    assert not re.findall(r"""(?:src|href|action|url)\s*[=(]\s*["']?(?!data:|#)[^"'#\s>]""", page)
+    assert "default-src 'none'" in page
+
+
+def test_pictures_can_be_left_out(records: Path, tmp_path: Path) -> None:
+    write_report(records, tmp_path / "plain.html", ReportOptions(images=False, workers=1), quiet)
+    assert "<img" not in (tmp_path / "plain.html").read_text()
+
+
+@pytest.mark.slow
+def test_report_of_many_classes_is_under_5_mb(tmp_path: Path) -> None:
+    records = make_records(tmp_path, classes=1000, per_class=1, splits=("train",))
+    result = write_report(records, tmp_path / "r.html", ReportOptions(), quiet)
+    assert result["bytes"] == (tmp_path / "r.html").stat().st_size < 5_000_000
+    assert (tmp_path / "r.html").read_text().count("<img") >= 1000
+
+
+def test_damaged_folder_and_bad_target_are_named_errors(records: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordsError, match="no such folder"):
+        write_report(tmp_path / "none", tmp_path / "r.html", ReportOptions(workers=1), quiet)
+    with pytest.raises(RecordsError, match="cannot be written"):
+        write_report(records, tmp_path / "none" / "r.html", ReportOptions(workers=1), quiet)
+
+
+def test_every_text_is_escaped() -> None:
+    evil = "<script>alert('x')</script>\"&"
+    for made in (tag("p", evil, title=evil), bars(evil, [Bar(evil, 1)], (evil, evil, evil)), picture(b"", evil, evil)):
+        assert "<script" not in made
+        assert '"&"' not in made
+    assert join(["<", Html("<b>")]) == "&lt;<b>"
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_report_in_a_browser(made: Path, tmp_path: Path) -> None:
+    with Chromium() as browser:
+        for width, dark in ((1200, False), (400, False), (400, True), (320, False)):
+            browser.open(made.as_uri(), width, 900, dark=dark)
+            assert not browser.scrolls_sideways(), width
+            assert browser.low_contrast() == []
+        assert browser.broken_images() == []
+        assert browser.unnamed_controls() == []
+        assert browser.run(
+            "['header', 'nav', 'main', 'footer', 'h1'].every(n => document.querySelectorAll(n).length == 1)"
+        )
+        # Search by the keyboard alone, then leave it.
+        browser.run("document.querySelector('#class-search').focus()")
+        browser.type("n01443537")
+        shown = "[...document.querySelectorAll('.class')].filter(e => e.checkVisibility()).length"
+        assert browser.run(shown) == 1
+        assert browser.run("document.querySelector('[aria-live]').textContent") == "1 of 3"
+        browser.press("Escape")
+        assert browser.run(shown) == 3
+        browser.open(made.as_uri(), 400, 900)
+        browser.press("Tab")
+        assert browser.run("document.activeElement.className") == "skip"
+        browser.press("Enter")
+        assert browser.run("document.activeElement.id") == "main"
+        assert [url for url in browser.requests if not url.startswith(("data:", made.as_uri()))] == []
+        assert browser.errors == []
+        assert json.loads(json.dumps(browser.run("document.title"))) == "Records: records"
