@@ -35,6 +35,7 @@ from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
 from imnet_prep.validate import validate
 from imnet_prep.workspace import (
     DIGESTS,
+    PLAN_FRESH,
     REJECTED,
     Workspace,
     begin,
@@ -258,12 +259,7 @@ def _plan(
         plan = load_plan(space.database, options)
         if plan is not None and plan.digest == begun["plan"]:
             return plan
-    fresh = space.work / "plan.new"
-    try:
-        return make_plan(merge(sources), fresh, options, progress)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    return make_plan(merge(sources), space.work / PLAN_FRESH, options, progress)
 
 
 def _source_infos(

@@ -443,7 +443,7 @@ def _split_plans(connection: sqlite3.Connection, options: PlanOptions) -> dict[s
             square = options.store.short_side**2
             total_stored, largest = min(total, images * square * 2 // 3), min(largest_found, 8 * square)
         layout = choose_layout(-(-images // count), total_stored // count, largest)
-        on_disk = total_stored + count * (layout.header_size + layout.page_size // 2) + ROW_BYTES * images
+        on_disk = total_stored + count * (layout.header_size + layout.page_size // 2 + (1 << 14)) + ROW_BYTES * images
         plans[SPLITS[number]] = SplitPlan(images, total, on_disk, first, bounds, layout)
     return plans
 

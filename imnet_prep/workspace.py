@@ -26,6 +26,7 @@ from imnet_prep.shard_task import PLAN_DATABASE, PLAN_NOTE, WORK
 from imnet_prep.types import SPLITS
 
 REJECTED = "rejected.jsonl"
+PLAN_FRESH = "plan.new"  # in .work: a plan that is not begun yet
 DIGESTS = "digests.json"  # in .work: of archives, so that resuming does not read 148 GB again
 _OURS = frozenset({MANIFEST, REJECTED, WORK, *SPLITS})  # what a records folder holds
 
@@ -125,6 +126,8 @@ def hold(space: Workspace) -> Iterator[None]:
             try:
                 yield
             finally:
+                with suppress(OSError):
+                    (space.work / PLAN_FRESH).unlink()
                 if not space.note.exists() and space.work.exists():
                     shutil.rmtree(space.work, ignore_errors=True)
                     if not (space.partial / MANIFEST).exists():
@@ -167,7 +170,7 @@ def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | 
             remedy="restore it, or --force to convert again",
         )
     _discard(space.old)
-    if space.begun() is None and (space.partial / MANIFEST).exists():
+    if not space.note.exists() and (space.partial / MANIFEST).exists():
         _discard(space.partial)  # an older folder, replaced by this one just before a kill
     return manifest
 

@@ -76,7 +76,8 @@ def test_what_shapes_the_bytes_shapes_the_digest(tmp_path: Path, change: dict[st
 def test_sizes_and_urls_are_part_of_the_digest(tmp_path: Path) -> None:
     found = {plan(tmp_path, refs()).digest}
     for change in ({"size_bytes": 7}, {"url": "http://a/b"}, {"status": 200}):
-        found.add(plan(tmp_path, [replace(refs()[0], **change), *refs()[1:]]).digest)
+        changed: list[ImageRef] = [replace(refs()[0], **change), *refs()[1:]]
+        found.add(plan(tmp_path, changed).digest)
     assert len(found) == 4
 
 
@@ -87,7 +88,7 @@ def test_more_shards_than_images_give_one_image_a_shard(tmp_path: Path) -> None:
 
 
 def test_loaded_plan_equals_the_one_made(tmp_path: Path) -> None:
-    items = [*refs(), *refs(split="val"), Rejected("val", "x.jpg", Reason.UNLABELLED, "why")]
+    items: list[ImageRef | Rejected] = [*refs(), *refs(split="val"), Rejected("val", "x.jpg", Reason.UNLABELLED, "why")]
     made = plan(tmp_path, items, shards=3)
     assert load_plan(made.database, made.options) == made
 
@@ -219,7 +220,8 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytes
         tracemalloc.stop()
         return high
 
-    assert peak(12_000) < 1.1 * peak(4000)
+    peak(1000)  # what the first call alone needs
+    assert peak(12_000) - peak(4000) < 8000 * 30  # bytes: a reference alone takes hundreds
 
 
 def test_options_are_recorded_without_paths(tmp_path: Path) -> None:

@@ -1,0 +1,559 @@
+"""Sources to a whole folder: what is in it, what is refused, and what is left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imnet_prep import convert as conversion
+from imnet_prep import shard_task
+from imnet_prep.convert import ConvertOptions, convert, dry_run
+from imnet_prep.errors import BudgetError, ImnetError, IntegrityError, Interrupted, PlanError, SourceError
+from imnet_prep.manifest import load_manifest, read_records
+from imnet_prep.mindrecord import Shard
+from imnet_prep.plan import PlanOptions
+from imnet_prep.types import Progress
+from imnet_prep.verify import verify
+from tests import synthetic
+from tests.imnet_prep.conversions import digests, names, quiet, run
+from tests.synthetic import jpeg, make_image_folder, make_imagenet
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("source"), 3, 8)
+
+
+@pytest.fixture(scope="module")
+def records(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished records of ``source``: to be copied, never changed."""
+    out = tmp_path_factory.mktemp("records") / "records"
+    run(source, out, shards=2)
+    return out
+
+
+def whole(folder: Path) -> bool:
+    return verify(folder, "hash", 1, quiet).ok
+
+
+# --- what is in it ---------------------------------------------------------------------------------------------------
+
+
+def test_every_record_is_its_source_image(source: Path, records: Path) -> None:
+    manifest = load_manifest(records)
+    for split, info in manifest.splits.items():
+        shards = [Shard(records / shard.file) for shard in info.shards]
+        lines = list(read_records(records, info))
+        assert len(lines) == info.images == 24
+        for line in lines:
+            fields = shards[line.shard].fields(line.row)
+            assert shards[line.shard].image(line.row) == (source / split / line.file_name).read_bytes()
+            assert fields == {"file_name": line.file_name, "label": line.label}
+            assert manifest.classes[line.label] == line.file_name.split("/")[0]
+        for shard in shards:
+            shard.close()
+
+
+def test_same_input_elsewhere_gives_the_same_bytes(source: Path, records: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(source, tmp_path / "another place" / "photos")
+    run(copy, tmp_path / "out", shards=2, workers=2)
+    assert digests(tmp_path / "out") == digests(records)
+
+
+def test_folder_holds_nothing_else_and_no_path(source: Path, records: Path) -> None:
+    assert names(records) == {"manifest.json", "rejected.jsonl", "train", "val"}
+    assert names(records.parent) == {"records"}
+    assert str(source) not in (records / "manifest.json").read_text()
+    assert whole(records)
+
+
+def test_awkward_names_everywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "ü 空 100%#?'\" x"
+    source = make_image_folder(folder / "in # put", ["a b", "c'd", "é%20", "#?&"], 3, ())
+    os.rename(source / "a b" / "a b_all_0.jpg", source / "a b" / "ü 空 %#?'\".jpg")
+    result = run(source, folder / "out ?#")
+    assert result.manifest.splits["train"].images == 12
+    assert result.manifest.classes == ("#?&", "a b", "c'd", "é%20")
+    assert whole(folder / "out ?#")
+
+
+def test_relative_paths(source: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path(os.path.relpath(source)), Path("made/by/../records"), shards=2)
+    assert digests(tmp_path / "made" / "records") == digests(records)
+
+
+def test_source_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(source, tmp_path / "source")
+    before = digests(copy)
+    for folder, _, _ in os.walk(copy):
+        os.chmod(folder, 0o555)
+    run(copy, tmp_path / "out")
+    assert digests(copy) == before
+
+
+def test_odd_images_are_converted_or_rejected_and_all_accounted_for(tmp_path: Path) -> None:
+    made = make_imagenet(tmp_path / "archives", classes=4, per_class=3)
+    result = run([made.train, made.val, made.devkit], tmp_path / "out")
+    for info in result.manifest.splits.values():
+        assert info.found == info.images + sum(info.rejected.values())
+    train = result.manifest.splits["train"]
+    assert train.found == len(made.train_names)
+    lines = {line.file_name: line for line in read_records(tmp_path / "out", train)}
+    rejected = {
+        item["file_name"]: item["reason"]
+        for item in map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    }
+    for name, odd in made.odd.items():
+        if odd.reason is None:
+            assert set(odd.changes) <= set(lines[name].changes)
+        else:
+            assert rejected[name] == odd.reason
+    assert {item["name"] for item in result.manifest.sources} == {made.train.name, made.val.name, made.devkit.name}
+    assert all(item["sha256"] and item["md5"] for item in result.manifest.sources)
+    assert whole(tmp_path / "out")
+
+
+def test_missing_val_image_is_named_and_the_others_keep_their_labels(tmp_path: Path) -> None:
+    made = make_imagenet(tmp_path / "archives", missing_val=[4])
+    result = run([made.val, made.devkit], tmp_path / "out")
+    labels = {wnid: label for label, wnid in enumerate(result.manifest.classes)}
+    lines = list(read_records(tmp_path / "out", result.manifest.splits["val"]))
+    assert len(lines) == len(made.val_labels) - 1
+    for line in lines:
+        number = int(Path(line.file_name).stem.rsplit("_", 1)[1])
+        assert line.label == labels[made.val_labels[number]]
+    assert any("ILSVRC2012_val_00000004" in note for note in result.notes)
+
+
+def test_test_split_has_no_labels(tmp_path: Path) -> None:
+    made = make_imagenet(tmp_path / "archives", test=5)
+    result = run([made.train, made.test], tmp_path / "out")
+    test = result.manifest.splits["test"]
+    assert test.images == 5
+    assert sum(test.class_counts) == 0
+    assert {line.label for line in read_records(tmp_path / "out", test)} == {-1}
+    assert whole(tmp_path / "out")
+
+
+def test_split_of_a_plain_folder(tmp_path: Path) -> None:
+    source = make_image_folder(tmp_path / "in", 2, 3, ())
+    assert set(run(source, tmp_path / "out", split="val").manifest.splits) == {"val"}
+
+
+def test_label_space_file_gives_labels_to_classes_without_images(source: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "classes"
+    listed.write_text("\n".join(["zero", *reversed(synthetic.WNIDS[:3])]))
+    manifest = run(source, tmp_path / "out", label_space=str(listed)).manifest
+    assert manifest.classes == ("zero", *reversed(synthetic.WNIDS[:3]))
+    assert manifest.splits["train"].class_counts == (0, 8, 8, 8)
+
+
+def test_split_whose_every_image_is_rejected(tmp_path: Path) -> None:
+    source = make_image_folder(tmp_path / "in", 2, 3)
+    for path in (source / "val").rglob("*.jpg"):
+        path.write_bytes(b"")
+    manifest = run(source, tmp_path / "out").manifest
+    assert manifest.splits["val"].images == 0
+    assert manifest.splits["val"].rejected == {"empty": 6}
+    assert manifest.splits["val"].shards == ()
+    assert whole(tmp_path / "out")
+
+
+def test_class_whose_every_image_is_rejected_keeps_its_label(tmp_path: Path) -> None:
+    source = make_image_folder(tmp_path / "in", ["a", "b", "c"], 3, ())
+    for path in (source / "b").iterdir():
+        path.write_bytes(b"not an image")
+    manifest = run(source, tmp_path / "out").manifest
+    assert manifest.classes == ("a", "b", "c")
+    assert manifest.splits["train"].class_counts == (3, 0, 3)
+
+
+def test_nothing_left_is_over_every_budget(tmp_path: Path) -> None:
+    source = make_image_folder(tmp_path / "in", 2, 2, ())
+    for path in source.rglob("*.jpg"):
+        path.write_bytes(b"x")
+    with pytest.raises(BudgetError, match="4 of 4 images rejected"):
+        run(source, tmp_path / "out")
+
+
+def test_duplicates_are_counted_or_rejected(tmp_path: Path) -> None:
+    source = make_image_folder(tmp_path / "in", 2, 5)
+    for split, name in (("train", "a.jpg"), ("train", "b.jpg"), ("val", "c.jpg")):
+        (source / split / synthetic.WNIDS[0] / name).write_bytes(jpeg(0, 12345))
+    kept = run(source, tmp_path / "kept").manifest.splits
+    assert (kept["train"].duplicates, kept["val"].duplicates) == (1, 1)
+    # They were asked for, so they are no reason to stop.
+    only = run(source, tmp_path / "only", duplicates="reject", max_rejected="0").manifest.splits
+    assert only["train"].rejected == {"duplicate": 2}
+    assert (only["train"].duplicates, only["val"].duplicates) == (0, 0)
+
+
+def test_row_that_outgrows_its_page_is_stored_all_the_same(tmp_path: Path) -> None:
+    source = make_image_folder(tmp_path / "in", 1, 40, (), width=64, height=64)
+    flat = synthetic.encode(synthetic.picture(0, 0, 8, 8).repeat(150, 0).repeat(150, 1), "PNG")
+    (source / synthetic.WNIDS[0] / "flat.jpg").write_bytes(flat)  # a PNG that is far larger as a JPEG
+    results = [run(source, tmp_path / name, shards=5, workers=workers) for name, workers in (("a", 1), ("b", 2))]
+    assert results[0].manifest.splits["train"].images == 41
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert whole(tmp_path / "a")
+    shard = results[0].manifest.splits["train"].page_size
+    assert all(Shard(path).header.page_size == shard for path in (tmp_path / "a" / "train").glob("*.mindrecord"))
+
+
+def test_source_that_changes_meanwhile_is_rejected_not_torn(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(source, tmp_path / "in")
+
+    first = copy / "train" / synthetic.WNIDS[0] / f"{synthetic.WNIDS[0]}_train_0.jpg"
+    second = copy / "train" / synthetic.WNIDS[1] / f"{synthetic.WNIDS[1]}_train_0.jpg"
+
+    def change(task: Any) -> None:
+        first.write_bytes(b"short")
+        second.unlink(missing_ok=True)
+
+    monkeypatch.setattr(conversion, "finished", change)  # asked when the plan is made
+    train = run(copy, tmp_path / "out").manifest.splits["train"]
+    assert train.rejected == {"unreadable": 2}
+    assert train.found == 24
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "fits"), [("2", True), ("1", False), ("10%", True), ("7.9%", False), ("0", False)])
+def test_budget(tmp_path: Path, budget: str, fits: bool) -> None:
+    source = make_image_folder(tmp_path / "in", 2, 10, ())
+    for path in sorted(source.rglob("*.jpg"))[:2]:
+        path.write_bytes(path.read_bytes()[:-30])
+    if fits:
+        assert run(source, tmp_path / "out", max_rejected=budget).manifest.splits["train"].images == 18
+    else:
+        with pytest.raises(BudgetError, match=rf"2 of 20 .*truncated 2.*{budget}") as caught:
+            run(source, tmp_path / "out", max_rejected=budget)
+        assert caught.value.exit_code == 3
+        listed = (tmp_path / "out.partial" / "rejected.jsonl").read_text().splitlines()
+        assert len(listed) == 2
+        run(source, tmp_path / "out", max_rejected="50%")  # the same command with a larger budget goes on
+        assert names(tmp_path) == {"in", "out"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"workers": 0}, {"workers": -1}, {"max_rejected": "many"}, {"max_rejected": "-1"}, {"max_rejected": "1 %"},
+        {"executor": "ray"}, {"executor": "dask"}, {"scheduler": "tcp://x"},
+    ],
+)  # fmt: skip
+def test_options_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PlanError):
+        ConvertOptions(**wrong)
+
+
+# --- where it may go -------------------------------------------------------------------------------------------------
+
+
+def put_file(out: Path) -> None:
+    out.write_text("mine")
+
+
+def put_folder(out: Path) -> None:
+    (out / "mine").mkdir(parents=True)
+
+
+def put_foreign_manifest(out: Path) -> None:
+    put_folder(out)
+    (out / "manifest.json").write_text('{"name": "extension"}')
+
+
+@pytest.mark.parametrize("put", [put_file, put_folder, put_foreign_manifest])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_no_conversion_made_is_never_touched(
+    source: Path, tmp_path: Path, put: Callable[[Path], None], force: bool
+) -> None:
+    put(tmp_path / "out")
+    before = digests(tmp_path)
+    with pytest.raises(ImnetError):
+        run(source, tmp_path / "out", force=force)
+    assert digests(tmp_path) == before
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("inside", [".", ".."])
+def test_source_is_never_replaced(source: Path, tmp_path: Path, inside: str) -> None:
+    copy = shutil.copytree(source, tmp_path / "a" / "photos")
+    before = digests(copy)
+    with pytest.raises(PlanError, match="the source"):
+        run(copy, copy / inside, force=True)
+    assert digests(copy) == before
+    assert names(tmp_path / "a") == {"photos"}
+
+
+def test_existing_empty_folder_is_used(source: Path, records: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run(source, tmp_path / "out", shards=2)
+    assert digests(tmp_path / "out") == digests(records)
+    assert names(tmp_path) == {"out"}
+
+
+def test_link_to_a_folder_is_followed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/records")
+    run(source, tmp_path / "link")
+    assert whole(tmp_path / "disk" / "records")
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not os.path.exists("/proc/1/cwd"), reason="needs /proc")
+def test_place_that_cannot_be_written(source: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be"):
+        run(source, Path("/proc/nowhere/records"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"label_space": "imagenet2k"}, PlanError), ({"keep_classes": Path("none")}, PlanError),
+        ({"split": "dev"}, SourceError),
+    ],
+)  # fmt: skip
+def test_failure_before_the_work_leaves_nothing(
+    source: Path, tmp_path: Path, options: dict[str, Any], error: type[ImnetError]
+) -> None:
+    with pytest.raises(error):
+        run(source, tmp_path / "deep" / "er" / "out", **options)
+    assert names(tmp_path) == set()
+
+
+def test_interruption_before_the_work_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert([source], tmp_path / "out", None, PlanOptions(), ConvertOptions(workers=1), quiet, lambda: True)
+    assert names(tmp_path) == set()
+
+
+def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def meanwhile(state: Progress) -> None:
+        if not refused:
+            with pytest.raises(PlanError, match="another conversion is at work") as caught:
+                run(source, tmp_path / "out")
+            refused.append(str(caught.value))
+
+    convert([source], tmp_path / "out", None, PlanOptions(), ConvertOptions(workers=1), meanwhile, lambda: False)
+    assert refused
+    assert names(tmp_path) == {"out"}
+
+
+# --- again -----------------------------------------------------------------------------------------------------------
+
+
+def test_finished_folder_asked_for_again_is_done(source: Path, records: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(records, tmp_path / "out")
+    result = run(source, out, shards=2)
+    assert result.already_done
+    assert result.to_json()["images"] == 48
+    assert names(tmp_path) == {"out"}
+
+
+def test_finished_folder_with_a_shard_missing_is_not_done(source: Path, records: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(records, tmp_path / "out")
+    shard = next((out / "train").glob("*.mindrecord"))
+    shard.unlink()
+    with pytest.raises(IntegrityError, match=shard.name):
+        run(source, out, shards=2)
+    assert run(source, out, shards=2, force=True).already_done is False
+    assert digests(out) == digests(records)
+
+
+def test_another_plan_needs_force_and_replaces_at_the_end(source: Path, records: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(records, tmp_path / "out")
+    before = digests(out)
+    with pytest.raises(PlanError, match="another plan"):
+        run(source, out, shards=3)
+    assert digests(out) == before
+
+    def still_there(state: Progress) -> None:
+        assert digests(out) == before
+
+    options = ConvertOptions(workers=1, force=True)
+    convert([source], out, None, PlanOptions(shards=3), options, still_there, lambda: False)
+    assert len(load_manifest(out).splits["train"].shards) == 3
+    assert names(tmp_path) == {"out"}
+
+
+def test_forced_run_that_fails_keeps_the_old_folder(source: Path, records: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(records, tmp_path / "out")
+    before = digests(out)
+    bad = shutil.copytree(source, tmp_path / "bad")
+    for path in (bad / "val").rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(BudgetError):
+        run(bad, out, force=True, max_rejected="1%")
+    assert digests(out) == before
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("die_at", [0, 1])
+def test_killed_while_it_takes_its_place(
+    source: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool, die_at: int
+) -> None:
+    """Between the renames there is an old or a new folder somewhere, and the same command finishes."""
+    from imnet_prep import workspace
+
+    class Killed(BaseException):
+        pass
+
+    out = shutil.copytree(records, tmp_path / "out")
+    if not in_one_step:
+        monkeypatch.setattr(workspace, "exchange", lambda one, other: False)
+    renames: list[object] = []
+    rename = os.rename
+
+    def dying(one: Path, other: Path) -> None:
+        if len(renames) == die_at:
+            raise Killed
+        renames.append(one)
+        rename(one, other)
+
+    def discard_until_it_took_its_place(path: Path) -> None:
+        if renames and in_one_step:
+            raise Killed
+        discard(path)
+
+    discard = getattr(workspace, "_discard")  # noqa: B009
+    monkeypatch.setattr(os, "rename", dying)
+    monkeypatch.setattr(workspace, "_discard", discard_until_it_took_its_place)
+    with pytest.raises(Killed):
+        run(source, out, shards=3, force=True)
+    monkeypatch.undo()
+    assert whole(out if out.exists() else tmp_path / "out.partial")
+    result = run(source, out, shards=3)
+    assert result.images_now == 0
+    assert len(load_manifest(out).splits["train"].shards) == 3
+    assert names(tmp_path) == {"out"}
+
+
+def test_unfinished_work_of_another_plan_is_not_thrown_away(source: Path, tmp_path: Path) -> None:
+    def leave(state: Progress) -> None:
+        if state.unit == "images" and state.done:
+            raise Interrupted("enough")
+
+    with pytest.raises(Interrupted):
+        convert([source], tmp_path / "out", None, PlanOptions(shards=4), ConvertOptions(workers=1), leave,
+                lambda: False)  # fmt: skip
+    before = digests(tmp_path / "out.partial")
+    with pytest.raises(PlanError, match="unfinished conversion with another plan"):
+        run(source, tmp_path / "out", shards=4, seed=1)
+    assert digests(tmp_path / "out.partial") == before
+    run(source, tmp_path / "out", shards=4, seed=1, force=True)
+    assert load_manifest(tmp_path / "out").seed == 1
+    assert names(tmp_path) == {"out"}
+
+
+# --- a full disk, at each place that writes --------------------------------------------------------------------------
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["make_plan", "write_atomically", "begin", "commit", "publish"])
+def test_full_disk_is_one_error_and_the_same_command_goes_on(
+    source: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, place, full)
+        with pytest.raises(PlanError, match=r"the disk is full; expected about [\d,]+ more bytes free"):
+            run(source, tmp_path / "out", shards=2)
+    run(source, tmp_path / "out", shards=2)
+    assert digests(tmp_path / "out") == digests(records)
+    assert names(tmp_path) == {"out"}
+
+
+def test_disk_that_is_too_small_is_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(PlanError, match="more bytes free"):
+        run(source, tmp_path / "out")
+    assert names(tmp_path) == set()
+
+
+# --- the preview -----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_tells_the_plan_and_leaves_nothing(source: Path, records: Path, tmp_path: Path) -> None:
+    preview = dry_run([source], tmp_path / "deep" / "out", None, PlanOptions(shards=2), ConvertOptions(), quiet,
+                      lambda: False).to_json()  # fmt: skip
+    manifest = load_manifest(records)
+    assert preview["images"] == 48
+    assert preview["shards"] == 4
+    assert preview["classes"] == len(manifest.classes)
+    assert preview["splits"]["train"]["page_size"] == manifest.splits["train"].page_size
+    assert preview["disk_needed"] >= sum(path.stat().st_size for path in records.rglob("*") if path.is_file()) * 0.8
+    assert preview["seconds_estimated"] >= 0
+    assert names(tmp_path) == set()
+
+
+def test_dry_run_names_the_missing_val_image(tmp_path: Path) -> None:
+    made = make_imagenet(tmp_path / "archives", missing_val=[2])
+    preview = dry_run([made.val, made.devkit], tmp_path / "out", None, PlanOptions(), ConvertOptions(), quiet,
+                      lambda: False)  # fmt: skip
+    assert "ILSVRC2012_val_00000002" in json.dumps(preview.to_json())
+
+
+# --- archives are read once ------------------------------------------------------------------------------------------
+
+
+def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from imnet_prep.sources import archives
+
+    made = make_imagenet(tmp_path / "archives", odd=False)
+    read: list[str] = []
+    digest = getattr(archives, "digests")  # noqa: B009
+
+    def counted(path: Path, progress: Any = None) -> Any:
+        read.append(path.name)
+        return digest(path, progress)
+
+    monkeypatch.setattr(archives, "digests", counted)
+
+    def stop_at_work(task: Any) -> None:
+        raise Interrupted("enough")
+
+    arguments = [made.train, made.val, made.devkit]
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "finished", stop_at_work)
+        with pytest.raises(Interrupted):
+            run(arguments, tmp_path / "out")
+        assert len(read) == 3
+        patch.setattr(conversion, "make_plan", full)
+        with pytest.raises(Interrupted):
+            run(arguments, tmp_path / "out")
+        assert len(read) == 3
+    data = bytearray(made.val.read_bytes())
+    at = data.index(b"\xff\xd8") + 20
+    data[at] ^= 1
+    made.val.write_bytes(data)
+    with pytest.raises(PlanError, match="other archives"):
+        run(arguments, tmp_path / "out")
+    assert len(read) == 4
+    run(arguments, tmp_path / "out", force=True)
+    assert whole(tmp_path / "out")
+
+
+def test_worker_left_behind_touches_no_other_plan(source: Path, tmp_path: Path) -> None:
+    (tmp_path / ".work").mkdir()
+    (tmp_path / ".work" / "plan.json").write_text('{"plan": "aaaa"}')
+    with pytest.raises(PlanError, match="taken over"):
+        shard_task.check_plan(tmp_path, "bbbb")
