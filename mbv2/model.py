@@ -15,6 +15,7 @@ Block 0 has no `expand`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -190,7 +191,7 @@ def _keep_statistics(unit: _Unit, mean: ms.Tensor, variance: ms.Tensor) -> None:
 
 
 class _NativeBlock(nn.Cell):
-    """The C++ twin of a `_Block`, on its parameters and on (N, H, W, C); the first one begins at the image, with the stem."""
+    """The C++ twin of a `_Block`, on its parameters and on (N, H, W, C); the first begins at the image."""
 
     def __init__(self, config: ModelConfig, block: _Block, stem: _Unit | None = None) -> None:
         super().__init__()
@@ -200,14 +201,15 @@ class _NativeBlock(nn.Cell):
         self.depthwise = block.depthwise
         self.project = block.project
         self.frozen = False
-        options = {
-            "stem": stem is not None,
-            "stride": block.shape.stride,
-            "same": config.padding == "same",
-            "residual": block.shape.residual and stem is None,
-        }
-        self.switches = operators.switches(**options)
-        self.frozen_switches = operators.switches(**options, frozen=True)
+        switches = functools.partial(
+            operators.switches,
+            stem=stem is not None,
+            stride=block.shape.stride,
+            same=config.padding == "same",
+            residual=block.shape.residual and stem is None,
+        )
+        self.switches = switches()
+        self.frozen_switches = switches(frozen=True)
         self.numbers = operators.numbers(config.bn_eps, config.bn_momentum, config.mean, config.std)
         self.train_operator = operators.block_train(stem=stem is not None, stride=block.shape.stride)
         self.infer_operator = operators.block_infer(stem=stem is not None, stride=block.shape.stride)

@@ -1,7 +1,7 @@
 """C++ operators for MobileNetV2 on a CPU: whether they are here, and a direct way to call them.
 
-The library is plain C, built by the package's own build; `docs/kernels.md` lists its operators. This module loads it with
-ctypes and imports no MindSpore; `mbv2.kernels.operators` makes MindSpore operators of it.
+The library is plain C, built by the package's own build; `docs/kernels.md` lists its operators. This module loads it
+with ctypes and imports no MindSpore; `mbv2.kernels.operators` makes MindSpore operators of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from imnet_prep.errors import TrainError
 
 ENVIRONMENT = "MBV2_KERNELS"
 """Set to "standard" to hide the operators: everything then runs on MindSpore's own."""
+
+_REMEDY = "install a C++17 compiler such as g++, then `pip install` this package again"
 
 LIBRARY = Path(__file__).parent / "mbv2_kernels.so"
 
@@ -94,9 +96,9 @@ def _problem() -> str | None:
     if os.environ.get(ENVIRONMENT) == "standard":
         return f"the C++ operators are switched off by {ENVIRONMENT}=standard"
     if not LIBRARY.exists():
-        return "the C++ operators are not built: install a C++17 compiler such as g++, then `pip install` this package again"
+        return f"the C++ operators are not built: {_REMEDY}"
     try:
         _library()
     except OSError as error:
-        return f"the C++ operators do not load here: {error}; run `pip install` of this package again with a C++17 compiler"
+        return f"the C++ operators do not load here, {error}: {_REMEDY}"
     return None

@@ -1,8 +1,8 @@
 """MindSpore operators made of the C++ library: a whole inverted residual each, with its gradient.
 
-One operator runs 1x1 expansion, depthwise 3x3 and 1x1 projection with their BatchNorms; the first takes the image and runs
-the stem and block 0; the last runs the head and the pooling. Within one, normalised activations are never stored: whoever
-reads a convolution's output normalises it while loading. Activations between operators are channels-last.
+One operator runs 1x1 expansion, depthwise 3x3 and 1x1 projection with their BatchNorms; the first takes the image and
+runs the stem and block 0; the last runs the head and the pooling. Within one, normalised activations are never stored:
+whoever reads a convolution's output normalises it while loading. Activations between operators are channels-last.
 """
 
 from __future__ import annotations
@@ -83,36 +83,21 @@ class BlockShapes:
 def block_train(*, stem: bool, stride: int) -> ops.Custom:
     """Training forward of one block.
 
-    Inputs: x or image; then weight, gamma, beta, moving mean, moving variance of each of the three convolutions; switches;
-    numbers. Outputs: z, three stored convolution outputs, three saved BatchNorms, and three pairs of new moving statistics.
+    Inputs: x or image; then weight, gamma, beta, moving mean, moving variance of each of the three convolutions;
+    switches; numbers. Outputs: z, three stored convolution outputs, three saved BatchNorms, and three pairs of new
+    moving statistics.
     """
     shapes = BlockShapes(stem=stem, stride=stride)
     prefix = "stem_block" if stem else "block"
     gradient = _custom(f"{prefix}_grad", shapes.grad, 9 if stem else 10)
     zeros = ops.ZerosLike()
 
-    def bprop(  # noqa: PLR0917 - MindSpore calls it with the operator's inputs, outputs and output gradients
-        x,
-        w1,
-        g1,
-        b1,
-        m1,
-        v1,
-        wd,
-        g2,
-        b2,
-        m2,
-        v2,
-        w3,
-        g3,
-        b3,
-        m3,
-        v3,
-        ints,
-        floats,
-        out,
-        dout,  # type: ignore[no-untyped-def]
-    ):
+    # fmt: off
+    def bprop(
+        x: Any, w1: Any, g1: Any, b1: Any, m1: Any, v1: Any, wd: Any, g2: Any, b2: Any, m2: Any, v2: Any,
+        w3: Any, g3: Any, b3: Any, m3: Any, v3: Any, ints: Any, floats: Any, out: Any, dout: Any,
+    ) -> Any:
+        # fmt: on
         d = gradient(dout[0], x, out[1], out[2], out[3], out[4], out[5], out[6], w1, wd, w3, ints, floats)
         if stem:
             d = (zeros(x), d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7], d[8])
@@ -150,13 +135,13 @@ def _head_infer_shape(*s: Shape) -> list[int]:
 def head_train() -> ops.Custom:
     """Head convolution, BatchNorm, ReLU6 and pooling.
 
-    Inputs: x, weight, gamma, beta, moving mean, moving variance, switches, numbers. Outputs: pooled (N, features), the stored
-    convolution output, the saved BatchNorm, the new moving statistics.
+    Inputs: x, weight, gamma, beta, moving mean, moving variance, switches, numbers. Outputs: pooled (N, features), the
+    stored convolution output, the saved BatchNorm, the new moving statistics.
     """
     gradient = _custom("head_grad", _head_grad_shapes, 4)
     zeros = ops.ZerosLike()
 
-    def bprop(x, w, g, b, m, v, ints, floats, out, dout):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    def bprop(x: Any, w: Any, g: Any, b: Any, m: Any, v: Any, ints: Any, floats: Any, out: Any, dout: Any) -> Any:
         d = gradient(dout[0], x, out[1], out[2], w, ints, floats)
         return d[0], d[1], d[2], d[3], zeros(m), zeros(v), zeros(ints), zeros(floats)
 
