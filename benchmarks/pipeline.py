@@ -68,7 +68,7 @@ def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[i
 
     import numpy as np
 
-    from imnet_prep.augment import EvalOptions, TrainOptions, eval_geometry, train_geometry
+    from imnet_prep.augment import EvalOptions, TrainOptions, crop_draws, eval_geometry, train_geometry
     from imnet_prep.native import NativeDecoder
 
     images = [path.read_bytes() for path in sorted((root / "files").rglob("*.JPEG"))]
@@ -81,7 +81,7 @@ def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[i
     def work(number: int, epoch: int) -> int:
         rows = np.asarray(parts[number % len(parts)])
         if mode == "train":
-            geometry = train_geometry(TrainOptions(BATCH, SIZE), sizes[rows], 0, epoch, ids[rows])
+            geometry = train_geometry(TrainOptions(BATCH, SIZE), sizes[rows], crop_draws(0, epoch, ids[rows]))
         else:
             geometry = eval_geometry(EvalOptions(BATCH, SIZE), sizes[rows])
         chosen = [images[row] for row in rows]

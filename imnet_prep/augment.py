@@ -141,10 +141,13 @@ class Geometry:
     flip: NDArray[np.bool_]
 
 
-def train_geometry(
-    options: TrainOptions, sizes: NDArray[np.int32], seed: int, epoch: int, ids: NDArray[np.uint64]
-) -> Geometry:
-    """Draw RandomResizedCrop and the flip.
+def crop_draws(seed: int, epoch: int, ids: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Make the draws behind a crop and a flip, whatever the image's size: float64 (N, 1 + attempts, 4)."""
+    return uniforms(seed, epoch, ids, (Stream.FLIP, *range(Stream.CROP, Stream.CROP + CROP_ATTEMPTS)))
+
+
+def train_geometry(options: TrainOptions, sizes: NDArray[np.int32], draws: NDArray[np.float64]) -> Geometry:
+    """Place RandomResizedCrop and the flip.
 
     Ten attempts: the area a uniform fraction of the image's in ``scale``, the aspect log-uniform in ``ratio``; the
     first that fits is placed uniformly. If none fits, the largest central crop with an allowed aspect.
@@ -152,14 +155,14 @@ def train_geometry(
     Args:
         options: The ranges.
         sizes: int32 (N, 2), width and height of each image, pixels.
-        seed: Of the run. epoch: From 0. ids: uint64 (N,), record ids.
+        draws: float64 (N, 1 + attempts, 4), from :func:`crop_draws`.
 
     Returns:
         Whole-pixel crops; nothing outside a crop is looked at.
 
     Source: Szegedy et al., "Going deeper with convolutions", 2014, section 6; torchvision's RandomResizedCrop.
     """
-    drawn = uniforms(seed, epoch, ids, np.arange(Stream.CROP, Stream.CROP + CROP_ATTEMPTS))
+    drawn = draws[:, 1:]
     width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     low, high = options.scale
     area = width * height * (low + (high - low) * drawn[..., 0])
@@ -168,7 +171,7 @@ def train_geometry(
     wide, tall = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
     first = fits.argmax(axis=1)
-    pick = np.arange(len(ids)), first
+    pick = np.arange(len(sizes)), first
     wide, tall = wide[pick], tall[pick]
     width, height = width[:, 0], height[:, 0]
     left = np.floor(drawn[..., 2][pick] * (width - wide + 1))
@@ -181,8 +184,7 @@ def train_geometry(
         left = np.where(none, (width - wide) // 2, left)
         top = np.where(none, (height - tall) // 2, top)
     limits = np.stack([left, top, left + wide, top + tall], axis=1)
-    flip = uniforms(seed, epoch, ids, Stream.FLIP)[:, 0] < options.flip_prob
-    return Geometry(limits.astype(np.int32), limits, flip)
+    return Geometry(limits.astype(np.int32), limits, draws[:, 0, 0] < options.flip_prob)
 
 
 def eval_geometry(options: EvalOptions, sizes: NDArray[np.int32]) -> Geometry:

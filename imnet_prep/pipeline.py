@@ -28,6 +28,7 @@ from imnet_prep.augment import (
     EvalOptions,
     Geometry,
     TrainOptions,
+    crop_draws,
     erase_boxes,
     eval_geometry,
     mix,
@@ -85,11 +86,12 @@ class StageTimes:
 class _Pending:
     """A batch in the making."""
 
-    __slots__ = ("chunks", "epoch", "faults", "future", "image", "lock", "positions")
+    __slots__ = ("chunks", "draws", "epoch", "faults", "future", "image", "lock", "positions")
 
     def __init__(self, positions: NDArray[np.int64], epoch: int, image: NDArray[np.uint8], chunks: int) -> None:
         self.positions, self.epoch, self.image, self.chunks = positions, epoch, image, chunks
         self.faults: list[Fault] = []
+        self.draws: NDArray[np.float64] | None = None
         self.lock = threading.Lock()
         self.future: Future[Batch] = Future()
 
@@ -312,8 +314,7 @@ class Batches:
             sizes = sizes[keep]
         if not rows:
             return rows
-        ids = self._table.ids[pending.positions[rows]]
-        geometry = self._geometry(sizes, pending.epoch, ids)
+        geometry = self._geometry(pending, sizes, rows)
         whole = rows[-1] - rows[0] + 1 == len(rows)  # then the decoder writes straight into the batch
         out = pending.image[rows[0] : rows[-1] + 1] if whole else np.empty_like(pending.image[: len(rows)])
         found = self._decoder.decode(images, geometry, self.options.interpolation, out)
@@ -321,10 +322,13 @@ class Batches:
             pending.image[rows] = out
         return _without(rows, images, found, faults)[0] if found else rows
 
-    def _geometry(self, sizes: NDArray[np.int32], epoch: int, ids: NDArray[np.uint64]) -> Geometry:
-        if isinstance(self.options, TrainOptions):
-            return train_geometry(self.options, sizes, self.seed, epoch, ids)
-        return eval_geometry(self.options, sizes)
+    def _geometry(self, pending: _Pending, sizes: NDArray[np.int32], rows: list[int]) -> Geometry:
+        if not isinstance(self.options, TrainOptions):
+            return eval_geometry(self.options, sizes)
+        with pending.lock:  # one call for the batch costs what one for a chunk does
+            if pending.draws is None:
+                pending.draws = crop_draws(self.seed, pending.epoch, self._table.ids[pending.positions])
+        return train_geometry(self.options, sizes, pending.draws[rows])
 
     def _augment(self, pending: _Pending, rows: list[int]) -> None:
         options = self.options

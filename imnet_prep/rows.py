@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import binascii
 import gzip
 import hashlib
 import json
 import os
 import re
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,11 @@ from imnet_prep.mindrecord import LENGTH, Shard, connect_index, index_path, read
 
 # A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks); any other form goes through json.
 _LINE = re.compile(
-    rb'\{(?:"changes":\[[^\]]*\],)?"file_name":"([^"\\]*)","height":\d+,"label":(-?\d+),"row":(\d+),'
-    rb'"sha256":"([0-9a-f]{64})","shard":(\d+)[,}]'
+    rb'^\{(?:"changes":\[[^\]]*\],)?"file_name":"([^"\\]*)","height":\d+,"label":(-?\d+),"row":(\d+),'
+    rb'"sha256":"([0-9a-f]{64})","shard":(\d+)[,}]',
+    re.MULTILINE,
 )
+CHUNK_BYTES = 1 << 20
 NO_LABEL = -2  # in place of a label that the index does not carry; -1 is the test split's
 IMAGE_FIELDS = ("image", "data")  # ours and ImageNetToMR's; hand-written ones
 
@@ -131,7 +136,7 @@ def _read_places(path: Path) -> NDArray[np.int64]:
             query = f"SELECT PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END, {label} FROM INDEXES ORDER BY ROW_ID"
             found = connection.execute(query)
             # One number at a time: a list of a million tuples would cost 300 bytes a row.
-            return np.fromiter((value for row in found for value in row), dtype=np.int64).reshape(-1, 4)
+            return np.fromiter(chain.from_iterable(found), dtype=np.int64).reshape(-1, 4)
         finally:
             connection.close()
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
@@ -158,8 +163,8 @@ def _read_list(
     count = 0
     prefix = f"{split}/".encode()
     expected = np.stack([shard, row], axis=1)
-    for lines in _line_chunks(path):
-        names, digests, places = _parse_lines(path, lines, count)
+    for chunk in _line_chunks(path):
+        names, digests, places = _parse_lines(path, chunk, count)
         end = count + len(names)
         if end <= len(label) and label[count] == NO_LABEL:
             label[count:end] = places[:, 2]
@@ -168,7 +173,7 @@ def _read_list(
             raise RecordsError(f"{path}: lists other records than the shards' indexes hold")
         hashed = b"".join([hashlib.sha256(prefix + name).digest()[:8] for name in names])
         ids[count:end] = np.frombuffer(hashed, dtype="<u8")
-        digest[count:end] = np.frombuffer(bytes.fromhex("".join([text[:16] for text in digests])), dtype="<u8")
+        digest[count:end] = np.frombuffer(binascii.unhexlify(b"".join([text[:16] for text in digests])), dtype="<u8")
         count = end
     if count != len(label):
         raise RecordsError(f"{path}: the record list is short", expected=f"{len(label)} lines", got=f"{count}")
@@ -177,39 +182,38 @@ def _read_list(
     return ids, digest
 
 
-def _line_chunks(path: Path) -> Iterator[list[bytes]]:
+def _line_chunks(path: Path) -> Iterator[bytes]:
+    """Whole lines, about a megabyte at a time."""
     try:
         with gzip.open(path, "rb") as file:
-            while lines := file.readlines(1 << 20):
-                yield lines
-    except (OSError, EOFError, ValueError) as error:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk + file.readline()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise RecordsError(
             f"{path}: the record list cannot be read", got=str(error), remedy="restore it or convert again"
         ) from error
 
 
-def _parse_lines(path: Path, lines: list[bytes], before: int) -> tuple[list[bytes], list[str], NDArray[np.int32]]:
+def _parse_lines(path: Path, chunk: bytes, before: int) -> tuple[list[bytes], list[bytes], NDArray[np.int32]]:
     """File names (UTF-8), SHA-256 (hex) and int32 (lines, 3) shard, row and label."""
-    names: list[bytes] = []
-    digests: list[str] = []
-    places: list[tuple[int, int, int]] = []
-    match = _LINE.match
-    for number, line in enumerate(lines):
-        found = match(line)
-        if found is not None:
-            name, label, row, sha256, shard = found.groups()
-            places.append((int(shard), int(row), int(label)))
-            names.append(name)
-            digests.append(sha256.decode())
-            continue
-        try:
-            values: dict[str, Any] = json.loads(line)
-            places.append((int(values["shard"]), int(values["row"]), int(values["label"])))
-            names.append(str(values["file_name"]).encode())
-            digests.append(bytes.fromhex(values["sha256"]).hex())
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecordsError(f"{path}: line {before + number + 1} is damaged", got=str(error)) from error
-    return names, digests, np.array(places, dtype=np.int32).reshape(-1, 3)
+    found: list[tuple[bytes, bytes, bytes, bytes, bytes]] = _LINE.findall(chunk)
+    lines = chunk.count(b"\n") + (not chunk.endswith(b"\n"))
+    if len(found) != lines:
+        found = [_parse_line(path, line, before + number) for number, line in enumerate(chunk.splitlines())]
+    names, label, row, sha256, shard = zip(*found, strict=True)
+    places = np.array([shard, row, label], dtype=np.bytes_).astype(np.int32).T
+    return list(names), list(sha256), places
+
+
+def _parse_line(path: Path, line: bytes, number: int) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+    """A line in any layout, by way of JSON."""
+    try:
+        values: dict[str, Any] = json.loads(line)
+        label, row, shard = (b"%d" % int(values[key]) for key in ("label", "row", "shard"))
+        name, sha256 = str(values["file_name"]).encode(), bytes.fromhex(values["sha256"]).hex().encode()
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordsError(f"{path}: line {number + 1} is damaged", got=str(error)) from error
+    return name, label, row, sha256, shard
 
 
 class RowReader:
@@ -296,7 +300,8 @@ class RowReader:
     def _listed_name(self, position: int) -> str:
         before = 0
         try:
-            for lines in _line_chunks(self.table.files[0].with_name(RECORDS)):
+            for chunk in _line_chunks(self.table.files[0].with_name(RECORDS)):
+                lines = chunk.splitlines()
                 if position < before + len(lines):
                     return str(json.loads(lines[position - before])["file_name"])
                 before += len(lines)

@@ -15,6 +15,7 @@ from imnet_prep.augment import (
     CROP_ATTEMPTS,
     EvalOptions,
     TrainOptions,
+    crop_draws,
     erase_boxes,
     eval_geometry,
     mix,
@@ -37,7 +38,7 @@ def _ids(count: int) -> NDArray[np.uint64]:
 def test_crop_area_is_uniform_and_ratio_log_uniform_and_place_uniform() -> None:
     side = 1_000_000  # so large that rounding to whole pixels does not show; every crop of this range fits
     options = TrainOptions(1, scale=(0.08, 0.5), ratio=(3 / 4, 4 / 3))
-    found = train_geometry(options, np.full((DRAWS, 2), side, dtype=np.int32), 0, 0, _ids(DRAWS))
+    found = train_geometry(options, np.full((DRAWS, 2), side, dtype=np.int32), crop_draws(0, 0, _ids(DRAWS)))
     left, top, right, bottom = found.box.T
     wide, tall = right - left, bottom - top
     area = wide * tall / side**2
@@ -75,7 +76,7 @@ def _crop_by_the_book(options: TrainOptions, width: int, height: int, drawn: NDA
 def test_crops_equal_the_obvious_implementation(size: tuple[int, int]) -> None:
     options = TrainOptions(1)
     ids = _ids(300)
-    found = train_geometry(options, np.tile(np.array(size, dtype=np.int32), (300, 1)), 4, 2, ids)
+    found = train_geometry(options, np.tile(np.array(size, dtype=np.int32), (300, 1)), crop_draws(4, 2, ids))
     drawn = uniforms(4, 2, ids, np.arange(Stream.CROP, Stream.CROP + CROP_ATTEMPTS))
     assert found.limits.tolist() == [_crop_by_the_book(options, *size, one) for one in drawn]
     assert (found.limits[:, :2] >= 0).all()

@@ -13,7 +13,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from imnet_prep.augment import INTERPOLATIONS, EvalOptions, Geometry, TrainOptions, eval_geometry, train_geometry
+from imnet_prep.augment import (
+    INTERPOLATIONS,
+    EvalOptions,
+    Geometry,
+    TrainOptions,
+    crop_draws,
+    eval_geometry,
+    train_geometry,
+)
 from imnet_prep.decode import PortableDecoder, image_size, jpeg_size
 from imnet_prep.native import NativeDecoder, load
 from tests.imnet_prep.pipeline_records import jpeg, picture
@@ -28,7 +36,7 @@ def _geometry(images: list[bytes], mode: str = "train", size: int = 48, epoch: i
     assert not faults
     if mode == "eval":
         return eval_geometry(EvalOptions(1, size), sizes)
-    return train_geometry(TrainOptions(1, size), sizes, 0, epoch, np.arange(len(images), dtype=np.uint64))
+    return train_geometry(TrainOptions(1, size), sizes, crop_draws(0, epoch, np.arange(len(images), dtype=np.uint64)))
 
 
 def _decode(
@@ -220,7 +228,7 @@ def test_no_mutation_crashes_either_decoder_or_lies_about_its_size() -> None:
         sizes, faults = decoder.sizes(images)
         if faults or sizes.prod() > 4_000_000:
             continue
-        geometry = train_geometry(TrainOptions(1, 32), sizes, 0, number, np.array([number], dtype=np.uint64))
+        geometry = train_geometry(TrainOptions(1, 32), sizes, crop_draws(0, number, np.array([0], dtype=np.uint64)))
         out = np.zeros((1, 32, 32, 3), dtype=np.uint8)
         faults = decoder.decode(images, geometry, "bilinear", out)
         decoded += not faults
