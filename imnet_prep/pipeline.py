@@ -407,8 +407,8 @@ class EpochIterator:
         return self._batches.steps_per_epoch - self._next + len(self._ahead)
 
     def __next__(self) -> Batch:
-        if self._batches._closed:
-            raise PipelineError("the pipeline was closed during an epoch")
+        if self._batches._closed or os.getpid() != self._batches._process:
+            raise PipelineError("the pipeline was closed during an epoch, or belongs to another process")
         if not self._ahead:
             raise StopIteration
         try:

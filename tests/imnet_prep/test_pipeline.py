@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -361,3 +364,42 @@ def test_stage_times_add_up_to_the_images_made(records: Path) -> None:
         times = batches.times
     assert times.images == VAL
     assert min(times.read_s, times.check_s, times.decode_s) > 0
+
+
+def test_an_unforeseen_failure_in_a_worker_reaches_the_caller(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with open_batches(records, "train", OPTIONS, native="off") as batches:
+        monkeypatch.setattr(batches._decoder, "decode", fail)
+        with pytest.raises(MemoryError, match="no room"):
+            next(batches.epoch(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_gets_an_error_not_a_hang(records: Path) -> None:
+    with open_batches(records, "train", OPTIONS) as batches:
+        iterator = batches.epoch(0)
+        next(iterator)
+        child = os.fork()
+        if child == 0:
+            try:
+                next(iterator)
+            except PipelineError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_process_that_is_interrupted_ends_at_once(records: Path) -> None:
+    program = (
+        "import sys, time, pathlib; from imnet_prep.pipeline import *\n"
+        "batches = open_batches(pathlib.Path(sys.argv[1]), 'train', TrainOptions(8))\n"
+        "iterator = batches.epoch(0); next(iterator); print('ready', flush=True)\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(records)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == -signal.SIGTERM
