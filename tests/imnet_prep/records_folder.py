@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from imnet_prep.convert import ConvertOptions, convert
@@ -21,7 +21,7 @@ def make_records(
     folder: Path,
     *,
     classes: int = 3,
-    per_class: int = 6,
+    per_class: int | Mapping[str, int] = 6,
     shards: int = 2,
     splits: tuple[str, ...] = ("train", "val"),
     seed: int = 0,
