@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -260,3 +263,32 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     data[place + 5 : place + 9] = b"\xff\xff\xff\xff"
     with pytest.raises(ValueError, match="65535 x 65535"):
         image_size(bytes(data))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_damaged_bytes_raise_no_sanitizer_alarm(tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "imnet_prep" / "native"
+    names = ["fuzz.cc", "decoder.cc", "resample.cc"]
+    flags = ["-std=c++17", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    if "own Huffman decoder" in load()[1]:
+        names.append("entropy.cc")
+        flags.append("-DIMNET_FAST_ENTROPY")
+    program = tmp_path / "fuzz"
+    command = ["g++", *flags, *(str(source / name) for name in names), "-ljpeg", "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode and "sanitize" in built.stderr:
+        pytest.skip("g++ has no sanitizers here")
+    assert built.returncode == 0, built.stderr
+    files = []
+    for name, data in VARIANTS.items():
+        files.append(str(tmp_path / f"{name}.jpg"))
+        Path(files[-1]).write_bytes(data)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}
+    done = subprocess.run(
+        [str(program), "4000", "1", *files], capture_output=True, text=True, check=False, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    good, bad = (int(done.stdout.split()[place]) for place in (1, 3))
+    assert good > 300
+    assert bad > 300
