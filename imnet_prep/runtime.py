@@ -18,6 +18,7 @@ from imnet_prep.errors import TrainError
 
 DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<quota us> <period us>" or "max <period us>" (cgroup v2)
+GRAPH_DEPTH = 10_000  # a step over 158 weights and 104 statistics nests deeper than MindSpore's 1,000
 _logger = logging.getLogger(__name__)
 _started: Runtime | None = None
 
@@ -29,10 +30,14 @@ class Runtime:
     Attributes:
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
         threads: Threads that MindSpore's CPU operators use.
+        rank: This process's number under MindSpore's ``msrun``, else 0.
+        ranks: Number of processes that train together, else 1.
     """
 
     device_target: str
     threads: int
+    rank: int = 0
+    ranks: int = 1
 
 
 def cpu_count() -> int:
@@ -57,6 +62,8 @@ def import_mindspore() -> ModuleType:
 def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> Runtime:
     """Set up MindSpore for this process: device, graph mode, threads, quiet logs. Asked again, it does nothing.
 
+    Started by ``msrun``, the process joins the others; the cores of the machine are then shared out among them.
+
     Args:
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
         threads: Threads for CPU operators; the cores this process may use if not given.
@@ -67,13 +74,13 @@ def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> R
     global _started  # noqa: PLW0603 - the state it mirrors is MindSpore's own, and process-wide
     if device_target not in DEVICE_TARGETS:
         raise TrainError("unknown device target", expected=f"one of {', '.join(DEVICE_TARGETS)}", got=device_target)
-    wanted = Runtime(device_target, threads or cpu_count())
     if _started is not None:
-        if threads is None:
-            wanted = Runtime(device_target, _started.threads)
-        if wanted != _started:
-            raise TrainError("MindSpore was already started in this process", expected=f"{_started}", got=f"{wanted}")
+        have = (_started.device_target, _started.threads)
+        wanted = (device_target, threads or _started.threads)
+        if wanted != have:
+            raise TrainError("MindSpore was already started in this process", expected=f"{have}", got=f"{wanted}")
         return _started
+    threads = threads or max(1, cpu_count() // _local_ranks())
     ms = import_mindspore()
     try:
         ms.set_device(device_target)
@@ -82,13 +89,29 @@ def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> R
         remedy = "use --device-target CPU, or install the MindSpore build for the device"
         raise TrainError(f"MindSpore cannot use {device_target} here", got=got, remedy=remedy) from error
     ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_recursion_limit(GRAPH_DEPTH)
     if device_target == "CPU":
-        ms.device_context.cpu.op_tuning.threads_num(wanted.threads)
+        ms.device_context.cpu.op_tuning.threads_num(threads)
         # One dispatcher: the graph is a chain, and its operators bring their own threads.
         ms.runtime.dispatch_threads_num(1)
-    _started = wanted
-    _logger.debug("MindSpore on %s with %d threads", device_target, wanted.threads)
-    return wanted
+    rank, ranks = 0, 1
+    if os.environ.get("MS_ROLE"):  # set by msrun for its workers and their scheduler
+        communication = importlib.import_module("mindspore.communication")
+        communication.init()
+        rank, ranks = communication.get_rank(), communication.get_group_size()
+    _started = Runtime(device_target, threads, rank, ranks)
+    _logger.debug("MindSpore: %s", _started)
+    return _started
+
+
+def _local_ranks() -> int:
+    """Count the processes of ``msrun`` on this machine: it does not say, so all of them are taken to be."""
+    return int(os.environ.get("MS_WORKER_NUM", "1")) if os.environ.get("MS_ROLE") else 1
+
+
+def runtime() -> Runtime:
+    """Give how MindSpore was started; one process on the CPU where it was not yet."""
+    return _started or Runtime("CPU", cpu_count())
 
 
 def versions() -> dict[str, str]:

@@ -66,23 +66,25 @@ class RunData:
     val_images: int
 
 
-def open_run_data(records: Path, recipe: Recipe, seed: int, stack: ExitStack) -> RunData:
-    """Open the splits of a records folder as a recipe asks.
+def open_run_data(
+    records: Path, recipe: Recipe, seed: int, stack: ExitStack, *, rank: int = 0, ranks: int = 1
+) -> RunData:
+    """Open the splits of a records folder as a recipe asks; with several ranks, this rank's part of them.
 
     Raises:
         RecordsError: No manifest, an empty split, or fewer training images than one batch.
     """
     manifest = load_manifest(records)
     images = split_images(manifest, records, "train")
-    if images < recipe.batch_size:
-        expected, got = f"at least one batch of {recipe.batch_size} images", f"{images}"
+    if images < recipe.batch_size * ranks:
+        expected, got = f"at least one batch of {recipe.batch_size * ranks} images", f"{images}"
         raise RecordsError(f"{records}: split 'train'", expected=expected, got=got, remedy="lower --batch-size")
     val_images = split_images(manifest, records, "val") if "val" in manifest.splits else 0
-    train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed))
+    train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed, rank=rank, ranks=ranks))
     val = None
     if val_images:
         options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
-        val = stack.enter_context(open_batches(records, "val", options, seed))
+        val = stack.enter_context(open_batches(records, "val", options, seed, rank=rank, ranks=ranks))
 
     def train_view(view: int) -> Iterator[Batch]:
         options: TrainOptions | EvalOptions = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)

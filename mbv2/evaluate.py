@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.manifest import Manifest, load_manifest
 from imnet_prep.pipeline import open_batches
-from imnet_prep.runtime import start_mindspore
+from imnet_prep.runtime import runtime, start_mindspore
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import AnyBatch, batch_inputs, eval_options, fill_rows, split_images
+from mbv2.ranks import sum_counts, sum_floats
 
 TOP = 5
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]  # images or features of the compiled batch size -> logits
@@ -97,6 +98,7 @@ def score_batches(
     classes: int,
     batch_size: int,
     total: int,
+    reduce: Callable[[Scores], Scores] = lambda scores: scores,
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
 ) -> Scores:
@@ -107,7 +109,8 @@ def score_batches(
         batches: Batches of at most ``batch_size`` images.
         classes: Number of classes.
         batch_size: What ``predict`` was compiled for.
-        total: Images there must be.
+        total: Images there must be, on all ranks together.
+        reduce: Adds up what several ranks scored.
         stop: Says whether to leave.
         progress: Called after each batch.
 
@@ -131,9 +134,20 @@ def score_batches(
         np.add.at(confusion, (batch.label, logits.argmax(1)), 1)
         if progress:
             progress(Progress(images, total, note=f"top-1 {correct1 / images:.4f}"))
-    if images != total:
-        raise TrainError("evaluation did not see every image", expected=f"{total} images", got=f"{images}")
-    return Scores(images, correct1, correct5, loss / max(1, images), confusion)
+    scores = reduce(Scores(images, correct1, correct5, loss / max(1, images), confusion))
+    if scores.images != total:
+        raise TrainError("evaluation did not see every image", expected=f"{total} images", got=f"{scores.images}")
+    return scores
+
+
+def sum_over_ranks(scores: Scores) -> Scores:
+    """Add up the scores of all ranks: counts exactly, losses to float32."""
+    if runtime().ranks == 1:
+        return scores
+    images, correct1, correct5 = sum_counts(np.array([scores.images, scores.correct1, scores.correct5]))
+    loss = sum_floats(np.array([scores.loss * scores.images], np.float32))[0]
+    confusion = sum_counts(scores.confusion)
+    return Scores(int(images), int(correct1), int(correct5), float(loss) / max(1, int(images)), confusion)
 
 
 def network_predict(net: Any) -> Predict:
@@ -193,13 +207,15 @@ def evaluate_checkpoint(
     check_classes(meta, manifest, checkpoint)
     options = eval_options(meta.batch_size, meta.image_size, meta.eval_crop)
     net = build_network(loaded, kernels=kernels)
-    with open_batches(records, split, options, 0) as batches:
+    here = runtime()
+    with open_batches(records, split, options, 0, rank=here.rank, ranks=here.ranks) as batches:
         scores = score_batches(
             network_predict(net),
             batches.epoch(0),
             classes=len(manifest.classes),
             batch_size=meta.batch_size,
             total=total,
+            reduce=sum_over_ranks,
             stop=stop,
             progress=progress,
         )

@@ -311,7 +311,9 @@ def _add_layers(graph: _Graph, config: ModelConfig) -> None:
 def _quantise(path: Path, loaded: Checkpoint, records: Path, split: str) -> None:
     """Replace a float model by its 8-bit twin: weights per channel, ranges of activations from images.
 
-    Depthwise channels differ in range by orders of magnitude, so one scale for a whole tensor would lose them.
+    Depthwise channels differ in range by orders of magnitude, so one scale for a whole tensor would lose them. The stem
+    and the first block stay in float: their few channels carry the whole image. Weights are unsigned: on x86 without
+    VNNI, signed ones saturate where products are added up.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -321,10 +323,12 @@ def _quantise(path: Path, loaded: Checkpoint, records: Path, split: str) -> None
         _Calibration(_calibration_images(records, split, loaded)),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["Conv", "Add", "Gemm", "GlobalAveragePool", "Clip"],
+        nodes_to_exclude=["stem.conv", "blocks.0.depthwise.conv", "blocks.0.project.conv"],
         per_channel=True,
         activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
+        weight_type=QuantType.QUInt8,
         calibrate_method=CalibrationMethod.MinMax,
+        extra_options={"CalibMovingAverage": True},  # one odd image must not stretch a range
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mbv2.recipe import Recipe
 
 _DROPOUT_STREAM = 0xD0  # keeps the mask's random numbers apart from every other use of the seed
-CONTROLS = ("lr", "momentum_correction", "square_correction", "ema_decay")  # the scalars a step takes, in order
+CONTROLS = ("lr", "momentum_correction", "square_correction", "ema_decay", "stop")  # the scalars a step takes, in order
 
 
 def dropout_mask(seed: int, step: int, shape: tuple[int, int], rate: float) -> NDArray[np.float32]:
@@ -32,13 +32,13 @@ def dropout_mask(seed: int, step: int, shape: tuple[int, int], rate: float) -> N
     return keep.astype(np.float32) / np.float32(1 - rate)
 
 
-def step_controls(recipe: Recipe, lr: float, step: int) -> NDArray[np.float32]:
+def step_controls(recipe: Recipe, lr: float, step: int, *, stop: bool = False) -> NDArray[np.float32]:
     """Compute the scalars of :data:`CONTROLS` for a step (from 0), in float64 before rounding."""
     count = step + 1
     ema = min(
         recipe.ema_decay, (1 + count) / (10 + count)
     )  # short runs: do not average in the initial weights for long
-    values = [lr, 1 - recipe.momentum**count, 1 - recipe.rms_decay**count, ema]
+    values = [lr, 1 - recipe.momentum**count, 1 - recipe.rms_decay**count, ema, float(stop)]
     return np.array(values, np.float32)
 
 
@@ -86,6 +86,18 @@ def _scaled(factor: Any, gradient: Any) -> Any:
     return gradient * factor
 
 
+def _flattened(value: Any) -> Any:
+    return ops.reshape(value, (-1,))
+
+
+def _reshaped(like: Any, value: Any) -> Any:
+    return ops.reshape(value, like.shape)
+
+
+def _assigned(parameter: Any, value: Any) -> Any:
+    return ops.assign(parameter, ops.reshape(value, parameter.shape))
+
+
 class Optimizer(nn.Cell):
     """Updates weights in place from their gradients; its state is in parameters named ``<slot>.<weight>``.
 
@@ -120,7 +132,7 @@ class Optimizer(nn.Cell):
 
         Args:
             gradients: Tuple of float32 tensors, shaped as ``weights``.
-            controls: float32 (4,), see :data:`CONTROLS`.
+            controls: float32 (5,), see :data:`CONTROLS`.
 
         Returns:
             What the updates give, for others to depend on.
@@ -155,10 +167,19 @@ class TrainStep(nn.Cell):
         classes: Number of classes.
         average: The network that holds the averaged weights, or None where the recipe averages none.
         head_only: The step takes pooled features instead of images, and trains the head alone.
+        ranks: Number of processes that step together: gradients, loss and BatchNorm's statistics are averaged over
+            them, so that every rank holds the same state after a step.
     """
 
     def __init__(
-        self, net: nn.Cell, recipe: Recipe, classes: int, *, average: nn.Cell | None = None, head_only: bool = False
+        self,
+        net: nn.Cell,
+        recipe: Recipe,
+        classes: int,
+        *,
+        average: nn.Cell | None = None,
+        head_only: bool = False,
+        ranks: int = 1,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
@@ -175,6 +196,16 @@ class TrainStep(nn.Cell):
             own, kept = net.parameters_dict(), average.parameters_dict()
             self.live = ms.ParameterTuple([own[name.removeprefix("ema.")] for name in kept])
             self.average = ms.ParameterTuple(list(kept.values()))
+        self.ranks = ranks
+        if ranks > 1:
+            self.all_reduce = ops.AllReduce()
+            fixed = [p for p in net.get_parameters() if not p.requires_grad]  # BatchNorm's moving statistics
+            self.sizes = tuple(int(np.prod(p.shape)) for p in self.trained)
+            self.has_statistics = recipe.freeze == "none"
+            if self.has_statistics:
+                self.statistics = ms.ParameterTuple(fixed)
+                self.statistics_sizes = tuple(int(np.prod(p.shape)) for p in fixed)
+                self.statistics_size = sum(self.statistics_sizes)
         self.set_train(True)
 
     def loss(self, inputs: Any, mask: Any, label: Any, mix_label: Any, mix_weight: Any) -> Any:
@@ -198,12 +229,16 @@ class TrainStep(nn.Cell):
             label: int32 (N,).
             mix_label: int32 (N,), the second label of mixed images; ``label`` again otherwise.
             mix_weight: float32 (N,), the share of ``label``.
-            controls: float32 (4,), see :data:`CONTROLS`.
+            controls: float32 (5,), see :data:`CONTROLS`.
 
         Returns:
-            float32 (2,): the loss before the update, and the global norm of the gradient (0 where it is not clipped).
+            float32 (3,): the loss before the update, the global norm of the gradient (0 where it is not clipped), and
+            the share of ranks that ask to stop.
         """
         loss, gradients = self.gradient(inputs, mask, label, mix_label, mix_weight)
+        stop = controls[4]
+        if self.ranks > 1:
+            loss, stop, gradients = self._average_over_ranks(loss, stop, gradients)
         norm = ops.zeros_like(loss)
         if self.clip_norm > 0:
             norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
@@ -213,7 +248,21 @@ class TrainStep(nn.Cell):
             done = ops.depend(
                 self.map(ops.partial(_average, ops.depend(controls, done)), self.average, self.live), done
             )
-        return ops.depend(ops.stack((loss, norm)), done)
+        return ops.depend(ops.stack((loss, norm, stop)), done)
+
+    def _average_over_ranks(self, loss: Any, stop: Any, gradients: Any) -> Any:
+        """Average in one exchange: many small ones would wait for the network many times."""
+        last = ops.stack((loss, stop))
+        flat = ops.concat((ops.concat(self.map(_flattened, gradients)), last))
+        if self.has_statistics:
+            flat = ops.concat((ops.concat(self.map(_flattened, self.statistics)), flat))
+        flat = self.all_reduce(flat) * (1.0 / self.ranks)
+        if self.has_statistics:
+            parts = ops.split(flat[: self.statistics_size], self.statistics_sizes)
+            flat = ops.depend(flat, self.map(_assigned, self.statistics, parts))
+            flat = flat[self.statistics_size :]
+        averaged = self.map(_reshaped, self.trained, ops.split(flat[:-2], self.sizes))
+        return flat[-2], flat[-1], averaged
 
     def state(self) -> dict[str, ms.Parameter]:
         """Give by name what a resumed run must have besides the network's own parameters."""

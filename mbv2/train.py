@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.runtime import start_mindspore, versions
+from imnet_prep.manifest import load_manifest
+from imnet_prep.runtime import runtime, start_mindspore, versions
 from imnet_prep.types import Batch, Progress, ProgressCallback
+from mbv2 import kernels as native
 from mbv2.checkpoint import (
     AVERAGE_PREFIX,
     Checkpoint,
@@ -34,8 +36,9 @@ from mbv2.checkpoint import (
 )
 from mbv2.curves import draw_curves
 from mbv2.data import AnyBatch, RunData, batch_inputs, fill_rows, open_run_data
-from mbv2.evaluate import Scores, network_predict, score_batches
+from mbv2.evaluate import Scores, network_predict, score_batches, sum_over_ranks
 from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
+from mbv2.ranks import wait_for_all
 from mbv2.recipe import Recipe, recipe_from_fields
 from mbv2.runlog import EpochRow, RunLog, StepRow, read_metrics, verdict
 from mbv2.schedule import learning_rate
@@ -208,11 +211,14 @@ def train(
         raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
     with ExitStack() as stack:
         if data is None:
-            data = open_run_data(options.records, options.recipe, options.seed, stack)
+            load_manifest(options.records)  # a folder that is none is said before MindSpore is started
+            here = start_mindspore(options.device_target)
+            data = open_run_data(options.records, options.recipe, options.seed, stack, rank=here.rank, ranks=here.ranks)
+        start_mindspore(options.device_target)
         last = _find_last(options, data)
+        wait_for_all()  # no rank writes before all have looked
         if last is not None and last.meta.epoch >= options.recipe.epochs:
             return _finished(options, last)
-        start_mindspore(options.device_target)
         return _Run(options, data, last, stop, progress).run()
 
 
@@ -341,11 +347,18 @@ class _Run:
         from mbv2.model import MobileNetV2
         from mbv2.step import TrainStep
 
+        if native.available():
+            native.set_threads(runtime().threads)  # several ranks share the cores
         recipe = options.recipe
         self.options, self.recipe, self.data = options, recipe, data
         self.stop, self.progress = stop, progress
         self.head_only = recipe.freeze == "backbone"
+        if self.head_only and runtime().ranks > 1:
+            raise TrainError(
+                "freeze=backbone trains on one process", got=f"{runtime().ranks}", remedy="start without msrun"
+            )
         self.last = last
+        self.rank, self.ranks = runtime().rank, runtime().ranks
         start = read_checkpoint(options.pretrained) if options.pretrained else None
         if last is not None:
             start = last.without_state()
@@ -367,7 +380,7 @@ class _Run:
             for parameter in self.average.get_parameters():
                 parameter.name = f"{AVERAGE_PREFIX}{parameter.name}"
         self.train_step = TrainStep(
-            self.net, recipe, self.config.classes, average=self.average, head_only=self.head_only
+            self.net, recipe, self.config.classes, average=self.average, head_only=self.head_only, ranks=self.ranks
         )
         self.steps_per_epoch = self.data.train.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.epochs
@@ -375,7 +388,7 @@ class _Run:
         self.pending: list[tuple[int, float, Any]] = []  # (step, lr, result on the device) not yet read back
         self.epoch_pace, self.run_pace, self.row_pace = Pace(), Pace(), Pace()
         self.compiled = False
-        self.log: RunLog
+        self.log: RunLog | None = None
 
     def _cache_features(self, start: Checkpoint | None) -> RunData:
         """Replace the images by their pooled features, from the cache or computed now."""
@@ -434,8 +447,9 @@ class _Run:
             raise TrainError(f"cannot make the run's folder {out}", got=error.strerror or str(error)) from error
         if last is not None:
             self._restore(last)
-        self.log = RunLog(out, self.position.epoch, self.position.step)
-        self._write_config()
+        self.log = RunLog(out, self.position.epoch, self.position.step) if self.rank == 0 else None
+        if self.rank == 0:
+            self._write_config()
         if last is None:
             self._save_last()
         while self.position.epoch < self.recipe.epochs:
@@ -451,24 +465,22 @@ class _Run:
         scores = self._evaluate() if self._due(position.epoch + 1) else None
         position.epoch, position.epoch_step = position.epoch + 1, 0
         self._keep_best(scores)
-        self.log.add_epoch(
-            EpochRow(
-                position.epoch,
-                position.step,
-                lr,
-                position.loss_sum / self.steps_per_epoch,
-                scores.loss if scores else None,
-                scores.top1 if scores else None,
-                scores.top5 if scores else None,
-                self.epoch_pace.images_per_s,
-                self.epoch_pace.data_wait_frac,
-            )
+        row = EpochRow(
+            position.epoch,
+            position.step,
+            lr,
+            position.loss_sum / self.steps_per_epoch,
+            scores.loss if scores else None,
+            scores.top1 if scores else None,
+            scores.top5 if scores else None,
+            self.epoch_pace.images_per_s,
+            self.epoch_pace.data_wait_frac,
         )
         position.loss_sum, self.epoch_pace = 0.0, Pace()
-        title = (
-            f"{self.recipe.name}: width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
-        )
-        draw_curves(self.options.out / CURVES, read_metrics(self.options.out), title)
+        if self.log is not None:
+            self.log.add_epoch(row)
+            shape = f"width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
+            draw_curves(self.options.out / CURVES, read_metrics(self.options.out), f"{self.recipe.name}: {shape}")
         self._save_last()
 
     def _due(self, epoch: int) -> bool:
@@ -492,7 +504,7 @@ class _Run:
             self.pending.append((position.step, lr, result))
             if position.step % self.options.log_every == 0:
                 self._log_step()
-            if self.stop():
+            if self._stopping(result):
                 self._save_last()
                 remedy = "go on with --resume"
                 raise Interrupted(f"stopped after step {position.step} of {self.total_steps}, saved", remedy=remedy)
@@ -506,20 +518,29 @@ class _Run:
             raise TrainError("the loader ended early", expected=f"{self.steps_per_epoch} batches an epoch", got=got)
         return lr
 
+    def _stopping(self, result: Any) -> bool:
+        """Say whether to leave after this step: with several ranks, as soon as one of them asked, and all together."""
+        return self.stop() if self.ranks == 1 else bool(result.asnumpy()[2] > 0)
+
     def _lr(self, step: int) -> float:
-        return learning_rate(self.recipe, step, self.steps_per_epoch, self.recipe.batch_size)
+        return learning_rate(self.recipe, step, self.steps_per_epoch, self.recipe.batch_size * self.ranks)
 
     def _step(self, batch: AnyBatch, lr: float) -> Any:
         import mindspore as ms
 
         from mbv2.step import dropout_mask, step_controls
 
-        shape = (len(batch), self.net.feature_count)
+        rows = len(batch)
+        shape = (
+            rows * self.ranks,
+            self.net.feature_count,
+        )  # of all ranks: two with 16 images drop what one with 32 does
         mask = dropout_mask(self.options.seed, self.position.step, shape, self.recipe.dropout)
+        mask = mask[self.rank * rows : (self.rank + 1) * rows]
         mix_label, weight = batch.label, np.ones(len(batch), np.float32)
         if isinstance(batch, Batch) and batch.mix_label is not None and batch.mix_weight is not None:
             mix_label, weight = batch.mix_label, batch.mix_weight
-        controls = step_controls(self.recipe, lr, self.position.step)
+        controls = step_controls(self.recipe, lr, self.position.step, stop=self.stop())
         inputs = (batch_inputs(batch), mask, batch.label, mix_label, weight, controls)
         return self.train_step(*(ms.Tensor(value) for value in inputs))
 
@@ -541,7 +562,7 @@ class _Run:
         """
         loss = norm = math.nan
         for step, lr, result in self.pending:
-            loss, norm = (float(value) for value in result.asnumpy())
+            loss, norm, _ = (float(value) for value in result.asnumpy())
             if not math.isfinite(loss):
                 raise self._not_finite(step, lr, f"loss {loss}")
             self.position.loss_sum += loss
@@ -561,9 +582,9 @@ class _Run:
         epoch = (position.step - 1) // self.steps_per_epoch
         step_ms = 1000 * (pace.wait_s + pace.busy_s) / max(1, pace.steps)
         wait = pace.data_wait_frac
-        self.log.add_step(
-            StepRow(epoch, position.step, loss, lr, norm, step_ms, pace.images_per_s, wait, verdict(wait))
-        )
+        row = StepRow(epoch, position.step, loss, lr, norm, step_ms, pace.images_per_s, wait, verdict(wait))
+        if self.log is not None:
+            self.log.add_step(row)
         self.row_pace = Pace()
 
     def _report(self, lr: float) -> None:
@@ -589,7 +610,8 @@ class _Run:
                 classes=self.config.classes,
                 batch_size=self.recipe.batch_size,
                 total=self.data.val_images,
-                stop=self.stop,
+                reduce=sum_over_ranks,
+                stop=self.stop if self.ranks == 1 else lambda: False,
             )
         except Interrupted as interrupted:
             self._save_last()
@@ -627,6 +649,8 @@ class _Run:
 
     def _save_last(self) -> None:
         self._read_back()
+        if self.rank:
+            return
         parameters = [*self.net.get_parameters(), *self.train_step.state().values()]
         training = {"identity": self.identity, "position": asdict(self.position)}
         save_checkpoint(self.options.out / LAST, self._tensors(parameters), self._meta({}, training))
@@ -638,6 +662,8 @@ class _Run:
             if scores is None or (position.best_top1 is not None and scores.top1 <= position.best_top1):
                 return
             position.best_top1, position.best_top5 = scores.top1, scores.top5
+        if self.rank:
+            return
         metrics = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss} if scores else {}
         net = self.net if self.average is None else self.average
         tensors = {n.removeprefix(AVERAGE_PREFIX): v for n, v in self._tensors(list(net.get_parameters())).items()}

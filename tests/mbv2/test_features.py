@@ -27,7 +27,7 @@ def pooled(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def batches(count: int, size: int = 4) -> Iterator[Batch]:
     image = np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3)
-    label, ids = np.arange(count, dtype=np.int32), np.arange(count, dtype=np.uint64) + 100
+    label, ids = np.arange(count, dtype=np.int32), np.arange(100, 100 + count, dtype=np.uint64)
     for start in range(0, count, size):
         rows = slice(start, start + size)
         yield Batch(image[rows], label[rows], ids[rows])

@@ -118,7 +118,7 @@ def test_a_whole_step_agrees_at_states_of_a_run_on_standard_operators(twins: Twi
 
     ReLU6's gradient jumps at its bounds: where one value in a million lands on the other side, a gradient moves by a
     thousandth of its norm. The measure is therefore what standard operators do themselves when each weight moves by
-    1e-6, about what rounding makes of a sum of some hundred products. `benchmarks/step_states.py` prints both for 20 states.
+    1e-6, about what rounding makes of a sum of some hundred products. `benchmarks/step_states.py` prints both.
     """
     twins.standard.set_train(True)
     twins.native.set_train(True)
