@@ -130,3 +130,25 @@ def browse(records: Path, port: int, host: str) -> None:
     from imnet_prep.browse import serve
 
     serve(records, host, port, announce=lambda url: click.echo(f"{url} (stop with Ctrl-C)"))
+
+
+@click.command("report")
+@click.argument("run", type=FOLDER, metavar="RUN")
+@click.option("--out", default=Path("run.html"), show_default=True, type=FOLDER, help="The HTML file to write.")
+@click.option("--records", type=FOLDER, help="Score the best checkpoint on these, for classes, confusion and mistakes.")
+@click.option("--split", default="val", show_default=True, help="Which split of the records.")
+@click.option("--device-target", default="CPU", show_default=True, help="CPU, GPU or Ascend.")
+@JSON
+@guard
+def run_report(
+    run: Path, out: Path, records: Path | None, split: str, device_target: str, as_json: bool
+) -> None:  # fmt: skip
+    """Write one HTML file about a training run: curves, recipe, pace and, with --records, where it is right and wrong.
+
+    Example: mbv2 report run --records records --out run.html
+    """
+    from mbv2.report import RunReportOptions, write_run_report
+
+    with progress_bar("report") as progress:
+        result = write_run_report(run, out, RunReportOptions(records, split, device_target), progress)
+    show(result, as_json)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from cli.inspect import run_report
 from cli.render import emit_json, guard, progress_bar, stop_requested, table
 
 RECORDS = click.option("--records", required=True, type=click.Path(path_type=Path), help="Folder with a manifest.json.")
@@ -241,6 +242,8 @@ def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split
     else:
         table(result.rows())
 
+
+main.add_command(run_report)
 
 if __name__ == "__main__":
     main()

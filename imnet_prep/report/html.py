@@ -186,7 +186,14 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
 
-def curves(caption: str, lines: Sequence[Curve], *, low: float | None = None, high: float | None = None) -> Html:
+def curves(
+    caption: str,
+    lines: Sequence[Curve],
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    x_name: str = "epoch",
+) -> Html:
     """Curves over a common x, with their numbers to unfold."""
     points = [point for line in lines for point in line.points]
     if not points:
@@ -220,8 +227,8 @@ def curves(caption: str, lines: Sequence[Curve], *, low: float | None = None, hi
         tag("ul", legend, class_="legend"),
         tag("div", tag("span", f"{y1:.4g}"), tag("span", f"{y0:.4g}"), class_="scale", aria_hidden="true"),
         tag("div", svg, class_="plot"),
-        tag("div", tag("span", f"{x0:g}"), tag("span", f"{x1:g}"), class_="axis", aria_hidden="true"),
-        details("As a table", table(caption, ("epoch", *(line.name for line in lines)), rows)),
+        tag("div", tag("span", f"{x_name} {x0:g}"), tag("span", f"{x1:g}"), class_="axis", aria_hidden="true"),
+        details("As a table", table(caption, (x_name, *(line.name for line in lines)), rows)),
         class_="chart curves",
     )
 
