@@ -223,6 +223,10 @@ class RowReader:
         self.table = table
         self._descriptors: dict[int, int] = {}
 
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):
+            self.close()
+
     def close(self) -> None:
         """Close the files; no read may be under way."""
         while self._descriptors:
@@ -243,6 +247,8 @@ class RowReader:
 
     def will_need(self, positions: NDArray[np.int64]) -> None:
         """Tell the kernel which rows come next, so that it can read them in the best order."""
+        if not hasattr(os, "posix_fadvise"):  # not everywhere; it changes only the speed
+            return
         table = self.table
         for position in positions.tolist():
             descriptor = self._descriptor(int(table.shard[position]))
