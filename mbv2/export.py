@@ -108,6 +108,10 @@ def export_checkpoint(
         raise TrainError(
             "onnx-int8 needs images to choose its ranges by", remedy="give a records folder with --calibrate"
         )
+    if kind == "mindir" and out.suffix != ".mindir":
+        raise TrainError(f"MindSpore reads back only files named .mindir, not {out.name}", remedy="name it so")
+    if calibrate is not None:
+        load_manifest(calibrate)  # a folder that is none is said before anything is written
     if not out.parent.is_dir():
         raise TrainError(f"cannot write {out}", expected="an existing folder", got=f"no {out.parent}")
     start_mindspore()
@@ -182,9 +186,6 @@ def _write_mindir(loaded: Checkpoint, out: Path) -> None:
 def _run_mindir(path: Path) -> Run:
     import mindspore as ms
 
-    # ms.load takes only names that end in .mindir.
-    if path.suffix != ".mindir":
-        raise TrainError(f"MindSpore reads back only files named .mindir, not {path.name}", remedy="name it so")
     return network_predict(ms.nn.GraphCell(ms.load(str(path))))
 
 

@@ -1,0 +1,70 @@
+"""Exported files give what the checkpoint gives."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imnet_prep.errors import RecordsError, TrainError
+from mbv2.checkpoint import Meta, parameter_tensors, save_checkpoint
+from mbv2.export import export_checkpoint
+from mbv2.model import MobileNetV2, ModelConfig
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module", params=["symmetric", "same"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network with statistics and scales that folding must not get wrong."""
+    padding = str(request.param)
+    config = ModelConfig(classes=3, width=0.35, padding=padding, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7), bn_eps=1e-3)
+    rng = np.random.default_rng(0)
+    tensors = parameter_tensors(MobileNetV2(config, kernels="standard").get_parameters())
+    for name, value in tensors.items():
+        if name.endswith(("gamma", "moving_variance")):
+            tensors[name] = (value * rng.uniform(0.5, 1.5, value.shape)).astype(np.float32)
+        elif name.endswith(("beta", "moving_mean")):
+            tensors[name] = rng.normal(0, 0.2, value.shape).astype(np.float32)
+        elif name.startswith("classifier."):
+            tensors[name] = rng.normal(0, 1, value.shape).astype(np.float32)
+    path = tmp_path_factory.mktemp("export") / "small.ckpt"
+    meta = Meta(asdict(config), ("a", "b", "c"), image_size=SIZE, eval_crop=0.875, batch_size=8)
+    save_checkpoint(path, tensors, meta)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mindir", "onnx"])
+def test_the_file_gives_the_checkpoint_s_logits_at_batch_1_and_7(checkpoint: Path, kind: str, tmp_path: Path) -> None:
+    result = export_checkpoint(checkpoint, kind, tmp_path / f"net.{kind}")
+    assert result.max_difference < 1e-4
+    assert result.size_bytes == (tmp_path / f"net.{kind}").stat().st_size > 1_000_000
+    assert [path.name for path in tmp_path.iterdir()] == [f"net.{kind}"]
+
+
+def test_onnx_carries_class_names_any_batch_and_no_softmax(checkpoint: Path, tmp_path: Path) -> None:
+    import onnx
+
+    export_checkpoint(checkpoint, "onnx", tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    assert {node.op_type for node in model.graph.node}.isdisjoint({"Softmax", "LogSoftmax", "BatchNormalization"})
+    assert {entry.key: entry.value for entry in model.metadata_props}["classes"] == "a\nb\nc"
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in shape] == ["N", SIZE, SIZE, 3]
+
+
+def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="mindir, onnx, onnx-int8"):
+        export_checkpoint(checkpoint, "tflite", tmp_path / "net")
+    with pytest.raises(TrainError, match="--calibrate"):
+        export_checkpoint(checkpoint, "onnx-int8", tmp_path / "net.onnx")
+    with pytest.raises(RecordsError, match="absent"):
+        export_checkpoint(checkpoint, "onnx-int8", tmp_path / "net.onnx", calibrate=tmp_path / "absent")
+    with pytest.raises(TrainError, match="existing folder"):
+        export_checkpoint(checkpoint, "onnx", tmp_path / "absent" / "net.onnx")
+    with pytest.raises(TrainError, match=r"named \.mindir"):
+        export_checkpoint(checkpoint, "mindir", tmp_path / "net.bin")
+    assert list(tmp_path.iterdir()) == []
