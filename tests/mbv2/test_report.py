@@ -1,0 +1,140 @@
+"""The report of a run: what its logs and its checkpoint say, readable by everybody, fetching nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from imnet_prep.errors import CheckpointError, RecordsError, TrainError
+from imnet_prep.types import Batch
+from mbv2.judge import _Keeper, judge
+from mbv2.report import RunReportOptions, write_run_report
+from mbv2.runlog import EpochRow, RunLog, StepRow
+from tests.chromium import Chromium, needs_chromium
+from tests.imnet_prep.records_folder import make_records, quiet
+from tests.synthetic import WNIDS
+
+
+def make_run(folder: Path, epochs: int = 3) -> Path:
+    """A run's folder as training leaves it, without its checkpoints."""
+    folder.mkdir()
+    log = RunLog(folder, 0, 0)
+    for epoch in range(1, epochs + 1):
+        for step in (1, 2):
+            row = StepRow(epoch - 1, 2 * epoch - 2 + step, 2.0 / epoch, 0.1, 0.0, 12.5, 80.0, 0.02, "compute-bound")
+            log.add_step(row)
+        log.add_epoch(EpochRow(epoch, 2 * epoch, 0.1 / epoch, 2 / epoch, 1.9 / epoch, 0.2 * epoch, 0.9, 81.5, 0.03))
+    config = {"recipe": {"name": "tiny", "lr": 0.1, "image_size": 32}, "seed": 5, "versions": {"mindspore": "2.10.0"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def words(page: Path) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text()).split())
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_records(tmp_path_factory.mktemp("records"), per_class={"train": 2, "val": 5}, shards=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint of random weights, whose mistakes are many."""
+    from dataclasses import asdict
+
+    from mbv2.checkpoint import Meta, parameter_tensors, save_checkpoint
+    from mbv2.model import MobileNetV2, ModelConfig
+
+    folder = make_run(tmp_path_factory.mktemp("run") / "run")
+    config = ModelConfig(classes=3, width=0.35)
+    meta = Meta(asdict(config), WNIDS[:3], image_size=32, eval_crop=0.875, batch_size=8, epoch=3)
+    save_checkpoint(folder / "best.ckpt", parameter_tensors(MobileNetV2(config).get_parameters()), meta)
+    return folder
+
+
+def test_logs_and_recipe_are_in_it_without_records(tmp_path: Path) -> None:
+    result = write_run_report(make_run(tmp_path / "run"), tmp_path / "r.html", RunReportOptions(), quiet)
+    said = words(tmp_path / "r.html")
+    assert result["epochs"] == 3
+    assert "top1" not in result
+    for text in ("best top-1, epoch 3", "60.0%", "image_size", "2.10.0", "compute-bound", "Without --records"):
+        assert text in said
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', (tmp_path / "r.html").read_text())
+
+
+def test_a_run_that_was_only_begun_is_reported(tmp_path: Path) -> None:
+    write_run_report(make_run(tmp_path / "run", epochs=0), tmp_path / "r.html", RunReportOptions(), quiet)
+    assert "No epoch is finished" in words(tmp_path / "r.html")
+
+
+def test_every_image_is_judged_once_and_the_filling_is_left_out() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(11, 4)).astype(np.float32)
+    label = rng.integers(0, 4, 11).astype(np.int32)
+
+    def predict(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return logits[image[:, 0, 0, 0]]
+
+    keeper = _Keeper(predict)
+    rows = np.arange(11)
+    image = np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (11, 2, 2, 3))
+    parts = [rows[:8], rows[8:]]
+    for batch in keeper.labels_of(Batch(image[p], label[p], p.astype(np.uint64)) for p in parts):
+        padded = np.concatenate([batch.image, np.zeros((8 - len(batch), 2, 2, 3), np.uint8)])
+        keeper(padded)
+    labels, guesses, confidences = keeper.found()
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert labels.tolist() == label.tolist()
+    assert guesses.tolist() == logits.argmax(axis=1).tolist()
+    np.testing.assert_allclose(confidences, shares.max(axis=1), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_confusion_classes_and_mistakes_are_the_checkpoint_s(run: Path, records: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.html"
+    result = write_run_report(run, out, RunReportOptions(records), quiet)
+    judged = judge(run, records, "val", "CPU", quiet)
+    assert result["top1"] == judged.scores.top1 == float((judged.label == judged.guess).mean())
+    assert judged.scores.images == 15
+    assert np.bincount(judged.label).tolist() == [5, 5, 5]
+    wrong = int((judged.label != judged.guess).sum())
+    assert f"{wrong} of 15 images are taken for another class" in words(out)
+    assert out.read_text().count("<img") == min(24, wrong)
+    assert "tench" in words(out)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_run_report_in_a_browser(run: Path, records: Path, tmp_path: Path) -> None:
+    write_run_report(run, tmp_path / "r.html", RunReportOptions(records), quiet)
+    with Chromium() as browser:
+        for width, dark in ((1200, False), (400, True)):
+            browser.open((tmp_path / "r.html").as_uri(), width, 900, dark=dark)
+            assert not browser.scrolls_sideways()
+            assert browser.low_contrast() == []
+        assert browser.broken_images() == []
+        assert browser.unnamed_controls() == []
+        assert browser.errors == []
+
+
+def test_what_is_no_run_is_named(run: Path, records: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainError, match=r"no config.json"):
+        write_run_report(tmp_path / "empty", tmp_path / "r.html", RunReportOptions(), quiet)
+    bare = make_run(tmp_path / "bare")
+    with pytest.raises(TrainError, match="no checkpoint"):
+        write_run_report(bare, tmp_path / "r.html", RunReportOptions(records), quiet)
+    with pytest.raises(RecordsError, match="no such folder"):
+        write_run_report(run, tmp_path / "r.html", RunReportOptions(tmp_path / "none"), quiet)
+    other = make_records(tmp_path, classes=4, per_class=2)
+    with pytest.raises(CheckpointError, match="class count"):
+        write_run_report(run, tmp_path / "r.html", RunReportOptions(other), quiet)
+    (bare / "config.json").write_text("[]")
+    with pytest.raises(TrainError, match="not a run"):
+        write_run_report(bare, tmp_path / "r.html", RunReportOptions(), quiet)
