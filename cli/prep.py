@@ -40,7 +40,12 @@ for _command in (report, browse, repair_index, adopt, reshard):
 @click.argument("sources", nargs=-1, required=True, type=FOLDER, metavar="SOURCE...")
 @click.option("--out", required=True, type=FOLDER, help="The records folder to make.")
 @click.option("--split", metavar="train|val|test", help="Where a source does not say which split it is.")
-@click.option("--shards", type=int, metavar="N", help="Shards of each split; one a 256 MiB, at most 128, if not given.")
+@click.option(
+    "--shards",
+    type=int,
+    metavar="N",
+    help="Shards of each split; if not given one a 64 MiB or 8,192 images, at most 128.",
+)
 @click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True, help="Fixes order and shard membership.")
 @click.option("--workers", type=int, metavar="N", help="Worker processes; one a core if not given. Changes no byte.")
 @click.option(
@@ -54,7 +59,9 @@ for _command in (report, browse, repair_index, adopt, reshard):
 @click.option("--duplicates", default="keep", show_default=True, metavar="keep|reject", help="Images with equal bytes.")
 @click.option("--max-rejected", default="1%", show_default=True, metavar="N|P%", help="More rejected: exit 3.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--force", is_flag=True, help="Start over; a finished folder is replaced once the new one is whole.")
+@click.option(
+    "--force", is_flag=True, help="Replace another plan's work; a finished folder only once the new one is whole."
+)
 @click.option("--executor", default="local", show_default=True, metavar="local|dask", help="Who does the work.")
 @click.option("--scheduler", metavar="ADDR", help="Address of the Dask scheduler.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")

@@ -241,7 +241,7 @@ class RecordLine:
 
     def to_json(self) -> str:
         """Give the line, without its newline; what is empty is left out."""
-        values = {key: value for key, value in asdict(self).items() if value not in ("", None, ())}
+        values = {name: value for name in self.__slots__ if (value := getattr(self, name)) not in ("", None, ())}
         return json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 

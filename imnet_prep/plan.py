@@ -29,6 +29,7 @@ from imnet_prep.validate import ValidateOptions
 
 PLAN_VERSION = 1  # part of each plan's digest: to be raised when the same plan would give other bytes
 SHARD_BYTES = 64 << 20  # a shard's usual size: soon redone after a crash, enough of them to keep all cores busy
+SHARD_IMAGES = 8192  # the same for small images, whose number is the work
 MAX_SHARDS = 128  # open file handles = readers x shards
 BATCH_ROWS = 10_000
 ROW_BYTES = 400  # a record's scalar fields, its line of the index and its line of records.jsonl.gz, about
@@ -47,7 +48,7 @@ class PlanOptions:
 
     Attributes:
         seed: Of the order, 0 or more.
-        shards: Number of shards of a split, or None for one a 64 MiB, at most 128.
+        shards: Number of shards of a split, or None for one a 64 MiB or 8,192 images, at most 128.
         label_space: ``found``, ``imagenet1k``, or the path of a file of class names in label order.
         keep_classes: The path of a file of class names to keep, or None for all.
         max_per_class: Images kept of a class in a split, chosen by the seed, or None for all.
@@ -434,7 +435,7 @@ def _split_plans(connection: sqlite3.Connection, options: PlanOptions) -> dict[s
     stored = "CASE WHEN lower(file_name) LIKE '%.jpg' OR lower(file_name) LIKE '%.jpeg' THEN size ELSE 4 * size END"
     query = f"SELECT split, COUNT(*), SUM(size), MAX({stored}), MIN(place) FROM image GROUP BY split ORDER BY split"
     for number, images, total, largest_found, first in connection.execute(query):
-        count = options.shards or min(MAX_SHARDS, -(-total // SHARD_BYTES))
+        count = options.shards or min(MAX_SHARDS, max(-(-total // SHARD_BYTES), -(-images // SHARD_IMAGES)))
         count = max(1, min(count, images))
         bounds = tuple(images * shard // count for shard in range(count + 1))
         total_stored, largest = total, largest_found
