@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,13 @@ from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.manifest import MANIFEST, Manifest, SplitInfo, load_manifest
 from imnet_prep.mindrecord import Header, RowIndex, index_path, read_header, read_index
+from imnet_prep.problems import Problem
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 from imnet_prep.verify_counts import check_counts, check_expectation, check_rejected
-from imnet_prep.verify_duplicates import find_duplicates
-from imnet_prep.verify_rows import BASE, EQUAL, Problem, RowsTask, check_rows
 from imnet_prep.workers import run_processes
+
+if TYPE_CHECKING:
+    from imnet_prep.verify_rows import RowsTask
 
 LEVELS = ("quick", "hash", "decode")
 WITHHELD = ("shards", "records")
@@ -108,6 +110,8 @@ def verify(
         problems += _check_digests(records, manifest, width, progress)
     warnings: list[Problem] = []
     if level == "decode":
+        from imnet_prep.verify_duplicates import find_duplicates  # with OpenCV, which the other levels do without
+
         found, prints = _check_rows(records, manifest, width, progress, digests="records" not in withhold)
         problems += found
         unique, warnings = find_duplicates(records, manifest, prints)
@@ -250,6 +254,8 @@ def _check_rows(
     Returns:
         The problems, in stored order, and uint64 (records, 4): see :class:`~imnet_prep.verify_rows.RowsResult`.
     """
+    from imnet_prep.verify_rows import check_rows
+
     total = sum(shard.rows for split in manifest.splits.values() for shard in split.shards)
     prints = np.zeros((total, 4), np.uint64)
     counts = {name: np.zeros(len(split.class_counts), np.int64) for name, split in manifest.splits.items()}
@@ -279,6 +285,8 @@ def _check_rows(
 
 def _tasks(records: Path, manifest: Manifest, problems: list[Problem], *, digests: bool) -> Iterator[RowsTask]:
     """Cut the shards into tasks; read the record lists on the way, and append what is wrong with them."""
+    from imnet_prep.verify_rows import BASE, EQUAL, RowsTask
+
     position = 0
     for name, split in manifest.splits.items():
         file = str(split.records["file"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from imnet_prep import catalog
 from imnet_prep.errors import RecordsError
 from imnet_prep.manifest import MANIFEST, Manifest, SplitInfo
-from imnet_prep.verify_rows import Problem
+from imnet_prep.problems import Problem
 
 EXPECTATIONS = ("ilsvrc2012",)
 

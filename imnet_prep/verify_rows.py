@@ -27,6 +27,7 @@ from imnet_prep.mindrecord import (
     read_index,
     read_index_field,
 )
+from imnet_prep.problems import Problem
 from imnet_prep.types import record_id
 from imnet_prep.validate import examine
 from imnet_prep.workers import Advance
@@ -35,32 +36,6 @@ IMAGE_FIELDS = ("image", "data")  # ours and ImageNetToMR's; hand-written ones
 REPORT_EVERY = 32
 EQUAL, END, BASE = "equal", "end", "base"
 _SEPARATORS = re.compile(r"[/\\]+")
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is not as it should be, or that one should know.
-
-    Attributes:
-        kind: What it is about. Of files: ``manifest``, ``missing``, ``unexpected``, ``size``, ``header``, ``index``,
-            ``rows``, ``digest``, ``records`` (the record list), ``rejected`` (the list of rejected images), ``counts``.
-            Of rows: ``record`` (cannot be read), ``image`` (does not decode, or has another size), ``digest`` (decodes,
-            and is not what was stored), ``label``, ``name``. As warnings: ``duplicate``, ``near_duplicate``.
-        file: Relative to the records folder.
-        detail: One line for a person.
-        row: The row in the shard, where it is about one. name: Its file_name.
-    """
-
-    kind: str
-    file: str
-    detail: str
-    row: int | None = None
-    name: str | None = None
-
-    def to_line(self, before: str = "") -> str:
-        """Give it as a line: file, row, name, kind, detail."""
-        where = self.file + ("" if self.row is None else f" row {self.row}") + (f" ({self.name})" if self.name else "")
-        return f"{where}: {before}{self.kind}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)
