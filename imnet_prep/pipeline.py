@@ -164,6 +164,7 @@ class Batches:
         self._times = StageTimes()
         self._skipped: dict[int, SkippedRow] = {}
         self.skipped = 0
+        self._next_epoch = 0
         self._process = os.getpid()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="imnet-decode")
         self._closed = False
@@ -194,7 +195,9 @@ class Batches:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.epoch(0)
+        """Start the next epoch: the first time epoch 0. Use :meth:`epoch` to say which."""
+        number, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        return self.epoch(number)
 
     def __enter__(self) -> Batches:
         return self

@@ -403,3 +403,33 @@ def test_a_process_that_is_interrupted_ends_at_once(records: Path) -> None:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGTERM)
         assert child.wait(10) == -signal.SIGTERM
+
+
+def test_iterating_again_is_the_next_epoch(records: Path) -> None:
+    with open_batches(records, "train", OPTIONS, 5) as batches:
+        runs = [list(batches), list(batches)]
+    assert _same(runs[0], _run(records, epoch=0))
+    assert _same(runs[1], _run(records, epoch=1))
+
+
+def test_without_the_library_opencv_decodes_and_asking_for_it_is_an_error(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("imnet_prep.pipeline", "imnet_prep.native"):
+        monkeypatch.setattr(f"{module}.load", lambda: (None, "the C++ decoder is not built"))
+    with open_batches(records, "train", OPTIONS) as batches:
+        assert "OpenCV" in batches.decoder
+        assert len(next(batches.epoch(0))) == 8
+    with pytest.raises(PipelineError, match="not built"):
+        open_batches(records, "train", OPTIONS, native="on")
+
+
+def test_a_library_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "imnet_jpeg.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr("imnet_prep.native.LIBRARY", broken)
+    library, why = load.__wrapped__()
+    assert library is None
+    assert "does not load" in why
+    broken.unlink()
+    assert "not built" in load.__wrapped__()[1]
