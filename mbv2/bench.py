@@ -83,7 +83,7 @@ def bench(options: BenchOptions, progress: Callable[[int, int], None] = lambda d
     from imnet_prep.runtime import start_mindspore
 
     start_mindspore("CPU")
-    run, kernels = _prepare(options)
+    run, kernels = prepare(options)
     warm_up = 2
     times = []
     for step in range(1 + warm_up + options.steps):
@@ -108,7 +108,7 @@ def bench(options: BenchOptions, progress: Callable[[int, int], None] = lambda d
     )
 
 
-def _prepare(options: BenchOptions) -> tuple[Callable[[], Any], str]:
+def prepare(options: BenchOptions) -> tuple[Callable[[], Any], str]:
     """Build the network and give a function that runs one step to its end, and the name of the operators in it."""
     import mindspore as ms
 
