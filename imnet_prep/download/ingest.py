@@ -78,7 +78,7 @@ def take_in(
             continue
         log.info("reading %s", path)
         if not loaded:
-            journal.drop_indexes()
+            journal.drop_pending_index()
             loaded = True
         try:
             _Load(journal, path, wnid, wnids, progress).run(key, digest)

@@ -211,13 +211,12 @@ class Journal:
         """Fold the WAL back and close."""
         self.db.close()
 
-    def drop_indexes(self) -> None:
+    def drop_pending_index(self) -> None:
         """Drop what a bulk load would otherwise keep up to date at random places."""
-        for name in _INDEXES:
-            self.db.execute(f"DROP INDEX IF EXISTS {name}")
+        self.db.execute("DROP INDEX IF EXISTS pending_by_host")
 
     def build_indexes(self) -> None:
-        """Build the missing indexes, each by one external sort."""
+        """Build what is missing, by one external sort."""
         for statement in _INDEXES.values():
             self.db.execute(statement)
 

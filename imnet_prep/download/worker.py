@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 INCOMING = ".incoming"  # in the download folder: whole images that wait for their row, and the spools
 USERS_LOCK = "users.lock"
 _SPOOL_LINES = 5_000  # then a new spool, and the old one goes once the journal has its results
+_GATHER_S = 0.02  # results that end within it are reported together
 _LINGER_S = 0.05  # a host needs a moment to notice that we cut a connection before it may see the next
 
 
@@ -201,6 +202,13 @@ class _Sender:
         ended = False
         while not ended:
             batch = [self._queue.get()]
+            until = time.monotonic() + _GATHER_S
+            # A result alone is in no hurry; the end of a lane is, for a connection lies idle.
+            while isinstance(batch[-1], Answered) and (left := until - time.monotonic()) > 0:
+                try:
+                    batch.append(self._queue.get(timeout=left))
+                except queue.Empty:
+                    break
             while not self._queue.empty():
                 batch.append(self._queue.get())
             ended = None in batch
