@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,19 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.augment import (
-    ERASE_FILL,
-    EvalOptions,
-    Geometry,
-    TrainOptions,
-    crop_draws,
-    erase_boxes,
-    eval_geometry,
-    mix,
-    train_geometry,
-)
-from imnet_prep.decode import Decoder, Fault, PortableDecoder
+from imnet_prep.augment import EvalOptions, TrainOptions
+from imnet_prep.decode import Decoder, PortableDecoder
 from imnet_prep.errors import PipelineError
+from imnet_prep.maker import CHECKS, CHUNK_ROWS, ON_ERROR, BatchMaker, Options, Pending, SkippedRow, StageTimes
 from imnet_prep.manifest import load_manifest
 from imnet_prep.native import NativeDecoder, load
 from imnet_prep.order import ORDERS, Share, epoch_order
@@ -49,51 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "EvalOptions", "SkippedRow", "StageTimes", "TrainOptions", "open_batches", "to_dataset"]
 
-CHUNK_ROWS = 16  # rows a task takes: about 15 ms of decoding, so that threads share the end of a batch well
-ON_ERROR = ("raise", "skip")
-CHECKS = ("first", "always", "never")
 NATIVE = ("auto", "on", "off")
-SKIPPED_KEPT = 100  # skipped rows that are remembered by name; all are counted
 _logger = logging.getLogger(__name__)
-Options = TrainOptions | EvalOptions
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedRow:
-    """A row that was left out with ``on_error="skip"``: where it lies, with its name, and why."""
-
-    where: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class StageTimes:
-    """Seconds of worker time since the pipeline was opened, all threads together, and the images they made."""
-
-    read_s: float = 0.0
-    check_s: float = 0.0
-    decode_s: float = 0.0
-    augment_s: float = 0.0
-    images: int = 0
-
-    def __add__(self, other: StageTimes) -> StageTimes:
-        return StageTimes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def __sub__(self, other: StageTimes) -> StageTimes:
-        return StageTimes(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
-
-
-class _Pending:
-    """A batch in the making."""
-
-    __slots__ = ("chunks", "draws", "epoch", "faults", "future", "image", "lock", "positions")
-
-    def __init__(self, positions: NDArray[np.int64], epoch: int, image: NDArray[np.uint8], chunks: int) -> None:
-        self.positions, self.epoch, self.image, self.chunks = positions, epoch, image, chunks
-        self.faults: list[Fault] = []
-        self.draws: NDArray[np.float64] | None = None
-        self.lock = threading.Lock()
-        self.future: Future[Batch] = Future()
 
 
 class Batches:
@@ -158,28 +103,26 @@ class Batches:
         ahead = -(-2 * self.workers * CHUNK_ROWS // options.batch_size) + 1
         self.prefetch = max(2, ahead) if prefetch is None else prefetch
         _in_range("prefetch", self.prefetch, 1, 1 << 16)
-        self._on_error, self._check = on_error, check
-        self._checked = np.zeros(len(table), dtype=np.bool_)
-        self._lock = threading.Lock()
-        self._times = StageTimes()
-        self._skipped: dict[int, SkippedRow] = {}
-        self.skipped = 0
+        self._maker = BatchMaker(self._reader, self._decoder, options, seed, on_error, check)
         self._next_epoch = 0
         self._process = os.getpid()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="imnet-decode")
         self._closed = False
 
     @property
+    def skipped(self) -> int:
+        """Rows left out so far."""
+        return self._maker.skipped
+
+    @property
     def skipped_rows(self) -> tuple[SkippedRow, ...]:
         """The first 100 different rows that were left out."""
-        with self._lock:
-            return tuple(self._skipped.values())
+        return self._maker.skipped_rows
 
     @property
     def times(self) -> StageTimes:
         """Worker time by stage since the pipeline was opened."""
-        with self._lock:
-            return self._times
+        return self._maker.times
 
     @property
     def batch_bytes(self) -> int:
@@ -238,158 +181,12 @@ class Batches:
         """Give the order of an epoch over all ranks: int64 (images,), positions in stored order."""
         return epoch_order(self._order, self.seed, number, self._table.ids)
 
-    def _submit(self, epoch: int, positions: NDArray[np.int64]) -> _Pending:
-        size = self.options.image_size
-        image = np.empty((len(positions), size, size, 3), dtype=np.uint8)
-        starts = range(0, len(positions), CHUNK_ROWS)
-        pending = _Pending(positions, epoch, image, len(starts))
+    def _submit(self, epoch: int, positions: NDArray[np.int64]) -> Pending:
+        self._reader.will_need(positions)
+        pending, starts = self._maker.begin(epoch, positions)
         for start in starts:
-            self._pool.submit(self._work, pending, start)
+            self._pool.submit(self._maker.work, pending, start)
         return pending
-
-    def _work(self, pending: _Pending, start: int) -> None:
-        """Make one chunk; the thread that makes a batch's last one finishes the batch."""
-        if pending.future.cancelled():
-            return
-        try:
-            faults = self._make(pending, start)
-            with pending.lock:
-                pending.faults += faults
-                pending.chunks -= 1
-                last = pending.chunks == 0
-            if last:
-                pending.future.set_result(self._finish(pending))
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the batch
-            with pending.lock:
-                if not pending.future.done():
-                    pending.future.set_exception(error)
-
-    def _make(self, pending: _Pending, start: int) -> list[Fault]:
-        """Read, check, decode and augment some rows into the batch; faults count from the batch's first row."""
-        began = time.perf_counter()
-        positions = pending.positions[start : start + CHUNK_ROWS]
-        faults: list[Fault] = []
-        rows: list[int] = []
-        images: list[bytes] = []
-        for row, position in enumerate(positions.tolist(), start):
-            try:
-                images.append(self._reader.image(position))
-                rows.append(row)
-            except PipelineError as error:
-                faults.append((row, str(error)))
-        read = time.perf_counter()
-        rows, images = self._digests(pending, rows, images, faults)
-        checked = time.perf_counter()
-        rows = self._decode(pending, rows, images, faults)
-        decoded = time.perf_counter()
-        self._augment(pending, rows)
-        done = time.perf_counter()
-        spent = StageTimes(read - began, checked - read, decoded - checked, done - decoded, len(rows))
-        with self._lock:
-            self._times += spent
-        return faults
-
-    def _digests(
-        self, pending: _Pending, rows: list[int], images: list[bytes], faults: list[Fault]
-    ) -> tuple[list[int], list[bytes]]:
-        """Keep the rows whose bytes are those that were stored."""
-        if self._check == "never":
-            return rows, images
-        kept: tuple[list[int], list[bytes]] = [], []
-        for row, image in zip(rows, images, strict=True):
-            position = int(pending.positions[row])
-            if self._check == "first" and self._checked[position]:
-                good = True
-            else:
-                good = self._checked[position] = self._reader.matches(position, image)
-            if good:
-                kept[0].append(row)
-                kept[1].append(image)
-            else:
-                faults.append((row, "the image's bytes changed since conversion: its SHA-256 is another"))
-        return kept
-
-    def _decode(self, pending: _Pending, rows: list[int], images: list[bytes], faults: list[Fault]) -> list[int]:
-        """Decode into the batch; gives the rows that are good."""
-        sizes, found = self._decoder.sizes(images)
-        if found:
-            rows, images, keep = _without(rows, images, found, faults)
-            sizes = sizes[keep]
-        if not rows:
-            return rows
-        geometry = self._geometry(pending, sizes, rows)
-        whole = rows[-1] - rows[0] + 1 == len(rows)  # then the decoder writes straight into the batch
-        out = pending.image[rows[0] : rows[-1] + 1] if whole else np.empty_like(pending.image[: len(rows)])
-        found = self._decoder.decode(images, geometry, self.options.interpolation, out)
-        if not whole:
-            pending.image[rows] = out
-        return _without(rows, images, found, faults)[0] if found else rows
-
-    def _geometry(self, pending: _Pending, sizes: NDArray[np.int32], rows: list[int]) -> Geometry:
-        if not isinstance(self.options, TrainOptions):
-            return eval_geometry(self.options, sizes)
-        with pending.lock:  # one call for the batch costs what one for a chunk does
-            if pending.draws is None:
-                pending.draws = crop_draws(self.seed, pending.epoch, self._table.ids[pending.positions])
-        return train_geometry(self.options, sizes, pending.draws[rows])
-
-    def _augment(self, pending: _Pending, rows: list[int]) -> None:
-        options = self.options
-        if not rows or not isinstance(options, TrainOptions):
-            return
-        ids = self._table.ids[pending.positions[rows]]
-        if options.randaugment_ops or any(options.color_jitter):
-            from imnet_prep.colour import augment_colours
-
-            augment_colours(options, pending.image, rows, self.seed, pending.epoch, ids)
-        if options.erasing_prob:
-            boxes = erase_boxes(options, self.seed, pending.epoch, ids).tolist()
-            for row, (left, top, right, bottom) in zip(rows, boxes, strict=True):
-                pending.image[row, top:bottom, left:right] = ERASE_FILL
-
-    def _finish(self, pending: _Pending) -> Batch:
-        """Deal with bad rows, then mix."""
-        image, positions = pending.image, pending.positions
-        if pending.faults:
-            image, positions = self._skip(pending)
-        ids = self._table.ids[positions]
-        label = self._table.label[positions]
-        options = self.options
-        if isinstance(options, TrainOptions) and (options.mixup_alpha or options.cutmix_alpha):
-            mixed, share = mix(options, image, self.seed, pending.epoch, ids)
-            return Batch(mixed, label, ids, label[::-1].copy(), share)
-        return Batch(image, label, ids)
-
-    def _skip(self, pending: _Pending) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Raise, or leave bad rows out: evaluation's batch gets shorter, training's repeats good rows in their place.
-
-        A repeated row carries its own label and id, so the step's shape is kept and nothing is mislabelled.
-        """
-        faults = sorted(pending.faults)
-        reader = self._reader
-        if self._on_error == "raise":
-            raise self._error(pending, faults[0])
-        with self._lock:
-            self.skipped += len(faults)
-            for row, why in faults:
-                position = int(pending.positions[row])
-                if position not in self._skipped and len(self._skipped) < SKIPPED_KEPT:
-                    self._skipped[position] = SkippedRow(reader.where(position), why)
-        bad = {row for row, _ in faults}
-        good = [row for row in range(len(pending.positions)) if row not in bad]
-        if isinstance(self.options, EvalOptions):
-            return np.ascontiguousarray(pending.image[good]), pending.positions[good]
-        if not good:
-            raise self._error(pending, faults[0])
-        source = np.arange(len(pending.positions))
-        source[sorted(bad)] = np.resize(good, len(bad))
-        return pending.image[source], pending.positions[source]
-
-    def _error(self, pending: _Pending, fault: Fault) -> PipelineError:
-        row, why = fault
-        where = self._reader.where(int(pending.positions[row]))
-        remedy = 'restore the shard, or go on without such rows with on_error="skip"'
-        return PipelineError(f"{where}: the record is bad", got=why, remedy=remedy)
 
 
 class EpochIterator:
@@ -399,7 +196,7 @@ class EpochIterator:
         self._batches, self._number = batches, number
         self._order = batches.order(number)
         self._next = start_step
-        self._ahead: deque[_Pending] = deque()
+        self._ahead: deque[Pending] = deque()
         self._fill()
 
     def __iter__(self) -> EpochIterator:
@@ -412,16 +209,17 @@ class EpochIterator:
     def __next__(self) -> Batch:
         if self._batches._closed or os.getpid() != self._batches._process:
             raise PipelineError("the pipeline was closed during an epoch, or belongs to another process")
-        if not self._ahead:
-            raise StopIteration
-        try:
-            batch = self._ahead[0].future.result()
-        except PipelineError:
-            self.close()
-            raise
-        self._ahead.popleft()
-        self._fill()
-        return batch
+        while self._ahead:
+            try:
+                batch = self._ahead[0].future.result()
+            except PipelineError:
+                self.close()
+                raise
+            self._ahead.popleft()
+            self._fill()
+            if len(batch):  # evaluation may have skipped every row of it
+                return batch
+        raise StopIteration
 
     def close(self) -> None:
         """Drop the batches in the making."""
@@ -439,18 +237,7 @@ class EpochIterator:
             start, end = batches._share.span(self._next)
             self._next += 1
             positions = self._order[start:end]
-            batches._reader.will_need(positions)
             self._ahead.append(batches._submit(self._number, positions))
-
-
-def _without(
-    rows: list[int], images: list[bytes], found: list[Fault], faults: list[Fault]
-) -> tuple[list[int], list[bytes], list[int]]:
-    """Drop the rows with a fault, and note the faults by row of the batch."""
-    faults += [(rows[place], why) for place, why in found]
-    bad = {place for place, _ in found}
-    keep = [place for place in range(len(rows)) if place not in bad]
-    return [rows[place] for place in keep], [images[place] for place in keep], keep
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -258,14 +258,14 @@ class RowReader:
         """Read one image.
 
         Raises:
-            PipelineError: The row cannot be read or is cut off; the message names shard and row.
+            PipelineError: The row cannot be read or is cut off; :meth:`where` names it.
         """
         table = self.table
         start, size = int(table.start[position]), int(table.size[position])
         try:
             data = os.pread(self._descriptor(int(table.shard[position])), size, start)
         except (OSError, ImnetError) as error:
-            raise PipelineError(f"{self.where(position)}: cannot be read", got=str(error)) from error
+            raise PipelineError("the record cannot be read", got=str(error)) from error
         offset = 0
         for field in range(len(table.blob_fields)):
             if offset + LENGTH.size > len(data):
@@ -278,7 +278,7 @@ class RowReader:
                 return data[offset : offset + length]
             offset += length
         raise PipelineError(
-            f"{self.where(position)}: the record is cut off or its length is damaged",
+            "the record is cut off or its length is damaged",
             expected=f"{size} bytes from byte {start}",
             got=f"{len(data)} bytes",
             remedy="`imnet-prep verify --level hash` names the damaged files",

@@ -1,0 +1,265 @@
+"""The making of a batch: chunks of rows are read, checked, decoded and augmented; the last one finishes the batch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.augment import (
+    ERASE_FILL,
+    EvalOptions,
+    Geometry,
+    TrainOptions,
+    crop_draws,
+    erase_boxes,
+    eval_geometry,
+    mix,
+    train_geometry,
+)
+from imnet_prep.decode import Decoder, Fault
+from imnet_prep.errors import PipelineError
+from imnet_prep.rows import RowReader
+from imnet_prep.types import Batch
+
+CHUNK_ROWS = 16  # rows a task takes: about 15 ms of decoding, so that threads share the end of a batch well
+ON_ERROR = ("raise", "skip")
+CHECKS = ("first", "always", "never")
+SKIPPED_KEPT = 100  # skipped rows that are remembered by name; all are counted
+Options = TrainOptions | EvalOptions
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedRow:
+    """A row that was left out with ``on_error="skip"``: where it lies, with its name, and why."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds of worker time since the pipeline was opened, all threads together, and the images they made."""
+
+    read_s: float = 0.0
+    check_s: float = 0.0
+    decode_s: float = 0.0
+    augment_s: float = 0.0
+    images: int = 0
+
+    def __add__(self, other: StageTimes) -> StageTimes:
+        return StageTimes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __sub__(self, other: StageTimes) -> StageTimes:
+        return StageTimes(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
+
+
+class Pending:
+    """A batch in the making."""
+
+    __slots__ = ("chunks", "draws", "epoch", "faults", "future", "image", "lock", "positions")
+
+    def __init__(self, positions: NDArray[np.int64], epoch: int, image: NDArray[np.uint8], chunks: int) -> None:
+        self.positions, self.epoch, self.image, self.chunks = positions, epoch, image, chunks
+        self.faults: list[Fault] = []
+        self.draws: NDArray[np.float64] | None = None
+        self.lock = threading.Lock()
+        self.future: Future[Batch] = Future()
+
+
+class BatchMaker:
+    """Makes batches in any threads; what they share is counted under a lock.
+
+    Args:
+        reader: Of the split's rows. decoder: Bytes to pixels. options: What is done to an image.
+        seed: Of every draw. on_error: One of :data:`ON_ERROR`. check: One of :data:`CHECKS`.
+    """
+
+    def __init__(
+        self, reader: RowReader, decoder: Decoder, options: Options, seed: int, on_error: str, check: str
+    ) -> None:
+        self._reader, self._table, self._decoder = reader, reader.table, decoder
+        self._options, self._seed = options, seed
+        self._on_error, self._check = on_error, check
+        self._checked = np.zeros(len(reader.table), dtype=np.bool_)
+        self._lock = threading.Lock()
+        self._times = StageTimes()
+        self._skipped: dict[int, SkippedRow] = {}
+        self.skipped = 0
+
+    @property
+    def skipped_rows(self) -> tuple[SkippedRow, ...]:
+        """The first 100 different rows that were left out."""
+        with self._lock:
+            return tuple(self._skipped.values())
+
+    @property
+    def times(self) -> StageTimes:
+        """Worker time by stage so far."""
+        with self._lock:
+            return self._times
+
+    def begin(self, epoch: int, positions: NDArray[np.int64]) -> tuple[Pending, range]:
+        """Set up a batch; gives it and the first rows of its chunks, each to be passed to :meth:`work` once."""
+        size = self._options.image_size
+        image = np.empty((len(positions), size, size, 3), dtype=np.uint8)
+        starts = range(0, len(positions), CHUNK_ROWS)
+        return Pending(positions, epoch, image, len(starts)), starts
+
+    def work(self, pending: Pending, start: int) -> None:
+        """Make one chunk; the thread that makes a batch's last one finishes the batch."""
+        if pending.future.cancelled():
+            return
+        try:
+            faults = self._make(pending, start)
+            with pending.lock:
+                pending.faults += faults
+                pending.chunks -= 1
+                last = pending.chunks == 0
+            if last:
+                pending.future.set_result(self._finish(pending))
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the batch
+            with pending.lock:
+                if not pending.future.done():
+                    pending.future.set_exception(error)
+
+    def _make(self, pending: Pending, start: int) -> list[Fault]:
+        """Read, check, decode and augment some rows into the batch; faults count from the batch's first row."""
+        began = time.perf_counter()
+        positions = pending.positions[start : start + CHUNK_ROWS]
+        faults: list[Fault] = []
+        rows: list[int] = []
+        images: list[bytes] = []
+        for row, position in enumerate(positions.tolist(), start):
+            try:
+                images.append(self._reader.image(position))
+                rows.append(row)
+            except PipelineError as error:
+                faults.append((row, str(error)))
+        read = time.perf_counter()
+        rows, images = self._digests(pending, rows, images, faults)
+        checked = time.perf_counter()
+        rows = self._decode(pending, rows, images, faults)
+        decoded = time.perf_counter()
+        self._augment(pending, rows)
+        done = time.perf_counter()
+        spent = StageTimes(read - began, checked - read, decoded - checked, done - decoded, len(rows))
+        with self._lock:
+            self._times += spent
+        return faults
+
+    def _digests(
+        self, pending: Pending, rows: list[int], images: list[bytes], faults: list[Fault]
+    ) -> tuple[list[int], list[bytes]]:
+        """Keep the rows whose bytes are those that were stored."""
+        if self._check == "never":
+            return rows, images
+        kept: tuple[list[int], list[bytes]] = [], []
+        for row, image in zip(rows, images, strict=True):
+            position = int(pending.positions[row])
+            if self._check == "first" and self._checked[position]:
+                good = True
+            else:
+                good = self._checked[position] = self._reader.matches(position, image)
+            if good:
+                kept[0].append(row)
+                kept[1].append(image)
+            else:
+                faults.append((row, "the image's bytes changed since conversion: its SHA-256 is another"))
+        return kept
+
+    def _decode(self, pending: Pending, rows: list[int], images: list[bytes], faults: list[Fault]) -> list[int]:
+        """Decode into the batch; gives the rows that are good."""
+        sizes, found = self._decoder.sizes(images)
+        if found:
+            rows, images, keep = _without(rows, images, found, faults)
+            sizes = sizes[keep]
+        if not rows:
+            return rows
+        geometry = self._geometry(pending, sizes, rows)
+        whole = rows[-1] - rows[0] + 1 == len(rows)  # then the decoder writes straight into the batch
+        out = pending.image[rows[0] : rows[-1] + 1] if whole else np.empty_like(pending.image[: len(rows)])
+        found = self._decoder.decode(images, geometry, self._options.interpolation, out)
+        if not whole:
+            pending.image[rows] = out
+        return _without(rows, images, found, faults)[0] if found else rows
+
+    def _geometry(self, pending: Pending, sizes: NDArray[np.int32], rows: list[int]) -> Geometry:
+        if not isinstance(self._options, TrainOptions):
+            return eval_geometry(self._options, sizes)
+        with pending.lock:  # one call for the batch costs what one for a chunk does
+            if pending.draws is None:
+                pending.draws = crop_draws(self._seed, pending.epoch, self._table.ids[pending.positions])
+        return train_geometry(self._options, sizes, pending.draws[rows])
+
+    def _augment(self, pending: Pending, rows: list[int]) -> None:
+        options = self._options
+        if not rows or not isinstance(options, TrainOptions):
+            return
+        ids = self._table.ids[pending.positions[rows]]
+        if options.randaugment_ops or any(options.color_jitter):
+            from imnet_prep.colour import augment_colours
+
+            augment_colours(options, pending.image, rows, self._seed, pending.epoch, ids)
+        if options.erasing_prob:
+            boxes = erase_boxes(options, self._seed, pending.epoch, ids).tolist()
+            for row, (left, top, right, bottom) in zip(rows, boxes, strict=True):
+                pending.image[row, top:bottom, left:right] = ERASE_FILL
+
+    def _finish(self, pending: Pending) -> Batch:
+        """Deal with bad rows, then mix."""
+        image, positions = pending.image, pending.positions
+        if pending.faults:
+            image, positions = self._skip(pending)
+        ids = self._table.ids[positions]
+        label = self._table.label[positions]
+        options = self._options
+        if isinstance(options, TrainOptions) and (options.mixup_alpha or options.cutmix_alpha):
+            mixed, share = mix(options, image, self._seed, pending.epoch, ids)
+            return Batch(mixed, label, ids, label[::-1].copy(), share)
+        return Batch(image, label, ids)
+
+    def _skip(self, pending: Pending) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Raise, or leave bad rows out: evaluation's batch gets shorter, training's repeats good rows in their place.
+
+        A repeated row carries its own label and id, so the step's shape is kept and nothing is mislabelled.
+        """
+        faults = sorted(pending.faults)
+        reader = self._reader
+        if self._on_error == "raise":
+            raise self._error(pending, faults[0])
+        with self._lock:
+            self.skipped += len(faults)
+            for row, why in faults:
+                position = int(pending.positions[row])
+                if position not in self._skipped and len(self._skipped) < SKIPPED_KEPT:
+                    self._skipped[position] = SkippedRow(reader.where(position), why)
+        bad = {row for row, _ in faults}
+        good = [row for row in range(len(pending.positions)) if row not in bad]
+        if isinstance(self._options, EvalOptions):
+            return np.ascontiguousarray(pending.image[good]), pending.positions[good]
+        if not good:
+            raise self._error(pending, faults[0])
+        source = np.arange(len(pending.positions))
+        source[sorted(bad)] = np.resize(good, len(bad))
+        return pending.image[source], pending.positions[source]
+
+    def _error(self, pending: Pending, fault: Fault) -> PipelineError:
+        row, why = fault
+        where = self._reader.where(int(pending.positions[row]))
+        remedy = 'restore the shard, or go on without such rows with on_error="skip"'
+        return PipelineError(f"{where}: the record is bad", got=why, remedy=remedy)
+
+
+def _without(
+    rows: list[int], images: list[bytes], found: list[Fault], faults: list[Fault]
+) -> tuple[list[int], list[bytes], list[int]]:
+    """Drop the rows with a fault, and note the faults by row of the batch."""
+    faults += [(rows[place], why) for place, why in found]
+    bad = {place for place, _ in found}
+    keep = [place for place in range(len(rows)) if place not in bad]
+    return [rows[place] for place in keep], [images[place] for place in keep], keep
