@@ -122,11 +122,18 @@ def train(
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
 @click.option("--split", default="val", show_default=True, help="The split to score.")
 @click.option("--per-class", type=click.Path(path_type=Path), help="Write a CSV row a class.")
+@click.option("--confusion", type=click.Path(path_type=Path), help="Draw the confusion matrix, a PNG.")
 @DEVICE
 @JSON
 @guard
 def evaluate(
-    records: Path, checkpoint: Path, split: str, per_class: Path | None, device_target: str, as_json: bool
+    records: Path,
+    checkpoint: Path,
+    split: str,
+    per_class: Path | None,
+    confusion: Path | None,
+    device_target: str,
+    as_json: bool,
 ) -> None:
     """Score a checkpoint: top-1 and top-5 over every image of a split, each exactly once.
 
@@ -134,6 +141,7 @@ def evaluate(
 
     Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
     """
+    from mbv2.curves import draw_confusion
     from mbv2.evaluate import evaluate_checkpoint, write_per_class
 
     with stop_requested() as stop, progress_bar("eval") as progress:
@@ -142,6 +150,8 @@ def evaluate(
         )
     if per_class:
         write_per_class(per_class, scores, classes)
+    if confusion:
+        draw_confusion(confusion, scores.confusion, classes)
     if as_json:
         emit_json(scores.to_json())
     else:

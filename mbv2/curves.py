@@ -1,4 +1,4 @@
-"""``curves.png``: loss and accuracy by epoch, drawn with Pillow."""
+"""Pictures of a run, drawn with Pillow: ``curves.png`` (loss and accuracy by epoch) and a confusion matrix."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from imnet_prep.errors import TrainError
 from mbv2.runlog import EpochRow
 
 _SIZE = (1200, 520)
@@ -52,6 +55,41 @@ def draw_curves(path: Path, rows: list[EpochRow], title: str) -> None:
     partial = path.with_name(path.name + ".partial")
     picture.save(partial, format="PNG")
     partial.replace(path)
+
+
+def draw_confusion(path: Path, confusion: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
+    """Draw a confusion matrix: rows the true class, columns the guess, each row as shares of its images.
+
+    Args:
+        path: The PNG to write.
+        confusion: int64 (classes, classes), as in :class:`mbv2.evaluate.Scores`.
+        class_names: In label order; written beside the rows where there is room.
+
+    Raises:
+        TrainError: The file cannot be written.
+    """
+    shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    cell = max(1, min(40, 1000 // len(shares)))
+    named = cell >= 12
+    left, top, side = (230 if named else 30), 40, cell * len(shares)
+    ink = np.stack([255 * (1 - shares), 255 - 150 * shares, 255 - 75 * shares], axis=-1).astype(np.uint8)
+    matrix = Image.fromarray(ink).resize((side, side), Image.Resampling.NEAREST)
+    picture = Image.new("RGB", (left + side + 30, top + side + 40), _PAPER)
+    picture.paste(matrix, (left, top))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    draw.rectangle([left - 1, top - 1, left + side, top + side], outline=_INK)
+    draw.text((left, 12), "rows: true class; columns: guess; darker: a larger share of the row", fill=_INK, font=font)
+    for row, name in enumerate(class_names if named else ()):
+        words = name if len(name) <= 30 else f"{name[:29]}…"
+        draw.text((left - 6, top + (row + 0.5) * cell), words, fill=_INK, font=font, anchor="rm")
+        if cell >= 30:
+            share = f"{shares[row, row]:.2f}"
+            middle = (left + (row + 0.5) * cell, top + (row + 0.5) * cell)
+            draw.text(middle, share, fill=_PAPER if shares[row, row] > 0.5 else _INK, font=font, anchor="mm")
+    try:
+        picture.save(path, format="PNG")
+    except OSError as error:
+        raise TrainError(f"cannot write {path}", got=error.strerror or str(error)) from error
 
 
 def _points(rows: list[EpochRow], name: str) -> tuple[tuple[float, float], ...]:

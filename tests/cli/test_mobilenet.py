@@ -90,14 +90,19 @@ def test_eval_scores_every_image_as_training_did(
     records: Path, trained: tuple[Path, dict[str, object]], tmp_path: Path
 ) -> None:
     out, printed = trained
-    table = tmp_path / "classes.csv"
-    result = run("eval", "--records", records, "--checkpoint", out / "best.ckpt", "--per-class", table, "--json")
+    table, matrix = tmp_path / "classes.csv", tmp_path / "matrix.png"
+    result = run(
+        *("eval", "--records", records, "--checkpoint", out / "best.ckpt", "--json"),
+        *("--per-class", table, "--confusion", matrix),
+    )
     assert result.exit_code == 0, result.output
     scores = json.loads(result.stdout)
     assert scores.keys() == {"top1", "top5", "correct1", "correct5", "images"}
     assert scores["images"] == 11
     assert scores["top1"] == printed["top1"] == scores["correct1"] / 11
     assert scores["top5"] == 1.0
+    with Image.open(matrix) as drawn:
+        assert drawn.size == (230 + 3 * 40 + 30, 40 + 3 * 40 + 40)
     rows = list(csv.DictReader(table.open(encoding="utf-8")))
     assert sum(int(row["images"]) for row in rows) == 11
     assert sum(int(row["correct1"]) for row in rows) == scores["correct1"]
