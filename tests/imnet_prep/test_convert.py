@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -557,3 +560,54 @@ def test_worker_left_behind_touches_no_other_plan(source: Path, tmp_path: Path) 
     (tmp_path / ".work" / "plan.json").write_text('{"plan": "aaaa"}')
     with pytest.raises(PlanError, match="taken over"):
         shard_task.check_plan(tmp_path, "bbbb")
+
+
+# --- hostile input ---------------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_malformed_images_are_all_accounted_for(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    folder = tmp_path / "in" / "class"
+    folder.mkdir(parents=True)
+    whole_images = [jpeg(k, k, 64, 48) for k in range(10)]
+    (folder / "whole.jpg").write_bytes(whole_images[0])
+    for number in range(200):
+        data = bytearray(rng.choice(whole_images))
+        kind = number % 5
+        if kind == 0:
+            del data[rng.randrange(1, len(data)) :]
+        elif kind == 1:
+            for _ in range(3):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            other = rng.choice(whole_images)
+            data[rng.randrange(len(data)) :] = other[rng.randrange(len(other)) :]
+        elif kind == 3:
+            data = bytearray(rng.randbytes(rng.randrange(3000)))
+        else:
+            data = bytearray(synthetic.with_size(bytes(data), rng.randrange(1, 65_536), rng.randrange(1, 65_536)))
+        (folder / f"{number}.jpg").write_bytes(data)
+    train = run(tmp_path / "in", tmp_path / "out", workers=2).manifest.splits["train"]
+    assert train.found == 201
+    assert train.images + sum(train.rejected.values()) == 201
+    assert train.images >= 1
+    assert names(tmp_path) == {"in", "out"}
+    assert whole(tmp_path / "out")
+
+
+def test_hostile_tar_does_nothing_outside_and_is_accounted_for(tmp_path: Path) -> None:
+    path = tmp_path / "in.tar"
+    good = jpeg(1, 2)
+    with tarfile.open(path, "w") as archive:
+        for name in ("a/1.jpg", "b/2.jpg", "/etc/a/3.jpg", "../a/4.jpg", "a/1.jpg", "a/\udcff.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(good)
+            archive.addfile(member, io.BytesIO(good))
+        for kind, name in ((tarfile.SYMTYPE, "a/5.jpg"), (tarfile.CHRTYPE, "a/6.jpg"), (tarfile.FIFOTYPE, "a/7.jpg")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    train = run(path, tmp_path / "out").manifest.splits["train"]
+    assert train.images == 2
+    assert train.found == train.images + sum(train.rejected.values()) == 9
+    assert names(tmp_path) == {"in.tar", "out"}
