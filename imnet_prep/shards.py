@@ -134,7 +134,8 @@ class ShardWriter:
         self.path = path
         self.layout = layout
         self._file = path.open("xb", buffering=0)
-        self._page = bytearray()
+        self._page = bytearray()  # grows to what a page needs, and is then used again
+        self._used = 0
         self._raw = bytearray()  # scalar fields of all rows, one after the other
         self._raw_ends = array("Q")  # in _raw
         self._group_start = 0  # in _raw; a row group is a blob page's rows, and never spans raw pages
@@ -159,30 +160,33 @@ class ShardWriter:
         page_size = self.layout.page_size
         if max(blob_bytes, raw_bytes) > page_size:
             raise LayoutTooSmall(file_name, max(blob_bytes, raw_bytes), page_size)
-        if len(self._page) + blob_bytes > page_size or len(self._raw) - self._group_start + raw_bytes > page_size:
+        if self._used + blob_bytes > page_size or len(self._raw) - self._group_start + raw_bytes > page_size:
             self._flush()
-        start = len(self._page)
-        self._page += LENGTH.pack(len(image))
-        self._page += image
+        start, self._used = self._used, self._used + blob_bytes
+        if self._used > len(self._page):
+            self._page.extend(bytes(min(page_size, 2 * self._used) - len(self._page)))
+        LENGTH.pack_into(self._page, start, len(image))
+        self._page[start + LENGTH.size : self._used] = image
         self._raw += LENGTH.pack(len(packed))
         self._raw += packed
         self._raw_ends.append(len(self._raw))
-        self._blob.extend((len(self._pages), start, len(self._page)))
+        self._blob.extend((len(self._pages), start, self._used))
         self._labels.append(label)
 
     def _flush(self) -> None:
         """Write the blob page in hand."""
-        if not self._page:
+        if not self._used:
             return
         page_id = len(self._pages)
-        self._write_page(page_id, self._page)
+        with memoryview(self._page) as whole, whole[: self._used] as page:
+            self._write_page(page_id, page)
         rows = self._group_ends[-1] if self._group_ends else 0, len(self)
-        self._pages.append(_page(page_id, BLOB, page_id, len(self._page), rows, [(0, 0)]))
+        self._pages.append(_page(page_id, BLOB, page_id, self._used, rows, [(0, 0)]))
         self._group_ends.append(len(self))
         self._group_start = len(self._raw)
-        self._page = bytearray()
+        self._used = 0
 
-    def _write_page(self, page_id: int, data: bytes | bytearray) -> None:
+    def _write_page(self, page_id: int, data: bytearray | memoryview) -> None:
         _write_all(self._file.fileno(), data, self.layout.header_size + page_id * self.layout.page_size)
         self._sums.append(_word_sum(data))
 
@@ -276,11 +280,12 @@ def _page(
     }
 
 
-def _write_all(descriptor: int, data: bytes | bytearray, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    done = 0
+    with memoryview(data) as view:
+        while done < len(view):
+            with view[done:] as rest:  # released at once: what is behind it may be about to grow
+                done += os.pwrite(descriptor, rest, offset + done)
 
 
 def write_index(path: Path, rows: Iterable[tuple[int, ...]]) -> None:
