@@ -111,6 +111,7 @@ class Scheduler:
         self._read_more, self._ended, self._shared = read_more, ended, blocked_until
         self._slots = list(range(len(blocked_until) - 1, -1, -1))
         self._hosts: dict[int, Host] = {}
+        self._queued: dict[int, Host] = {}  # those of them with URLs at hand; many others may wait for a retry
         self._lanes: dict[int, _LaneState] = {}
         self._rows: dict[int, int] = {}  # rows in memory -> their lane, 0 while queued or waiting
         self._gone: dict[int, tuple[FailReason, str]] = {}  # hosts that were given up, and why
@@ -130,11 +131,10 @@ class Scheduler:
     def next_event(self, now: float) -> float:
         """Give the seconds until a pause or a retry ends, at most one."""
         soonest = self._delayed[0][0] if self._delayed else now + 1.0
-        for host in self._hosts.values():
-            if host.queue:
-                due = max(host.blocked_until, host.next_at)
-                if due > now:
-                    soonest = min(soonest, due)
+        for host in self._queued.values():
+            due = max(host.blocked_until, host.next_at)
+            if due > now:
+                soonest = min(soonest, due)
         return max(0.0, min(1.0, soonest - now))
 
     def assign(self, now: float) -> Iterator[tuple[int, Lane]]:
@@ -151,8 +151,8 @@ class Scheduler:
     def _choose(self, process: int, now: float) -> Host | None:
         best: Host | None = None
         best_rank = (0, 0)
-        for host in self._hosts.values():
-            if not host.queue or host.lanes[process] >= host.quota[process]:
+        for host in self._queued.values():
+            if host.lanes[process] >= host.quota[process]:
                 continue
             at_work = sum(host.lanes)
             if host.blocked_until > now or host.next_at > now or at_work >= (1 if host.probes >= 0 else host.cap):
@@ -177,6 +177,8 @@ class Scheduler:
         for task in tasks:
             self._rows[task.row] = number
         self._refill(host)
+        if not host.queue:
+            self._queued.pop(host.key, None)
         return Lane(number, host.slot, tasks)
 
     def _lane_length(self, host: Host) -> int:
@@ -239,7 +241,7 @@ class Scheduler:
             heapq.heappush(self._delayed, (now + 1.0, next(self._numbers), host, task))
         else:
             host.held -= 1
-            target.queue.appendleft(task)
+            self._push(target, task)
         return None
 
     def lane_done(self, number: int, returned: Sequence[Task], now: float) -> Abandoned | None:
@@ -259,7 +261,7 @@ class Scheduler:
             abandoned = self._refuse(host, returned)
         else:
             for task in reversed(returned):
-                host.queue.appendleft(task)
+                self._push(host, task)
                 host.held -= 1
                 self._rows[task.row] = 0
             # The worker that hears a Retry-After pauses the host for all workers before it tells us.
@@ -279,7 +281,7 @@ class Scheduler:
             for task in lane.tasks.values():
                 self._rows[task.row] = 0
                 lane.host.held -= 1
-                lane.host.queue.appendleft(task)
+                self._push(lane.host, task)
         return tasks
 
     def drop(self, row: int) -> None:
@@ -288,6 +290,8 @@ class Scheduler:
             for task in host.queue:
                 if task.row == row:
                     host.queue.remove(task)
+                    if not host.queue:
+                        self._queued.pop(host.key, None)
                     self._rows.pop(row, None)
                     self._retire(host)
                     return
@@ -345,6 +349,7 @@ class Scheduler:
         tasks = (*host.queue, *(item[3] for item in waiting))
         host.held -= len(waiting)
         host.queue.clear()
+        self._queued.pop(host.key, None)
         host.more = False
         for task in tasks:
             self._rows.pop(task.row, None)
@@ -361,13 +366,17 @@ class Scheduler:
                     host.held += 1
                     heapq.heappush(self._delayed, (now + 1.0, next(self._numbers), host, task))
                     return
-                target.queue.appendleft(task)
+                self._push(target, task)
                 self._retire(host)
             else:
-                host.queue.appendleft(task)
+                self._push(host, task)
+
+    def _push(self, host: Host, task: Task) -> None:
+        host.queue.appendleft(task)
+        self._queued[host.key] = host
 
     def _activate(self, now: float) -> None:
-        at_work = sum(1 for host in self._hosts.values() if host.blocked_until <= now)
+        at_work = sum(1 for host in self._queued.values() if host.blocked_until <= now)
         while at_work < _HOSTS_AT_WORK and self._slots:
             key = next(self._backlog, None)
             if key is None:
@@ -375,7 +384,8 @@ class Scheduler:
             if key not in self._hosts:
                 host = self._host(key)
                 assert host is not None  # a slot is free
-                at_work += not self._retire(host)
+                self._retire(host)
+                at_work += bool(host.queue)
 
     def _host(self, key: int) -> Host | None:
         host = self._hosts.get(key)
@@ -399,6 +409,8 @@ class Scheduler:
                 if row not in self._rows and row not in self._ended:
                     self._rows[row] = 0
                     host.queue.append(Task(row, url, attempts))
+        if host.queue:
+            self._queued[host.key] = host
 
     def _retire(self, host: Host) -> bool:
         """Let go of a host without work; True if it went."""

@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS urls (
     ext TEXT, bytes INTEGER, sha256 BLOB, stored_bytes INTEGER, stored_sha256 BLOB, width INTEGER, height INTEGER,
     flat INTEGER, reason TEXT, transient INTEGER, detail TEXT, time REAL);
 CREATE TABLE IF NOT EXISTS counts (key TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS placeholders (sha256 BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS doomed (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 _INDEXES = {
@@ -353,19 +354,23 @@ class Journal:
         Decided on the finished folder, so that the order of arrival does not matter. The files are listed in ``doomed``
         in the same transaction; :meth:`doomed` and :meth:`buried` see them off.
         """
+        total = 0
+        known = self.db.execute(
+            "SELECT DISTINCT urls.sha256 FROM placeholders CROSS JOIN urls INDEXED BY by_digest"
+            " ON urls.sha256 = placeholders.sha256 AND urls.state = 1"
+        ).fetchall()
+        for (sha256,) in known:
+            total += self._retract(sha256, "the same bytes as a known placeholder")
         usual = self._usual_multiplicity()
         groups = self.db.execute(
             "SELECT sha256, count(*), max(flat) FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256"
             " HAVING count(*) >= ?",
             (min(options.repeats_flat, options.repeats_photo),),
         ).fetchall()
-        total = 0
         for sha256, count, flat in groups:
             if count < usual * (options.repeats_flat if flat else options.repeats_photo):
                 continue
-            self.db.execute("BEGIN IMMEDIATE")
             total += self._retract(sha256, f"the same bytes from {count} URLs")
-            self.db.execute("COMMIT")
         return total
 
     def _usual_multiplicity(self) -> int:
@@ -386,6 +391,8 @@ class Journal:
         rows = self.db.execute(
             "SELECT row, wnid, name, ext, bytes FROM urls WHERE state = 1 AND sha256 = ?", (sha256,)
         ).fetchall()
+        self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute("INSERT OR IGNORE INTO placeholders VALUES (?)", (sha256,))
         self.db.executemany(
             "INSERT OR IGNORE INTO doomed VALUES (?)", [(file_path(w, n, e),) for _, w, n, e, _ in rows]
         )
@@ -396,6 +403,7 @@ class Journal:
         self._add(
             {"ok": -len(rows), "bytes": -sum(row[4] for row in rows), f"failed:{FailReason.PLACEHOLDER}": len(rows)}
         )
+        self.db.execute("COMMIT")
         return len(rows)
 
     def doomed(self) -> list[str]:

@@ -113,8 +113,8 @@ class ContentOptions:
     """
 
     min_side: int = 16
-    repeats_flat: int = 4
-    repeats_photo: int = 16
+    repeats_flat: int = 5
+    repeats_photo: int = 10
     short_side: int | None = None
     quality: int = 90
 
