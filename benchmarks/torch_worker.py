@@ -47,7 +47,7 @@ class Trainer:
         loss = self.loss(self.net(self.input(image)), label)
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return loss.item()
 
 
 def timed(run: Callable[[], object], warm_up: int, steps: int) -> list[float]:
