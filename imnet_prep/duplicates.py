@@ -24,10 +24,12 @@ from imnet_prep.validate import examine
 
 SIDE = 32  # pixels of the grey copy's side
 BITS = 128
+LOWEST = 16  # frequencies a direction among which the 128 lie
 MAX_BITS = 24  # bits in which copies may differ; nearest-neighbour scaling of 64-pixel images needs as many
 MIN_CORRELATION = 0.8
 BANDS, BAND_BITS = 24, 18
 WINDOW = 64  # neighbours that an image is compared with in a crowded group
+MAX_PRINTS = 4096  # kept while candidates are compared: 4 kB each
 PART_KEYS = 1 << 19  # keys sorted at a time: bounds memory
 _FEATURELESS = 2.0  # grey levels of standard deviation below which there is nothing to compare
 _BLUR = 3.0  # pixels; what is smoother than this (a white background, a dark corner) says nothing
@@ -61,8 +63,8 @@ class Pair:
 
 @cache
 def _frequencies() -> tuple[NDArray[np.int64], Signatures]:
-    """Positions of the 128 lowest frequencies of the 32 x 32 transform, and the bits that mirroring flips."""
-    vertical, horizontal = np.mgrid[0:SIDE, 0:SIDE]
+    """Positions of the 128 lowest frequencies among 16 x 16 of the transform, and the bits that mirroring flips."""
+    vertical, horizontal = np.mgrid[0:LOWEST, 0:LOWEST]
     order = np.argsort(((vertical + horizontal) * SIDE + vertical).ravel(), kind="stable")[1 : BITS + 1]
     return order, _pack(horizontal.ravel()[order] % 2 == 1)
 
@@ -93,19 +95,33 @@ def _weights(small: int, full: int) -> Grey:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def make_print(grey: NDArray[np.uint8], width: int, height: int) -> Print:
-    """Make what is compared.
+@cache
+def _spectrum(small: int, full: int) -> Grey:
+    """The lowest frequencies of the 32 samples that ``small`` ones are brought to: float32 (16, small)."""
+    basis = cv2.dct(np.eye(SIDE, dtype=np.float32), flags=cv2.DCT_ROWS).T[:LOWEST]
+    return np.asarray(basis @ _weights(small, full), dtype=np.float32)
+
+
+def signature(grey: NDArray[np.uint8], width: int, height: int) -> Signatures:
+    """Give an image's bits, uint64 (2,): the signs of its lowest frequencies; zeros where there is nothing to see.
 
     Args:
         grey: uint8 (H, W), perhaps decoded at a smaller scale, its short side 32 or more where the image has them.
         width: Of the whole image, in pixels. height: Likewise.
     """
+    tall, wide = grey.shape
+    lowest = (_spectrum(tall, height) @ grey.astype(np.float32) @ _spectrum(wide, width).T).ravel()
+    energy = float(np.dot(lowest, lowest)) - float(lowest[0]) ** 2  # without the mean
+    if energy < (_FEATURELESS * SIDE) ** 2:
+        return np.zeros(2, np.uint64)
+    return _pack(lowest[_frequencies()[0]] > 0)
+
+
+def make_print(grey: NDArray[np.uint8], width: int, height: int) -> Print:
+    """Make all that is compared; see :func:`signature` for the arguments."""
     small = _weights(grey.shape[0], height) @ grey.astype(np.float32) @ _weights(grey.shape[1], width).T
     small -= small.mean()
-    aspect = float(np.log(width / height))
-    if small.std() < _FEATURELESS:
-        return Print(np.zeros(2, np.uint64), small, aspect)
-    return Print(_pack(cv2.dct(small).ravel()[_frequencies()[0]] > 0), small, aspect)
+    return Print(signature(grey, width, height), small, float(np.log(width / height)))
 
 
 def same_picture(first: Print, second: Print, mirrored: bool) -> bool:
@@ -167,7 +183,12 @@ def _neighbours(
     order = np.lexsort((first, keys))
     keys, rows, mirrored, first, second = (a[order] for a in (keys, rows, mirrored, first, second))
     active = np.arange(len(keys))
+    # Of a run of equal images each is compared with the next: they are joined by that.
+    alike = np.zeros(len(keys), bool)
+    alike[:-1] = (first[1:] == first[:-1]) & (second[1:] == second[:-1]) & (mirrored[1:] == mirrored[:-1])
     for shift in range(1, WINDOW + 1):
+        if shift == 2:
+            active = active[~alike[active]]
         active = active[active + shift < len(keys)]
         active = active[keys[active] == keys[active + shift]]
         if not len(active):
@@ -192,6 +213,34 @@ def _differing(bits: NDArray[np.uint64]) -> NDArray[np.uint8]:
     return np.asarray(_ones()[words].sum(axis=1), dtype=np.uint8)
 
 
+class _Groups:
+    """Positions joined into groups; of each is known whether it is mirrored against its group's first."""
+
+    def __init__(self) -> None:
+        self._up: dict[int, tuple[int, bool]] = {}  # another of the group, and mirrored against that
+
+    def first(self, place: int) -> tuple[int, bool]:
+        """Give the first of a position's group, and whether the position is mirrored against it."""
+        path = []
+        while place in self._up:
+            path.append(place)
+            place = self._up[place][0]
+        mirrored = False
+        for step in reversed(path):  # from the top down, so that the next search is short
+            mirrored ^= self._up[step][1]
+            self._up[step] = place, mirrored
+        return place, mirrored
+
+    def join(self, pair: Pair) -> None:
+        """Join the groups of a pair."""
+        (one, turned), (two, other) = self.first(pair.first), self.first(pair.second)
+        self._up[max(one, two)] = min(one, two), turned ^ other ^ pair.mirrored
+
+    def pairs(self) -> list[Pair]:
+        """Give each position with the first of its group, but for those that are the first."""
+        return [Pair(first, place, mirrored) for place in sorted(self._up) for first, mirrored in [self.first(place)]]
+
+
 def near_duplicates(signatures: Signatures, read: Callable[[int], bytes]) -> list[Pair]:
     """Find the images that show the same picture.
 
@@ -200,33 +249,23 @@ def near_duplicates(signatures: Signatures, read: Callable[[int], bytes]) -> lis
         read: Gives the bytes of an image by position; called for candidates alone.
 
     Returns:
-        Pairs by position; of a group of images each but the first is in one pair (or more) with an earlier one.
+        By position, each image that shows the same as an earlier one, with the earliest of its group.
     """
-    leader: dict[int, int] = {}
-
-    def find(place: int) -> int:
-        while (up := leader.get(place, place)) != place:
-            leader[place] = leader.get(up, up)
-            place = up
-        return place
-
+    groups = _Groups()
     looked: set[Pair] = set()
     prints: dict[int, Print] = {}
-    found: list[Pair] = []
     for pair in candidates(signatures):
-        one, two = find(pair.first), find(pair.second)
-        if one == two or pair in looked:
+        if pair in looked or groups.first(pair.first)[0] == groups.first(pair.second)[0]:
             continue
         looked.add(pair)
         for place in (pair.first, pair.second):
             if place not in prints:
-                if len(prints) >= 4096:
+                if len(prints) >= MAX_PRINTS:
                     prints.clear()
                 prints[place] = print_of(read(place))
         if same_picture(prints[pair.first], prints[pair.second], pair.mirrored):
-            leader[max(one, two)] = min(one, two)
-            found.append(pair)
-    return sorted(found, key=lambda pair: (pair.first, pair.second))
+            groups.join(pair)
+    return groups.pairs()
 
 
 def print_of(data: bytes) -> Print:

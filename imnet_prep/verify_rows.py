@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.duplicates import SIDE, make_print
+from imnet_prep.duplicates import SIDE, signature
 from imnet_prep.errors import RecordsError
 from imnet_prep.jpeg import ImageFault
 from imnet_prep.mindrecord import (
@@ -279,6 +279,6 @@ class _Row:
         if self.line is not None and (seen.width, seen.height) != (self.line["width"], self.line["height"]):
             expected = f"{self.line['width']} x {self.line['height']}"
             self._add("image", f"expected {expected} pixels, got {seen.width} x {seen.height}")
-        bits = make_print(seen.grey, seen.width, seen.height).bits.tolist()
+        bits = signature(seen.grey, seen.width, seen.height).tolist()
         identity = record_id(self.task.split, self.name) if self.name else 0
         self.prints = (identity, int.from_bytes(digest[:8], "little"), *bits)

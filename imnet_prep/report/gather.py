@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.duplicates import Pair, make_print
+from imnet_prep.duplicates import Pair, signature
 from imnet_prep.errors import RecordsError
 from imnet_prep.imaging import captured_stderr
 from imnet_prep.manifest import Manifest, load_manifest, read_records
@@ -217,7 +217,7 @@ def look_at(task: _LookTask, advance: Advance) -> _Look:
                     _add_colours(colours, pixels)
                 if task.prints:
                     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), dtype=np.uint8)
-                    bits[place] = make_print(grey, grey.shape[1], grey.shape[0]).bits
+                    bits[place] = signature(grey, grey.shape[1], grey.shape[0])
         advance(1, int(sizes[place]), 0)
     return _Look(task.position, colours, sizes, bits)
 

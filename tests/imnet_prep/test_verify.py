@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import ImageOps
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
@@ -17,7 +18,8 @@ from imnet_prep.manifest import MANIFEST, load_manifest, read_records
 from imnet_prep.mindrecord import Shard, read_header
 from imnet_prep.verify import VerifyResult, verify
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, reseal, shard_files
-from tests.synthetic import encode, picture
+from tests.imnet_prep.test_duplicates import scene
+from tests.synthetic import encode
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +255,9 @@ def test_duplicates_inside_and_across_splits_are_warnings(tmp_path: Path) -> Non
         images = sorted((source / "train").rglob("*.jpg"))
         shutil.copy(images[0], images[0].with_name("again.jpg"))
         shutil.copy(images[1], source / "val" / images[-1].parent.name / "elsewhere.jpg")
-        big = picture(1, 99, 320, 240)
+        big = scene(9, 320, 240)
         images[2].write_bytes(encode(big))
-        images[2].with_name("mirrored.jpg").write_bytes(encode(big[:, ::-1].copy(), quality=60))
+        images[2].with_name("mirrored.jpg").write_bytes(encode(ImageOps.mirror(big), quality=60))
 
     result = look(make_records(tmp_path, add=repeat))
     assert result.ok
