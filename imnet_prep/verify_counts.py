@@ -98,7 +98,7 @@ def _check_published(name: str, split: SplitInfo, *, asked: bool) -> Iterator[Pr
     low, high = counts.train_per_class_min, counts.train_per_class_max
     if name == "val":
         low = high = counts.val_per_class
-    if not asked and sum(split.rejected.values()):
+    if not asked and any(split.rejected.values()):
         low = 0
     wrong = [label for label, count in enumerate(split.class_counts) if not low <= count <= high]
     if wrong:
