@@ -80,6 +80,13 @@ def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
     Raises:
         PlanError: It is a source, holds one, or holds what no conversion made.
     """
+    try:
+        return _checked(out, sources, force=force)
+    except (OSError, RuntimeError) as error:  # not to be listed, or a link that leads to itself
+        raise PlanError(f"{out}: cannot be the records folder", got=str(error)) from error
+
+
+def _checked(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
     target = out.resolve()
     if not target.name:
         raise PlanError(f"{out}: cannot be the records folder", expected="the name of a folder to be made")

@@ -315,6 +315,13 @@ def test_link_to_a_folder_is_followed(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
 
 
+def test_link_to_itself_and_the_root_are_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for out in (tmp_path / "loop", Path("/")):
+        with pytest.raises(PlanError, match=r"cannot be the records folder|the source"):
+            run(source, out)
+
+
 @pytest.mark.skipif(os.getuid() == 0 and not os.path.exists("/proc/1/cwd"), reason="needs /proc")
 def test_place_that_cannot_be_written(source: Path) -> None:
     with pytest.raises(PlanError, match="cannot be"):
