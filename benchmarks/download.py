@@ -4,13 +4,14 @@ Command::
 
     python -m benchmarks.download --images ../shared/data/imagenet-samples-250.tar --count 5000 --peer /tmp/dl-venv
 
-The peer needs a virtual environment of its own with ``benchmarks/requirements-download.txt``; without ``--peer`` it is
-left out. The server is nginx where installed, else Python's (slower: it then is part of what is measured). Every photograph
-is asked for under many URLs (a query string), ours and theirs alike. Rounds alternate; medians are given.
+The peer needs a virtual environment of its own with ``benchmarks/requirements-download.txt``; without ``--peer`` it
+is left out. The server is nginx where installed, else Python's (slower: it then is part of what is measured). Every
+photograph is asked for under many URLs (a query string), ours and theirs alike. Rounds alternate; medians are
+given.
 
-``combined`` is 1 / (1 / raw + 1 / decode), both measured here on the same cores: raw is plain ``requests`` sessions in
-one process a core, decode reads every compressed bit at 1/8 scale in one process a core. ``cpu_ms`` is processor time an
-image, the server's left out: the fairer figure on a machine that others use too.
+``combined`` is 1 / (1 / raw + 1 / decode), both measured here on the same cores: raw is plain ``requests`` sessions
+in one process a core, decode reads every compressed bit at 1/8 scale in one process a core. ``cpu_ms`` is processor
+time an image, the server's left out: the fairer figure on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def served(root: Path, work: Path) -> Any:
         config.write_text(
             f"daemon off; worker_processes 1; pid {work}/nginx.pid; error_log {work}/nginx.err;\n"
             f"events {{ worker_connections 1024; }}\n"
-            f"http {{ access_log off; sendfile on; keepalive_requests 1000000; client_body_temp_path {work}/ngx_body; {temps}\n"
+            f"http {{ access_log off; sendfile on; keepalive_requests 1000000;\n"
+            f"client_body_temp_path {work}/ngx_body; {temps}\n"
             f"types {{ image/jpeg JPEG; }} server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
         )
         process = subprocess.Popen([nginx, "-c", str(config), "-e", str(work / "nginx.err")])
@@ -228,10 +230,11 @@ def img2dataset(urls: list[str], work: Path, venv: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
     (work / "peer.txt").write_text("\n".join(urls) + "\n")
     cores = len(os.sched_getaffinity(0))
+    shard = str(-(-len(urls) // (2 * cores)))
     command = [
         str(venv / "bin" / "img2dataset"), "--url_list", str(work / "peer.txt"), "--output_folder", str(out),
         "--processes_count", str(cores), "--thread_count", "32", "--image_size", "256", "--resize_mode", "keep_ratio",
-        "--encode_quality", "90", "--output_format", "files", "--number_sample_per_shard", str(-(-len(urls) // (2 * cores))),
+        "--encode_quality", "90", "--output_format", "files", "--number_sample_per_shard", shard,
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stats = [json.loads(path.read_text()) for path in out.glob("*_stats.json")]

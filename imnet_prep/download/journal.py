@@ -286,7 +286,8 @@ class Journal:
             self._add(added)
             self.db.execute("COMMIT")
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # a full disk makes SQLite roll back by itself
+                self.db.execute("ROLLBACK")
             raise
         return moves
 

@@ -395,7 +395,7 @@ class _Run:
                 scheduler.ready(worker)
             case Rotated(spool):
                 self.old_spools.append(spool)
-            case Broken(_, detail):
+            case Broken(detail):
                 self.broken = detail
 
     def _end(self, outcome: Outcome) -> None:

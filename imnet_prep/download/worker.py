@@ -85,7 +85,6 @@ class Ready(NamedTuple):
 class Broken(NamedTuple):
     """This machine cannot store images (a full disk): no fault of the URL, and the end of the run."""
 
-    task: Task
     detail: str
 
 
@@ -180,18 +179,26 @@ class _Sender:
             return
         line = spool_line(message.outcome)
         with self._lock:
-            if self._spool is None:
-                self._spools += 1
-                self._spool_name = f"spool-{os.getpid()}-{time.time_ns()}-{self._spools}"
-                self._spool = (self._incoming / self._spool_name).open("ab", buffering=0)
-                self._lines = 0
-            self._spool.write(line)
-            self._lines += 1
+            try:
+                full = self._append(line)
+            except OSError as error:  # a full disk: the result still goes by the pipe, and the run ends
+                full = False
+                self._queue.put(Broken(error.strerror or str(error)))
             self._queue.put(message)
-            if self._lines >= _SPOOL_LINES:
+            if full and self._spool:
                 self._spool.close()
                 self._spool = None
                 self._queue.put(Rotated(self._spool_name))
+
+    def _append(self, line: bytes) -> bool:
+        if self._spool is None:
+            self._spools += 1
+            self._spool_name = f"spool-{os.getpid()}-{time.time_ns()}-{self._spools}"
+            self._spool = (self._incoming / self._spool_name).open("ab", buffering=0)
+            self._lines = 0
+        self._spool.write(line)
+        self._lines += 1
+        return self._lines >= _SPOOL_LINES
 
     def close(self) -> None:
         """Send what is left."""
@@ -317,7 +324,7 @@ class _Runner:
         try:
             _write_whole(self.options.out / INCOMING / temp, found.data)
         except OSError as error:
-            self.sender.send(Broken(task, error.strerror or str(error)))
+            self.sender.send(Broken(error.strerror or str(error)))
             return False
         outcome = _outcome(task, None, body.status)._replace(
             ext=found.ext,
