@@ -1,0 +1,154 @@
+"""What a run is told, what it keeps count of, and what it gives back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imnet_prep.errors import TrainError
+from mbv2.recipe import Recipe, recipe_from_fields
+from mbv2.runlog import verdict
+
+LAST, BEST, CONFIG, CURVES = "last.ckpt", "best.ckpt", "config.json", "curves.png"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run a recipe; none of it changes what is computed, but for ``seed``.
+
+    Attributes:
+        records: The records folder.
+        out: The run's folder.
+        recipe: What to compute.
+        seed: Of the initial weights, the order, the augmentation and dropout.
+        device_target: ``CPU``, ``GPU`` or ``Ascend``.
+        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.model`.
+        save_every: Steps between two writes of ``last.ckpt`` inside an epoch; 0 writes it at each epoch's end
+            only.
+        log_every: Steps between two rows of ``log.jsonl``.
+        resume: Go on from ``last.ckpt``.
+        pretrained: A checkpoint to start from; its head is kept where the class names are the records', else replaced.
+        features: Where ``freeze`` ``backbone`` keeps its features; ``<out>/features`` if not given.
+    """
+
+    records: Path
+    out: Path
+    recipe: Recipe
+    seed: int = 0
+    device_target: str = "CPU"
+    kernels: str = "auto"
+    save_every: int = 0
+    log_every: int = 10
+    resume: bool = False
+    pretrained: Path | None = None
+    features: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise TrainError("seed", expected="0 or more", got=f"{self.seed}")
+        if self.save_every < 0 or self.log_every < 1:
+            raise TrainError("save_every and log_every", expected="0 or more and 1 or more", got=f"{self}")
+        if self.recipe.freeze == "backbone" and self.pretrained is None and not self.resume:
+            raise TrainError(
+                "freeze=backbone trains the head of a pretrained network", remedy="give one with --pretrained"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run reached.
+
+    Attributes:
+        top1: Of the best checkpoint, or None where the records have no validation split.
+        top5: Of the same checkpoint.
+        epochs: Finished epochs.
+        images_per_s: Training images a second over the whole process, compilation and evaluation left out.
+        data_wait_frac: Share of that time spent waiting for data.
+        checkpoint: ``best.ckpt``.
+        already_done: The folder held this very run, finished.
+    """
+
+    top1: float | None
+    top5: float | None
+    epochs: int
+    images_per_s: float
+    data_wait_frac: float
+    checkpoint: Path
+    already_done: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what ``mbv2 train --json`` prints."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "epochs": self.epochs,
+            "images_per_s": self.images_per_s,
+            "data_wait_frac": self.data_wait_frac,
+            "checkpoint": str(self.checkpoint),
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Give the same as lines for a person."""
+        scored = self.top1 is not None and self.top5 is not None
+        return [
+            ("top-1", f"{self.top1:.4f}" if scored else "not scored: the records have no val split"),
+            ("top-5", f"{self.top5:.4f}" if scored else "not scored"),
+            ("epochs", str(self.epochs)),
+            ("images/s", f"{self.images_per_s:.1f}"),
+            ("waiting for data", f"{self.data_wait_frac:.1%}; {verdict(self.data_wait_frac)}"),
+            ("checkpoint", str(self.checkpoint)),
+        ]
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a run stands, and what it has seen of the current epoch. All of it goes into ``last.ckpt``."""
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best_top1: float | None = None
+    best_top5: float | None = None
+
+
+@dataclass(slots=True)
+class Pace:
+    """Time spent, split into waiting for data and computing; the first step, which compiles, is left out."""
+
+    images: int = 0
+    steps: int = 0
+    wait_s: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, images: int, wait_s: float, busy_s: float) -> None:
+        """Count one step."""
+        self.images, self.steps = self.images + images, self.steps + 1
+        self.wait_s, self.busy_s = self.wait_s + wait_s, self.busy_s + busy_s
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second."""
+        return self.images / max(1e-9, self.wait_s + self.busy_s)
+
+    @property
+    def data_wait_frac(self) -> float:
+        """Share of the time spent waiting."""
+        return self.wait_s / max(1e-9, self.wait_s + self.busy_s)
+
+
+def stored_recipe(out: Path) -> Recipe | None:
+    """Give the recipe of the run that a folder holds, or None where it holds none.
+
+    Raises:
+        TrainError: ``config.json`` is damaged.
+    """
+    path = out / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return recipe_from_fields(json.loads(path.read_text(encoding="utf-8"))["recipe"], where=str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainError(f"{path} is not a run's configuration", got=str(error)) from error
