@@ -27,8 +27,16 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: venv
+# The peers, each in an environment of its own (6 GB): their NumPy is not MindSpore's.
+bench: venv .venv-peers/.installed .venv-img2dataset/.installed
 	$(BIN)/python -m benchmarks
 
+.venv-peers/.installed: benchmarks/requirements-pipeline.txt
+.venv-img2dataset/.installed: benchmarks/requirements-download.txt
+.venv-peers/.installed .venv-img2dataset/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers .venv-img2dataset build .mypy_cache .ruff_cache .pytest_cache
