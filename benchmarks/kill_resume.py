@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.convert import repeat
 
 COMMAND = [sys.executable, "-c", "from cli.prep import main; main()", "to-mindrecord"]
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def killed(
     done, whole, before, kept, same = 0, 0, dict[str, tuple[int, int]](), True, True
     out, partial = work / "records", work / "records.partial"
     while done < kills:
-        process = subprocess.Popen([*call, "--out", str(out), "--workers", "2"], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*call, "--out", str(out), "--workers", "2"], **QUIET)  # type: ignore[call-overload]
         try:
             process.wait(rng.uniform(0.2, 0.6 * seconds))
             whole += 1
@@ -113,19 +114,19 @@ def on_dask(call: list[str], work: Path, seconds: float) -> dict[str, str]:
     """Carry out the plan on two Dask worker processes, one of which is killed half-way."""
     file = work / "scheduler.json"
     dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    processes = [subprocess.Popen([*dask, "--host", "127.0.0.1", "--scheduler-file", str(file)], **quiet)]  # type: ignore[call-overload]
+
+    processes = [subprocess.Popen([*dask, "--host", "127.0.0.1", "--scheduler-file", str(file)], **QUIET)]  # type: ignore[call-overload]
     try:
         while not file.exists():
             time.sleep(0.1)
         worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1"]
         for number in range(2):
             folder = ["--local-directory", str(work / f"dask{number}"), "--no-dashboard", "--no-nanny"]
-            processes.append(subprocess.Popen([*worker, *folder], **quiet))  # type: ignore[call-overload]
+            processes.append(subprocess.Popen([*worker, *folder], **QUIET))  # type: ignore[call-overload]
         time.sleep(5)
         address = json.loads(file.read_text())["address"]
         out = work / "dask"
-        run_it = subprocess.Popen([*call, "--out", str(out), "--executor", "dask", "--scheduler", address], **quiet)  # type: ignore[call-overload]
+        run_it = subprocess.Popen([*call, "--out", str(out), "--executor", "dask", "--scheduler", address], **QUIET)  # type: ignore[call-overload]
         done = work / "dask.partial" / ".work" / "done"
         while run_it.poll() is None and len(list(done.glob("*.json"))) < 20:
             time.sleep(0.02)
