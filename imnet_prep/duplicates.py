@@ -258,10 +258,10 @@ def near_duplicates(signatures: Signatures, read: Callable[[int], bytes]) -> lis
         if pair in looked or groups.first(pair.first)[0] == groups.first(pair.second)[0]:
             continue
         looked.add(pair)
+        if len(prints) >= MAX_PRINTS:
+            prints.clear()
         for place in (pair.first, pair.second):
             if place not in prints:
-                if len(prints) >= MAX_PRINTS:
-                    prints.clear()
                 prints[place] = print_of(read(place))
         if same_picture(prints[pair.first], prints[pair.second], pair.mirrored):
             groups.join(pair)

@@ -136,3 +136,13 @@ def test_a_crowd_of_equal_pictures_is_joined_without_all_pairs() -> None:
     assert {pair.second for pair in pairs} == set(range(1, 500))
     assert len(pairs) == 499
     assert len(reads) <= 1000
+
+
+def test_few_prints_are_kept_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [scene(seed, 120, 90) for seed in range(6)]
+    data = [encode(image, quality=quality) for image in images for quality in (90, 60, 40)]
+    bits = np.stack([print_of(item).bits for item in data])
+    expected = near_duplicates(bits, data.__getitem__)
+    monkeypatch.setattr("imnet_prep.duplicates.MAX_PRINTS", 1)
+    assert near_duplicates(bits, data.__getitem__) == expected
+    assert len(expected) == 12
