@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-samples-250.tar"))
     parser.add_argument("--count", type=int, default=4000, help="images of the timed folder")
-    parser.add_argument("--memory", action="store_true", help="measure memory too (an hour at 1,000,000 records)")
+    parser.add_argument("--memory", action="store_true", help="measure memory too: minutes at 1,000,000 records")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "imnet-bench-verify")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
