@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.c
           imnet_prep/native/CMakeLists.txt imnet_prep/native/*.cc imnet_prep/native/*.h \
           imnet_prep/scan/CMakeLists.txt imnet_prep/scan/*.cc)
 
-.PHONY: demo test check bench venv clean
+.PHONY: demo test check bench sanitize venv clean
 
 venv: $(VENV)/.installed
 
@@ -37,6 +37,14 @@ bench: venv .venv-peers/.installed .venv-img2dataset/.installed
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@
+
+# The C++ operators under AddressSanitizer and ThreadSanitizer.
+sanitize:
+	for kind in address thread; do \
+	  cmake -S . -B build/sanitize-$$kind -DMBV2_SANITIZE=$$kind && \
+	  cmake --build build/sanitize-$$kind --target mbv2_stress && \
+	  build/sanitize-$$kind/mbv2/kernels/mbv2_stress || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .venv-peers .venv-img2dataset build .mypy_cache .ruff_cache .pytest_cache

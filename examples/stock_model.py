@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> float:
         model = ms.train.Model(net, loss_fn=loss, optimizer=optimizer, metrics={"accuracy": nn.Accuracy()})
         model.train(options.epochs, to_dataset(train), dataset_sink_mode=False)
         accuracy = float(model.eval(to_dataset(val), dataset_sink_mode=False)["accuracy"])
-    print(f"accuracy {accuracy:.3f} on {val.images} images")  # noqa: T201
+    print(f"accuracy {accuracy:.3f} on {val.images} images")
     return accuracy
 
 

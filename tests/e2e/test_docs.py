@@ -1,0 +1,113 @@
+"""Every command line of README and docs runs, on small inputs of the names they use.
+
+README comes first; each other page goes on from what that left, in a copy of its own. Two things are added on the way:
+``--allow-private`` for the test's own server, and one small epoch for training. What is no command of ours (``pip``,
+``make``, ``msrun``) is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.mbv2.test_convert import foreign, random_weights, write
+from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OURS = ("imnet-prep ", "mbv2 ")
+SERVING = ("imnet-prep browse",)  # does not end by itself; tests/imnet_prep/test_browse.py runs it
+ADDED = {
+    "imnet-prep download": ["--allow-private"],
+    "mbv2 train": ["--epochs", "1", "--image-size", "32", "--batch-size", "16"],
+}
+
+
+def commands(page: Path) -> list[str]:
+    """Give the command lines of a page's fenced blocks, continued lines joined, comments left out."""
+    lines: list[str] = []
+    for _, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            text = line.strip().removeprefix("$ ")
+            if text.startswith(OURS) and not re.search(r"[<\[|]|\.\.\.", text):
+                lines.append(re.sub(r"\s+#.*$", "", text))
+    return lines
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of eight photographs, ``/0.jpg`` to ``/7.jpg``."""
+    folder = tmp_path_factory.mktemp("served")
+    for number in range(8):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number % 2, number, 96, 80))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
+    """A folder with every input that the pages name, and what README's commands make of them."""
+    root = tmp_path_factory.mktemp("world")
+    make_image_folder(root / "my-photos", 3, {"train": 16, "val": 4})
+    make_imagenet(root, per_class=12)
+    (root / "folder").mkdir()
+    for name in ("photo.jpg", "folder/a.jpg"):
+        (root / name).write_bytes(jpeg(1, 1))
+    lines = [f"{WNIDS[number % 2]}_{number}\t{address}/{number}.jpg" for number in range(8)]
+    for name in ("urls.txt", "fall11_urls.txt"):
+        (root / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (root / "keep.txt").write_text("\n".join(WNIDS[:2]) + "\n", encoding="utf-8")
+    write(root / "mobilenetv2_100.safetensors", foreign(random_weights(0.35), "timm"))
+    for command in commands(ROOT / "README.md"):
+        run(command, root)
+    (root / "old-records").mkdir()
+    for file in (root / "records" / "train").glob("*.mindrecord*"):  # what others have: shards and no manifest
+        shutil.copy(file, root / "old-records")
+    return root
+
+
+def run(command: str, folder: Path) -> None:
+    words = shlex.split(command)
+    words += next((added for start, added in ADDED.items() if command.startswith(start)), [])
+    words[0] = str(Path(sys.executable).with_name(words[0]))
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
+def test_the_commands_of_the_readme_run(world: Path) -> None:
+    assert (world / "run" / "best.ckpt").is_file()
+    assert (world / "web-records" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if commands(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(world: Path, tmp_path: Path, page: Path) -> None:
+    known = set(commands(ROOT / "README.md"))
+    todo = [command for command in commands(page) if command not in known and not command.startswith(SERVING)]
+    if todo:
+        shutil.copytree(world, tmp_path / "world")
+    for command in todo:
+        run(command, tmp_path / "world")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
