@@ -7,7 +7,6 @@ paths), from a list that is given, or are the labels themselves.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections import Counter
@@ -30,7 +29,7 @@ from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitIn
 from imnet_prep.mindrecord import Header, index_path, read_header, read_index
 from imnet_prep.types import SPLITS, Progress, ProgressCallback, ShardInfo, record_id
 from imnet_prep.verify_rows import BASE, END, names_agree
-from imnet_prep.workers import run_processes
+from imnet_prep.workers import process_count, run_processes
 
 CHUNK_ROWS = 512
 _NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]*")  # manifests/records.schema.json
@@ -260,7 +259,7 @@ def _read(
     def report(images: int, size: int, bad: int) -> None:
         progress(Progress(min(images, total), total, "images", size, (("undecodable", bad),)))
 
-    width = min(options.workers or len(os.sched_getaffinity(0)), len(tasks))
+    width = min(process_count(options.workers), len(tasks))
     for result in run_processes(read_rows, tasks, width, report):
         names.update(result.names)
         undecodable += [(result.lines.name, text) for text in result.undecodable]

@@ -8,7 +8,6 @@ cannot be read is a problem like any other.
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,7 +26,7 @@ from imnet_prep.mindrecord import Header, RowIndex, index_path, read_header, rea
 from imnet_prep.problems import Problem
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 from imnet_prep.verify_counts import check_counts, check_expectation, check_rejected
-from imnet_prep.workers import run_processes
+from imnet_prep.workers import process_count, run_processes
 
 if TYPE_CHECKING:
     from imnet_prep.verify_rows import RowsTask
@@ -105,7 +104,7 @@ def verify(
             raise
         return VerifyResult(level, 0, 0, (Problem("manifest", MANIFEST, str(error)),))
     problems = [*check_expectation(manifest, expect), *_check_quick(records, manifest)]
-    width = workers or len(os.sched_getaffinity(0))
+    width = process_count(workers)
     if level != "quick" and "shards" not in withhold:
         problems += _check_digests(records, manifest, width, progress)
     warnings: list[Problem] = []

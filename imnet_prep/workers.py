@@ -28,9 +28,20 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _live: Any = None  # in a worker: images, bytes and bad ones of each task in hand, shared with the parent
 
 
+def process_count(asked: int | None) -> int:
+    """Give the number of processes asked for, or one a core that this process may use.
+
+    Raises:
+        PlanError: Less than one was asked for.
+    """
+    if asked is not None and asked < 1:
+        raise PlanError("--workers is out of range", expected="1 or more", got=str(asked))
+    return asked or len(os.sched_getaffinity(0))
+
+
 def worker_count(asked: int | None, size_bytes: int) -> int:
     """Choose a number of processes for work that is little more than copying and hashing some bytes."""
-    return asked or (len(os.sched_getaffinity(0)) if size_bytes >= SMALL_BYTES else 1)
+    return process_count(asked) if asked is not None or size_bytes >= SMALL_BYTES else 1
 
 
 def run_processes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +20,7 @@ from imnet_prep.mindrecord import LENGTH, Shard, read_header, read_index
 from imnet_prep.types import Progress, ProgressCallback
 from imnet_prep.verify_duplicates import Located, exact_pairs, picture_pairs
 from imnet_prep.verify_rows import IMAGE_FIELDS
-from imnet_prep.workers import Advance, run_processes
+from imnet_prep.workers import Advance, process_count, run_processes
 
 MAX_COLOURS = 10_000  # images whose colours are measured; more change the third digit at most
 MAX_PRINTS = 50_000  # records among which the same picture is looked for; `verify` does it for any number
@@ -179,7 +178,7 @@ def _look(
     def report(images: int, size: int, bad: int) -> None:
         progress(Progress(min(images, total), total, "images", size, (("undecodable", bad),)))
 
-    width = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    width = min(process_count(workers), len(tasks))
     for look in run_processes(look_at, tasks, width, report):
         gathered.colours.add(look.colours)
         end = look.position + len(look.sizes)

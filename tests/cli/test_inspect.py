@@ -114,3 +114,13 @@ def test_quick_and_hash_need_neither_opencv_nor_mindspore(whole: Path) -> None:
         "assert not {'cv2', 'mindspore', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(whole)], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "command", [("verify", "--level", "decode"), ("report",), ("reshard", "--out", "out"), ("adopt", "--force")]
+)
+def test_no_workers_is_out_of_range(records: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    name, *rest = (str(tmp_path / part) if part == "out" else part for part in command)
+    result = call(name, records, *rest, "--workers", "0")
+    assert result.exit_code == 1
+    assert "--workers is out of range" in result.stderr
