@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -134,7 +135,7 @@ def speeds(records: Path, count: int) -> dict[str, Any]:
 
 def opencv(records: Path) -> None:
     """Decode every image in full, a shard a task, one process a core."""
-    with ProcessPoolExecutor(cores()) as pool:
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:  # forked, OpenCV's threads hang
         list(pool.map(decode_shard, sorted(records.glob("*/*.mindrecord"))))
 
 
