@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import click
 
 from cli.inspect import run_report
-from cli.render import emit_json, guard, progress_bar, stop_requested, table
+from cli.render import emit_json, guard, progress_bar, show, stop_requested, table
+from imnet_prep.types import Progress
+from mbv2.bench import BenchOptions
 
 RECORDS = click.option("--records", required=True, type=click.Path(path_type=Path), help="Folder with a manifest.json.")
 DEVICE = click.option("--device-target", default="CPU", show_default=True, help="CPU, GPU or Ascend.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+BENCH = {field.name: field.default for field in fields(BenchOptions)}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,6 +46,7 @@ def main() -> None:
 @click.option("--device-target", help="CPU, GPU or Ascend. [default: CPU]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order, augmentation and dropout.")
 @click.option("--save-every", type=int, default=0, show_default=True, help="Steps between saves within an epoch.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to RUN/events (needs tensorboardX).")
 @click.option("--resume", is_flag=True, help="Go on from RUN/last.ckpt, with the run's own recipe.")
 @JSON
 @guard
@@ -62,6 +67,7 @@ def train(
     device_target: str | None,
     seed: int,
     save_every: int,
+    tensorboard: bool,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -106,6 +112,7 @@ def train(
         resume=resume,
         pretrained=pretrained,
         features=features,
+        tensorboard=tensorboard,
     )
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)
@@ -122,6 +129,7 @@ def train(
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
 @click.option("--split", default="val", show_default=True, help="The split to score.")
 @click.option("--per-class", type=click.Path(path_type=Path), help="Write a CSV row a class.")
+@click.option("--real-labels", type=click.Path(path_type=Path), help="JSON of several right labels an image (ReaL).")
 @click.option("--confusion", type=click.Path(path_type=Path), help="Draw the confusion matrix, a PNG.")
 @DEVICE
 @JSON
@@ -131,6 +139,7 @@ def evaluate(
     checkpoint: Path,
     split: str,
     per_class: Path | None,
+    real_labels: Path | None,
     confusion: Path | None,
     device_target: str,
     as_json: bool,
@@ -146,7 +155,13 @@ def evaluate(
 
     with stop_requested() as stop, progress_bar("eval") as progress:
         scores, classes = evaluate_checkpoint(
-            records, checkpoint, split=split, device_target=device_target, stop=stop, progress=progress
+            records,
+            checkpoint,
+            split=split,
+            real_labels=real_labels,
+            device_target=device_target,
+            stop=stop,
+            progress=progress,
         )
     if per_class:
         write_per_class(per_class, scores, classes)
@@ -251,6 +266,33 @@ def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split
         emit_json(result.to_json())
     else:
         table(result.rows())
+
+
+@main.command()
+@click.option("--mode", default=BENCH["mode"], show_default=True, help="train (whole steps) or eval (inference).")
+@click.option("--batch-size", type=int, default=BENCH["batch_size"], show_default=True, help="Images a step.")
+@click.option("--image-size", type=int, default=BENCH["image_size"], show_default=True, help="Side, in pixels.")
+@click.option("--width", type=float, default=BENCH["width"], show_default=True, help="Width multiplier, 0.35 to 1.4.")
+@click.option("--steps", type=int, default=BENCH["steps"], show_default=True, help="Measured steps, after warm-up.")
+@click.option("--standard-ops", is_flag=True, help="MindSpore's own operators, not the C++ ones.")
+@JSON
+@guard
+def bench(
+    mode: str, batch_size: int, image_size: int, width: float, steps: int, standard_ops: bool, as_json: bool
+) -> None:
+    """Measure how fast the network trains, or guesses, on this machine: the median step, and the operators in use.
+
+    A train step is whole: uint8 batch in, forward, backward, update. Compilation and warm-up are left out.
+
+    Example: mbv2 bench --batch-size 32 --image-size 224 --json
+    """
+    from mbv2.bench import bench as run
+
+    kernels = "standard" if standard_ops else "auto"
+    options = BenchOptions(mode, batch_size, image_size, width, steps=steps, kernels=kernels)
+    with progress_bar("bench") as progress:
+        result = run(options, lambda done, total: progress(Progress(done, total, unit="steps")))
+    show(asdict(result), as_json)
 
 
 main.add_command(run_report)

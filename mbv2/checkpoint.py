@@ -3,7 +3,8 @@
 The file is what ``mindspore.save_checkpoint`` writes, so ``mindspore.load_checkpoint`` reads it; beside the tensors
 it holds one text entry, :data:`META_TAG`, with the model's shape, class names, preprocessing, position, scores and a
 SHA-256 over every tensor. Tensors are the network's parameters under their own names; ``last.ckpt`` adds the
-optimiser's state (``momentum.<weight>``, ``square.<weight>``) and the averaged weights (``ema.<weight>``).
+optimiser's state (``momentum.<weight>``, ``square.<weight>``), gradients added up for the next update
+(``accumulated.<weight>``) and the averaged weights (``ema.<weight>``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ META_TAG = "imnet_prep"
 FORMAT = "imnet-prep/checkpoint"
 FORMAT_VERSION = 1
 AVERAGE_PREFIX = "ema."
-STATE_PREFIXES = ("momentum.", "square.", AVERAGE_PREFIX)
+STATE_PREFIXES = ("momentum.", "square.", "accumulated.", AVERAGE_PREFIX)
 _DTYPES = {"Float32": np.float32, "Float16": np.float16, "Float64": np.float64, "Int32": np.int32, "Int64": np.int64}
 
 Tensors = dict[str, NDArray[Any]]

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.manifest import Manifest, load_manifest
+from imnet_prep.manifest import Manifest, load_manifest, read_records
 from imnet_prep.pipeline import open_batches
 from imnet_prep.runtime import runtime, start_mindspore
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import AnyBatch, batch_inputs, eval_options, fill_rows, split_images
 from mbv2.ranks import sum_counts, sum_floats
+from mbv2.real import RealLabels, RealScores, read_real_labels, score_real
 
 TOP = 5
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]  # images or features of the compiled batch size -> logits
@@ -37,6 +38,7 @@ class Scores:
         correct5: Images whose label is among the five best.
         loss: Mean cross-entropy, without label smoothing.
         confusion: int64 (classes, classes), rows the true label, columns the best guess.
+        real: Scores against several right labels an image, where they were given.
     """
 
     images: int
@@ -44,6 +46,7 @@ class Scores:
     correct5: int
     loss: float
     confusion: NDArray[np.int64]
+    real: RealScores | None = None
 
     @property
     def top1(self) -> float:
@@ -63,6 +66,7 @@ class Scores:
             "correct1": self.correct1,
             "correct5": self.correct5,
             "images": self.images,
+            **(self.real.to_json() if self.real else {}),
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -72,6 +76,7 @@ class Scores:
             ("top-1", f"{self.top1:.4f} ({self.correct1})"),
             ("top-5", f"{self.top5:.4f} ({self.correct5})"),
             ("loss", f"{self.loss:.4f}"),
+            *(self.real.rows() if self.real else []),
         ]
 
 
@@ -98,6 +103,7 @@ def score_batches(
     classes: int,
     batch_size: int,
     total: int,
+    real: RealLabels | None = None,
     reduce: Callable[[Scores], Scores] = lambda scores: scores,
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
@@ -110,6 +116,7 @@ def score_batches(
         classes: Number of classes.
         batch_size: What ``predict`` was compiled for.
         total: Images there must be, on all ranks together.
+        real: Several right labels an image, to score against as well.
         reduce: Adds up what several ranks scored.
         stop: Says whether to leave.
         progress: Called after each batch.
@@ -121,6 +128,7 @@ def score_batches(
     images = correct1 = correct5 = 0
     loss = 0.0
     confusion = np.zeros((classes, classes), np.int64)
+    real_scores = None if real is None else RealScores()
     for batch in batches:
         if stop():
             raise Interrupted("evaluation stopped", got=f"{images} of {total} images scored")
@@ -132,9 +140,11 @@ def score_batches(
         shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
         loss += float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(batch)), batch.label]).sum())
         np.add.at(confusion, (batch.label, logits.argmax(1)), 1)
+        if real is not None and real_scores is not None:
+            real_scores = score_real(real, batch.record_id, logits, real_scores)
         if progress:
             progress(Progress(images, total, note=f"top-1 {correct1 / images:.4f}"))
-    scores = reduce(Scores(images, correct1, correct5, loss / max(1, images), confusion))
+    scores = reduce(Scores(images, correct1, correct5, loss / max(1, images), confusion, real_scores))
     if scores.images != total:
         raise TrainError("evaluation did not see every image", expected=f"{total} images", got=f"{scores.images}")
     return scores
@@ -147,7 +157,11 @@ def sum_over_ranks(scores: Scores) -> Scores:
     images, correct1, correct5 = sum_counts(np.array([scores.images, scores.correct1, scores.correct5]))
     loss = sum_floats(np.array([scores.loss * scores.images], np.float32))[0]
     confusion = sum_counts(scores.confusion)
-    return Scores(int(images), int(correct1), int(correct5), float(loss) / max(1, int(images)), confusion)
+    real = scores.real
+    if real is not None:
+        counts = sum_counts(np.array([real.images, real.correct1, real.left_out]))
+        real = RealScores(*(int(count) for count in counts))
+    return Scores(int(images), int(correct1), int(correct5), float(loss) / max(1, int(images)), confusion, real)
 
 
 def network_predict(net: Any) -> Predict:
@@ -185,12 +199,23 @@ def evaluate_checkpoint(
     checkpoint: Path,
     *,
     split: str = "val",
+    real_labels: Path | None = None,
     kernels: str = "auto",
     device_target: str = "CPU",
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
 ) -> tuple[Scores, tuple[str, ...]]:
     """Score a checkpoint on a split of a records folder, with the preprocessing that the checkpoint names.
+
+    Args:
+        records: The records folder.
+        checkpoint: One of ours, for the records' classes.
+        split: Which split.
+        real_labels: A file of several right labels an image, see :func:`mbv2.real.read_real_labels`.
+        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.model`.
+        device_target: ``CPU``, ``GPU`` or ``Ascend``.
+        stop: Says whether to leave.
+        progress: Called after each batch.
 
     Returns:
         The scores, and the class names in label order.
@@ -201,6 +226,10 @@ def evaluate_checkpoint(
     """
     manifest = load_manifest(records)
     total = split_images(manifest, records, split)
+    real = None
+    if real_labels is not None:
+        names = (line.file_name for line in read_records(records, manifest.splits[split]))
+        real = read_real_labels(real_labels, split, names, manifest.classes)
     start_mindspore(device_target)
     loaded = read_checkpoint(checkpoint)
     meta = loaded.meta
@@ -215,6 +244,7 @@ def evaluate_checkpoint(
             classes=len(manifest.classes),
             batch_size=meta.batch_size,
             total=total,
+            real=real,
             reduce=sum_over_ranks,
             stop=stop,
             progress=progress,

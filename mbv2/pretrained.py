@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imnet_prep.errors import TrainError
-from mbv2.checkpoint import Checkpoint, load_parameters, read_checkpoint
+from imnet_prep.errors import CheckpointError, TrainError
+from mbv2.checkpoint import Checkpoint, build_network, load_parameters, read_checkpoint
 from mbv2.recipe import Recipe
 
 if TYPE_CHECKING:
     from mbv2.model import ModelConfig
 
 HEAD_PREFIX = "classifier."
+TEACHER_PREFIX = "teacher."  # two parameters of one name cannot be in a graph
 _logger = logging.getLogger(__name__)
 
 
@@ -62,3 +63,22 @@ def load_pretrained(net: Any, start: Checkpoint, classes: tuple[str, ...]) -> bo
         _logger.info("new head: %d classes instead of %s", len(classes), start.meta.model["classes"])
     load_parameters(parameters.values(), weights, str(start.path))
     return keep
+
+
+def load_teacher(path: Path, classes: tuple[str, ...], *, kernels: str) -> Any:
+    """Make the network that teaches: in evaluation mode, with the averaged weights where there are any.
+
+    Raises:
+        CheckpointError: The checkpoint is not one of ours, or is for other classes.
+    """
+    checkpoint = read_checkpoint(path)
+    names, count = checkpoint.meta.class_names, int(checkpoint.meta.model["classes"])
+    if count != len(classes) or (names and names != classes):
+        expected = f"the records' {len(classes)} classes, in their order"
+        got = f"{count} classes" if count != len(classes) else "others"
+        raise CheckpointError(f"distill_from {path} is for other classes", expected=expected, got=got)
+    net = build_network(checkpoint, kernels=kernels)
+    for parameter in net.get_parameters():
+        parameter.name = f"{TEACHER_PREFIX}{parameter.name}"
+        parameter.requires_grad = False
+    return net

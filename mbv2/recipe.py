@@ -58,6 +58,11 @@ class Recipe:
         label_smoothing: Share of the target spread over all classes.
         ema_decay: Decay of the averaged weights that are then evaluated and kept as best; 0 keeps none.
         clip_norm: Largest global norm of the gradient; 0 does not clip.
+        accumulate_steps: Steps whose gradients are averaged before one update of the weights. The global batch that
+            ``lr`` is scaled to grows with it; steps at the run's end that fill no whole update change nothing.
+        distill_from: A checkpoint of the same classes that teaches; empty for none.
+        distill_weight: Share of the loss that is the distance from the teacher's guesses.
+        distill_temperature: What both networks' logits are divided by for that distance.
         crop_min: Smallest area share of RandomResizedCrop.
         crop_max: Largest area share.
         flip: Chance of a horizontal flip.
@@ -98,6 +103,10 @@ class Recipe:
     label_smoothing: float = 0.1
     ema_decay: float = 0.0
     clip_norm: float = 0.0
+    accumulate_steps: int = 1
+    distill_from: str = ""
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0  # guesses as they are; Hinton et al. used 1 to 20
     crop_min: float = 0.08
     crop_max: float = 1.0
     flip: float = 0.5
@@ -129,6 +138,10 @@ class Recipe:
             raise RecipeError(
                 "recipe field crop_min", expected=f"at most crop_max ({self.crop_max})", got=f"{self.crop_min}"
             )
+        if self.distill_from and self.freeze == "backbone":
+            raise RecipeError(
+                "distill_from needs images, and freeze=backbone trains on cached features", expected="freeze none or bn"
+            )
 
 
 _ANY = math.inf
@@ -152,6 +165,9 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "label_smoothing": (0, 1, False),
     "ema_decay": (0, 1, False),
     "clip_norm": (0, _ANY, False),
+    "accumulate_steps": (1, 65_536, True),
+    "distill_weight": (0, 1, True),
+    "distill_temperature": (0.1, 100, True),
     "crop_min": (1e-3, 1, True),
     "crop_max": (1e-3, 1, True),
     "flip": (0, 1, True),

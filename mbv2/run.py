@@ -30,6 +30,7 @@ class RunOptions:
         log_every: Steps between two rows of ``log.jsonl``.
         resume: Go on from ``last.ckpt``.
         pretrained: A checkpoint to start from; its head is kept where the class names are the records', else replaced.
+        tensorboard: Write TensorBoard events to ``<out>/events`` as well.
         features: Where ``freeze`` ``backbone`` keeps its features; ``<out>/features`` if not given.
     """
 
@@ -44,6 +45,7 @@ class RunOptions:
     resume: bool = False
     pretrained: Path | None = None
     features: Path | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.seed < 0:

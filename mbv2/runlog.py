@@ -1,6 +1,6 @@
-"""The logs of a run: ``metrics.csv`` (a row an epoch) and ``log.jsonl`` (a row a logged step).
+"""The logs of a run: ``metrics.csv`` (a row an epoch), ``log.jsonl`` (a row a logged step), and TensorBoard events.
 
-Both carry the run's step, so that a resumed run cuts them back to its checkpoint and writes on: the logs of an
+All carry the run's step, so that a resumed run cuts them back to its checkpoint and writes on: the logs of an
 interrupted run then read as if nothing had happened.
 """
 
@@ -12,7 +12,11 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from imnet_prep.errors import TrainError
+
+EVENTS = "events"
 METRICS, LOG = "metrics.csv", "log.jsonl"
 DATA_BOUND_FRAC = 0.1  # share of time spent waiting above which the loader, not the network, sets the pace
 
@@ -79,15 +83,17 @@ def verdict(data_wait_frac: float) -> str:
 
 
 class RunLog:
-    """Appends to the two logs of a run.
+    """Appends to the logs of a run.
 
     Args:
         folder: The run's folder.
         epoch: Finished epochs; later rows of ``metrics.csv`` are cut off, their work is about to be done again.
         step: Finished steps; later rows of ``log.jsonl`` are cut off.
+        events: Where TensorBoard events are written, from :func:`open_events`.
     """
 
-    def __init__(self, folder: Path, epoch: int, step: int) -> None:
+    def __init__(self, folder: Path, epoch: int, step: int, events: Any = None) -> None:
+        self.events = events
         self.metrics, self.log = folder / METRICS, folder / LOG
         rows = [row for row in read_metrics(folder) if row.epoch <= epoch]
         _rewrite(self.metrics, lambda: _csv_text(rows))
@@ -98,11 +104,36 @@ class RunLog:
         """Append a row to ``log.jsonl``."""
         with self.log.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(asdict(row)) + "\n")
+        names = ("loss", "lr", "grad_norm", "step_ms", "images_per_s", "data_wait_frac")
+        self._add_events("train", {name: getattr(row, name) for name in names}, row.step)
 
     def add_epoch(self, row: EpochRow) -> None:
         """Append a row to ``metrics.csv``."""
         with self.metrics.open("a", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerow(_cells(row))
+        self._add_events("val", {"loss": row.val_loss, "top1": row.val_top1, "top5": row.val_top5}, row.step)
+
+    def _add_events(self, group: str, values: dict[str, float | None], step: int) -> None:
+        if self.events is None:
+            return
+        for name, value in values.items():
+            if value is not None:
+                self.events.add_scalar(f"{group}/{name}", value, step)
+        self.events.flush()
+
+
+def open_events(folder: Path, step: int) -> Any:
+    """Open the TensorBoard events of a run; TensorBoard then hides what an interrupted run wrote after ``step``.
+
+    Raises:
+        TrainError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        remedy = "install it: pip install 'imnet-prep[tensorboard]'"
+        raise TrainError("--tensorboard needs tensorboardX", got=str(error), remedy=remedy) from error
+    return SummaryWriter(str(folder / EVENTS), purge_step=step + 1 if step else None)
 
 
 def read_metrics(folder: Path) -> list[EpochRow]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from mbv2.recipe import Recipe
 
 _DROPOUT_STREAM = 0xD0  # keeps the mask's random numbers apart from every other use of the seed
-CONTROLS = ("lr", "momentum_correction", "square_correction", "ema_decay", "stop")  # the scalars a step takes, in order
+# The scalars a step takes, in order. ``keep`` is 0 where a new sum of gradients begins, see Recipe.accumulate_steps.
+CONTROLS = ("lr", "momentum_correction", "square_correction", "ema_decay", "stop", "keep")
 
 
 def dropout_mask(seed: int, step: int, shape: tuple[int, int], rate: float) -> NDArray[np.float32]:
@@ -34,11 +35,18 @@ def dropout_mask(seed: int, step: int, shape: tuple[int, int], rate: float) -> N
 
 def step_controls(recipe: Recipe, lr: float, step: int, *, stop: bool = False) -> NDArray[np.float32]:
     """Compute the scalars of :data:`CONTROLS` for a step (from 0), in float64 before rounding."""
-    count = step + 1
+    count = step // recipe.accumulate_steps + 1  # the update that this step is part of
     ema = min(
         recipe.ema_decay, (1 + count) / (10 + count)
     )  # short runs: do not average in the initial weights for long
-    values = [lr, 1 - recipe.momentum**count, 1 - recipe.rms_decay**count, ema, float(stop)]
+    values = [
+        lr,
+        1 - recipe.momentum**count,
+        1 - recipe.rms_decay**count,
+        ema,
+        stop,
+        step % recipe.accumulate_steps > 0,
+    ]
     return np.array(values, np.float32)
 
 
@@ -76,6 +84,10 @@ def _rmsprop(constants: Any, controls: Any, decay: float, weight: Any, gradient:
 
 def _average(controls: Any, average: Any, live: Any) -> Any:
     return ops.assign(average, average * controls[3] + live * (1.0 - controls[3]))
+
+
+def _added(keep: Any, total: Any, gradient: Any) -> Any:
+    return ops.assign(total, total * keep + gradient)
 
 
 def _square_sum(gradient: Any) -> Any:
@@ -132,7 +144,7 @@ class Optimizer(nn.Cell):
 
         Args:
             gradients: Tuple of float32 tensors, shaped as ``weights``.
-            controls: float32 (5,), see :data:`CONTROLS`.
+            controls: float32 (6,), see :data:`CONTROLS`.
 
         Returns:
             What the updates give, for others to depend on.
@@ -166,9 +178,15 @@ class TrainStep(nn.Cell):
         recipe: Loss, optimiser and averaging.
         classes: Number of classes.
         average: The network that holds the averaged weights, or None where the recipe averages none.
+        teacher: A network in evaluation mode whose guesses are part of the target, or None.
         head_only: The step takes pooled features instead of images, and trains the head alone.
         ranks: Number of processes that step together: gradients, loss and BatchNorm's statistics are averaged over
             them, so that every rank holds the same state after a step.
+
+    With ``accumulate_steps`` over 1 a step only adds its gradients up; :class:`ApplyAccumulated` updates the weights.
+
+    Source:
+        Distillation: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2.
     """
 
     def __init__(
@@ -178,6 +196,7 @@ class TrainStep(nn.Cell):
         classes: int,
         *,
         average: nn.Cell | None = None,
+        teacher: nn.Cell | None = None,
         head_only: bool = False,
         ranks: int = 1,
     ) -> None:
@@ -191,6 +210,12 @@ class TrainStep(nn.Cell):
         self.trained = ms.ParameterTuple(trained_parameters(net, head_only=head_only))
         self.optimizer = Optimizer(recipe, self.trained)
         self.gradient = ops.value_and_grad(self.loss, None, self.trained)
+        self.accumulate_steps = recipe.accumulate_steps
+        if self.accumulate_steps > 1:
+            self.accumulated = self.trained.clone(prefix="accumulated", init="zeros")
+        self.distills = teacher is not None
+        self.teacher = teacher
+        self.distill_weight, self.temperature = recipe.distill_weight, recipe.distill_temperature
         self.averages = average is not None
         if average is not None:
             own, kept = net.parameters_dict(), average.parameters_dict()
@@ -207,15 +232,24 @@ class TrainStep(nn.Cell):
                 self.statistics_sizes = tuple(int(np.prod(p.shape)) for p in fixed)
                 self.statistics_size = sum(self.statistics_sizes)
         self.set_train(True)
+        if teacher is not None:
+            teacher.set_train(False)
 
-    def loss(self, inputs: Any, mask: Any, label: Any, mix_label: Any, mix_weight: Any) -> Any:
-        """Give the mean cross-entropy against smoothed, possibly mixed, labels."""
+    def loss(self, inputs: Any, mask: Any, label: Any, mix_label: Any, mix_weight: Any, taught: Any) -> Any:
+        """Give the mean cross-entropy against smoothed, possibly mixed, labels, and against a teacher's guesses."""
         pooled = inputs if self.head_only else self.net.features(inputs)
-        log_p = ops.log_softmax(self.net.classify(pooled * mask), 1)
+        logits = self.net.classify(pooled * mask)
+        log_p = ops.log_softmax(logits, 1)
         weight = ops.expand_dims(mix_weight, 1)
         target = weight * self._one_hot(label) + (1.0 - weight) * self._one_hot(mix_label)
         target = (1.0 - self.smoothing) * target + self.smoothing / self.classes
-        return -ops.mean(ops.sum(target * log_p, 1))
+        loss = -ops.mean(ops.sum(target * log_p, 1))
+        if self.distills:
+            soft = ops.log_softmax(logits / self.temperature, 1)
+            aim = ops.softmax(taught, 1)
+            apart = ops.mean(ops.sum(aim * (ops.log_softmax(taught, 1) - soft), 1))
+            loss = (1.0 - self.distill_weight) * loss + self.distill_weight * self.temperature**2 * apart
+        return loss
 
     def _one_hot(self, label: Any) -> Any:
         return ops.cast(ops.equal(ops.expand_dims(label, 1), ops.arange(self.classes).astype(ms.int32)), ms.float32)
@@ -229,17 +263,28 @@ class TrainStep(nn.Cell):
             label: int32 (N,).
             mix_label: int32 (N,), the second label of mixed images; ``label`` again otherwise.
             mix_weight: float32 (N,), the share of ``label``.
-            controls: float32 (5,), see :data:`CONTROLS`.
+            controls: float32 (6,), see :data:`CONTROLS`.
 
         Returns:
-            float32 (3,): the loss before the update, the global norm of the gradient (0 where it is not clipped), and
-            the share of ranks that ask to stop.
+            float32 (3,): the loss before the update, the global norm of the gradient (0 where it is not clipped, or
+            only added up), and the share of ranks that ask to stop.
         """
-        loss, gradients = self.gradient(inputs, mask, label, mix_label, mix_weight)
+        taught = controls  # stands for the teacher's logits where there is none
+        if self.distills:
+            taught = self.teacher.classify(self.teacher.features(inputs)) / self.temperature
+        loss, gradients = self.gradient(inputs, mask, label, mix_label, mix_weight, taught)
         stop = controls[4]
         if self.ranks > 1:
             loss, stop, gradients = self._average_over_ranks(loss, stop, gradients)
-        norm = ops.zeros_like(loss)
+        if self.accumulate_steps > 1:
+            done = self.map(ops.partial(_added, controls[5]), self.accumulated, gradients)
+            return ops.depend(ops.stack((loss, ops.zeros_like(loss), stop)), done)
+        norm, done = self.update(gradients, controls)
+        return ops.depend(ops.stack((loss, norm, stop)), done)
+
+    def update(self, gradients: Any, controls: Any) -> Any:
+        """Clip, change the weights and average them; give the norm, and what the updates give."""
+        norm = ops.zeros_like(controls[0])
         if self.clip_norm > 0:
             norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
             gradients = self.map(ops.partial(_scaled, self.clip_norm / ops.maximum(norm, self.clip_tensor)), gradients)
@@ -248,7 +293,13 @@ class TrainStep(nn.Cell):
             done = ops.depend(
                 self.map(ops.partial(_average, ops.depend(controls, done)), self.average, self.live), done
             )
-        return ops.depend(ops.stack((loss, norm, stop)), done)
+        return norm, done
+
+    def update_accumulated(self, controls: Any) -> Any:
+        """Update the weights from the mean of the gradients added up; give their norm."""
+        gradients = self.map(ops.partial(_scaled, 1.0 / self.accumulate_steps), self.accumulated)
+        norm, done = self.update(gradients, controls)
+        return ops.depend(norm, done)
 
     def _average_over_ranks(self, loss: Any, stop: Any, gradients: Any) -> Any:
         """Average in one exchange: many small ones would wait for the network many times."""
@@ -267,7 +318,20 @@ class TrainStep(nn.Cell):
     def state(self) -> dict[str, ms.Parameter]:
         """Give by name what a resumed run must have besides the network's own parameters."""
         averages = list(self.average) if self.averages else []
-        return {parameter.name: parameter for parameter in [*self.optimizer.slots(), *averages]}
+        sums = list(self.accumulated) if self.accumulate_steps > 1 else []
+        return {parameter.name: parameter for parameter in [*self.optimizer.slots(), *sums, *averages]}
+
+
+class ApplyAccumulated(nn.Cell):
+    """The update that follows every ``accumulate_steps`` steps: a graph of its own."""
+
+    def __init__(self, step: TrainStep) -> None:
+        super().__init__(auto_prefix=False)
+        self.step = step
+
+    def construct(self, controls: Any) -> Any:
+        """Update the weights; give the float32 norm of the mean gradient, 0 where it is not clipped."""
+        return self.step.update_accumulated(controls)
 
 
 class PooledFeatures(nn.Cell):

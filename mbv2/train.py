@@ -6,6 +6,7 @@ is the run that was not.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,10 +39,10 @@ from mbv2.curves import draw_curves
 from mbv2.data import AnyBatch, RunData, batch_inputs, fill_rows, open_run_data
 from mbv2.evaluate import Scores, network_predict, score_batches, sum_over_ranks
 from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
-from mbv2.pretrained import load_pretrained, network_config, pretrained_fields
+from mbv2.pretrained import load_pretrained, load_teacher, network_config, pretrained_fields
 from mbv2.ranks import wait_for_all
 from mbv2.run import BEST, CONFIG, CURVES, LAST, Pace, Position, RunOptions, RunResult, stored_recipe
-from mbv2.runlog import EpochRow, RunLog, StepRow, read_metrics, verdict
+from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics, verdict
 from mbv2.schedule import learning_rate
 
 # Fields of the recipe that an augmented view's pixels follow from.
@@ -90,6 +92,7 @@ def train(
         wait_for_all()  # no rank writes before all have looked
         if last is not None and last.meta.epoch >= options.recipe.epochs:
             return _finished(options, last)
+        gc.collect()  # a graph compiled while an earlier run's cells are collected is compiled a second time
         return _Run(options, data, last, stop, progress).run()
 
 
@@ -106,6 +109,8 @@ def _identity(options: RunOptions, data: RunData, origin: str = "") -> dict[str,
     }
     if options.pretrained is not None:
         origin = read_checkpoint(options.pretrained).digest()
+    if options.recipe.distill_from:
+        recipe["distill_from"] = read_checkpoint(Path(options.recipe.distill_from)).digest()
     return {"seed": options.seed, "records": data.digest, "pretrained": origin, **recipe}
 
 
@@ -155,7 +160,7 @@ class _Run:
         import mindspore as ms
 
         from mbv2.model import MobileNetV2
-        from mbv2.step import TrainStep
+        from mbv2.step import ApplyAccumulated, TrainStep
 
         if native.available():
             native.set_threads(runtime().threads)  # several ranks share the cores
@@ -189,16 +194,27 @@ class _Run:
             self.average.set_train(False)
             for parameter in self.average.get_parameters():
                 parameter.name = f"{AVERAGE_PREFIX}{parameter.name}"
+        teacher = None
+        if recipe.distill_from:
+            teacher = load_teacher(Path(recipe.distill_from), data.classes, kernels=options.kernels)
         self.train_step = TrainStep(
-            self.net, recipe, self.config.classes, average=self.average, head_only=self.head_only, ranks=self.ranks
+            self.net,
+            recipe,
+            self.config.classes,
+            average=self.average,
+            teacher=teacher,
+            head_only=self.head_only,
+            ranks=self.ranks,
         )
+        self.apply_accumulated = ApplyAccumulated(self.train_step) if recipe.accumulate_steps > 1 else None
         self.steps_per_epoch = self.data.train.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.epochs
         self.position = Position()
-        self.pending: list[tuple[int, float, Any]] = []  # (step, lr, result on the device) not yet read back
+        self.pending: list[tuple[int, float, Any, Any]] = []  # (step, lr, result, norm of an update or None), unread
         self.epoch_pace, self.run_pace, self.row_pace = Pace(), Pace(), Pace()
-        self.compiled = False
+        self.compiling = recipe.accumulate_steps  # steps until every graph of training has been compiled
         self.log: RunLog | None = None
+        self.events: Any = None
 
     def _cache_features(self, start: Checkpoint | None) -> RunData:
         """Replace the images by their pooled features, from the cache or computed now."""
@@ -257,13 +273,19 @@ class _Run:
             raise TrainError(f"cannot make the run's folder {out}", got=error.strerror or str(error)) from error
         if last is not None:
             self._restore(last)
-        self.log = RunLog(out, self.position.epoch, self.position.step) if self.rank == 0 else None
         if self.rank == 0:
+            if self.options.tensorboard:
+                self.events = open_events(out, self.position.step)
+            self.log = RunLog(out, self.position.epoch, self.position.step, self.events)
             self._write_config()
-        if last is None:
-            self._save_last()
-        while self.position.epoch < self.recipe.epochs:
-            self._epoch()
+        try:
+            if last is None:
+                self._save_last()
+            while self.position.epoch < self.recipe.epochs:
+                self._epoch()
+        finally:
+            if self.events is not None:
+                self.events.close()
         position = self.position
         top1, top5 = position.best_top1, position.best_top5
         pace = self.run_pace
@@ -307,11 +329,11 @@ class _Run:
         for batch in batches:
             waited = time.perf_counter()
             lr = self._lr(position.step)
-            result = self._step(batch, lr)
+            result, norm = self._step(batch, lr)
             finished = time.perf_counter()
             position.step, position.epoch_step = position.step + 1, position.epoch_step + 1
             self._count(len(batch), waited - started, finished - waited)
-            self.pending.append((position.step, lr, result))
+            self.pending.append((position.step, lr, result, norm))
             if position.step % self.options.log_every == 0:
                 self._log_step()
             if self._stopping(result):
@@ -333,9 +355,12 @@ class _Run:
         return self.stop() if self.ranks == 1 else bool(result.asnumpy()[2] > 0)
 
     def _lr(self, step: int) -> float:
-        return learning_rate(self.recipe, step, self.steps_per_epoch, self.recipe.batch_size * self.ranks)
+        recipe = self.recipe
+        global_batch = recipe.batch_size * self.ranks * recipe.accumulate_steps
+        return learning_rate(recipe, step, self.steps_per_epoch, global_batch)
 
-    def _step(self, batch: AnyBatch, lr: float) -> Any:
+    def _step(self, batch: AnyBatch, lr: float) -> tuple[Any, Any]:
+        """Give the step's result and, where it ends in the update of several steps, the norm of their gradient."""
         import mindspore as ms
 
         from mbv2.step import dropout_mask, step_controls
@@ -352,12 +377,15 @@ class _Run:
             mix_label, weight = batch.mix_label, batch.mix_weight
         controls = step_controls(self.recipe, lr, self.position.step, stop=self.stop())
         inputs = (batch_inputs(batch), mask, batch.label, mix_label, weight, controls)
-        return self.train_step(*(ms.Tensor(value) for value in inputs))
+        result = self.train_step(*(ms.Tensor(value) for value in inputs))
+        if self.apply_accumulated is None or (self.position.step + 1) % self.recipe.accumulate_steps:
+            return result, None
+        return result, self.apply_accumulated(ms.Tensor(controls))
 
     def _count(self, images: int, wait_s: float, busy_s: float) -> None:
-        if not self.compiled:
-            self.compiled = True
-            _logger.info("first step (graph compilation) took %.1f s", busy_s)
+        if self.compiling:
+            self.compiling -= 1
+            _logger.info("step with graph compilation took %.1f s", busy_s)
             return
         for pace in (self.epoch_pace, self.run_pace, self.row_pace):
             pace.add(images, wait_s, busy_s)
@@ -371,8 +399,10 @@ class _Run:
             TrainError: A loss is not finite.
         """
         loss = norm = math.nan
-        for step, lr, result in self.pending:
+        for step, lr, result, update_norm in self.pending:
             loss, norm, _ = (float(value) for value in result.asnumpy())
+            if update_norm is not None:
+                norm = float(update_norm.asnumpy())
             if not math.isfinite(loss):
                 raise self._not_finite(step, lr, f"loss {loss}")
             self.position.loss_sum += loss

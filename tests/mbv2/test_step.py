@@ -11,7 +11,7 @@ from mindspore import nn
 from numpy.typing import NDArray
 
 from mbv2.recipe import Recipe
-from mbv2.step import TrainStep, dropout_mask, step_controls
+from mbv2.step import ApplyAccumulated, TrainStep, dropout_mask, step_controls
 
 CLASSES, FEATURES, BATCH, STEPS = 4, 6, 5, 4
 Array = NDArray[np.float64]
@@ -34,18 +34,32 @@ class Head(nn.Cell):
         return ms.ops.matmul(pooled, self.weight) + self.bias
 
 
-def reference_loss(recipe: Recipe, weights: list[Array], inputs: tuple[Any, ...]) -> tuple[float, list[Array]]:
+def softmax(logits: Array) -> Array:
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(p / p.sum(1, keepdims=True))
+
+
+def reference_loss(
+    recipe: Recipe, weights: list[Array], inputs: tuple[Any, ...], teacher: list[Array] | None = None
+) -> tuple[float, list[Array]]:
     """Give the loss and its gradients."""
     pooled, mask, label, mix_label, mix_weight = inputs
     x = pooled.astype(np.float64) * mask
     logits = x @ weights[0] + weights[1]
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
+    p = softmax(logits)
     eye = np.eye(CLASSES)
     target = mix_weight[:, None] * eye[label] + (1 - mix_weight[:, None]) * eye[mix_label]
     target = (1 - recipe.label_smoothing) * target + recipe.label_smoothing / CLASSES
     slope = (p - target) / len(x)
-    return float(-(target * np.log(p)).sum(1).mean()), [x.T @ slope, slope.sum(0)]
+    loss = float(-(target * np.log(p)).sum(1).mean())
+    if teacher is not None:
+        share, heat = recipe.distill_weight, recipe.distill_temperature
+        soft = softmax(logits / heat)
+        taught = softmax((pooled.astype(np.float64) @ teacher[0] + teacher[1]) / heat)
+        apart = float((taught * (np.log(taught) - np.log(soft))).sum(1).mean())
+        loss = (1 - share) * loss + share * heat**2 * apart
+        slope = (1 - share) * slope + share * heat * (soft - taught) / len(x)
+    return loss, [x.T @ slope, slope.sum(0)]
 
 
 def reference_update(
@@ -79,14 +93,22 @@ def reference_update(
         Recipe(optimizer="nesterov", weight_decay=0.1, clip_norm=0.3),
         Recipe(optimizer="adamw", weight_decay=0.1, rms_decay=0.99, ema_decay=0.9),
         Recipe(optimizer="rmsprop", weight_decay=0.1, epsilon=1e-3, ema_decay=0.9),
+        Recipe(distill_from="teacher.ckpt", distill_weight=0.7, distill_temperature=3, dropout=0.5),
     ],
-    ids=lambda recipe: recipe.optimizer,
+    ids=["sgd", "nesterov", "adamw", "rmsprop", "distilled"],
 )
 def test_steps_equal_the_definition(recipe: Recipe) -> None:
     rng = np.random.default_rng(1)
     net = Head()
     average = Head("ema.") if recipe.ema_decay else None
-    step = TrainStep(net, recipe, CLASSES, average=average)
+    teacher, taught = None, None
+    if recipe.distill_from:
+        taught = [rng.normal(size=(FEATURES, CLASSES)), rng.normal(size=CLASSES)]
+        teacher = Head("teacher.")
+        for parameter, value in zip((teacher.weight, teacher.bias), taught, strict=True):
+            parameter.set_data(ms.Tensor(value.astype(np.float32)))
+            parameter.requires_grad = False
+    step = TrainStep(net, recipe, CLASSES, average=average, teacher=teacher)
     weights: list[Array] = [net.weight.asnumpy().astype(np.float64), net.bias.asnumpy().astype(np.float64)]
     averages = [weight.copy() for weight in weights]
     ones = 1.0 if recipe.optimizer == "rmsprop" else 0.0
@@ -99,7 +121,7 @@ def test_steps_equal_the_definition(recipe: Recipe) -> None:
         lr = 0.1 / (number + 1)
         controls = step_controls(recipe, lr, number)
         inputs = (pooled, mask, labels[0], labels[1], share)
-        loss, grads = reference_loss(recipe, weights, inputs)
+        loss, grads = reference_loss(recipe, weights, inputs, taught)
         got = step(*(ms.Tensor(value) for value in (*inputs, controls))).asnumpy()
         if recipe.clip_norm:
             norm = float(np.sqrt(sum((grad**2).sum() for grad in grads)))
@@ -112,6 +134,33 @@ def test_steps_equal_the_definition(recipe: Recipe) -> None:
         np.testing.assert_allclose(net.bias.asnumpy(), weights[1], rtol=1e-4, atol=1e-6)
     if average is not None:
         np.testing.assert_allclose(average.weight.asnumpy(), averages[0], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_steps_equal_one_with_the_whole_batch() -> None:
+    """Two and a half updates of two steps: the last step alone changes nothing."""
+    split = Recipe(optimizer="adamw", accumulate_steps=2, clip_norm=0.3, ema_decay=0.9, weight_decay=0.1)
+    whole = Recipe(optimizer="adamw", clip_norm=0.3, ema_decay=0.9, weight_decay=0.1)
+    nets, averages = (Head(), Head()), (Head("ema."), Head("ema."))
+    steps = [TrainStep(n, r, CLASSES, average=a) for n, r, a in zip(nets, (split, whole), averages, strict=True)]
+    apply = ApplyAccumulated(steps[0])
+    rng = np.random.default_rng(4)
+    for number in range(5):
+        pooled = rng.normal(size=(2 * BATCH, FEATURES)).astype(np.float32)
+        label = rng.integers(0, CLASSES, 2 * BATCH).astype(np.int32)
+        inputs = (pooled, np.ones_like(pooled), label, label, np.ones(2 * BATCH, np.float32))
+        halves = [tuple(ms.Tensor(value[part]) for value in inputs) for part in np.split(np.arange(2 * BATCH), 2)]
+        first, second = (ms.Tensor(step_controls(split, 0.1, 2 * number + half)) for half in (0, 1))
+        if number == 4:
+            steps[0](*halves[0], first)
+            break
+        losses = [steps[0](*half, controls).asnumpy()[0] for half, controls in zip(halves, (first, second), strict=True)]
+        norm = float(apply(second).asnumpy())
+        got = steps[1](*(ms.Tensor(value) for value in inputs), ms.Tensor(step_controls(whole, 0.1, number))).asnumpy()
+        assert got[0] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert got[1] == pytest.approx(norm, rel=1e-4)
+    for one, two in zip((nets[0], averages[0]), (nets[1], averages[1]), strict=True):
+        np.testing.assert_allclose(one.weight.asnumpy(), two.weight.asnumpy(), rtol=1e-4, atol=1e-6)
+    assert np.abs(nets[0].weight.asnumpy() - averages[0].weight.asnumpy()).max() > 1e-3
 
 
 def test_dropout_mask_depends_on_seed_and_step_alone() -> None:
