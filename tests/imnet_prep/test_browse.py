@@ -191,14 +191,19 @@ def test_pages_in_a_browser_by_keyboard(server: str) -> None:
         browser.type("tench")
         assert browser.run("[...document.querySelectorAll('.list li')].filter(e => e.checkVisibility()).length") == 1
         browser.press("Enter")
-        browser.wait_for("location.search == '?q=tench' && document.readyState == 'complete'")
+        loaded = "document.readyState == 'complete'"  # its script listens to keys only then
+        browser.wait_for(f"{loaded} && location.search == '?q=tench'")
         browser.run("document.querySelector('.list a').focus()")
         browser.press("Enter")
-        browser.wait_for("location.pathname == '/class/0' && document.querySelectorAll('.grid img').length == 60")
+        browser.wait_for(
+            f"{loaded} && location.pathname == '/class/0' && document.querySelectorAll('.grid img').length == 60"
+        )
         browser.press("ArrowRight")
-        browser.wait_for("location.search.includes('page=1') && document.querySelectorAll('.grid img').length == 10")
+        browser.wait_for(
+            f"{loaded} && location.search.includes('page=1') && document.querySelectorAll('.grid img').length == 10"
+        )
         browser.press("ArrowLeft")
-        browser.wait_for("location.search.includes('page=0')")
+        browser.wait_for(f"{loaded} && location.search.includes('page=0')")
         browser.open(server + "record/train/3")
         browser.press("ArrowRight")
         browser.wait_for("!location.pathname.endsWith('/3')")
