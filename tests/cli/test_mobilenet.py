@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -15,10 +21,12 @@ from PIL import Image
 from cli.mobilenet import main
 from imnet_prep.convert import ConvertOptions, convert
 from imnet_prep.plan import PlanOptions
-from mbv2.recipe import recipe_names
+from mbv2.checkpoint import read_checkpoint
+from mbv2.recipe import Recipe, recipe_names
 from tests.synthetic import WNIDS, picture
 
 CLASSES = 3
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -56,13 +64,13 @@ def trained(records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     out = tmp_path_factory.mktemp("runs") / "run"
     result = run(
         *("train", "--records", records, "--out", out, "--image-size", "32", "--epochs", "2", "--width", "0.35"),
-        *("--batch-size", "8", "--set", "label_smoothing=0.05", "--json"),
+        *("--batch-size", "8", "--set", "label_smoothing=0.05", "--tensorboard", "--json"),
     )
     assert result.exit_code == 0, result.output
     return out, json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["convert"], ["predict"], ["export"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in main.commands)])
 def test_help_imports_no_mindspore(command: list[str]) -> None:
     code = (
         "import sys\n"
@@ -81,6 +89,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, dict[str, object]]) -
     out, printed = trained
     assert printed.keys() == {"top1", "top5", "epochs", "images_per_s", "data_wait_frac", "checkpoint"}
     assert printed["epochs"] == 2
+    assert list((out / "events").iterdir())
     assert printed["checkpoint"] == str(out / "best.ckpt")
     assert json.loads((out / "config.json").read_text())["recipe"]["label_smoothing"] == 0.05
 
@@ -90,13 +99,18 @@ def test_eval_scores_every_image_as_training_did(
     records: Path, trained: tuple[Path, dict[str, object]], tmp_path: Path
 ) -> None:
     out, printed = trained
-    table, matrix = tmp_path / "classes.csv", tmp_path / "matrix.png"
+    table, matrix, real = tmp_path / "classes.csv", tmp_path / "matrix.png", tmp_path / "real.json"
+    names = [f"{WNIDS[number % CLASSES]}_{number}.JPEG" for number in range(11)]
+    real.write_text(json.dumps({name: [number % CLASSES] for number, name in enumerate(names[:9])}))
     result = run(
         *("eval", "--records", records, "--checkpoint", out / "best.ckpt", "--json"),
-        *("--per-class", table, "--confusion", matrix),
+        *("--per-class", table, "--confusion", matrix, "--real-labels", real),
     )
     assert result.exit_code == 0, result.output
     scores = json.loads(result.stdout)
+    reals = {key: scores.pop(key) for key in list(scores) if key.startswith("real_")}
+    assert (reals["real_images"], reals["real_left_out"]) == (9, 2)
+    assert scores["correct1"] - 2 <= reals["real_correct1"] <= scores["correct1"]
     assert scores.keys() == {"top1", "top5", "correct1", "correct5", "images"}
     assert scores["images"] == 11
     assert scores["top1"] == printed["top1"] == scores["correct1"] / 11
@@ -194,6 +208,81 @@ def test_missing_records_is_a_usage_error(tmp_path: Path) -> None:
     result = run("train", "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "--records" in result.stderr
+
+
+@pytest.mark.slow
+def test_fine_tuning_trains_the_head_on_features_kept_where_told(
+    records: Path, trained: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    best, out, features = trained[0] / "best.ckpt", tmp_path / "run", tmp_path / "features"
+    result = run(
+        *("train", "--records", records, "--out", out, "--pretrained", best, "--freeze", "backbone", "--epochs", "2"),
+        *("--image-size", "32", "--batch-size", "8", "--lr", "0.01", "--features", features, "--save-every", "2"),
+    )
+    assert result.exit_code == 0, result.output
+    assert any(path.name.startswith("train-0-") for path in features.iterdir())
+    recipe = json.loads((out / "config.json").read_text())["recipe"]
+    assert (recipe["lr"], recipe["lr_batch_size"], recipe["freeze"], recipe["width"]) == (0.01, 0, "backbone", 0.35)
+    before, after = read_checkpoint(best).tensors, read_checkpoint(out / "last.ckpt").tensors
+    changed = {name for name, value in before.items() if not (after[name] == value).all()}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.real_data
+def test_convert_keeps_what_it_is_told_about_preprocessing(shared_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "timm.ckpt"
+    result = run(
+        *("convert", shared_data / "mobilenetv2_100_tf.safetensors", "--from", "timm", "--out", out),
+        *("--padding", "same", "--bn-eps", "0.002", "--mean", "0.5", "0.4", "0.3", "--std", "0.1", "0.2", "0.3"),
+        *("--image-size", "160"),
+    )
+    assert result.exit_code == 0, result.output
+    meta = read_checkpoint(out).meta
+    assert (meta.model["padding"], meta.model["bn_eps"], meta.image_size) == ("same", 0.002, 160)
+    assert (list(meta.model["mean"]), list(meta.model["std"])) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3])
+
+
+def test_bench_prints_its_figures() -> None:
+    command = ("bench", "--batch-size", "2", "--image-size", "32", "--width", "0.35", "--steps", "2")
+    result = run(*command, "--mode", "eval", "--standard-ops", "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["kernels"] == "standard operators"
+    assert printed["images_per_s"] == pytest.approx(2000 / printed["step_ms"])
+    assert (printed["mode"], printed["steps"], printed["width"]) == ("eval", 2, 0.35)
+    assert "train, eval" in refused("bench", "--mode", "both")
+    assert "width" in refused("bench", "--width", "2")
+
+
+def options() -> list[tuple[str, str, str]]:
+    """Give (command, flag, name of the argument that carries it) of every option."""
+    return [
+        (name, max(option.opts, key=len), str(option.name))
+        for name, command in main.commands.items()
+        for option in command.params
+        if isinstance(option, click.Option)
+    ]
+
+
+@pytest.mark.parametrize(("command", "flag", "argument"), options(), ids=lambda value: value)
+def test_every_option_is_read_and_named(command: str, flag: str, argument: str) -> None:
+    """The command's body uses the value, and both a page of docs/ and a test or an example name the flag."""
+    function = inspect.unwrap(main.commands[command].callback or pytest.fail("a command without code"))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assert argument in read
+    named = re.compile(rf"{re.escape(flag)}(?![\w-])")
+    assert any(named.search(path.read_text()) for path in (ROOT / "docs").glob("*.md")), f"no page names {flag}"
+    assert any(named.search(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")), f"no test names {flag}"
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe)])
+def test_every_field_of_a_recipe_is_read_and_documented(field: str) -> None:
+    code = "".join(path.read_text() for path in (ROOT / "mbv2").glob("*.py") if path.name != "recipe.py")
+    assert re.search(rf"recipe\.{field}\b|\"{field}\"", code), f"nothing reads {field}"
+    about = {"name", "command", "source", "expected_top1"}
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert field in about or f"`{field}`" in page, f"docs/recipes.md does not name {field}"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class MemorySource:
     batch_size: int
     training: bool
     seed: int = 0
+    delay_s: float = 0.0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -42,15 +44,18 @@ class MemorySource:
             order = np.random.default_rng([self.seed, number]).permutation(len(order))
         for step in range(start_step, self.steps_per_epoch):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            time.sleep(self.delay_s)
             yield Batch(self.image[rows], self.label[rows], rows.astype(np.uint64))
 
 
-def memory_data(*, images: int = 40, val: int = 13, classes: int = 3, size: int = 32, batch: int = 8) -> RunData:
-    """Make a whole run's data: ``val`` is no multiple of ``batch`` on purpose."""
+def memory_data(
+    *, images: int = 40, val: int = 13, classes: int = 3, size: int = 32, batch: int = 8, delay_s: float = 0.0
+) -> RunData:
+    """Make a whole run's data: ``val`` is no multiple of ``batch`` on purpose; ``delay_s`` slows training batches."""
     train_set = coloured_images(images, classes, size, seed=2)
     val_set = coloured_images(val, classes, size, seed=3)
     names = tuple(f"class{number}" for number in range(classes))
     source = MemorySource(*val_set, batch, training=False) if val else None
     ordered = MemorySource(*train_set, batch, training=False)
-    train = MemorySource(*train_set, batch, training=True)
+    train = MemorySource(*train_set, batch, training=True, delay_s=delay_s)
     return RunData(names, f"{images}-{val}-{size}", train, images, ordered.epoch, source, val)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.types import Progress
+from imnet_prep.errors import CheckpointError, TrainError
 from mbv2.checkpoint import build_network, read_checkpoint
 from mbv2.evaluate import network_predict, score_batches
-from mbv2.runlog import EpochRow, RunLog, StepRow, read_metrics
+from mbv2.recipe import Recipe
+from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics
 from mbv2.train import RunOptions, RunResult, stored_recipe, train
 from tests.mbv2.run_standin import BATCH, RECIPE, SAVE_EVERY, options
 from tests.mbv2.standin import memory_data
@@ -32,22 +32,21 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]
     return out, train(options(out), data=memory_data(batch=BATCH))
 
 
+def in_a_process(out: Path, *arguments: str) -> int:
+    """Run the same in a process that gets a signal; give its exit code."""
+    command = [sys.executable, "-m", "tests.mbv2.run_standin", str(out), *arguments]
+    return subprocess.run(command, check=False, timeout=600).returncode
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, killed at step 19 after its save at 17, stopped by request at step 28, and finished."""
+    """The same run, killed in mid-epoch at 19 after its save at 17, stopped at an epoch's end, and finished slowly."""
     out = tmp_path_factory.mktemp("broken") / "run"
-    command = [sys.executable, "-m", "tests.mbv2.run_standin", str(out), "19"]
-    assert subprocess.run(command, check=False, timeout=600).returncode == -signal.SIGKILL
+    assert in_a_process(out, "SIGKILL", "19") == -signal.SIGKILL
     assert read_checkpoint(out / "last.ckpt").meta.step == SAVE_EVERY
-    reached: list[int] = []
-
-    def progress(state: Progress) -> None:
-        reached.append(state.done // BATCH)
-
-    with pytest.raises(Interrupted, match="step 28 of 40") as caught:
-        train(options(out, resume=True), data=memory_data(batch=BATCH), stop=lambda: 27 in reached, progress=progress)
-    assert caught.value.exit_code == 130
-    train(options(out, resume=True), data=memory_data(batch=BATCH))
+    assert in_a_process(out, "SIGINT", "29", "resume") == 130
+    assert read_checkpoint(out / "last.ckpt").meta.step == 30
+    train(options(out, resume=True), data=memory_data(batch=BATCH, delay_s=0.2))
     return out
 
 
@@ -73,6 +72,42 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(straight: tuple[Path, Run
     assert [row[0] for row in losses(straight[0])] == list(range(1, STEPS + 1))
     assert losses(straight[0]) == losses(broken)
     assert scores(straight[0]) == scores(broken)
+
+
+@pytest.mark.slow
+def test_a_slowed_source_is_called_data_bound(straight: tuple[Path, RunResult], broken: Path) -> None:
+    def rows(run: Path, after: int) -> list[dict[str, object]]:
+        found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return [row for row in found if row["step"] > after]
+
+    slow, fast = rows(broken, 32), rows(straight[0], 2)  # the first steps of a process compile and are not counted
+    assert len(slow) == 8
+    assert all(str(row["verdict"]).startswith("data-bound") for row in slow)
+    bound = [row for row in fast if str(row["verdict"]).startswith("data-bound")]
+    assert len(bound) < len(fast) / 2
+
+
+@pytest.mark.slow
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(straight: tuple[Path, RunResult], tmp_path: Path) -> None:
+    best = straight[0] / "best.ckpt"
+    recipe = Recipe(
+        epochs=1, batch_size=BATCH, image_size=32, width=0.35, dropout=0, freeze="bn", lr=0.02, warmup_frac=0,
+        distill_from=str(best), distill_weight=1, distill_temperature=2,
+    )  # fmt: skip
+    run = RunOptions(tmp_path, tmp_path / "run", recipe, log_every=1, pretrained=best)
+    train(run, data=memory_data(images=16, val=0, batch=BATCH))
+    first = json.loads((run.out / "log.jsonl").read_text().splitlines()[0])
+    assert 0 <= first["loss"] + 1e-6 < 1e-5
+    before, after = read_checkpoint(best).weights(), read_checkpoint(run.out / "last.ckpt").tensors
+    assert not any(name.startswith("teacher.") for name in after)
+    assert max(float(np.abs(after[name] - value).max()) for name, value in before.items()) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_teacher_of_other_classes_is_refused(straight: tuple[Path, RunResult], tmp_path: Path) -> None:
+    recipe = replace(RECIPE, distill_from=str(straight[0] / "best.ckpt"))
+    with pytest.raises(CheckpointError, match=r"distill_from .*expected the records' 2 classes.*got 3 classes"):
+        train(RunOptions(tmp_path, tmp_path / "run", recipe), data=memory_data(classes=2, batch=BATCH))
 
 
 @pytest.mark.slow
@@ -131,12 +166,42 @@ def test_another_run_is_not_written_into_the_folder(straight: tuple[Path, RunRes
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, lr=1e30, warmup_frac=0.0, schedule="constant", ema_decay=0.0, clip_norm=0.0)
+    recipe = replace(
+        RECIPE, lr=1e30, warmup_frac=0.0, schedule="constant", ema_decay=0.0, clip_norm=0.0, accumulate_steps=1
+    )
     run = RunOptions(tmp_path, tmp_path / "run", recipe, log_every=3)
-    with pytest.raises(TrainError, match=r"step [123] of 40 .*learning rate 1e\+30.*last good state, step 0"):
-        train(run, data=memory_data(batch=BATCH))
+    with pytest.raises(TrainError, match=r"step [123] of 40 .*learning rate 1e\+30.*last good state, step 0") as caught:
+        train(run, data=memory_data(val=0, batch=BATCH))
+    assert caught.value.exit_code == 1
     kept = read_checkpoint(tmp_path / "run" / "last.ckpt")
     assert all(np.isfinite(value).all() for value in kept.tensors.values())
+
+
+def test_tensorboard_gets_what_the_logs_get(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = open_events(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0, events)
+    log.add_step(StepRow(0, 3, 1.5, 0.1, 0.0, 5.0, 10.0, 0.25, "data-bound"))
+    log.add_epoch(EpochRow(1, 5, 0.1, 1.5, 1.25, 0.5, None, 10.0, 0.0))
+    events.close()
+    (path,) = (tmp_path / "events").iterdir()
+    data, found = path.read_bytes(), {}
+    while data:  # a record: its length in 8 bytes, 4 of checksum, the event, 4 of checksum
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        found.update({value.tag: (event.step, value.simple_value) for value in event.summary.value})
+        data = data[size + 16 :]
+    assert found["train/loss"] == (3, 1.5)
+    assert found["train/data_wait_frac"] == (3, 0.25)
+    assert found["val/top1"] == (5, 0.5)
+    assert "val/top5" not in found
+
+
+def test_absent_tensorboard_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(TrainError, match=r"--tensorboard needs .*imnet-prep\[tensorboard\]"):
+        open_events(tmp_path, 0)
 
 
 def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
