@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -12,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.render import guard, stop_requested
 from imnet_prep.convert import ConvertOptions, convert
 from imnet_prep.plan import PlanOptions
+from imnet_prep.runtime import runtime
+from imnet_prep.types import Progress
 from mbv2.checkpoint import Meta, read_checkpoint, save_checkpoint
 from mbv2.model import ModelConfig
 from mbv2.ranks import sum_counts, sum_floats
@@ -47,9 +52,46 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def options(records: Path, out: Path, pretrained: Path, batch: int) -> RunOptions:
+def options(records: Path, out: Path, pretrained: Path, batch: int, *, resume: bool = False) -> RunOptions:
     """Give the run, for one process or as one of two."""
-    return RunOptions(records, out, replace(RECIPE, batch_size=batch), log_every=1, pretrained=pretrained)
+    recipe = replace(RECIPE, batch_size=batch)
+    return RunOptions(records, out, recipe, save_every=3, log_every=1, resume=resume, pretrained=pretrained)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights that every run starts from."""
+    path = tmp_path_factory.mktemp("start") / "start.ckpt"
+    weights = random_weights(RECIPE.width, classes=3)
+    weights["classifier.weight"] *= np.float32(0.01)
+    save_checkpoint(path, weights, Meta(asdict(ModelConfig(classes=3, width=RECIPE.width)), (), 32, 0.875))
+    return path
+
+
+def on_two_ranks(out: Path, *arguments: str | Path) -> int:
+    """Run this module under msrun; give its exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    binaries = Path(sys.executable).parent
+    command = [binaries / "msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
+    command += [f"--log_dir={out}-log", "python", "-m", "tests.mbv2.test_ranks", out, *arguments]
+    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, check=False, timeout=600, env=environment
+    ).returncode
+
+
+@pytest.fixture(scope="module")
+def two(records: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on two ranks, undisturbed."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    assert on_two_ranks(out, records, start) == 0, (out.parent / "run-log" / "worker_0.log").read_text()[-2000:]
+    return out
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_one_process_adds_up_to_itself() -> None:
@@ -59,27 +101,9 @@ def test_one_process_adds_up_to_itself() -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_match_one_with_twice_the_batch(records: Path, tmp_path: Path) -> None:
-    start = tmp_path / "start.ckpt"
-    config = ModelConfig(classes=3, width=RECIPE.width)
-    weights = random_weights(RECIPE.width, classes=3)
-    weights["classifier.weight"] *= np.float32(0.01)
-    save_checkpoint(start, weights, Meta(asdict(config), (), 32, 0.875))
+def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, two: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
     train(options(records, one, start, GLOBAL_BATCH))
-    two = tmp_path / "two"
-    binaries = Path(sys.executable).parent
-    command = [binaries / "msrun", "--worker_num=2", "--local_worker_num=2", "--master_port=8391", "--join=True"]
-    command += [f"--log_dir={tmp_path / 'log'}", "python", "-m", "tests.mbv2.test_ranks", records, two, start]
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-    def losses(run: Path) -> list[float]:
-        return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
-
     assert len(losses(one)) == len(losses(two)) == STEPS
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
     first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
@@ -89,5 +113,41 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, tmp_path: Path)
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
 
 
+@pytest.mark.slow
+def test_two_ranks_killed_stopped_and_resumed_end_in_the_same_bits(
+    records: Path, start: Path, two: Path, tmp_path: Path
+) -> None:
+    """Killed at step 4 after the save at 3; then one rank alone gets SIGINT, and both stop after the step."""
+    out = tmp_path / "run"
+    assert on_two_ranks(out, records, start, "SIGKILL", "4") != 0
+    assert read_checkpoint(out / "last.ckpt").meta.step == 3
+    assert on_two_ranks(out, records, start, "SIGINT", "6", "resume") != 0
+    assert read_checkpoint(out / "last.ckpt").meta.step == 7
+    assert on_two_ranks(out, records, start, "resume") == 0
+    one, again = read_checkpoint(two / "last.ckpt"), read_checkpoint(out / "last.ckpt")
+    assert one.meta == again.meta
+    assert one.tensors.keys() == again.tensors.keys()
+    for name, value in one.tensors.items():
+        assert np.array_equal(value, again.tensors[name]), name
+    assert losses(two) == losses(out)
+
+
+@guard
+def main() -> None:
+    """Train as one rank: OUT RECORDS PRETRAINED [SIGNAL STEP] [resume]; SIGINT goes to rank 1 alone."""
+    out, records, pretrained, *rest = sys.argv[1:]
+    resume = "resume" in rest
+    name, step = (rest[0], int(rest[1])) if len(rest) > 1 else ("SIGTERM", -1)
+
+    def progress(state: Progress) -> None:
+        spared = name == "SIGINT" and runtime().rank == 0
+        if state.done == step * GLOBAL_BATCH // 2 and not spared:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    with stop_requested() as stop:
+        run = options(Path(records), Path(out), Path(pretrained), GLOBAL_BATCH // 2, resume=resume)
+        train(run, stop=stop, progress=progress)
+
+
 if __name__ == "__main__":
-    train(options(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), GLOBAL_BATCH // 2))
+    main()
