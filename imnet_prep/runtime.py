@@ -82,18 +82,9 @@ def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> R
         return _started
     threads = threads or max(1, cpu_count() // _local_ranks())
     ms = import_mindspore()
-    try:
-        ms.set_device(device_target)
-    except (RuntimeError, ValueError) as error:
-        got = " ".join(str(error).split())[:200]
-        remedy = "use --device-target CPU, or install the MindSpore build for the device"
-        raise TrainError(f"MindSpore cannot use {device_target} here", got=got, remedy=remedy) from error
+    _settle(ms, device_target, threads)
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_recursion_limit(GRAPH_DEPTH)
-    if device_target == "CPU":
-        ms.device_context.cpu.op_tuning.threads_num(threads)
-        # One dispatcher: the graph is a chain, and its operators bring their own threads.
-        ms.runtime.dispatch_threads_num(1)
     rank, ranks = 0, 1
     if os.environ.get("MS_ROLE"):  # set by msrun for its workers and their scheduler
         communication = importlib.import_module("mindspore.communication")
@@ -102,6 +93,23 @@ def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> R
     _started = Runtime(device_target, threads, rank, ranks)
     _logger.debug("MindSpore: %s", _started)
     return _started
+
+
+def _settle(ms: ModuleType, device_target: str, threads: int) -> None:
+    """Choose device and threads; where the caller's own MindSpore code has run on that device already, they stay."""
+    try:
+        ms.set_device(device_target)
+        if device_target == "CPU":
+            ms.device_context.cpu.op_tuning.threads_num(threads)
+            # One dispatcher: the graph is a chain, and its operators bring their own threads.
+            ms.runtime.dispatch_threads_num(1)
+    except (RuntimeError, ValueError) as error:
+        if "has been initialized" in str(error) and ms.get_context("device_target") == device_target:
+            _logger.warning("MindSpore was in use before: its thread settings stay as they are")
+            return
+        got = " ".join(str(error).split())[:200]
+        remedy = "use --device-target CPU, or install the MindSpore build for the device"
+        raise TrainError(f"MindSpore cannot use {device_target} here", got=got, remedy=remedy) from error
 
 
 def _local_ranks() -> int:

@@ -107,6 +107,16 @@ def test_the_commands_of_a_page_run(world: Path, tmp_path: Path, page: Path) -> 
         run(command, tmp_path / "world")
 
 
+def test_the_chinese_readme_is_in_step() -> None:
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md")]
+    blocks, headings = (
+        [re.findall(pattern, page, re.MULTILINE | re.DOTALL) for page in pages]
+        for pattern in (r"^```.*?^```", r"^##? ")
+    )
+    assert blocks[0] == blocks[1]
+    assert len(headings[0]) == len(headings[1])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
