@@ -219,7 +219,7 @@ class TrainStep(nn.Cell):
         if self.accumulate_steps > 1:
             self.accumulated = self.trained.clone(prefix="accumulated", init="zeros")
         self.distills = teacher is not None
-        self.teacher = teacher
+        self.teacher: Any = teacher
         self.distill_weight, self.temperature = recipe.distill_weight, recipe.distill_temperature
         self.averages = average is not None
         if average is not None:

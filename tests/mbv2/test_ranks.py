@@ -77,6 +77,7 @@ def on_two_ranks(out: Path, *arguments: str | Path) -> int:
     command = [binaries / "msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
     command += [f"--log_dir={out}-log", "python", "-m", "tests.mbv2.test_ranks", out, *arguments]
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    environment["MS_NODE_TIMEOUT"] = "10"  # seconds until msrun misses a rank that was killed; 30 by itself
     return subprocess.run(
         [str(part) for part in command], capture_output=True, check=False, timeout=600, env=environment
     ).returncode
