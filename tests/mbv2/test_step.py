@@ -153,7 +153,9 @@ def test_accumulated_steps_equal_one_with_the_whole_batch() -> None:
         if number == 4:
             steps[0](*halves[0], first)
             break
-        losses = [steps[0](*half, controls).asnumpy()[0] for half, controls in zip(halves, (first, second), strict=True)]
+        losses = [
+            steps[0](*half, controls).asnumpy()[0] for half, controls in zip(halves, (first, second), strict=True)
+        ]
         norm = float(apply(second).asnumpy())
         got = steps[1](*(ms.Tensor(value) for value in inputs), ms.Tensor(step_controls(whole, 0.1, number))).asnumpy()
         assert got[0] == pytest.approx(np.mean(losses), rel=1e-5)
