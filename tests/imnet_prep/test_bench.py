@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,8 +118,12 @@ def test_the_command_line_imports_neither_mindspore_nor_opencv_for_help() -> Non
 
 
 @pytest.mark.slow
-def test_a_stock_model_trains_on_our_dataset(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    example = runpy.run_path(str(ROOT / "examples" / "stock_model.py"))
+def test_a_stock_model_trains_on_our_dataset(records: Path) -> None:
+    # In a process of its own: MindSpore compiles from source files and remembers its settings.
+    example = [sys.executable, str(ROOT / "examples" / "stock_model.py"), str(records)]
     options = ["--epochs", "6", "--batch-size", "16", "--image-size", "32"]
-    assert example["main"]([str(records), *options]) > 0.8
-    assert "on 31 images" in capsys.readouterr().out
+    done = subprocess.run([*example, *options], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    accuracy = re.search(r"accuracy ([\d.]+) on 31 images", done.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.8
