@@ -129,4 +129,5 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(hits)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # Asked to stop, the process is on its way out: another signal now must not spoil its exit code.
+            signal.signal(number, signal.SIG_IGN if hits else handler)

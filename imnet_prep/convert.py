@@ -28,7 +28,7 @@ from imnet_prep.errors import BudgetError, ImnetError, Interrupted, PlanError
 from imnet_prep.files import write_atomically
 from imnet_prep.manifest import MANIFEST, Manifest
 from imnet_prep.plan import Plan, PlanOptions, load_plan, make_plan, shard_refs
-from imnet_prep.shard_task import ShardResult, ShardTask, finished
+from imnet_prep.shard_task import ShardResult, ShardTask, finished, tasks_of
 from imnet_prep.shards import Layout
 from imnet_prep.sources import Source, SourceInfo, SourceSummary, detect, merge, read
 from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
@@ -285,26 +285,6 @@ def _source_infos(
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-def _tasks(space: Workspace, plan: Plan, layouts: dict[str, Layout]) -> list[ShardTask]:
-    labels = {name: label for label, name in enumerate(plan.classes)}
-    return [
-        ShardTask(
-            folder=space.partial,
-            split=split,
-            number=number,
-            name=plan.shard_name(split, number),
-            first=part.first + part.bounds[number],
-            last=part.first + part.bounds[number + 1],
-            layout=layouts[split],
-            store=plan.options.store,
-            labels=labels,
-            plan=plan.digest,
-        )
-        for split, part in plan.splits.items()
-        for number in range(part.shards)
-    ]
-
-
 def _run(
     space: Workspace, plan: Plan, options: ConvertOptions, progress: ProgressCallback, stop: Stop
 ) -> tuple[list[ShardResult], dict[str, Layout], int]:
@@ -318,7 +298,7 @@ def _run(
     images_now = 0
     while True:
         layouts = {split: part.layout.grown(doubled.get(split, 0)) for split, part in plan.splits.items()}
-        tasks = _tasks(space, plan, layouts)
+        tasks = tasks_of(plan, space.partial, layouts)
         results, more, images = _run_tasks(space, plan, tasks, options, progress, stop)
         images_now += images
         if not more:

@@ -13,10 +13,10 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from imnet_prep import catalog
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.types import ShardInfo
 
@@ -125,13 +125,6 @@ def _self_digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(rest)).hexdigest()
 
 
-@cache
-def _schema() -> dict[str, Any]:
-    path = Path(__file__).parent.parent / "manifests" / "records.schema.json"
-    schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return schema
-
-
 def load_manifest(records: Path) -> Manifest:
     """Read and check the manifest of a records folder.
 
@@ -183,7 +176,7 @@ def _missing(records: Path) -> RecordsError:
 def _check_schema(path: Path, document: dict[str, Any]) -> None:
     import jsonschema  # ~0.1 s to import, so not with the module
 
-    error = next(iter(jsonschema.Draft202012Validator(_schema()).iter_errors(document)), None)
+    error = next(iter(jsonschema.Draft202012Validator(dict(catalog.manifest_schema())).iter_errors(document)), None)
     if error is not None:
         where = "/".join(str(part) for part in error.absolute_path) or "the document"
         raise IntegrityError(f"{path}: {where} is not as the format says", got=error.message[:200])

@@ -27,7 +27,7 @@ from imnet_prep.manifest import MANIFEST, Manifest, RecordLine, load_manifest
 from imnet_prep.plan import Plan, PlanOptions, make_plan, read_names, shard_refs
 from imnet_prep.proof import Proof, prove
 from imnet_prep.records_input import Input, read_renames, records_of, rejected_of
-from imnet_prep.shard_task import PLAN_DATABASE, UNLABELLED, WORK, ShardResult, ShardTask, finished, run_task
+from imnet_prep.shard_task import PLAN_DATABASE, UNLABELLED, WORK, ShardResult, ShardTask, finished, run_task, tasks_of
 from imnet_prep.shards import Layout, ShardWriter, Written
 from imnet_prep.sources import SourceInfo
 from imnet_prep.types import ImageRef, Progress, ProgressCallback, Rejected, record_id
@@ -239,7 +239,7 @@ def _run(
     width = worker_count(options.workers, plan.bytes)
     for doublings in range(MAX_DOUBLINGS):
         layouts = {name: part.layout.grown(doublings) for name, part in plan.splits.items()}
-        tasks = _tasks(space, plan, layouts)
+        tasks = tasks_of(plan, space.partial, layouts)
         results = {task.name: result for task in tasks if (result := finished(task)) is not None}
         todo = [task for task in tasks if task.name not in results]
         kept = sum(result.images for result in results.values())
@@ -258,26 +258,6 @@ def _run(
             raise Interrupted(f"stopped after {len(results)} of {len(tasks)} shards", remedy="run it again to go on")
         return [results[task.name] for task in tasks], layouts
     raise PlanError("a shard cannot be laid out", remedy="use more shards (--shards)")
-
-
-def _tasks(space: Workspace, plan: Plan, layouts: dict[str, Layout]) -> list[ShardTask]:
-    labels = _labels(plan.classes)
-    return [
-        ShardTask(
-            folder=space.partial,
-            split=name,
-            number=number,
-            name=plan.shard_name(name, number),
-            first=part.first + part.bounds[number],
-            last=part.first + part.bounds[number + 1],
-            layout=layouts[name],
-            store=plan.options.store,
-            labels=labels,
-            plan=plan.digest,
-        )
-        for name, part in plan.splits.items()
-        for number in range(part.shards)
-    ]
 
 
 def write_shard(task: ShardTask, advance: Advance) -> ShardResult:

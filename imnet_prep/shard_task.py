@@ -19,7 +19,7 @@ from imnet_prep.errors import PlanError
 from imnet_prep.files import sync, write_atomically
 from imnet_prep.manifest import RecordLine
 from imnet_prep.mindrecord import index_path
-from imnet_prep.plan import shard_refs
+from imnet_prep.plan import Plan, shard_refs
 from imnet_prep.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
 from imnet_prep.sources import read
 from imnet_prep.types import ImageRef, Reason, Rejected, Sample, ShardInfo
@@ -57,6 +57,33 @@ class ShardTask:
     store: ValidateOptions
     labels: dict[str, int]
     plan: str
+
+
+def tasks_of(plan: Plan, folder: Path, layouts: dict[str, Layout]) -> list[ShardTask]:
+    """Give the tasks of a plan, in its order.
+
+    Args:
+        plan: The plan.
+        folder: The ``.partial`` folder.
+        layouts: By split.
+    """
+    labels = {name: label for label, name in enumerate(plan.classes)}
+    return [
+        ShardTask(
+            folder=folder,
+            split=split,
+            number=number,
+            name=plan.shard_name(split, number),
+            first=part.first + part.bounds[number],
+            last=part.first + part.bounds[number + 1],
+            layout=layouts[split],
+            store=plan.options.store,
+            labels=labels,
+            plan=plan.digest,
+        )
+        for split, part in plan.splits.items()
+        for number in range(part.shards)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

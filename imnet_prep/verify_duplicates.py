@@ -25,7 +25,7 @@ class Located:
     """Finds a record by its position among all records of a folder."""
 
     def __init__(self, records: Path, manifest: Manifest) -> None:
-        self._records, self._manifest = records, manifest
+        self._records = records
         self._shards = [(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
         self._starts = [0, *accumulate(shard.rows for _, shard in self._shards)]
         self._open = lru_cache(maxsize=64)(self._opened)

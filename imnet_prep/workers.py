@@ -11,8 +11,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -50,7 +50,7 @@ def run_processes(
     width: int,
     report: Advance,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Carry out tasks and give each result as it comes, in any order.
 
     At most ``width`` tasks are in hand and no other is made yet, so memory does not grow with their number. Close the
@@ -75,11 +75,12 @@ def run_processes(
     pool = ProcessPoolExecutor(width, context, _begin_worker, (live, os.getpid()))
     finished = False
     try:
-        yield from _drive(pool, _Counted(function), live, iter(tasks), report, stop)
+        yield from drive(pool, _Counted(function), live, iter(tasks), report, stop)
         finished = True
     except BrokenProcessPool as error:
         raise PlanError(
-            "a worker process was killed (out of memory?)", remedy="run the same command again, with fewer --workers"
+            "a worker process was killed (out of memory?)",
+            remedy="run the same command again, with fewer --workers if memory is short",
         ) from error
     finally:
         if not finished:  # workers ignore SIGTERM, so the pool's own clean-up after a death would wait for ever
@@ -131,15 +132,15 @@ class _Counted(Generic[Task, Result]):
         return self.function(task, advance)
 
 
-def _drive(
-    pool: ProcessPoolExecutor,
+def drive(
+    pool: Executor,
     function: Callable[[Task, int], Result],
     live: Any,
     todo: Iterator[Task],
     report: Advance,
     stop: Callable[[], bool],
-) -> Iterator[Result]:
-    """Keep as many tasks in hand as there are slots of three in ``live``."""
+) -> Generator[Result, None, None]:
+    """Keep as many tasks in hand as there are slots of three in ``live``, so that stopping waits for no more."""
     free = list(range(len(live) // 3))
     in_hand: dict[Future[Result], int] = {}
     total = [0, 0, 0]

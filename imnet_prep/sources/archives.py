@@ -184,12 +184,6 @@ class TarFolder(Source):
         super().__init__(path)
         self.split = split
 
-    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
-        """Say what the folder holds, without its name: a copy elsewhere gives the same manifest."""
-        tally = self._counted()
-        size, images = sum(tally.size_bytes.values()), sum(tally.images.values())
-        return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
-
     def _walk(self, notes: list[str]) -> Iterator[Found]:
         ignored: Counter[str] = Counter()
         for path in sorted(self.path.iterdir()):

@@ -106,13 +106,17 @@ class Source(ABC):
     def _walk(self, notes: list[str]) -> Iterator[Found]:
         """Yield references sorted by split, class and name, and append notes."""
 
-    @abstractmethod
     def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
-        """Say what the source is; for an archive this reads it once, whole, to compute its digests.
+        """Say what the source is; an archive is read once, whole, to compute its digests.
+
+        A folder's name is left out: a copy elsewhere gives the same manifest.
 
         Raises:
             SourceError: An official archive is damaged, or is another one than its name says.
         """
+        tally = self._counted()
+        size, images = sum(tally.size_bytes.values()), sum(tally.images.values())
+        return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
 
     def refs(self) -> Iterator[Found]:
         """Yield every image found, sorted by split, class and name; what cannot be one is ``Rejected``.

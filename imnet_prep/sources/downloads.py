@@ -9,8 +9,8 @@ from pathlib import Path
 
 from imnet_prep.download.journal import read_finished
 from imnet_prep.errors import DownloadError, SourceError
-from imnet_prep.sources.base import Found, Source, SourceInfo, make_ref
-from imnet_prep.types import ImageRef, ProgressCallback
+from imnet_prep.sources.base import Found, Source, make_ref
+from imnet_prep.types import ImageRef
 
 _SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control character
 
@@ -23,12 +23,6 @@ class DownloadFolder(Source):
     def __init__(self, path: Path, split: str) -> None:
         super().__init__(path)
         self.split = split
-
-    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
-        """Say what the folder holds. Its name is left out: a copy elsewhere gives the same manifest."""
-        tally = self._counted()
-        size, images = sum(tally.size_bytes.values()), sum(tally.images.values())
-        return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
 
     def _walk(self, notes: list[str]) -> Iterator[Found]:
         classes: dict[str, bytearray] = {}  # packed rows: a list may have given millions of images

@@ -12,7 +12,6 @@ from pathlib import Path
 from imnet_prep.sources.base import (
     Found,
     Source,
-    SourceInfo,
     ignored_note,
     is_hidden,
     is_image_name,
@@ -21,7 +20,7 @@ from imnet_prep.sources.base import (
     suffix_of,
 )
 from imnet_prep.sources.labels import Labels
-from imnet_prep.types import ProgressCallback, Reason, Rejected
+from imnet_prep.types import Reason, Rejected
 
 _MAX_DEPTH = 16  # folders below a class folder
 
@@ -62,12 +61,6 @@ class FolderSource(Source):
         self.kind = kind
         order = ("train", "val", "test")
         self.parts = sorted(parts, key=lambda part: order.index(part.split))
-
-    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
-        """Say what the folder holds. Its name is left out: a copy elsewhere gives the same manifest."""
-        tally = self._counted()
-        size, images = sum(tally.size_bytes.values()), sum(tally.images.values())
-        return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
 
     def _walk(self, notes: list[str]) -> Iterator[Found]:
         for part in self.parts:
