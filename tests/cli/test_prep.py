@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cli.prep import main
+from cli.prep import main, to_mindrecord
+from imnet_prep.convert import ConvertOptions
+from imnet_prep.plan import PlanOptions
 from tests.imnet_prep.conversions import names, prep, prep_json
 from tests.synthetic import make_image_folder, make_imagenet
 
@@ -199,3 +201,11 @@ def test_help_says_what_it_does_and_gives_an_example(command: list[str]) -> None
     text = call(*command, "--help").output
     assert "imnet-prep" in text
     assert not command or "Example:" in text
+
+
+def test_the_defaults_of_to_mindrecord_are_the_library_s() -> None:
+    shown = {parameter.name: parameter.default for parameter in to_mindrecord.params}
+    plan, options = PlanOptions(), ConvertOptions()
+    assert (shown["seed"], shown["label_space"], shown["duplicates"]) == (plan.seed, plan.label_space, plan.duplicates)
+    assert shown["quality"] == plan.store.quality
+    assert (shown["max_rejected"], shown["executor"]) == (options.max_rejected, options.executor)

@@ -1,0 +1,39 @@
+"""The demo's way from URL list to score, on a few images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from imnet_prep.manifest import load_manifest, read_records
+from imnet_prep.types import ProgressCallback
+from mbv2 import demo
+
+
+@pytest.mark.slow
+def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PER_CLASS", {"train": 4, "val": 1})
+    stages: list[str] = []
+
+    @contextmanager
+    def stage(name: str) -> Iterator[ProgressCallback]:
+        stages.append(name)
+        yield lambda state: None
+
+    result = demo.run_demo(tmp_path, 1, stage)
+    assert result.to_json() == {"top1": result.top1, "images": 50, "records": 50}
+    assert 0 <= result.top1 <= 1
+    assert stages == ["draw", "download train", "download val", "to-mindrecord", "verify", "train", "eval"]
+    failures = (tmp_path / "download" / "train" / "failures.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["reason"] for line in failures) == ["gone", "not_an_image", "truncated"]
+    manifest = load_manifest(tmp_path / "records")
+    assert {name: split.images for name, split in manifest.splits.items()} == {"train": 40, "val": 10}
+    line = next(read_records(tmp_path / "records", manifest.splits["train"]))
+    assert (line.url.startswith("http://127.0.0.1"), line.status) == (True, 200)
+    stages.clear()
+    assert demo.run_demo(tmp_path, 1, stage).top1 == result.top1  # what is there is not made again
+    assert stages == ["verify", "train", "eval"]
