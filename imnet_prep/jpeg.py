@@ -63,11 +63,12 @@ class JpegInfo:
     size_bytes: int
 
 
-def read_markers(data: bytes) -> JpegInfo:
+def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
     """Walk every marker from SOI to EOI.
 
     Args:
         data: The file's bytes.
+        scan_end: What :func:`imnet_prep.scan.clean_end` gave for them, which spares the search for the end of the scan.
 
     Returns:
         What the headers say.
@@ -102,13 +103,17 @@ def read_markers(data: bytes) -> JpegInfo:
                 raise ImageFault(Reason.CORRUPT, "a scan before the frame header")
             if scans > _MAX_SCANS:
                 raise ImageFault(Reason.CORRUPT, f"more than {_MAX_SCANS} scans")
-            found = _NEXT_MARKER.search(data, at)
-            if found is None:
-                raise ImageFault(Reason.TRUNCATED, "no end marker (EOI)")
-            at = found.start()
+            at = scan_end - 2 if scan_end else _scan_end(data, at)
     if frame is None or scans == 0:
         raise ImageFault(Reason.CORRUPT, "no image between the start and end markers")
     return _info(frame, adobe, orientation, damaged, at)
+
+
+def _scan_end(data: bytes, at: int) -> int:
+    found = _NEXT_MARKER.search(data, at)
+    if found is None:
+        raise ImageFault(Reason.TRUNCATED, "no end marker (EOI)")
+    return found.start()
 
 
 def without_oddities(data: bytes, info: JpegInfo) -> bytes:
@@ -133,10 +138,9 @@ def without_oddities(data: bytes, info: JpegInfo) -> bytes:
         if marker == SOS:
             if not info.progressive and len(body) >= 3:
                 body = body[:-3] + b"\x00\x3f\x00"
-            found = _NEXT_MARKER.search(data, end)
-            assert found is not None  # read_markers found it
-            parts += [b"\xff\xda", data[body_at : body_at + 2], body, data[end : found.start()]]
-            end = found.start()
+            scan_end = _scan_end(data, end)
+            parts += [b"\xff\xda", data[body_at : body_at + 2], body, data[end:scan_end]]
+            end = scan_end
         elif not (marker in _APPLICATION or marker == _COM):
             parts += [b"\xff", data[body_at - 1 : end]]
         at = end

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("imnet_scan.so")
-_ABI = 1  # kAbi in scan.cc
+_ABI = 2  # kAbi in scan.cc
 
 
 @cache
@@ -22,7 +22,8 @@ def _load() -> ctypes.CDLL | None:
         return None
     if library.imnet_scan_abi() != _ABI:
         return None
-    library.imnet_scan_jpeg.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.imnet_scan_clean_end.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.imnet_scan_clean_end.restype = ctypes.c_size_t
     return library
 
 
@@ -31,15 +32,16 @@ def available() -> bool:
     return _load() is not None
 
 
-def is_clean(data: bytes) -> bool:
+def clean_end(data: bytes) -> int:
     """Read every entropy-coded bit of a baseline JPEG.
 
     Args:
         data: From SOI on; what follows EOI is not looked at.
 
     Returns:
-        True where libjpeg would decode all of it without a complaint; False where that is in doubt, always so for what
-        is not a baseline Huffman JPEG of one interleaved scan, and where the library is not built.
+        The byte right behind the end marker (EOI), where libjpeg would decode all of it without a complaint. 0 where
+        that is in doubt, always so for what is not a baseline Huffman JPEG of one interleaved scan, and where the
+        library is not built.
     """
     library = _load()
-    return library is not None and library.imnet_scan_jpeg(data, len(data)) == 1
+    return 0 if library is None else int(library.imnet_scan_clean_end(data, len(data)))

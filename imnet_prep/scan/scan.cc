@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int kAbi = 1;  // _ABI in __init__.py
+constexpr int kAbi = 2;  // _ABI in __init__.py
 constexpr int kLookBits = 10;
 constexpr int kMaxSize = 11;     // bits of a value that an 8-bit baseline encoder writes (DC; AC has 10)
 constexpr size_t kPadding = 64;  // readable zeros after a segment: a refill reads 8 bytes ahead
@@ -145,6 +145,12 @@ struct Bits {
 
 class Scanner {
  public:
+  // The byte behind the end marker, or 0 in doubt.
+  size_t CleanEnd(const uint8_t* data, size_t size) {
+    return IsClean(data, size) ? static_cast<size_t>(at_ - data) : 0;
+  }
+
+ private:
   bool IsClean(const uint8_t* data, size_t size) {
     at_ = data;
     end_ = data + size;
@@ -169,7 +175,6 @@ class Scanner {
     }
   }
 
- private:
   bool Segment(int marker, const uint8_t* body, size_t size) {
     if ((marker >= 0xE0 && marker <= 0xEF) || marker == 0xFE) return true;
     if (marker == 0xDB) return Quantisers(body, size);
@@ -387,11 +392,11 @@ extern "C" {
 
 __attribute__((visibility("default"))) int imnet_scan_abi() { return kAbi; }
 
-// 1: every bit of the image was read and is as it should be. 0: in doubt.
-__attribute__((visibility("default"))) int imnet_scan_jpeg(const uint8_t* data, size_t size) {
+// Where every bit of the image was read and is as it should be, the byte behind its end marker. 0: in doubt.
+__attribute__((visibility("default"))) size_t imnet_scan_clean_end(const uint8_t* data, size_t size) {
   try {
     thread_local std::unique_ptr<Scanner> scanner = std::make_unique<Scanner>();
-    return scanner->IsClean(data, size) ? 1 : 0;
+    return scanner->CleanEnd(data, size);
   } catch (const std::bad_alloc&) {
     return 0;
   }

@@ -11,7 +11,8 @@ from PIL import Image
 
 from imnet_prep import validate as validation
 from imnet_prep.imaging import decode_jpeg
-from imnet_prep.scan import available, is_clean
+from imnet_prep.jpeg import read_markers
+from imnet_prep.scan import available, clean_end
 from imnet_prep.types import ImageRef, RawImage
 from imnet_prep.validate import ValidateOptions, validate
 from tests.synthetic import jpeg, odd_images, picture
@@ -47,12 +48,12 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def test_whole_baseline_images_are_clean() -> None:
-    assert all(is_clean(data) for data in samples())
+    assert all(clean_end(data) == len(data) for data in samples())
 
 
 def test_what_it_does_not_know_is_in_doubt() -> None:
     progressive = jpeg(progressive=True)
-    assert not any(is_clean(data) for data in (b"", b"\xff\xd8", b"GIF89a", progressive, *(d[:-2] for d in samples())))
+    assert not any(clean_end(data) for data in (b"", b"\xff\xd8", b"GIF89a", progressive, *(d[:-2] for d in samples())))
 
 
 def test_clean_means_that_libjpeg_has_no_complaint() -> None:
@@ -60,7 +61,7 @@ def test_clean_means_that_libjpeg_has_no_complaint() -> None:
     pool = samples()
     for _ in range(4000):
         data = damaged(rng.choice(pool), rng)
-        if is_clean(data):
+        if clean_end(data):
             clean += 1
             pixels, said = decode_jpeg(data, grey=True, reduce=8)
             assert pixels is not None
@@ -74,8 +75,19 @@ def test_results_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatc
     images = [damaged(data, rng) for data in samples() * 40] + [odd.data for odd in odd_images().values()]
     raws = [RawImage(ImageRef("train", "c", "c/x.jpg", Path("x"), 0, len(data)), data) for data in images]
     fast = [validate(raw, ValidateOptions()) for raw in raws]
-    monkeypatch.setattr(validation, "is_clean", lambda data: False)
+    monkeypatch.setattr(validation, "clean_end", lambda data: 0)
     assert [validate(raw, ValidateOptions()) for raw in raws] == fast
+
+
+def test_the_end_is_where_the_walk_over_the_markers_finds_it() -> None:
+    rng = random.Random(13)
+    for data in (damaged(data, rng) for data in samples() * 200):
+        if end := clean_end(data):
+            info = read_markers(data)
+            assert info.size_bytes == end
+            assert read_markers(data, end) == info
+    trailed = jpeg() + b"\xff\xd8 a second image \xff\xd9"
+    assert clean_end(trailed) == len(jpeg())
 
 
 @pytest.mark.real_data
@@ -86,4 +98,4 @@ def test_photographs_are_clean(shared_data: Path) -> None:
         files = [archive.extractfile(member) for member in archive if member.isfile()]
         photographs = [data for file in files if file and (data := file.read()).startswith(b"\xff\xd8")]
     assert len(photographs) >= 250
-    assert sum(map(is_clean, photographs)) >= 0.98 * len(photographs)
+    assert sum(clean_end(data) > 0 for data in photographs) >= 0.98 * len(photographs)
