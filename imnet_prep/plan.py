@@ -297,10 +297,10 @@ def _ingest(
 ) -> list[Rejected]:
     connection.execute(f"CREATE TABLE staging.found({_COLUMNS})")
     connection.execute("CREATE TABLE path(id INTEGER PRIMARY KEY, path BLOB)")
+    paths = _Paths()
     keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
     seen: set[str] = set()
     rejected: list[Rejected] = []
-    paths = _Paths(connection)
     done = 0
 
     def rows() -> Iterator[tuple[object, ...]]:
@@ -316,6 +316,7 @@ def _ingest(
     source = rows()
     while batch := list(islice(source, BATCH_ROWS)):
         connection.executemany(f"INSERT INTO found VALUES({','.join('?' * len(batch[0]))})", batch)
+        connection.executemany("INSERT INTO path VALUES(?, ?)", paths.taken())
         done += len(batch)
         progress(Progress(done, None, "found"))
     if keep is not None and (unknown := sorted(keep - seen)):
@@ -334,15 +335,23 @@ def _listed(names: Sequence[str]) -> str:
 class _Paths:
     """Numbers for paths; only the last is kept: an archive stands behind many images in a row, a file behind one."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-        self._last: tuple[Path | None, int] = (None, 0)
+    def __init__(self) -> None:
+        self._here = os.fsencode(os.getcwd())
+        self._last = ""
+        self._count = 0
+        self._new: list[tuple[int, bytes]] = []
 
-    def number(self, path: Path) -> int:
-        if path != self._last[0]:
-            cursor = self._connection.execute("INSERT INTO path VALUES(NULL, ?)", (os.fsencode(path.absolute()),))
-            self._last = (path, cursor.lastrowid or 0)
-        return self._last[1]
+    def number(self, path: str) -> int:
+        if path != self._last:
+            self._last = path
+            self._count += 1
+            self._new.append((self._count, os.path.join(self._here, os.fsencode(path))))
+        return self._count
+
+    def taken(self) -> list[tuple[int, bytes]]:
+        """Give the numbered paths that were not given yet, absolute."""
+        new, self._new = self._new, []
+        return new
 
 
 def _row(ref: ImageRef, seed: int, paths: _Paths) -> tuple[object, ...]:
@@ -474,7 +483,7 @@ _SELECT = (
 
 
 def _ref(row: tuple[Any, ...]) -> ImageRef:
-    return ImageRef(SPLITS[row[0]], row[1], row[2], Path(os.fsdecode(row[3])), row[4], row[5], row[6], row[7])
+    return ImageRef(SPLITS[row[0]], row[1], row[2], os.fsdecode(row[3]), row[4], row[5], row[6], row[7])
 
 
 def shard_refs(database: Path, first: int, last: int) -> Iterator[ImageRef]:

@@ -113,7 +113,7 @@ def _ref(
     if (line.label >= 0 and item.manifest.classes[line.label] != class_name) or bool(slash) != (line.label >= 0):
         raise _damaged(item, f"{path.name} row {line.row} ({line.file_name}): label {line.label} is another class")
     renamed = renames.get(class_name, class_name)
-    return ImageRef(split, renamed, f"{renamed}{slash}{base}", path, start, size, line.url, line.status)
+    return ImageRef(split, renamed, f"{renamed}{slash}{base}", str(path), start, size, line.url, line.status)
 
 
 def rejected_of(item: Input, renames: dict[str, str]) -> Iterator[Rejected]:

@@ -268,7 +268,7 @@ def write_shard(task: ShardTask, advance: Advance) -> ShardResult:
 def _copy_rows(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[Written | None, list[Rejected]]:
     """Copy each image, if its bytes are those that the record list says."""
     writer = ShardWriter(path, task.layout)
-    descriptors: dict[Path, int] = {}
+    descriptors: dict[str, int] = {}
     plan = task.folder / WORK / PLAN_DATABASE
     table = f"file:{quote(os.fsencode(plan))}?mode=ro&immutable=1"
     try:

@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +77,7 @@ class ImageRef:
     split: str
     class_name: str
     file_name: str
-    path: Path
+    path: str
     offset: int
     size_bytes: int
     url: str = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -80,7 +79,7 @@ def judge(data: bytes, options: ContentOptions) -> Image | Refused:
         options: Limits and storage.
     """
     checks = ValidateOptions(short_side=options.short_side, quality=options.quality, max_bytes=_MAX_STORED)
-    raw = RawImage(ImageRef("train", "", "download", Path(), 0, len(data)), data)
+    raw = RawImage(ImageRef("train", "", "download", "", 0, len(data)), data)
     sample = validate(raw, checks)
     if not isinstance(sample, Sample):
         return Refused(_FAIL.get(sample.reason, FailReason.NOT_AN_IMAGE), sample.detail)

@@ -151,7 +151,7 @@ class NestedTar(TarSource):
                 end = tar.offset + tar.size_bytes
                 yield from _class_tar(descriptor, tar.offset, end, self.split, class_name, rows)
             for name, offset, size_bytes in sorted(rows):
-                yield make_ref(self.split, class_name, name, self.path, offset, size_bytes)
+                yield make_ref(self.split, class_name, name, str(self.path), offset, size_bytes)
         notes += ignored_note(ignored, self.name)
 
 
@@ -198,7 +198,7 @@ class TarFolder(Source):
             finally:
                 os.close(descriptor)
             for name, offset, size_bytes in sorted(rows):
-                yield make_ref(self.split, path.stem, name, path, offset, size_bytes)
+                yield make_ref(self.split, path.stem, name, str(path), offset, size_bytes)
         notes += ignored_note(ignored, self.name)
 
 
@@ -229,7 +229,7 @@ class FlatTar(TarSource):
         yield from bad
         rows.sort()
         for wnid, base, offset, size_bytes in rows:
-            yield make_ref(self.split, wnid, base, self.path, offset, size_bytes)
+            yield make_ref(self.split, wnid, base, str(self.path), offset, size_bytes)
         if self.labels is not None:
             notes += self.labels.missing(names)
         notes += ignored_note(ignored, self.name)
@@ -310,7 +310,7 @@ class ClassTar(TarSource):
                 classes.setdefault((order.index(where), class_name), []).append((full, offset, size_bytes))
         for place, class_name in sorted(classes):
             for name, offset, size_bytes in sorted(classes[place, class_name]):
-                yield make_ref(order[place], class_name, name, self.path, offset, size_bytes)
+                yield make_ref(order[place], class_name, name, str(self.path), offset, size_bytes)
 
 
 def _common_root(folders: list[tuple[str, ...]]) -> int:

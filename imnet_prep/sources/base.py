@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ MAX_SOURCE_BYTES = (
     1 << 29
 )  # what is read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
 _OPEN_ARCHIVES = 32  # file descriptors kept a process
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SPLIT_ORDER = {split: place for place, split in enumerate(SPLITS)}
 Found = ImageRef | Rejected
 
@@ -194,7 +196,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in {"__MACOSX", "@eaDir", "Thumbs.db"}
 
 
-def make_ref(split: str, class_name: str, name: str, path: Path, offset: int, size_bytes: int) -> Found:
+def make_ref(split: str, class_name: str, name: str, path: str, offset: int, size_bytes: int) -> Found:
     """Give the reference, or the rejection where the name cannot be a record's or the size cannot be an image's."""
     file_name = f"{class_name}/{name}" if class_name else name
     fault = name_fault(file_name)
@@ -211,7 +213,7 @@ def name_fault(name: str) -> str:
         name.encode("utf-8")
     except UnicodeEncodeError:
         return "its name is not UTF-8"
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+    if _CONTROL.search(name):
         return "its name holds control characters"
     return ""
 
@@ -240,9 +242,9 @@ class _Descriptors:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
 
-    def pread(self, path: Path, size_bytes: int, offset: int) -> bytes:
+    def pread(self, path: str, size_bytes: int, offset: int) -> bytes:
         with self._lock:  # pread under the lock: no other thread may close the descriptor meanwhile
             descriptor = self._open.get(path)
             if descriptor is None:

@@ -39,6 +39,6 @@ class DownloadFolder(Source):
             rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
             for fields in sorted(row.split(_SEPARATOR) for row in rows):
                 name, path, size_bytes, status, url = fields
-                found = make_ref(self.split, wnid, name, self.path / path, 0, int(size_bytes))
+                found = make_ref(self.split, wnid, name, str(self.path / path), 0, int(size_bytes))
                 known = int(status) if status.isdecimal() else None
                 yield replace(found, url=url, status=known) if isinstance(found, ImageRef) else found

@@ -114,7 +114,7 @@ def _flat(part: FlatFolder, ignored: Counter[str], notes: list[str]) -> Iterator
 def _found(split: str, class_name: str, name: str, file: _Entry) -> Found:
     if file.fault:
         return Rejected(split, printable(f"{class_name}/{name}" if class_name else name), Reason.UNREADABLE, file.fault)
-    return make_ref(split, class_name, name, Path(file.path), 0, file.size_bytes)
+    return make_ref(split, class_name, name, file.path, 0, file.size_bytes)
 
 
 def _files(

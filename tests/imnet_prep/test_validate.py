@@ -30,7 +30,7 @@ SMALL = ValidateOptions(short_side=24)
 
 
 def check(data: bytes, options: ValidateOptions = PLAIN) -> Sample | Rejected:
-    return validate(RawImage(ImageRef("train", "c", "c/x.jpg", Path("x.jpg"), 0, len(data)), data), options)
+    return validate(RawImage(ImageRef("train", "c", "c/x.jpg", "x.jpg", 0, len(data)), data), options)
 
 
 def kept(data: bytes, options: ValidateOptions = PLAIN) -> Sample:
