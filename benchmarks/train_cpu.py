@@ -4,7 +4,8 @@ Command (torch in a virtual environment of its own, see requirements.txt)::
 
     python -m benchmarks.train_cpu --torch /tmp/bench-venv --rounds 5 --json out.json
     python -m benchmarks.train_cpu --torch /tmp/bench-venv --only train-64 --rounds 5
-    python -m benchmarks.train_cpu --torch /tmp/bench-venv --epoch tiny-imagenet-10
+    python -m benchmarks.train_cpu --torch /tmp/bench-venv --epoch tiny-imagenet-10 --rounds 3
+    python -m benchmarks.train_cpu --torch /tmp/bench-venv --accuracy tiny-imagenet-10 --seeds 0 1 2 --epochs 20
 
 Each round runs every contender once, in a process of its own; the medians over the rounds count. A step is uint8 batch
 in, normalisation, forward, backward, SGD with momentum; compilation and warm-up are left out.
@@ -14,18 +15,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).with_name("torch_worker.py")
+from benchmarks.contenders import run_json, threads, torch_worker
+from benchmarks.train_folder import accuracy, epoch
+
 OURS, STANDARD, NCHW, CHANNELS_LAST = "ours", "ours, standard operators", "PyTorch NCHW", "PyTorch channels_last"
 
 
@@ -49,15 +49,6 @@ CASES = (
 )
 
 
-def run_json(command: Sequence[str]) -> dict[str, Any]:
-    """The last line of a command's output, as JSON."""
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        sys.exit(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    return result
-
-
 def ours(case: Case, kernels: str) -> dict[str, Any]:
     """`mbv2.bench` in a process of its own."""
     steps = case.steps if kernels == "native" else case.standard_steps
@@ -77,14 +68,8 @@ def torch(venv: Path, case: Case, layout: str) -> dict[str, Any]:
         "--image-size": case.image_size,
         "--batch-size": case.batch_size,
         "--steps": case.steps,
-        "--threads": threads(),
     }
-    flat = [str(word) for pair in options.items() for word in pair]
-    return run_json([str(venv / "bin/python"), str(WORKER), "steps", *flat])
-
-
-def threads() -> int:
-    return len(os.sched_getaffinity(0))
+    return torch_worker(venv, "steps", options)
 
 
 def contenders(venv: Path, case: Case, *, standard: bool) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -121,52 +106,6 @@ def measure(venv: Path, case: Case, rounds: int, standard_rounds: int) -> dict[s
     return result
 
 
-def epoch(venv: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """One epoch of a Tiny-ImageNet folder at 64 px, batch 64, with augmentation: `mbv2 train` against torchvision."""
-    scripts = Path(sys.executable).parent
-    ours_rate: list[float] = []
-    theirs: dict[str, list[float]] = {"contiguous": [], "channels_last": []}
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        subprocess.run(
-            [scripts / "imnet-prep", "to-mindrecord", folder, "--out", work / "records"], check=True, stdout=sys.stderr
-        )
-        for number in range(rounds):
-            command = [
-                scripts / "mbv2",
-                "train",
-                "--records",
-                work / "records",
-                "--out",
-                work / f"run{number}",
-                "--json",
-            ]
-            command += ["--image-size", "64", "--batch-size", "64", "--epochs", "2"]
-            ours_rate.append(run_json([str(word) for word in command])["images_per_s"])
-            for layout, rates in theirs.items():
-                options = [
-                    "--folder",
-                    str(folder / "train"),
-                    "--layout",
-                    layout,
-                    "--image-size",
-                    "64",
-                    "--batch-size",
-                    "64",
-                ]
-                worker = [str(venv / "bin/python"), str(WORKER), "epoch", *options, "--threads", str(threads())]
-                rates.append(run_json(worker)["images_per_s"])
-            print(f"epoch round {number + 1}: ours {ours_rate[-1]:.0f}, PyTorch {theirs}", file=sys.stderr)
-    best = max(statistics.median(rates) for rates in theirs.values())
-    ours_median = statistics.median(ours_rate)
-    return {
-        "case": "epoch-64",
-        "ours": ours_rate,
-        "torch": theirs,
-        "ratio_of_ours": {"PyTorch's best": ours_median / best},
-    }
-
-
 def table(results: Sequence[dict[str, Any]]) -> str:
     """A table for the docs."""
     lines = [
@@ -190,10 +129,17 @@ def main() -> None:
     parser.add_argument("--standard-rounds", type=int, default=1, help="rounds of the slow contender")
     parser.add_argument("--only", choices=[case.name for case in CASES], action="append")
     parser.add_argument("--epoch", type=Path, help="a folder in Tiny-ImageNet's layout: measure an epoch of it instead")
+    parser.add_argument("--accuracy", type=Path, help="such a folder: measure what both sides learn from it instead")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--work", type=Path, default=Path("build/train-cpu"), help="records and runs of these two")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.epoch:
-        result = epoch(args.torch, args.epoch, args.rounds)
+    if args.epoch or args.accuracy:
+        if args.epoch:
+            result = epoch(args.torch, args.epoch, args.rounds, args.work)
+        else:
+            result = accuracy(args.torch, args.accuracy, args.seeds, args.epochs, args.work)
         print(json.dumps(result, indent=1))
         return
     cases = [case for case in CASES if not args.only or case.name in args.only]

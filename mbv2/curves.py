@@ -44,14 +44,25 @@ def draw_curves(path: Path, rows: list[EpochRow], title: str) -> None:
         Line("top-1", "#2a8a4a", _points(rows, "val_top1")),
         Line("top-5", "#b07c1c", _points(rows, "val_top5")),
     ]
+    draw_panels(path, [(losses, None), (scores, (0.0, 1.0))], title)
+
+
+def draw_panels(path: Path, panels: list[tuple[list[Line], tuple[float, float] | None]], title: str) -> None:
+    """Draw panels of curves side by side.
+
+    Args:
+        path: The PNG to write; replaced as a whole.
+        panels: From left to right: the lines over epochs, and the ends of the vertical axis (None: those of the lines).
+        title: Printed over them.
+    """
     picture = Image.new("RGB", _SIZE, _PAPER)
     draw = ImageDraw.Draw(picture)
     font, large = ImageFont.load_default(14), ImageFont.load_default(18)
     draw.text((20, 12), title, fill=_INK, font=large)
-    half = _SIZE[0] // 2
-    last = max((row.epoch for row in rows), default=1)
-    _panel(draw, font, (0, 30, half, _SIZE[1]), losses, last, None)
-    _panel(draw, font, (half, 30, _SIZE[0], _SIZE[1]), scores, last, (0.0, 1.0))
+    side = _SIZE[0] // len(panels)
+    last = max((round(x) for lines, _ in panels for line in lines for x, _ in line.points), default=1)
+    for number, (lines, limits) in enumerate(panels):
+        _panel(draw, font, (number * side, 30, (number + 1) * side, _SIZE[1]), lines, last, limits)
     partial = path.with_name(path.name + ".partial")
     picture.save(partial, format="PNG")
     partial.replace(path)
