@@ -33,7 +33,7 @@ FORMATS = ("mindir", "onnx", "onnx-int8")
 OPSET = 13  # the oldest with per-channel QuantizeLinear: runtimes of 2021 and later read it
 IR_VERSION = 8
 CALIBRATION_IMAGES = 128
-CHECK_BATCHES = (1, 7)  # batch sizes at which the exported file is compared with the checkpoint
+CHECK_IMAGES, CHECK_BATCHES = 50, (1, 7)  # images, and batch sizes, on which the file is compared with the checkpoint
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
@@ -85,7 +85,7 @@ def export_checkpoint(
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
 ) -> ExportResult:
-    """Write a checkpoint in another format, run both, and compare.
+    """Write a checkpoint in another format, run both, and compare: on images of ``calibrate``, else on random ones.
 
     Args:
         checkpoint: One of ours.
@@ -122,20 +122,23 @@ def export_checkpoint(
     else:
         run = _write_onnx(loaded, kind, out, calibrate, split)
     plain = network_predict(build_network(loaded, kernels="standard"))
-    difference = _compare(plain, run, loaded.meta.image_size)
+    difference = _compare(plain, run, _check_images(loaded, calibrate, split))
     if calibrate is None:
         return ExportResult(out, kind, out.stat().st_size, difference)
     counts = [_score(calibrate, split, loaded, predict, stop, progress) for predict in (plain, run)]
     return ExportResult(out, kind, out.stat().st_size, difference, counts[0][0], counts[0][1], counts[1][1])
 
 
-def _compare(one: Run, two: Run, size: int) -> float:
-    rng = np.random.default_rng(0)
-    largest = 0.0
-    for count in CHECK_BATCHES:
-        image = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-        largest = max(largest, float(np.abs(one(image) - two(image)).max()))
-    return largest
+def _check_images(loaded: Checkpoint, records: Path | None, split: str) -> NDArray[np.uint8]:
+    size = loaded.meta.image_size
+    if records is None:
+        return np.random.default_rng(0).integers(0, 256, (max(CHECK_BATCHES), size, size, 3), dtype=np.uint8)
+    return np.concatenate(list(_spread_images(records, split, loaded, CHECK_IMAGES)))
+
+
+def _compare(one: Run, two: Run, images: NDArray[np.uint8]) -> float:
+    batches = [images[at : at + count] for count in CHECK_BATCHES for at in range(0, len(images), count)]
+    return max(float(np.abs(one(batch) - two(batch)).max()) for batch in batches)
 
 
 def _score(
@@ -321,7 +324,7 @@ def _quantise(path: Path, loaded: Checkpoint, records: Path, split: str) -> None
     quantize_static(
         str(path),
         str(path),
-        _Calibration(_calibration_images(records, split, loaded)),
+        _Calibration(_spread_images(records, split, loaded, CALIBRATION_IMAGES)),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["Conv", "Add", "Gemm", "GlobalAveragePool", "Clip"],
         nodes_to_exclude=["stem.conv", "blocks.0.depthwise.conv", "blocks.0.project.conv"],
@@ -337,16 +340,16 @@ def _quantise(path: Path, loaded: Checkpoint, records: Path, split: str) -> None
     )
 
 
-def _calibration_images(records: Path, split: str, loaded: Checkpoint) -> Iterator[NDArray[np.uint8]]:
-    """Give up to :data:`CALIBRATION_IMAGES` images, one a batch, spread over the split."""
+def _spread_images(records: Path, split: str, loaded: Checkpoint, most: int) -> Iterator[NDArray[np.uint8]]:
+    """Give up to ``most`` images, one a batch, spread over the split."""
     meta = loaded.meta
     manifest = load_manifest(records)
     total = split_images(manifest, records, split)
-    every = max(1, total // CALIBRATION_IMAGES)
+    every = max(1, total // most)
     given = 0
     with open_batches(records, split, eval_options(1, meta.image_size, meta.eval_crop), 0) as batches:
         for number, batch in enumerate(batches.epoch(0)):
-            if number % every == 0 and given < CALIBRATION_IMAGES:
+            if number % every == 0 and given < most:
                 given += 1
                 yield batch.image
 

@@ -68,3 +68,21 @@ def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> N
     with pytest.raises(TrainError, match=r"named \.mindir"):
         export_checkpoint(checkpoint, "mindir", tmp_path / "net.bin")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize("kind", ["mindir", "onnx"])
+def test_exported_published_weights_agree_on_photographs(
+    kind: str, fifty_photographs: Path, timm: Path, tmp_path: Path
+) -> None:
+    result = export_checkpoint(timm, kind, tmp_path / f"net.{kind}", calibrate=fifty_photographs)
+    assert result.max_difference < 1e-4  # at batch sizes 1 and 7
+    assert (result.images, result.correct1_after) == (50, result.correct1_before)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_eight_bits_lose_at_most_3_of_250_photographs(photographs: Path, timm: Path, tmp_path: Path) -> None:
+    result = export_checkpoint(timm, "onnx-int8", tmp_path / "net.onnx", calibrate=photographs)
+    assert result.correct1_after >= result.correct1_before - 3
