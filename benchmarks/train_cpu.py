@@ -1,5 +1,8 @@
 """MobileNetV2 on this CPU: our operators, MindSpore's own, and PyTorch in both layouts, alternating in one run.
 
+MindSpore's own run twice: in our model (`kernels="standard"`), and in training as mindcv builds the network from
+MindSpore's layers (`plain_mobilenet.py`).
+
 Command (torch in a virtual environment of its own, see requirements.txt)::
 
     python -m benchmarks.train_cpu --torch /tmp/bench-venv --rounds 5 --json out.json
@@ -27,6 +30,8 @@ from benchmarks.contenders import run_json, threads, torch_worker
 from benchmarks.train_folder import accuracy, epoch
 
 OURS, STANDARD, NCHW, CHANNELS_LAST = "ours", "ours, standard operators", "PyTorch NCHW", "PyTorch channels_last"
+PLAIN = "MindSpore's layers, as mindcv"
+CONTENDERS = (OURS, STANDARD, PLAIN, NCHW, CHANNELS_LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,13 @@ def ours(case: Case, kernels: str) -> dict[str, Any]:
     return run_json([sys.executable, "-c", code])
 
 
+def plain(case: Case) -> dict[str, Any]:
+    """`plain_mobilenet.py` in a process of its own."""
+    options = {"--image-size": case.image_size, "--batch-size": case.batch_size, "--steps": case.standard_steps}
+    words = [str(word) for pair in options.items() for word in pair]
+    return run_json([sys.executable, "-m", "benchmarks.plain_mobilenet", *words])
+
+
 def torch(venv: Path, case: Case, layout: str) -> dict[str, Any]:
     """PyTorch's worker in its virtual environment."""
     options = {
@@ -80,6 +92,8 @@ def contenders(venv: Path, case: Case, *, standard: bool) -> dict[str, Callable[
     }
     if standard:
         runs[STANDARD] = lambda: ours(case, "standard")
+    if standard and case.mode == "train":
+        runs[PLAIN] = lambda: plain(case)
     return runs
 
 
@@ -109,16 +123,17 @@ def measure(venv: Path, case: Case, rounds: int, standard_rounds: int) -> dict[s
 def table(results: Sequence[dict[str, Any]]) -> str:
     """A table for the docs."""
     lines = [
-        f"| | {OURS} | {STANDARD} | {NCHW} | {CHANNELS_LAST} | ours / PyTorch's best |",
-        "|---|---|---|---|---|---|",
+        f"| | {' | '.join(CONTENDERS)} | ours / PyTorch's best | ours / standard | ours / as mindcv |",
+        f"|---|{'---|' * (len(CONTENDERS) + 3)}",
     ]
     for result in results:
         rates = result["images_per_s"]
-        cells = [
-            f"{rates[name]['median']:.1f}" if name in rates else "" for name in (OURS, STANDARD, NCHW, CHANNELS_LAST)
-        ]
+        cells = [f"{rates[name]['median']:.1f}" if name in rates else "" for name in CONTENDERS]
         best = max(rates[NCHW]["median"], rates[CHANNELS_LAST]["median"])
-        lines.append(f"| {result['case']} | {' | '.join(cells)} | **{rates[OURS]['median'] / best:.2f}** |")
+        ratios = result["ratio_of_ours"]
+        cells += [f"**{rates[OURS]['median'] / best:.2f}**"]
+        cells += [f"{ratios[name]:.2f}" if name in ratios else "" for name in (STANDARD, PLAIN)]
+        lines.append(f"| {result['case']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
