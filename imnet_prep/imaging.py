@@ -125,13 +125,13 @@ def decode_cmyk_jpeg(data: bytes) -> Pixels:
     Raises:
         ImageFault: It does not decode.
     """
-    with _pillow(data, "JPEG") as image:
+    with opened(data, "JPEG") as image:
         image.load()
         return _bgr(image.convert("RGB"))
 
 
 @contextlib.contextmanager
-def _pillow(data: bytes, kind: str) -> Iterator[Image.Image]:
+def opened(data: bytes, kind: str) -> Iterator[Image.Image]:
     """Open with Pillow, whatever it says or raises kept in: its warnings, libtiff's stderr, its many exceptions."""
     with captured_stderr(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,7 +158,7 @@ def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tupl
         ImageFault: It does not decode, has more frames than one, or more pixels than allowed.
     """
     changes = []
-    with _pillow(data, kind) as image:
+    with opened(data, kind) as image:
         refuse_bomb(*image.size, max_pixels)
         if _has_second_frame(image):
             raise ImageFault(Reason.ANIMATED, f"{kind} with more than one frame")
