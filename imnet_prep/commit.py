@@ -29,7 +29,7 @@ _CHUNK_ROWS = 1 << 16
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
     """Write ``rejected.jsonl``: a line an image, sorted by split, name and reason."""
     lines = [
-        json.dumps(asdict(item), sort_keys=True, ensure_ascii=False)
+        json.dumps({k: v for k, v in asdict(item).items() if v or k != "thumbnail"}, sort_keys=True, ensure_ascii=False)
         for item in sorted(rejected, key=lambda item: (item.split, item.file_name, item.reason))
     ]
     write_atomically(path, "".join(line + "\n" for line in lines).encode())

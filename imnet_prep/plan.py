@@ -27,7 +27,7 @@ from imnet_prep.shards import Layout, choose_layout
 from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, Reason, Rejected, record_id
 from imnet_prep.validate import ValidateOptions
 
-PLAN_VERSION = 1  # part of each plan's digest: to be raised when the same plan would give other bytes
+PLAN_VERSION = 2  # part of each plan's digest: to be raised when the same plan would give other bytes
 SHARD_BYTES = 64 << 20  # a shard's usual size: soon redone after a crash, enough of them to keep all cores busy
 SHARD_IMAGES = 8192  # the same for small images, whose number is the work
 MAX_SHARDS = 128  # open file handles = readers x shards

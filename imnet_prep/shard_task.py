@@ -12,22 +12,24 @@ import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from imnet_prep.errors import PlanError
 from imnet_prep.files import sync, write_atomically
+from imnet_prep.glimpse import glimpse
 from imnet_prep.manifest import RecordLine
 from imnet_prep.mindrecord import index_path
 from imnet_prep.plan import Plan, shard_refs
 from imnet_prep.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
 from imnet_prep.sources import read
-from imnet_prep.types import ImageRef, Reason, Rejected, Sample, ShardInfo
+from imnet_prep.types import ImageRef, RawImage, Reason, Rejected, Sample, ShardInfo
 from imnet_prep.validate import ValidateOptions, validate
 
 WORK = ".work"  # in the .partial folder: the plan, notes of what is done, and shards in hand
 PLAN_NOTE, PLAN_DATABASE = "plan.json", "plan.sqlite"
 UNLABELLED = -1  # the label of the test split
+MAX_GLIMPSES = 16  # of a shard's rejected images: a broken source must not fill rejected.jsonl with pictures
 REPORT_EVERY = 16  # images between two reports to the bar
 Advance = Callable[[int, int, int], None]  # images, bytes, rejected since the last call
 
@@ -199,7 +201,7 @@ def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[
     try:
         with lines.open("w", encoding="utf-8", newline="\n") as text:
             for ref in shard_refs(task.folder / WORK / PLAN_DATABASE, task.first, task.last):
-                outcome = _check(ref, task.store)
+                outcome = _check(ref, task.store, glimpsed=len(rejected) < MAX_GLIMPSES)
                 if isinstance(outcome, Rejected):
                     rejected.append(outcome)
                 else:
@@ -218,9 +220,12 @@ def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[
         writer.close()
 
 
-def _check(ref: ImageRef, store: ValidateOptions) -> Sample | Rejected:
+def _check(ref: ImageRef, store: ValidateOptions, *, glimpsed: bool) -> Sample | Rejected:
     raw = read(ref)
-    return raw if isinstance(raw, Rejected) else validate(raw, store)
+    outcome = raw if isinstance(raw, Rejected) else validate(raw, store)
+    if glimpsed and isinstance(raw, RawImage) and isinstance(outcome, Rejected):
+        return replace(outcome, thumbnail=glimpse(raw.data, store.max_pixels))
+    return outcome
 
 
 def _line(sample: Sample, label: int, row: int) -> RecordLine:

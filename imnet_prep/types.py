@@ -130,12 +130,14 @@ class Rejected:
         file_name: Its name, as in :class:`ImageRef` (or the archive member's, escaped, where that is not printable).
         reason: Why.
         detail: One line for a person.
+        thumbnail: What can be seen of it, a small JPEG in base64; empty for most, see :mod:`imnet_prep.shard_task`.
     """
 
     split: str
     file_name: str
     reason: Reason
     detail: str = ""
+    thumbnail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

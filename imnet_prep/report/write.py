@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from imnet_prep.report.html import (
     thumbnail,
     tiles,
 )
-from imnet_prep.types import ProgressCallback
+from imnet_prep.types import ProgressCallback, Reason, Rejected
 from imnet_prep.verify_duplicates import Located
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as torchvision's references have them
@@ -99,6 +100,14 @@ class _Pictures:
         data = thumbnail(pixels, self._side)
         self._left -= len(data) * 4 // 3 + 200
         return picture(data, alt, caption)
+
+    def kept(self, thumbnail: str, alt: str) -> Html:
+        """Show a picture that was kept in base64."""
+        if self._left <= 0:
+            self.spent = True
+            return Html("")
+        self._left -= len(thumbnail)
+        return picture(base64.b64decode(thumbnail), alt)
 
     def name(self, position: int) -> str:
         """Name the record at a position."""
@@ -273,28 +282,28 @@ def _changes(records: Path, gathered: Gathered, pictures: _Pictures) -> Html:
         return join(parts)
     counts = [(reason, *(split.rejected.get(reason, 0) for split in splits.values())) for reason in reasons]
     parts.append(table("Rejected by reason", ("reason", *splits), counts))
-    parts.append(
-        tag("p", "The bytes of rejected images are not kept; duplicates are shown by the one that was.", class_="faint")
-    )
+    parts.append(tag("p", "Shown as far as they decode; duplicates by the one that was kept.", class_="faint"))
     twins = {f"{item.split}/{item.name}": item for shown in gathered.samples.values() for item in shown}
     listed = list(_rejected(records, gathered))
-    body = [
-        (name, reason, join([detail, pictures.of(twin) if (twin := twins.get(detail.partition(" as ")[2])) else ""]))
-        for name, reason, detail in listed[:MAX_REJECTED_LISTED]
-    ]
+    body = []
+    for item in listed[:MAX_REJECTED_LISTED]:
+        name = f"{item.split}/{item.file_name}"
+        twin = twins.get(item.detail.partition(" as ")[2])
+        seen = pictures.kept(item.thumbnail, name) if item.thumbnail else pictures.of(twin) if twin else ""
+        body.append((name, item.reason.value, join([item.detail, seen])))
     more = f", the first {MAX_REJECTED_LISTED} of {len(listed):,}" if len(listed) > MAX_REJECTED_LISTED else ""
     parts.append(details(f"By name{more}", table("Rejected images", ("name", "reason", "detail"), body)))
     return join(parts)
 
 
-def _rejected(records: Path, gathered: Gathered) -> Iterator[tuple[str, str, str]]:
+def _rejected(records: Path, gathered: Gathered) -> Iterator[Rejected]:
     if not gathered.manifest.rejected:
         return
     try:
         with (records / REJECTED).open("rb") as lines:
             for line in lines:
                 values = json.loads(line)
-                yield f"{values['split']}/{values['file_name']}", str(values["reason"]), str(values["detail"])
+                yield Rejected(**{**values, "reason": Reason(values["reason"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordsError(f"{records / REJECTED}: cannot be read", got=str(error)) from error
 

@@ -59,6 +59,7 @@ def test_report_says_what_is_in_the_records(made: Path, records: Path) -> None:
     assert "52 images in 3 classes" in said
     assert "truncated" in said
     assert "broken.jpg" in said
+    assert re.search(r'<img src="data:image/jpeg[^>]+alt="train/[^"]+broken.jpg"', made.read_text())
     assert "was not a JPEG: converted" in said
     assert "1 records have the same bytes" in said
     assert "same picture, mirrored" in said

@@ -174,9 +174,10 @@ def test_the_summary_counts_what_there_is(tmp_path: Path) -> None:
 def test_a_file_that_changed_since_it_was_listed_is_unreadable(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "x", ["cat"], 3, [])
     refs = refs_of(root)
-    refs[0].path.unlink()
-    refs[1].path.write_bytes(b"short")
-    refs[2].path.write_bytes(refs[2].path.read_bytes() + b"longer")
+    gone, shorter, longer = (Path(ref.path) for ref in refs)
+    gone.unlink()
+    shorter.write_bytes(b"short")
+    longer.write_bytes(longer.read_bytes() + b"longer")
     assert [result.reason for ref in refs if isinstance(result := read(ref), Rejected)] == [Reason.UNREADABLE] * 3
 
 
