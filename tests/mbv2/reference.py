@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,9 @@ def sides(v: NDArray[Any]) -> Sides:
     return (v > 0).astype(np.int8) + (v >= 6)
 
 
+Look = Callable[["Unit"], None]
+
+
 @dataclass
 class Unit:
     """Convolution, BatchNorm and perhaps ReLU6; `forward` keeps what `backward` needs."""
@@ -118,7 +121,7 @@ class Unit:
     def get(self, name: str) -> Array:
         return self.weights[f"{self.name}.{name}"]
 
-    def forward(self, x: Array, side: Sides | None = None) -> Array:
+    def forward(self, x: Array, side: Sides | None, look: Look) -> Array:
         """With `side` given, each value is put on that piece of ReLU6 instead of its own."""
         w = self.get("conv.weight")
         self.x = x
@@ -129,6 +132,7 @@ class Unit:
         else:
             self.y = x @ w[:, :, 0, 0].T
         self.v = normalised(self.y)[0] * self.get("bn.gamma") + self.get("bn.beta")
+        look(self)
         if not self.relu6:
             return self.v
         self.side = sides(self.v) if side is None else side
@@ -175,6 +179,36 @@ class Network:
             self.blocks.append((units, shape.residual))
         self.units = [self.stem, *(u for units, _ in self.blocks for u in units), self.head]
 
+    def features(self, image: NDArray[np.uint8], forced: Mapping[str, Sides], look: Look = lambda unit: None) -> Array:
+        """The head's activations; `look` is called with each unit before its values are used."""
+        x = self.stem.forward(pixels(image), forced.get("stem"), look)
+        for units, residual in self.blocks:
+            start = x
+            for unit in units:
+                x = unit.forward(x, forced.get(unit.name), look)
+            x = x + start if residual else x
+        return self.head.forward(x, forced.get("head"), look)
+
+    def leave_room(self, image: NDArray[np.uint8], reach: float = 0.02) -> float:
+        """Move each beta by up to `reach` so that no value lies near a bound of ReLU6; give the least distance."""
+        room = [reach]
+
+        def look(unit: Unit) -> None:
+            if not unit.relu6:
+                return
+            beta = unit.get("bn.beta")
+            for c in range(len(beta)):
+                v = unit.v[..., c].ravel()
+                near = np.sort(np.concatenate([[-reach, reach], v[np.abs(v) < reach], v[np.abs(v - 6) < reach] - 6]))
+                widest = int(np.diff(near).argmax())
+                beta[c] -= (near[widest] + near[widest + 1]) / 2
+                room.append((near[widest + 1] - near[widest]) / 2)
+            beta[:] = beta.astype(np.float32)
+            unit.v = normalised(unit.y)[0] * unit.get("bn.gamma") + beta
+
+        self.features(image, {}, look)
+        return float(min(room))
+
     def step(
         self,
         image: NDArray[np.uint8],
@@ -190,14 +224,7 @@ class Network:
             smoothing: Label smoothing.
             forced: The piece of ReLU6 to put each value on, by unit, as another implementation had it.
         """
-        forced = forced or {}
-        x = self.stem.forward(pixels(image), forced.get("stem"))
-        for units, residual in self.blocks:
-            start = x
-            for unit in units:
-                x = unit.forward(x, forced.get(unit.name))
-            x = x + start if residual else x
-        pooled = self.head.forward(x, forced.get("head")).mean((1, 2))
+        pooled = self.features(image, forced or {}).mean((1, 2))
         w, classes = self.weights["classifier.weight"], len(self.weights["classifier.bias"])
         logits = pooled @ w.T + self.weights["classifier.bias"]
         log_p = logits - logits.max(1, keepdims=True)
