@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--standard-rounds", type=int, default=1, help="rounds of the slow contender")
     parser.add_argument("--only", choices=[case.name for case in CASES], action="append")
     parser.add_argument("--epoch", type=Path, help="a folder in Tiny-ImageNet's layout: measure an epoch of it instead")
+    parser.add_argument("--loading", type=int, nargs="+", default=[0, 1, 2], help="PyTorch's loading processes to try")
     parser.add_argument("--accuracy", type=Path, help="such a folder: measure what both sides learn from it instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20)
@@ -152,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.epoch or args.accuracy:
         if args.epoch:
-            result = epoch(args.torch, args.epoch, args.rounds, args.work)
+            result = epoch(args.torch, args.epoch, args.rounds, args.work, args.loading)
         else:
             result = accuracy(args.torch, args.accuracy, args.seeds, args.epochs, args.work)
         print(json.dumps(result, indent=1))

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from mbv2.runlog import read_metrics
 
 SIZES = {"--image-size": 64, "--batch-size": 64}
 LAYOUTS = ("contiguous", "channels_last")
-WORKERS = (0, 1, 2)
 COLOURS = {"ours": "#1f6fb4", "PyTorch": "#d1495b"}
 
 
@@ -46,15 +46,15 @@ def train_torch(venv: Path, folder: Path, layout: str, workers: int, epochs: int
     return torch_worker(venv, "train", options, *flags)
 
 
-def epoch(venv: Path, folder: Path, rounds: int, work: Path) -> dict[str, Any]:
-    """The pace of the second epoch, alternating; PyTorch in every layout and with 0, 1 and 2 loading processes.
+def epoch(venv: Path, folder: Path, rounds: int, work: Path, loading: Sequence[int]) -> dict[str, Any]:
+    """The pace of the second epoch, alternating; PyTorch in both layouts and with each number of `loading` processes.
 
     The first round tries all of PyTorch's settings; the later ones repeat the best of each layout.
     """
     records = make_records(folder, work)
     ours: list[float] = []
     theirs: dict[tuple[str, int], list[float]] = {}
-    settings = [(layout, workers) for layout in LAYOUTS for workers in WORKERS]
+    settings = [(layout, workers) for layout in LAYOUTS for workers in loading]
     for number in range(rounds):
         out = work / f"pace{number}"
         shutil.rmtree(out, ignore_errors=True)
@@ -65,7 +65,7 @@ def epoch(venv: Path, folder: Path, rounds: int, work: Path) -> dict[str, Any]:
             pace = train_torch(venv, folder, layout, workers, 2)["images_per_s"]
             theirs.setdefault((layout, workers), []).append(pace)
             print(f"epoch round {number + 1}, PyTorch {layout}, {workers} workers: {pace:.0f}", file=sys.stderr)
-        settings = [max(((name, w) for w in WORKERS), key=lambda key: theirs[key][0]) for name in LAYOUTS]
+        settings = [max(((name, w) for w in loading), key=lambda key: theirs[key][0]) for name in LAYOUTS]
     best = max(settings, key=lambda key: statistics.median(theirs[key]))
     return {
         "case": "epoch-64",
@@ -96,8 +96,9 @@ def accuracy(venv: Path, folder: Path, seeds: list[int], epochs: int, work: Path
                 train_ours(records, out, epochs, seed)
                 top1 = [row.val_top1 for row in read_metrics(out)]
             else:
-                flags = ("--score", "--seed", str(seed))
-                result = train_torch(venv, folder, "channels_last", 2, epochs, *flags)
+                # One thread and no loading process: the least processor time, which is all that counts here.
+                flags = ("--score", "--seed", str(seed), "--threads", "1")
+                result = train_torch(venv, folder, "channels_last", 0, epochs, *flags)
                 top1 = [row["top1"] for row in result["curve"]]
             rows.append({"contender": name, "seed": seed, "epochs": epochs, "top1": top1})
             with ledger.open("a", encoding="utf-8") as handle:
