@@ -27,6 +27,6 @@ def threads() -> int:
 
 
 def torch_worker(venv: Path, mode: str, options: Mapping[str, object], *flags: str) -> dict[str, Any]:
-    """`torch_worker.py` in a virtual environment that has torch; as many threads as this process may use if not given."""
+    """`torch_worker.py` in a virtual environment with torch; as many threads as this process may use if not given."""
     words = [str(word) for pair in ({"--threads": threads()} | dict(options)).items() for word in pair]
     return run_json([str(venv / "bin/python"), str(WORKER), mode, *words, *flags])
