@@ -26,8 +26,10 @@ COLOURS = {"ours": "#1f6fb4", "PyTorch": "#d1495b"}
 
 
 def make_records(folder: Path, work: Path) -> Path:
-    """Convert the folder, or find it converted."""
+    """Convert the folder, or find it converted: a run that goes on keeps its records."""
     records = work / "records"
+    if (records / "manifest.json").exists():
+        return records
     command = [Path(sys.executable).parent / "imnet-prep", "to-mindrecord", folder, "--out", records]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return records
