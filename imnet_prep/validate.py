@@ -15,6 +15,7 @@ from imnet_prep import imaging
 from imnet_prep.errors import PlanError
 from imnet_prep.formats import check_container, sniff
 from imnet_prep.jpeg import ImageFault, JpegInfo, read_markers, without_oddities
+from imnet_prep.native import small
 from imnet_prep.scan import clean_end
 from imnet_prep.types import Change, ImageRef, RawImage, Reason, Rejected, Sample
 
@@ -110,16 +111,14 @@ def examine(data: bytes, short_side: int) -> Examined:
     imaging.refuse_bomb(info.width, info.height, options.max_pixels)
     changes: list[Change] = []
     if info.plain and info.components in (1, 3):
-        room = min(info.width, info.height) // short_side
-        reduce = max((scale for scale in (1, 2, 4, 8) if scale <= room), default=1)
-        small, said = imaging.decode_jpeg(data, grey=True, reduce=reduce)
-        _refuse_damage(data, info, small is not None, said, changes)
-        assert small is not None  # _refuse_damage raised otherwise
+        grey, said = imaging.decode_jpeg(data, grey=True, reduce=_reduction(info, short_side))
+        _refuse_damage(data, info, grey is not None, said, changes)
+        assert grey is not None  # _refuse_damage raised otherwise
     else:
-        small = imaging.grey(_decode_checked(data, info, options, changes))
+        grey = imaging.grey(_decode_checked(data, info, options, changes))
     seen = (Change.PROGRESSIVE, Change.GREYSCALE, Change.EXIF_DAMAGED, Change.TRAILING_BYTES)
     noticed = {change for change in (*_noticed(info, len(data)), *changes) if change in seen}
-    return Examined(info.width, info.height, tuple(sorted(noticed, key=_CHANGE_ORDER.__getitem__)), small)
+    return Examined(info.width, info.height, tuple(sorted(noticed, key=_CHANGE_ORDER.__getitem__)), grey)
 
 
 def _sample(ref: ImageRef, data: bytes, image: bytes, width: int, height: int, changes: list[Change]) -> Sample:
@@ -152,9 +151,11 @@ def _jpeg(data: bytes, options: ValidateOptions) -> tuple[bytes, int, int, list[
             pixels, said = imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
             _refuse_damage(data, info, pixels is not None, said, changes)
         return data, info.width, info.height, changes
-    pixels = _decode_checked(data, info, options, changes)
     size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
-    return _store(imaging.orient(pixels, info.orientation), size, options, changes)
+    pixels = None if convert else _shrunk_at_once(data, info, options)
+    if pixels is None:
+        pixels = imaging.orient(_decode_checked(data, info, options, changes), info.orientation)
+    return _store(pixels, size, options, changes)
 
 
 def _noticed(info: JpegInfo, size_bytes: int) -> list[Change]:
@@ -171,6 +172,27 @@ def _noticed(info: JpegInfo, size_bytes: int) -> list[Change]:
     return [change for change, is_so in seen if is_so]
 
 
+def _shrunk_at_once(data: bytes, info: JpegInfo, options: ValidateOptions) -> imaging.Pixels | None:
+    """Do with the C++ library what :func:`_decode_checked` and :func:`imaging.shrink` do, where every bit is clean."""
+    if options.short_side is None or min(info.width, info.height) <= options.short_side:
+        return None
+    size = (info.width, info.height)
+    pixels, end = small.decode(
+        data,
+        components=info.components,
+        reduce=_reduction(info, options.short_side),
+        size=size,
+        small=short_side_size(*size, options.short_side),
+    )
+    return pixels if end == info.size_bytes else None
+
+
+def _reduction(info: JpegInfo, short_side: int) -> int:
+    """Give the largest DCT-domain divisor that leaves ``short_side`` pixels."""
+    room = min(info.width, info.height) // short_side
+    return max((divisor for divisor in (1, 2, 4, 8) if divisor <= room), default=1)
+
+
 def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, changes: list[Change]) -> imaging.Pixels:
     """Decode at the smallest scale that still has the pixels asked for, and refuse what the decoder made up."""
     if info.components == 4:
@@ -180,8 +202,7 @@ def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, chang
         return pixels
     reduce = 1
     if options.short_side is not None and info.plain:
-        room = min(info.width, info.height) // options.short_side
-        reduce = max((scale for scale in (1, 2, 4, 8) if scale <= room), default=1)
+        reduce = _reduction(info, options.short_side)
     decoded, said = imaging.decode_jpeg(data, grey=info.components == 1, reduce=reduce)
     _refuse_damage(data, info, decoded is not None, said, changes)
     assert decoded is not None  # _refuse_damage raised otherwise

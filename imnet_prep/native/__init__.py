@@ -20,7 +20,7 @@ from imnet_prep.decode import Fault, PortableDecoder
 from imnet_prep.errors import PipelineError
 
 LIBRARY = Path(__file__).with_name("imnet_jpeg.so")
-_ABI = 1  # kAbi in decoder.cc
+_ABI = 2  # kAbi in decoder.cc
 _MESSAGE_BYTES = 256
 _REDUCE, _FAST = 1, 2
 _FAULT, _NOT_TAKEN = 1, 2

@@ -25,7 +25,7 @@
 
 namespace {
 
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 constexpr int kMessageBytes = 256;
 constexpr int kMaxScans = 500;   // encoders write about 10; each is a pass over every block, so thousands are an attack
 constexpr int kRowsAtOnce = 4;   // most rows that libjpeg makes in one go (a sampling factor is at most 4)
@@ -116,11 +116,9 @@ class Handle {
     errors_.base.error_exit = OnError;
     errors_.base.emit_message = OnMessage;
     errors_.base.output_message = OnOutput;
-    jpeg_create_decompress(&info_);
     progress_.progress_monitor = OnProgress;
-    info_.progress = &progress_;
   }
-  ~Handle() { jpeg_destroy_decompress(&info_); }
+  ~Handle() { Reset(); }
   Handle(const Handle&) = delete;
   Handle& operator=(const Handle&) = delete;
 
@@ -128,7 +126,7 @@ class Handle {
     const Status status = Try(request, message, request.fast);
     return errors_.gave_up ? Try(request, message, false) : status;
   }
-  void Reset() { jpeg_abort_decompress(&info_); }
+  void Reset() { jpeg_destroy_decompress(&info_); }
 
  private:
   Status Try(const Request& request, char* message, bool fast);
@@ -157,13 +155,15 @@ Status Handle::Try(const Request& request, char* message, bool fast) {
   errors_.message[0] = '\0';
   Status status = kGood;
   if (setjmp(errors_.jump)) {
-    jpeg_abort_decompress(&info_);
+    Reset();
     std::snprintf(message, kMessageBytes, "%s", errors_.message);
     return kFault;
   }
+  jpeg_create_decompress(&info_);  // anew for each image, as libjpeg keeps tables that the next image may lack
+  info_.progress = &progress_;
   status = Start(request, fast);
   if (status == kGood) Rows(request);
-  jpeg_abort_decompress(&info_);
+  Reset();
   if (errors_.corrupt) {
     std::snprintf(message, kMessageBytes, "damaged image data: %s", errors_.message);
     return kFault;

@@ -103,6 +103,7 @@ bool EntropyDecoder::TakeOver(j_decompress_ptr info, GiveUp give_up) {
     blocks_[i] = Block{&dc_[dc], &ac_[ac], member};
   }
   std::memset(last_dc_, 0, sizeof last_dc_);
+  wild_ = false;
   next_ = info->src->next_input_byte;
   end_ = next_ + info->src->bytes_in_buffer;
   clean_.resize(kLowWater + kPiece + kPadding + 1);  // a stuffed byte may come one beyond a piece
@@ -169,6 +170,7 @@ bool EntropyDecoder::DecodeBlock(const Block& block, JCOEF* out) {
   }
   int32_t& last = last_dc_[block.component];
   last = static_cast<int32_t>(static_cast<uint32_t>(last) + static_cast<uint32_t>(difference));
+  wild_ |= last != static_cast<int16_t>(last);
   if (kStore) out[0] = static_cast<JCOEF>(last);
 
   const int32_t* const look = block.ac->look;
@@ -253,6 +255,12 @@ void EntropyDecoder::Fetch() {
   if (segment_done_) std::memset(to, 0, kPadding);
   clean_next_ = base;
   clean_end_ = to;
+}
+
+const uint8_t* EntropyDecoder::CleanEnd() {
+  if (!segment_done_ && BitsLeft() < 8) Fetch();
+  if (!segment_done_ || BitsLeft() >= 8 || wild_) return nullptr;
+  return end_ - next_ >= 2 && next_[0] == 0xFF && next_[1] == 0xD9 ? next_ + 2 : nullptr;
 }
 
 bool EntropyDecoder::Restart() {

@@ -27,6 +27,10 @@ class EntropyDecoder {
   // that it decodes (one interleaved or grey sequential Huffman scan). `info->client_data` becomes this object.
   bool TakeOver(j_decompress_ptr info, GiveUp give_up);
 
+  // After the last MCU: whether every bit was as an encoder writes it, up to an end marker right behind; gives the byte
+  // after that. libjpeg would have decoded the same, and complained of nothing.
+  const uint8_t* CleanEnd();
+
   // Columns of MCUs that are wanted, inclusive; call it after jpeg_crop_scanline.
   void Want(int first_column, int last_column) {
     first_column_ = first_column;
@@ -68,6 +72,7 @@ class EntropyDecoder {
   Block blocks_[D_MAX_BLOCKS_IN_MCU];
   int block_count_ = 0;
   int32_t last_dc_[MAX_COMPS_IN_SCAN] = {};
+  bool wild_ = false;  // a DC coefficient left 16 bits
   // The next bits: window_ holds them from the top, bits_ of them; then come the bytes from clean_next_ on.
   uint64_t window_ = 0;
   int bits_ = 0;
