@@ -1,7 +1,7 @@
 // Feeds damaged JPEGs to the decoder under sanitizers; not part of the installed library (see test_native.py).
 //
 //   g++ -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DIMNET_FAST_ENTROPY
-//       fuzz.cc decoder.cc entropy.cc resample.cc -ljpeg -o fuzz && ./fuzz ROUNDS SEED FILE...
+//       fuzz.cc decoder.cc entropy.cc resample.cc shrink.cc small.cc -ljpeg -o fuzz && ./fuzz ROUNDS SEED FILE...
 
 #include <algorithm>
 #include <cstddef>
@@ -19,6 +19,12 @@ void imnet_jpeg_free(void* handle);
 int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* limits,
                       const double* box, const uint8_t* flip, int filter, int size, int flags, uint8_t* out,
                       int32_t* status, char* messages);
+#ifdef IMNET_FAST_ENTROPY
+void* imnet_small_new();
+void imnet_small_free(void* handle);
+size_t imnet_small_decode(void* handle, const uint8_t* data, size_t size_bytes, int reduce, int channels, int in_width,
+                          int in_height, int out_width, int out_height, uint8_t* out);
+#endif
 }
 
 namespace {
@@ -67,6 +73,21 @@ bool Size(const Bytes& data, int* width, int* height) {
   return false;
 }
 
+#ifdef IMNET_FAST_ENTROPY
+// Whole images, shrunk. Gives whether it was taken.
+bool Small(void* handle, const Bytes& data, int width, int height, std::mt19937* random) {
+  const int reduce = 1 << (*random)() % 4, channels = (*random)() % 4 == 0 ? 1 : 3;
+  const int in_width = (width + reduce - 1) / reduce, in_height = (height + reduce - 1) / reduce;
+  const int out_width = 1 + static_cast<int>((*random)() % in_width);
+  const int out_height = 1 + static_cast<int>((*random)() % in_height);
+  Bytes out(static_cast<size_t>(out_width) * out_height * channels);
+  const size_t end = imnet_small_decode(handle, data.data(), data.size(), reduce, channels, in_width, in_height, out_width,
+                                        out_height, out.data());
+  if (end > data.size()) std::abort();
+  return end > 0;
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -78,6 +99,10 @@ int main(int argc, char** argv) {
     sources.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
   }
   void* handle = imnet_jpeg_new();
+  int taken = 0;
+#ifdef IMNET_FAST_ENTROPY
+  void* small = imnet_small_new();
+#endif
   int good = 0, bad = 0, others = 0;
   for (int round = 0; round < std::atoi(argv[1]); ++round) {
     Bytes data = sources[random() % sources.size()];
@@ -85,6 +110,9 @@ int main(int argc, char** argv) {
     data.shrink_to_fit();  // so that a read beyond the end is seen
     int width = 0, height = 0;
     if (!Size(data, &width, &height)) continue;
+#ifdef IMNET_FAST_ENTROPY
+    taken += Small(small, data, width, height, &random);
+#endif
     int32_t limits[4] = {0, 0, width, height};
     for (int axis = 0; axis < 2; ++axis) {
       const int a = static_cast<int>(random() % limits[axis + 2]), b = static_cast<int>(random() % limits[axis + 2]);
@@ -104,6 +132,9 @@ int main(int argc, char** argv) {
     ++(status == 0 ? good : status == 1 ? bad : others);
   }
   imnet_jpeg_free(handle);
-  std::printf("good %d bad %d others %d\n", good, bad, others);
+#ifdef IMNET_FAST_ENTROPY
+  imnet_small_free(small);
+#endif
+  std::printf("good %d bad %d others %d taken %d\n", good, bad, others, taken);
   return 0;
 }
