@@ -121,16 +121,17 @@ class Unit:
     def get(self, name: str) -> Array:
         return self.weights[f"{self.name}.{name}"]
 
-    def forward(self, x: Array, side: Sides | None, look: Look) -> Array:
-        """With `side` given, each value is put on that piece of ReLU6 instead of its own."""
+    def convolved(self, x: Array) -> Array:
         w = self.get("conv.weight")
-        self.x = x
         if self.kind == "stem":
-            self.y = stem(x, w, self.same)
-        elif self.kind == "depthwise":
-            self.y = depthwise(x, w, self.stride, self.same)
-        else:
-            self.y = x @ w[:, :, 0, 0].T
+            return stem(x, w, self.same)
+        if self.kind == "depthwise":
+            return depthwise(x, w, self.stride, self.same)
+        return np.asarray(x @ w[:, :, 0, 0].T)
+
+    def forward(self, x: Array, side: Sides | None = None, look: Look = lambda unit: None) -> Array:
+        """With `side` given, each value is put on that piece of ReLU6 instead of its own."""
+        self.x, self.y = x, self.convolved(x)
         self.v = normalised(self.y)[0] * self.get("bn.gamma") + self.get("bn.beta")
         look(self)
         if not self.relu6:

@@ -11,19 +11,24 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import TrainError
 from mbv2 import kernels
+from tests.mbv2.blocks import MOMENTUM, NUMBERS, Floats, empty, switches
+from tests.mbv2.reference import (
+    EPS,
+    MEAN,
+    STD,
+    Array,
+    batchnorm_grad,
+    depthwise,
+    depthwise_grad_data,
+    depthwise_grad_weights,
+    inside,
+    normalised,
+    windows,
+)
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.describe())
 
-Array = NDArray[np.float64]
-Floats = NDArray[np.float32]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EPS, MOMENTUM = 1e-5, 0.9
 CLOSE, CLOSE_WEIGHTS = 1e-5, 1e-4  # largest difference over largest value
-NUMBERS = np.array([EPS, MOMENTUM, *(255 * m for m in MEAN), *(1 / (255 * s) for s in STD)], np.float32)
-
-
-def switches(*, kind: int = 1, stride: int = 1, same: int = 0, residual: int = 0, frozen: int = 0) -> NDArray[np.int32]:
-    return np.array([kind, stride, same, residual, frozen, 0, 0, 0], np.int32)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -44,65 +49,6 @@ def normal(rng: np.random.Generator, *shape: int) -> Floats:
 
 def difference(got: Floats, expected: Array) -> float:
     return float(np.abs(got.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-30))
-
-
-def empty(*shape: int) -> Floats:
-    return np.full(shape, np.nan, np.float32)  # what an operator forgets to write shows
-
-
-# The obvious definitions, in float64.
-
-
-def before(size: int, stride: int, same: int) -> int:
-    """Zeros put before a row or column of `size`: 1, or TensorFlow's SAME."""
-    return max((-(-size // stride) - 1) * stride + 3 - size, 0) // 2 if same else 1
-
-
-def windows(x: Array, stride: int, same: int) -> list[Array]:
-    """For each of the 9 taps the input value under it, at every output pixel."""
-    n, h, w, c = x.shape
-    top, left = before(h, stride, same), before(w, stride, same)
-    padded = np.zeros((n, h + 4, w + 4, c))
-    padded[:, top : top + h, left : left + w] = x
-    down, right = (-(-h // stride) - 1) * stride + 1, (-(-w // stride) - 1) * stride + 1
-    return [padded[:, y : y + down : stride, z : z + right : stride] for y in range(3) for z in range(3)]
-
-
-def depthwise(x: Array, w: Array, stride: int, same: int) -> Array:
-    return np.sum([v * w[:, 0, k // 3, k % 3] for k, v in enumerate(windows(x, stride, same))], axis=0)
-
-
-def depthwise_grad_data(dy: Array, w: Array, shape: tuple[int, ...], stride: int, same: int) -> Array:
-    n, h, wide, c = shape
-    top, left = before(h, stride, same), before(wide, stride, same)
-    padded = np.zeros((n, h + 4, wide + 4, c))
-    down, right = (dy.shape[1] - 1) * stride + 1, (dy.shape[2] - 1) * stride + 1
-    for k in range(9):
-        padded[:, k // 3 : k // 3 + down : stride, k % 3 : k % 3 + right : stride] += dy * w[:, 0, k // 3, k % 3]
-    return padded[:, top : top + h, left : left + wide]
-
-
-def depthwise_grad_weights(dy: Array, x: Array, stride: int, same: int) -> Array:
-    taps = [(v * dy).sum((0, 1, 2)) for v in windows(x, stride, same)]
-    return np.stack(taps, 1).reshape(-1, 1, 3, 3)
-
-
-def normalised(x: Array) -> tuple[Array, Array]:
-    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
-    inverse = 1 / np.sqrt(variance + EPS)
-    return (x - mean) * inverse, inverse
-
-
-def inside(v: Array) -> Array:
-    """ReLU6's derivative."""
-    return ((v > 0) & (v < 6)).astype(np.float64)
-
-
-def batchnorm_grad(dy: Array, x: Array, gamma: Array) -> tuple[Array, Array, Array]:
-    hat, inverse = normalised(x)
-    count = x.size // x.shape[-1]
-    dgamma, dbeta = (dy * hat).sum((0, 1, 2)), dy.sum((0, 1, 2))
-    return gamma * inverse / count * (count * dy - dbeta - hat * dgamma), dgamma, dbeta
 
 
 SIZES = [(1, 1, 1), (1, 2, 5), (3, 7, 8), (2, 14, 33)]

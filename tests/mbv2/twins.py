@@ -9,11 +9,9 @@ import numpy as np
 from mindspore import nn, ops
 from numpy.typing import NDArray
 
-from mbv2 import kernels
 from mbv2.model import MobileNetV2, block_shapes
+from tests.mbv2.blocks import BlockCall, Floats, head_train, sides_of
 from tests.mbv2.reference import Sides, sides
-
-Floats = NDArray[np.float32]
 
 
 class LossGradient(nn.Cell):
@@ -71,35 +69,15 @@ def native_sides(net: MobileNetV2, image: NDArray[np.uint8]) -> dict[str, Sides]
     """The same of the C++ operators, from what they store; nothing is moved."""
     found: dict[str, Sides] = {}
     values = parameter_values(net)
-    statistics = ("conv.weight", "bn.gamma", "bn.beta", "bn.moving_mean", "bn.moving_variance")
-
-    def inputs(cell: Any, x: NDArray[Any], *units: str) -> list[NDArray[Any]]:
-        parameters = [values[f"{unit}.{name}"] for unit in units for name in statistics]
-        return [x, *parameters, cell.switches.asnumpy(), cell.numbers.asnumpy()]
-
-    def outputs(*shapes: tuple[int, ...]) -> list[Floats]:
-        return [np.empty(shape, np.float32) for shape in shapes]
-
-    def sides_of(y: Floats, saved: Floats) -> Sides:  # in float64: the products are then exact, as in the operators
-        return sides(y.astype(np.float64) * saved[2] + saved[3])
-
     x: NDArray[Any] = image
-    for i, (shape, cell) in enumerate(
-        zip(block_shapes(net.config.width), [net.native_first, *net.native_blocks], strict=True)
-    ):
+    for i, shape in enumerate(block_shapes(net.config.width)):
         first = f"blocks.{i}.expand" if i else "stem"
-        n, h, w = x.shape[:3] if i else (len(x), -(-x.shape[1] // 2), -(-x.shape[2] // 2))
-        below = (n, -(-h // shape.stride), -(-w // shape.stride))
-        hidden, out = shape.hidden, shape.outputs
-        maps = ((*below, out), (n, h, w, hidden), (*below, hidden), (*below, out))
-        saved = ((4, hidden), (4, hidden), (4, out))
-        made = outputs(*maps, *saved, *[(hidden,)] * 4, (out,), (out,))
-        name = "block_train" if i else "stem_block_train"
-        kernels.call(name, inputs(cell, x, first, f"blocks.{i}.depthwise", f"blocks.{i}.project"), made)
-        found[first], found[f"blocks.{i}.depthwise"] = sides_of(made[1], made[4]), sides_of(made[2], made[5])
+        call = BlockCall(
+            shape, (first, f"blocks.{i}.depthwise", f"blocks.{i}.project"), int(net.config.padding == "same")
+        )
+        made = call.train(values, x)
+        found |= call.sides(made)
         x = made[0]
-    count = net.feature_count
-    made = outputs((len(x), count), (*x.shape[:3], count), (4, count), (count,), (count,))
-    kernels.call("head_train", inputs(net.native_head, x, "head"), made)
-    found["head"] = sides_of(made[1], made[2])
+    head = head_train(values, x)
+    found["head"] = sides_of(head[1], head[2])
     return found

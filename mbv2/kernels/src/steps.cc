@@ -14,6 +14,9 @@ std::vector<std::unique_ptr<Arena>>& arenas() {
   return all;
 }
 
+// From the scale as it is stored, so that its rounding does not move the mean.
+float shift_of(float beta, double mean, float scale) { return static_cast<float>(beta - mean * static_cast<double>(scale)); }
+
 constexpr int kStemWindow = 32;  // columns of the stem's weight gradient, 27 of them used
 
 }  // namespace
@@ -95,7 +98,7 @@ void Steps::prepare(Norm& norm, float eps) {
     norm.mean[c] = norm.moving_mean[c];
     norm.inverse[c] = static_cast<float>(inverse);
     norm.scale[c] = static_cast<float>(norm.gamma[c] * inverse);
-    norm.shift[c] = static_cast<float>(norm.beta[c] - norm.moving_mean[c] * norm.gamma[c] * inverse);
+    norm.shift[c] = shift_of(norm.beta[c], norm.moving_mean[c], norm.scale[c]);
   }
 }
 
@@ -112,8 +115,9 @@ void Steps::finish(Norm& norm, const Totals& sums, const float* centre, long row
     const double mean = centre[c] + offset, inverse = 1.0 / std::sqrt(variance + options.eps);
     norm.mean[c] = static_cast<float>(mean);
     norm.inverse[c] = static_cast<float>(inverse);
-    norm.scale[c] = static_cast<float>(norm.gamma[c] * inverse);
-    norm.shift[c] = static_cast<float>(norm.beta[c] - mean * norm.gamma[c] * inverse);
+    // A single value is its own mean: beta is left of it, and no gradient. Its scale would only let rounding through.
+    norm.scale[c] = rows > 1 ? static_cast<float>(norm.gamma[c] * inverse) : 0.0f;
+    norm.shift[c] = shift_of(norm.beta[c], mean, norm.scale[c]);
     new_mean[c] = static_cast<float>(keep * norm.moving_mean[c] + (1 - keep) * mean);
     new_variance[c] = static_cast<float>(keep * norm.moving_variance[c] + (1 - keep) * variance * unbiased);
   }
