@@ -32,7 +32,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,8 @@ def children_s() -> float:
 
 
 @contextmanager
-def served(root: Path, work: Path) -> Any:
-    """Serve a folder on a free port of 127.0.0.1, by nginx if it is there; yields (name, base URL)."""
+def served(root: Path, work: Path, hosts: Sequence[str] = ("127.0.0.1",)) -> Any:
+    """Serve a folder on a free port of loopback addresses, by nginx if it is there; yields (name, the first's URL)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -118,12 +118,13 @@ def served(root: Path, work: Path) -> Any:
     if nginx:
         config = work / "nginx.conf"
         temps = " ".join(f"{name}_temp_path {work}/ngx_{name};" for name in ("proxy", "fastcgi", "uwsgi", "scgi"))
+        listen = " ".join(f"listen {host}:{port};" for host in hosts)
         config.write_text(
             f"daemon off; worker_processes 1; pid {work}/nginx.pid; error_log {work}/nginx.err;\n"
             f"events {{ worker_connections 1024; }}\n"
             f"http {{ access_log off; sendfile on; keepalive_requests 1000000;\n"
             f"client_body_temp_path {work}/ngx_body; {temps}\n"
-            f"types {{ image/jpeg JPEG; }} server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
+            f"types {{ image/jpeg JPEG; }} server {{ {listen} root {root}; }} }}\n"
         )
         process = subprocess.Popen([nginx, "-c", str(config), "-e", str(work / "nginx.err")])
     else:
