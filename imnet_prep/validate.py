@@ -147,7 +147,7 @@ def _jpeg(data: bytes, options: ValidateOptions) -> tuple[bytes, int, int, list[
         min(info.width, info.height) > options.short_side or (info.progressive and not convert)
     )
     if not convert and not shrinks:
-        if not scan_end and not clean_end(data):
+        if not (scan_end if options.short_side is None else clean_end(data)):
             pixels, said = imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
             _refuse_damage(data, info, pixels is not None, said, changes)
         return data, info.width, info.height, changes

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("imnet_scan.so")
-_ABI = 2  # kAbi in scan.cc
+_ABI = 3  # kAbi in scan.cc
+_LANES = 4  # kLanes in scan.cc
 
 
 @cache
@@ -22,7 +23,7 @@ def _load() -> ctypes.CDLL | None:
         return None
     if library.imnet_scan_abi() != _ABI:
         return None
-    library.imnet_scan_clean_end.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.imnet_scan_clean_end.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
     library.imnet_scan_clean_end.restype = ctypes.c_size_t
     return library
 
@@ -32,11 +33,12 @@ def available() -> bool:
     return _load() is not None
 
 
-def clean_end(data: bytes) -> int:
+def clean_end(data: bytes, lanes: int = _LANES) -> int:
     """Read every entropy-coded bit of a baseline JPEG.
 
     Args:
         data: From SOI on; what follows EOI is not looked at.
+        lanes: Places of the stream that are read by turns, 1 to 4: the answer is the same, sooner with more.
 
     Returns:
         The byte right behind the end marker (EOI), where libjpeg would decode all of it without a complaint. 0 where
@@ -44,4 +46,4 @@ def clean_end(data: bytes) -> int:
         library is not built.
     """
     library = _load()
-    return 0 if library is None else int(library.imnet_scan_clean_end(data, len(data)))
+    return 0 if library is None else int(library.imnet_scan_clean_end(data, len(data), lanes))

@@ -1,10 +1,16 @@
 // Reads every entropy-coded bit of a baseline JPEG without making pixels, to tell whether it is whole.
 //
-// A decoder needs each coefficient's value; here its length is enough, so one look-up steps over up to three symbols and
+// A decoder needs each coefficient's value; here its length is enough, so one look-up steps over several symbols and
 // their bits. The answer is "clean" or "in doubt": whatever is unusual is left to libjpeg, whose verdict counts, so a
 // machine without this library comes to the same results, only later.
 //
-// Source: ITU-T T.81, annex B (markers), C (code tables) and F.2.2 (decoding).
+// Each look-up waits for the one before. So several decoders ("lanes") take turns in one thread: the first reads from
+// the start, the others from somewhere inside, guessing that an MCU begins there. Such a guess soon falls into step,
+// for Huffman codes synchronise. What a lane will read depends only on the bit and on the block of the MCU where it
+// stands: predictions play no part. So a lane that ends a block just where the next lane ended the same block of an MCU
+// may stop, for the next lane reads the rest. The answer is always that of one lane alone.
+//
+// Source: ITU-T T.81, annex B (markers) and F.2.2 (decoding).
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -13,104 +19,24 @@
 #include <new>
 #include <vector>
 
+#include "codes.h"
+
+namespace imnet {
 namespace {
 
-constexpr int kAbi = 2;  // _ABI in __init__.py
-constexpr int kLookBits = 10;
-constexpr int kMaxSize = 11;     // bits of a value that an 8-bit baseline encoder writes (DC; AC has 10)
-constexpr size_t kPadding = 64;  // readable zeros after a segment: a refill reads 8 bytes ahead
+constexpr int kAbi = 3;             // _ABI in __init__.py
+constexpr size_t kPadding = 64;     // readable zeros after a segment: a window is 8 bytes
+constexpr int kLanes = 4;           // _LANES in __init__.py; their states just fit in the registers
+constexpr size_t kShortest = 1024;  // bytes for a lane: photographs fall into step in about 40, seldom after 1,000
+constexpr size_t kGroups = 64;      // of look-ups before the lanes are compared
+constexpr size_t kEnds = 512;       // of blocks that a lane keeps for another to meet it
 
-// The next kLookBits bits. `bits` are stepped over and `advance` coefficients with them; `end`: the block ends there.
-// `bits` is 0 where the code is longer, or must not be.
-class Entry {  // packed in 16 bits: the tables are to stay in the first-level cache
- public:
-  Entry() = default;
-  Entry(int bits, int advance, int end) : packed_(static_cast<uint16_t>(bits | advance << 5 | end << 11)) {}
-  int bits() const { return packed_ & 31; }
-  int advance() const { return packed_ >> 5 & 63; }
-  bool end() const { return packed_ >> 11 != 0; }
-
- private:
-  uint16_t packed_ = 0;
-};
-
-struct Symbol {
-  int size;  // of the value
-  int run;
-  int length;  // of the code; 0 where there is none
-};
-
-class Table {
- public:
-  bool made = false;
-
-  // Takes 16 counts and their symbols; false where they are no code, or none that a baseline encoder makes.
-  bool Make(const uint8_t* counts, const uint8_t* symbols, bool dc) {
-    made = false;
-    dc_ = dc;
-    int count = 0;
-    for (int i = 0; i < 16; ++i) count += counts[i];
-    std::memset(symbol_, 0, sizeof symbol_);
-    std::memcpy(symbol_, symbols, static_cast<size_t>(count));
-    uint32_t code = 0;
-    int place = 0;
-    for (int length = 1; length <= 16; ++length, code <<= 1) {
-      offset_[length] = place - static_cast<int>(code);
-      code += counts[length - 1];
-      place += counts[length - 1];
-      if (code > 1u << length) return false;  // more codes than there is room for
-      limit_[length] = code << (16 - length);
-    }
-    for (int i = 0; i < count && dc; ++i) {
-      if (symbol_[i] > 15) return false;  // libjpeg refuses the table
-    }
-    for (uint32_t bits = 0; bits < 1u << kLookBits; ++bits) {
-      one_[bits] = Look(bits, 1);
-      many_[bits] = dc ? one_[bits] : Look(bits, 3);
-    }
-    made = true;
-    return true;
-  }
-
-  const Entry* one() const { return one_; }
-  const Entry* many() const { return many_; }
-
-  // The symbol at the top of 16 bits.
-  Symbol Find(uint32_t bits16) const {
-    for (int length = 1; length <= 16; ++length) {
-      if (bits16 < limit_[length]) {
-        const int value = symbol_[(static_cast<int>(bits16 >> (16 - length)) + offset_[length]) & 255];
-        return dc_ ? Symbol{value, 0, length} : Symbol{value & 15, value >> 4, length};
-      }
-    }
-    return Symbol{0, 0, 0};
-  }
-
- private:
-  Entry Look(uint32_t bits, int most) const {
-    int used = 0, advance = 0, end = 0;
-    for (int n = 0; n < most && used < kLookBits; ++n) {
-      const int known = kLookBits - used;
-      const uint32_t rest = (bits << used & ((1u << kLookBits) - 1)) << (16 - kLookBits);
-      const Symbol symbol = Find(rest);
-      if (symbol.length == 0 || symbol.length > known || symbol.size > (dc_ ? kMaxSize : kMaxSize - 1)) break;
-      used += symbol.length + symbol.size;
-      if (dc_) break;
-      if (symbol.size == 0 && symbol.run != 15) {
-        end = 1;
-        if (symbol.run != 0) return Entry();  // EOBn belongs to progressive files
-        break;
-      }
-      advance += symbol.run + 1;
-    }
-    return Entry(used, advance, end);
-  }
-
-  Entry one_[1 << kLookBits], many_[1 << kLookBits];
-  uint32_t limit_[17];  // the first 16 bits, as a number, that lie beyond the codes of a length
-  int offset_[17];      // code of that length + offset = position in symbol_
-  uint8_t symbol_[256];
-  bool dc_ = false;
+// A block of the MCU, at its beginning or behind its DC value.
+struct Node {
+  const Entry* table;
+  const Entry* then;  // the table for what follows in the block
+  const Node* to[2];  // later in the block; at the next block's beginning
+  const Tables* tables;
 };
 
 struct Component {
@@ -126,27 +52,34 @@ inline uint64_t LoadBigEndian(const uint8_t* data) {
   return value;
 }
 
-// The bits of one segment, its stuffing taken out.
-struct Bits {
-  const uint8_t* next;
-  uint64_t window = 0;  // the next bits, from the top
-  int count = 0;        // of them
+struct Lane {
+  uint64_t* ends;  // of the first kEnds blocks, then of the recent ones
+  uint64_t begin, at;
+  const Node* node;
+  Lane* next;               // to be met
+  Lane* joined = nullptr;   // the one that was met
+  size_t there = 0;         // after so many of its blocks
+  bool dropped = false;     // will not be met
+  size_t count = 0;         // blocks, invalid ones too
+  size_t recent = 0;        // of them since the lanes were compared
+  size_t good = 0;          // after so many blocks all were valid
+  size_t seen = 0;          // blocks of `next` that ended before the last of this lane
 
-  void Refill() {
-    window |= LoadBigEndian(next) >> count;
-    next += (63 - count) >> 3;
-    count |= 56;
-  }
-  void Skip(int bits) {
-    window <<= bits;
-    count -= bits;
-  }
+  uint64_t* Recent() const { return ends + std::min(count - recent, kEnds); }
+};
+
+// A lane while it runs.
+struct State {
+  uint64_t at;
+  const Node* node;
+  uint64_t* out;
 };
 
 class Scanner {
  public:
   // The byte behind the end marker, or 0 in doubt.
-  size_t CleanEnd(const uint8_t* data, size_t size) {
+  size_t CleanEnd(const uint8_t* data, size_t size, int lanes) {
+    max_lanes_ = static_cast<size_t>(std::clamp(lanes, 1, kLanes));
     return IsClean(data, size) ? static_cast<size_t>(at_ - data) : 0;
   }
 
@@ -207,11 +140,14 @@ class Scanner {
       for (int i = 1; i <= 16; ++i) count += body[i];
       if (count > 256 || size < 17 + count) return false;
       std::vector<uint8_t>& last = last_codes_[kind][id];
-      Table& table = kind == 0 ? dc_[id] : ac_[id];
+      Code& table = kind == 0 ? dc_[id] : ac_[id];
       if (last.size() == 16 + count && std::memcmp(last.data(), body + 1, 16 + count) == 0) {
         table.made = true;  // most files carry the standard's tables
       } else {
         last.clear();
+        for (Tables& made : tables_) {
+          if (made.dc == &table || made.ac == &table) made.dc = nullptr;
+        }
         if (!table.Make(body + 1, body + 17, kind == 0)) return false;
         last.assign(body + 1, body + 17 + count);
       }
@@ -231,7 +167,8 @@ class Scanner {
     for (size_t i = 0; i < count; ++i) {
       const uint8_t* part = body + 6 + 3 * i;
       const Component component{part[0], part[1] >> 4, part[1] & 15, part[2]};
-      if (component.h < 1 || component.h > 4 || component.v < 1 || component.v > 4 || component.quantiser > 3) return false;
+      if (component.h < 1 || component.h > 4 || component.v < 1 || component.v > 4) return false;
+      if (component.quantiser > 3) return false;
       for (const Component& other : components_) {
         if (other.id == component.id) return false;
       }
@@ -254,14 +191,23 @@ class Scanner {
     const size_t count = components_.size();
     if (count == 0 || size != 4 + 2 * count || body[0] != count) return false;
     if (body[size - 3] != 0 || body[size - 2] != 63 || body[size - 1] != 0) return false;
-    block_count_ = 0;
+    size_t blocks = 0;
     for (size_t i = 0; i < count; ++i) {
       const Component& component = components_[i];
       const int dc = body[2 + 2 * i] >> 4, ac = body[2 + 2 * i] & 15;
       if (body[1 + 2 * i] != component.id || dc > 3 || ac > 3) return false;
       if (!dc_[dc].made || !ac_[ac].made || !quantisers_[component.quantiser]) return false;
-      for (int n = count == 1 ? 1 : component.h * component.v; n > 0; --n) blocks_[block_count_++] = {&dc_[dc], &ac_[ac]};
+      const Tables* tables = tables_;
+      while (tables < tables_ + i && (tables->dc != &dc_[dc] || tables->ac != &ac_[ac])) ++tables;
+      if (tables->dc != &dc_[dc] || tables->ac != &ac_[ac]) tables_[i].Make(dc_[dc], ac_[ac]);
+      for (int n = count == 1 ? 1 : component.h * component.v; n > 0; --n, ++blocks) {
+        Node* const node = nodes_ + 2 * blocks;
+        node[0] = {tables->first, tables->then, {node + 1, node + 2}, tables};
+        node[1] = {tables->then, tables->then, {node + 1, node + 2}, tables};
+      }
     }
+    nodes_[2 * blocks - 2].to[1] = nodes_[2 * blocks - 1].to[1] = nodes_;
+    blocks_ = blocks;
     return true;
   }
 
@@ -307,79 +253,161 @@ class Scanner {
   }
 
   // MCUs that must fill the segment to its last byte.
-  bool Mcus(uint64_t count) {
-    const uint8_t* const begin = clean_.data();
-    const uint8_t* const last = begin + clean_bytes_;
-    Bits bits{begin};
-    for (; count > 0; --count) {
-      for (int i = 0; i < block_count_; ++i) {
-        // A block of bits beyond the end could run on into what was never written.
-        if (bits.next > last + 8 || !Block(*blocks_[i].dc, *blocks_[i].ac, last + 16, &bits)) return false;
-      }
+  bool Mcus(uint64_t mcus) {
+    size_t n = std::clamp<size_t>(clean_bytes_ / kShortest, 1, max_lanes_);
+    Lane lanes[kLanes];
+    Lane* active[kLanes];
+    for (size_t i = 0; i < n; ++i) {
+      const uint64_t begin = clean_bytes_ * i / n * 8 * kBit;
+      lanes[i] = {ends_[i], begin, begin, nodes_, i + 1 < n ? &lanes[i + 1] : nullptr};
+      active[i] = &lanes[i];
     }
-    const int64_t left = 8 * (last - bits.next) + bits.count;
-    return left >= 0 && left < 8;
+    while (n > 0) {
+      size_t groups = kGroups, left = 0;
+      for (size_t i = 0; i < n; ++i) groups = std::min(groups, Room(*active[i]));
+      if (n == 1) Run<1>(active, groups);
+      if (n == 2) Run<2>(active, groups);
+      if (n == 3) Run<3>(active, groups);
+      if (n == 4) Run<4>(active, groups);
+      if (lanes[0].good > 0) return false;
+      for (size_t i = 0; i < n; ++i) {
+        if (!active[i]->dropped && !Joins(active[i]) && Room(*active[i]) > 0) active[left++] = active[i];
+      }
+      n = left;
+    }
+    size_t before = 0;
+    const Lane* lane = lanes;
+    for (; lane->joined != nullptr; lane = lane->joined) {
+      if (lane->joined->good > lane->there) return false;
+      before += lane->count - lane->there;
+    }
+    return Finish(lane->at, lane->node, before + lane->count, mcus * blocks_);
   }
 
-  static bool Block(const Table& dc, const Table& ac, const uint8_t* stop, Bits* state) {
-    Bits bits = *state;  // in registers
-    bits.Refill();
-    const Entry first = dc.one()[bits.window >> (64 - kLookBits)];
-    if (first.bits() != 0) {
-      bits.Skip(first.bits());
-    } else {
-      const Symbol symbol = dc.Find(static_cast<uint32_t>(bits.window >> 48));
-      if (symbol.length == 0 || symbol.size > kMaxSize) return false;
-      bits.Skip(symbol.length + symbol.size);
-    }
-    const Entry* const many = ac.many();
-    int k = 1;
-    while (k < 64) {
-      bits.Refill();
-      if (bits.next > stop) return false;
-      // 56 bits at least: two look-ups take at most 40.
-      for (int n = 0; n < 2; ++n) {
-        const Entry entry = many[bits.window >> (64 - kLookBits)];
-        if (entry.bits() == 0 || k + entry.advance() > 63) {
-          // The long way, one symbol: the block may end before what the entry holds.
-          const Symbol symbol = ac.Find(static_cast<uint32_t>(bits.window >> 48));
-          if (symbol.length == 0 || symbol.size >= kMaxSize) return false;
-          bits.Skip(symbol.length + symbol.size);
-          if (symbol.size == 0 && symbol.run == 0) {
-            k = 64;
-          } else if (symbol.size == 0 && symbol.run != 15) {
-            return false;
-          } else {
-            k += symbol.run + 1;
-            if (k > 64 || (k == 64 && symbol.size == 0)) return false;
-          }
-          break;
-        }
-        bits.Skip(entry.bits());
-        k += entry.advance();
-        if (entry.end()) {
-          k = 64;
-          break;
-        }
-      }
-    }
-    *state = bits;
-    return true;
+  // Groups of look-ups that all begin 64 bits or more before the segment's end. None takes more than 56.
+  size_t Room(const Lane& lane) const {
+    const size_t bits = 8 * clean_bytes_ - lane.at / kBit;
+    return bits < 64 ? 0 : (bits - 64) / 56 + 1;
   }
 
-  struct BlockTables {
-    const Table* dc;
-    const Table* ac;
-  };
+  // Whether the lane met another since the last comparison.
+  bool Joins(Lane* lane) const {
+    for (; lane->next != nullptr; lane->next = lane->next->next, lane->seen = 0) {
+      Lane& next = *lane->next;
+      if (lane->at < next.begin) return false;
+      const size_t known = std::min(next.count, kEnds);
+      const uint64_t* end = lane->Recent();
+      for (size_t here = lane->count - lane->recent + 1; here <= lane->count; ++here, ++end) {
+        while (lane->seen < known && next.ends[lane->seen] < *end) ++lane->seen;
+        if (lane->seen == known) break;
+        const size_t there = lane->seen + 1;
+        if (next.ends[lane->seen] == *end && here % blocks_ == there % blocks_) {
+          lane->joined = &next;
+          lane->there = there;
+          lane->count = here;
+          return true;
+        }
+      }
+      if (lane->seen < known) return false;
+      next.dropped = true;
+    }
+    return false;
+  }
 
+  // The last blocks, symbol by symbol. Where there are none left to read, the segment's end is too far.
+  bool Finish(uint64_t at, const Node* node, size_t blocks, size_t due) const {
+    while (blocks < due) {
+      at = Step(at, *node->tables);
+      if ((at & kOver) != 0 || at / kBit > 8 * clean_bytes_) return false;
+      const size_t end = at / kEnd % 2;
+      if (end != 0) at -= at % kBit;
+      blocks += end;
+      node = node->to[end];
+    }
+    return blocks == due && at / kBit + 8 > 8 * clean_bytes_;
+  }
+
+  uint64_t Window(uint64_t at) const {
+    return LoadBigEndian(clean_.data() + at / (8 * kBit)) << (at / kBit % 8);
+  }
+
+  // Over one symbol. kOver in the result: it is invalid.
+  uint64_t Step(uint64_t at, const Tables& tables) const {
+    const uint64_t k = at % kBit;
+    const Symbol symbol = (k == 0 ? tables.dc : tables.ac)->Find(static_cast<uint32_t>(Window(at) >> 48));
+    const uint64_t next = at - k + static_cast<uint64_t>(symbol.length + symbol.size) * kBit;
+    if (symbol.length == 0 || symbol.size > kMaxSize - (k > 0)) return next | kOver;
+    if (k == 0) return next + 1;
+    if (symbol.size == 0 && symbol.run != 15) return next | (symbol.run == 0 ? kEnd : kOver);
+    const uint64_t last = k + static_cast<uint64_t>(symbol.run);
+    if (last > 63 || (last == 63 && symbol.size == 0)) return next | kOver;
+    return last == 63 ? next | kEnd : next + last + 1;
+  }
+
+  // A group of look-ups, one of which does not fit. An invalid code ends a block, so that a guess may go on.
+  __attribute__((noinline)) uint64_t Slow(uint64_t at, const Node& node, const uint64_t* out, Lane* lane) const {
+    Entry entry = node.table[Window(at) >> (64 - kLookBits)];
+    if (((at + entry) & kOver) == 0) {
+      at += entry;
+      if ((at & kEnd) != 0) return at;
+      entry = node.then[Window(at) >> (64 - kLookBits)];
+    }
+    do {
+      at = Step(at, *node.tables);
+    } while (entry != kLong && (at & (kEnd | kOver)) == 0);
+    if ((at & kOver) == 0) return at;
+    lane->good = lane->count + static_cast<size_t>(out - lane->Recent()) + 1;
+    return ((at & ~kOver) + kBit) | kEnd;
+  }
+
+  // Two look-ups; one where a block ends. It has no branch that is hard to foretell.
+  __attribute__((always_inline)) void Group(State* state, Lane* lane) const {
+    const Node& node = *state->node;
+    uint64_t window = Window(state->at);
+    const uint32_t one = node.table[window >> (64 - kLookBits)];
+    window <<= one / kBit;
+    const uint32_t two = node.then[window >> (64 - kLookBits)];
+    uint64_t at = state->at + one + (two >> (one / kEnd % 2 * 16));
+    if (__builtin_expect((at & kOver) != 0, 0)) at = Slow(state->at, node, state->out, lane);
+    const uint64_t end = at / kEnd % 2;
+    at &= (end - 1) | ~(kBit - 1);
+    *state->out = at;
+    state->at = at;
+    state->out += end;
+    state->node = node.to[end];
+  }
+
+  template <int N>
+  void Run(Lane* const* lanes, size_t groups) const {
+    State states[N];
+    for (int i = 0; i < N; ++i) {
+      lanes[i]->recent = 0;
+      states[i] = {lanes[i]->at, lanes[i]->node, lanes[i]->Recent()};
+    }
+    for (; groups > 0; --groups) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) Group(&states[i], lanes[i]);
+    }
+    for (int i = 0; i < N; ++i) {
+      lanes[i]->recent = static_cast<size_t>(states[i].out - lanes[i]->Recent());
+      lanes[i]->count += lanes[i]->recent;
+      lanes[i]->at = states[i].at;
+      lanes[i]->node = states[i].node;
+    }
+  }
+
+  size_t max_lanes_ = 1;
   const uint8_t* at_ = nullptr;
   const uint8_t* end_ = nullptr;
-  Table dc_[4], ac_[4];
+  Code dc_[4], ac_[4];
+  Tables tables_[3];
+  Node nodes_[20];
+  uint64_t ends_[kLanes][kEnds + kGroups];
   std::vector<uint8_t> last_codes_[2][4];
   bool quantisers_[4] = {};
   std::vector<Component> components_;
-  BlockTables blocks_[16];
-  int block_count_ = 0, width_ = 0, height_ = 0;
+  size_t blocks_ = 0;  // of an MCU
+  int width_ = 0, height_ = 0;
   unsigned restart_interval_ = 0;
   uint64_t mcus_ = 0;
   std::vector<uint8_t> clean_;
@@ -387,16 +415,17 @@ class Scanner {
 };
 
 }  // namespace
+}  // namespace imnet
 
 extern "C" {
 
-__attribute__((visibility("default"))) int imnet_scan_abi() { return kAbi; }
+__attribute__((visibility("default"))) int imnet_scan_abi() { return imnet::kAbi; }
 
 // Where every bit of the image was read and is as it should be, the byte behind its end marker. 0: in doubt.
-__attribute__((visibility("default"))) size_t imnet_scan_clean_end(const uint8_t* data, size_t size) {
+__attribute__((visibility("default"))) size_t imnet_scan_clean_end(const uint8_t* data, size_t size, int lanes) {
   try {
-    thread_local std::unique_ptr<Scanner> scanner = std::make_unique<Scanner>();
-    return scanner->CleanEnd(data, size);
+    thread_local std::unique_ptr<imnet::Scanner> scanner = std::make_unique<imnet::Scanner>();
+    return scanner->CleanEnd(data, size, lanes);
   } catch (const std::bad_alloc&) {
     return 0;
   }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,7 +17,7 @@ from imnet_prep.jpeg import read_markers
 from imnet_prep.scan import available, clean_end
 from imnet_prep.types import ImageRef, RawImage
 from imnet_prep.validate import ValidateOptions, validate
-from tests.synthetic import jpeg, odd_images, picture
+from tests.synthetic import encode, jpeg, odd_images, picture
 
 pytestmark = pytest.mark.skipif(not available(), reason="imnet_scan.so is not built")
 ENCODINGS: list[dict[str, object]] = [
@@ -47,6 +49,42 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+def periodic() -> list[bytes]:
+    """Images whose stream repeats itself, so that a lane may fall into a wrong step, and others of several lanes."""
+    rng = np.random.default_rng(3)
+    flat = np.full((400, 400, 3), (90, 130, 40), np.uint8)
+    tile = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    noise = rng.integers(112, 144, (240, 160, 3), np.uint8)
+    pictures = (flat, np.tile(tile[:8, :8], (30, 30, 1)), np.tile(tile, (12, 12, 1)), noise, picture(2, 2, 240, 180))
+    encodings: tuple[dict[str, Any], ...] = (
+        {"subsampling": 0}, {"subsampling": 1, "quality": 95}, {"quality": 50, "subsampling": 2, "optimize": True},
+        {"quality": 40, "subsampling": 0, "optimize": True}, {"restart_marker_rows": 3},
+    )  # fmt: skip
+    colour = [encode(pixels, **options) for pixels in pictures for options in encodings]
+    return colour + [
+        encode(Image.fromarray(pixels).convert("L"), quality=50, optimize=k % 2) for k, pixels in enumerate(pictures)
+    ]
+
+
+def slipped(data: bytes, rng: random.Random) -> bytes:
+    """Change the stream's length: a bit or some bytes more or fewer, or rows more or fewer in the header."""
+    start = data.index(b"\xff\xda") + 14
+    place, kind = rng.randrange(start, len(data) - 2), rng.randrange(4)
+    if kind == 0:
+        size = data.index(b"\xff\xc0") + 5
+        height = int.from_bytes(data[size : size + 2], "big") + rng.choice((-16, -8, 8, 16))
+        return data[:size] + max(1, height).to_bytes(2, "big") + data[size + 2 :]
+    if kind == 1:
+        return data[:place] + data[place + rng.randrange(1, 40) : -2] + b"\xff\xd9"
+    if kind == 2:
+        return data[:place] + data[max(start, place - rng.randrange(1, 40)) : -2] + b"\xff\xd9"
+    plain = data[start:-2].replace(b"\xff\x00", b"\xff")
+    bits, at = f"{int.from_bytes(plain, 'big'):0{8 * len(plain)}b}", rng.randrange(8 * len(plain))
+    bits = bits[:at] + (bits[at + 1 :] + "1" if rng.randrange(2) else rng.choice("01") + bits[at:] + "1" * 7)
+    whole = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    return data[:start] + whole + b"\xff\xd9"
+
+
 def test_whole_baseline_images_are_clean() -> None:
     assert all(clean_end(data) == len(data) for data in samples())
 
@@ -68,6 +106,24 @@ def test_clean_means_that_libjpeg_has_no_complaint() -> None:
             assert "orrupt" not in said
             assert "remature" not in said
     assert clean > 500  # flips that only change values: the test has something to compare
+
+
+def test_several_lanes_come_to_the_answer_of_one() -> None:
+    rng, clean = random.Random(17), 0
+    pool = periodic()
+    assert all(clean_end(data, lanes) == len(data) for data in pool for lanes in (1, 2, 3, 4))
+    assert sum(len(data) > 4 * 1024 for data in pool) >= 15  # a lane reads a kilobyte at least
+    for k in range(6000):
+        data = (damaged, slipped)[k % 2](pool[k % len(pool)], rng)
+        end = clean_end(data, 1)
+        assert [clean_end(data, lanes) for lanes in (2, 3, 4)] == [end] * 3
+        clean += end > 0
+        if end and k % 5 == 0:
+            pixels, said = decode_jpeg(data, grey=True, reduce=8)
+            assert pixels is not None
+            assert "orrupt" not in said
+            assert "remature" not in said
+    assert 300 < clean < 5700
 
 
 def test_results_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
