@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from imnet_prep.errors import RecipeError, TrainError
 from mbv2 import kernels
 from mbv2.model import MobileNetV2, ModelConfig, block_shapes, feature_count
+from tests.mbv2.blocks import Floats
 from tests.mbv2.reference import Network
-from tests.mbv2.twins import Floats, LossGradient, load_values, native_sides, parameter_values, standard_sides
+from tests.mbv2.twins import LossGradient, load_values, native_sides, parameter_values, standard_sides
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=kernels.describe())
 CONFIG = ModelConfig(10, width=0.35, dropout=0.0)
