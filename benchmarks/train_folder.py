@@ -123,6 +123,7 @@ def summary(rows: list[dict[str, Any]], picture: Path) -> dict[str, Any]:
             "best_mean": statistics.mean(max(curve) for curve in curves),
         }
     result["points_ahead"] = 100 * (result["ours"]["last_mean"] - result["PyTorch"]["last_mean"])
-    title = f"mean top-1 of {len(rows) // len(COLOURS)} seeds, tiny-imagenet-10, 64 px"
+    counts = ", ".join(f"{len(result[name]['last'])} of {name}" for name in COLOURS)
+    title = f"top-1, mean over seeds ({counts}), tiny-imagenet-10, 64 px"
     draw_panels(picture, [(lines, (0.0, 0.6))], title)
     return result
