@@ -47,8 +47,8 @@ def main() -> None:
 
 
 def draw(number: int) -> bytes:
-    """A small picture that no other number has."""
-    coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    """A small picture like no other number's: of 5 x 5 colours, a million would hold many near duplicates."""
+    coarse = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     return bytes(cv2.imencode(".jpg", cv2.resize(coarse, (32, 32), interpolation=cv2.INTER_CUBIC))[1])
 
 

@@ -30,6 +30,7 @@ MIN_CORRELATION = 0.8
 BANDS, BAND_BITS = 24, 18
 WINDOW = 64  # neighbours that an image is compared with in a crowded group
 MAX_PRINTS = 4096  # kept while candidates are compared: 4 kB each
+MAX_LOOKED = 1 << 17  # pairs remembered as compared: a pair comes up in several groups, most of them soon
 PART_KEYS = 1 << 19  # keys sorted at a time: bounds memory
 _FEATURELESS = 2.0  # grey levels of standard deviation below which there is nothing to compare
 _BLUR = 3.0  # pixels; what is smoother than this (a white background, a dark corner) says nothing
@@ -257,6 +258,8 @@ def near_duplicates(signatures: Signatures, read: Callable[[int], bytes]) -> lis
     for pair in candidates(signatures):
         if pair in looked or groups.first(pair.first)[0] == groups.first(pair.second)[0]:
             continue
+        if len(looked) >= MAX_LOOKED:
+            looked.clear()
         looked.add(pair)
         if len(prints) >= MAX_PRINTS:
             prints.clear()
