@@ -281,7 +281,7 @@ def load_plan(database: Path, options: PlanOptions) -> Plan | None:
         name: SplitPlan(**{**part, "bounds": tuple(part["bounds"]), "layout": Layout(**part["layout"])})
         for name, part in head["splits"].items()
     }
-    items = tuple(Rejected(**{**item, "reason": Reason(item["reason"])}) for item in rejected)
+    items = tuple(Rejected.from_json(item) for item in rejected)
     return Plan(database, options, tuple(head["classes"]), head["label_space"], splits, items, head["digest"])
 
 

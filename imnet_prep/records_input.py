@@ -11,7 +11,7 @@ from pathlib import Path
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
 from imnet_prep.manifest import REJECTED, Manifest, RecordLine, SplitInfo, read_records
 from imnet_prep.mindrecord import LENGTH, Shard
-from imnet_prep.types import ImageRef, Reason, Rejected
+from imnet_prep.types import ImageRef, Rejected
 from imnet_prep.verify import check_shard
 from imnet_prep.verify_rows import IMAGE_FIELDS
 
@@ -126,4 +126,4 @@ def rejected_of(item: Input, renames: dict[str, str]) -> Iterator[Rejected]:
             values = json.loads(line)
             class_name, slash, base = values["file_name"].rpartition("/")
             values["file_name"] = f"{renames.get(class_name, class_name)}{slash}{base}"
-            yield Rejected(**{**values, "reason": Reason(values["reason"])})
+            yield Rejected.from_json(values)

@@ -23,7 +23,7 @@ from imnet_prep.mindrecord import index_path
 from imnet_prep.plan import Plan, shard_refs
 from imnet_prep.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
 from imnet_prep.sources import read
-from imnet_prep.types import ImageRef, RawImage, Reason, Rejected, Sample, ShardInfo
+from imnet_prep.types import ImageRef, RawImage, Rejected, Sample, ShardInfo
 from imnet_prep.validate import ValidateOptions, validate
 
 WORK = ".work"  # in the .partial folder: the plan, notes of what is done, and shards in hand
@@ -128,7 +128,7 @@ def finished(task: ShardTask) -> ShardResult | None:
         if note.pop("plan") != task.plan or Layout(**note.pop("layout")) != task.layout:
             return None
         info = ShardInfo(**note["info"]) if note["info"] is not None else None
-        rejected = tuple(Rejected(**{**item, "reason": Reason(item["reason"])}) for item in note["rejected"])
+        rejected = tuple(Rejected.from_json(item) for item in note["rejected"])
         result = ShardResult(**{**note, "info": info, "rejected": rejected})
         there: list[tuple[Path, int | None]] = [(lines_path(task.folder, task.name), None)]
         if info is not None:

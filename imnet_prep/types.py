@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,6 +139,11 @@ class Rejected:
     reason: Reason
     detail: str = ""
     thumbnail: str = ""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Rejected:
+        """Read back what :func:`dataclasses.asdict` gave, from JSON."""
+        return cls(**{**values, "reason": Reason(values["reason"])})
 
 
 @dataclass(frozen=True, slots=True)

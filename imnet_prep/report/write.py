@@ -40,7 +40,7 @@ from imnet_prep.report.html import (
     thumbnail,
     tiles,
 )
-from imnet_prep.types import ProgressCallback, Reason, Rejected
+from imnet_prep.types import ProgressCallback, Rejected
 from imnet_prep.verify_duplicates import Located
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as torchvision's references have them
@@ -302,8 +302,7 @@ def _rejected(records: Path, gathered: Gathered) -> Iterator[Rejected]:
     try:
         with (records / REJECTED).open("rb") as lines:
             for line in lines:
-                values = json.loads(line)
-                yield Rejected(**{**values, "reason": Reason(values["reason"])})
+                yield Rejected.from_json(json.loads(line))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordsError(f"{records / REJECTED}: cannot be read", got=str(error)) from error
 
