@@ -20,7 +20,7 @@ demo: venv
 	$(BIN)/imnet-prep demo
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: venv
 	$(BIN)/ruff format --check .

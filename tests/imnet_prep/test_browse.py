@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -169,7 +168,7 @@ def server(records: Path) -> Iterator[str]:
     process = subprocess.Popen([sys.executable, "-u", "-c", code, str(records)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     yield process.stdout.readline().strip()
-    process.send_signal(signal.SIGINT)
+    process.terminate()  # SIGINT is ignored by what a shell started in the background
     process.stdout.close()
     process.wait(timeout=20)
 
