@@ -33,6 +33,7 @@ from imnet_prep.shards import Layout
 from imnet_prep.sources import Source, SourceInfo, SourceSummary, detect, merge, read
 from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
 from imnet_prep.validate import validate
+from imnet_prep.workers import process_count
 from imnet_prep.workspace import (
     DIGESTS,
     PLAN_FRESH,
@@ -443,7 +444,7 @@ def dry_run(
     parent = next(folder for folder in space.out.parents if folder.exists())
     with _named_failures(space), tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
         plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, _heeding(progress, stop))
-        seconds = _estimate_seconds(plan) / (options.workers or len(os.sched_getaffinity(0)))
+        seconds = _estimate_seconds(plan) / process_count(options.workers)
     return Preview(plan, tuple(source.summary() for source in sources), seconds, shutil.disk_usage(parent).free)
 
 

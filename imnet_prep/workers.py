@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from imnet_prep.errors import PlanError
+from imnet_prep.runtime import cpu_count
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -36,7 +37,7 @@ def process_count(asked: int | None) -> int:
     """
     if asked is not None and asked < 1:
         raise PlanError("--workers is out of range", expected="1 or more", got=str(asked))
-    return asked or len(os.sched_getaffinity(0))
+    return asked or cpu_count()
 
 
 def worker_count(asked: int | None, size_bytes: int) -> int:

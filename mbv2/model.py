@@ -23,6 +23,7 @@ from mindspore import nn, ops
 from mindspore.common.initializer import HeNormal, Normal, initializer
 
 from imnet_prep.errors import RecipeError, TrainError
+from imnet_prep.runtime import runtime
 from mbv2 import kernels as native
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -346,4 +347,7 @@ def _choose_kernels(kernels: str) -> str:
     usable = native.available() and ms.get_context("device_target") == "CPU"
     if kernels == "native" and not usable:
         raise TrainError("the C++ operators cannot be used", got=native.describe(), remedy="use kernels='standard'")
-    return "standard" if kernels == "standard" or not usable else "native"
+    if kernels == "standard" or not usable:
+        return "standard"
+    native.set_threads(runtime().threads)  # a container's quota and msrun's ranks leave fewer than the library sees
+    return "native"

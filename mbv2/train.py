@@ -24,7 +24,6 @@ from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.manifest import load_manifest
 from imnet_prep.runtime import runtime, start_mindspore, versions
 from imnet_prep.types import Batch, Progress, ProgressCallback
-from mbv2 import kernels as native
 from mbv2.checkpoint import (
     AVERAGE_PREFIX,
     Checkpoint,
@@ -162,8 +161,6 @@ class _Run:
         from mbv2.model import MobileNetV2
         from mbv2.step import ApplyAccumulated, TrainStep
 
-        if native.available():
-            native.set_threads(runtime().threads)  # several ranks share the cores
         recipe = options.recipe
         self.options, self.recipe, self.data = options, recipe, data
         self.stop, self.progress = stop, progress

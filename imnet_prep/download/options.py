@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from imnet_prep.errors import DownloadError
+from imnet_prep.runtime import cpu_count
 
 MIB = 1 << 20
 
@@ -158,7 +158,7 @@ class DownloadOptions:
 
     def process_count(self) -> int:
         """Give the number of worker processes: as asked, else the cores that this process may use."""
-        wanted = self.processes or len(os.sched_getaffinity(0))
+        wanted = self.processes or cpu_count()
         return max(1, min(wanted, self.polite.concurrency))
 
 

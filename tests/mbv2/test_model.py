@@ -15,6 +15,7 @@ from mindspore import ops
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecipeError, TrainError
+from imnet_prep.runtime import Runtime
 from mbv2 import kernels
 from mbv2.model import MobileNetV2, ModelConfig, block_shapes, feature_count
 from tests.mbv2.blocks import Floats
@@ -216,6 +217,16 @@ def test_the_operators_refuse_what_is_not_uint8_rgb() -> None:
     net.set_train(False)
     with pytest.raises(Exception, match="4"):
         net(ms.Tensor(np.zeros((1, 32, 32, 4), np.uint8)))
+
+
+@needs_kernels
+def test_the_operators_use_the_threads_that_this_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbv2.model.runtime", lambda: Runtime("CPU", 3))
+    try:
+        assert MobileNetV2(CONFIG).kernels == "native"
+        assert kernels.threads() == 3
+    finally:
+        kernels.set_threads(0)
 
 
 def test_the_environment_hides_the_operators() -> None:
