@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from imnet_prep.runtime import cpu_count
 
 WORKER = Path(__file__).with_name("torch_worker.py")
 
@@ -22,11 +23,7 @@ def run_json(command: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def threads() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def torch_worker(venv: Path, mode: str, options: Mapping[str, object], *flags: str) -> dict[str, Any]:
     """`torch_worker.py` in a virtual environment with torch; as many threads as this process may use if not given."""
-    words = [str(word) for pair in ({"--threads": threads()} | dict(options)).items() for word in pair]
+    words = [str(word) for pair in ({"--threads": cpu_count()} | dict(options)).items() for word in pair]
     return run_json([str(venv / "bin/python"), str(WORKER), mode, *words, *flags])

@@ -32,6 +32,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from imnet_prep.runtime import cpu_count
+
 IMAGENET_TO_MR = """
 import sys
 from mindspore.mindrecord import ImageNetToMR
@@ -92,7 +94,7 @@ def measure(runs: dict[str, tuple[int, Callable[[], float]]], rounds: int) -> di
         "cpu_ms": {name: round(value, 3) for name, value in cpu_middle.items()},
         "ratios": {f"{a} / {b}": round(middle[a] / middle[b], 3) for a, b in pairs},
         "cpu_ratios": {f"{a} / {b}": round(cpu_middle[b] / cpu_middle[a], 3) for a, b in pairs},
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "rounds": rounds,
@@ -154,7 +156,7 @@ def _decode(paths: list[str]) -> None:
 def decode(folder: Path) -> float:
     """OpenCV at 1/8 scale, one process a core; imports left out."""
     paths = [str(path) for path in sorted(folder.rglob("*.*"))]
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     with ProcessPoolExecutor(cores) as pool:
         list(pool.map(_decode, [paths[:1]] * cores))
         started = time.perf_counter()
@@ -177,7 +179,7 @@ def img2dataset(folder: Path, work: Path, venv: Path) -> float:
         call = [
             str(venv / "bin" / "img2dataset"), "--url_list", str(work / "urls.txt"), "--output_folder",
             str(work / "i2d"), "--output_format", "webdataset", "--image_size", "256", "--resize_mode", "keep_ratio",
-            "--encode_quality", "90", "--processes_count", str(len(os.sched_getaffinity(0))), "--thread_count", "32",
+            "--encode_quality", "90", "--processes_count", str(cpu_count()), "--thread_count", "32",
             "--number_sample_per_shard", "500",
         ]  # fmt: skip
         timed(call)

@@ -31,7 +31,6 @@ from PIL import Image
 CLASSES = 1000
 CONVERT = """
 import json, sys, time
-from itertools import pairwise
 from pathlib import Path
 from imnet_prep.convert import ConvertOptions, convert
 from imnet_prep.plan import PlanOptions

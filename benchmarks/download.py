@@ -20,7 +20,6 @@ import argparse
 import functools
 import json
 import multiprocessing
-import os
 import platform
 import resource
 import shutil
@@ -36,6 +35,8 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from imnet_prep.runtime import cpu_count
 
 THREADS = 8
 
@@ -97,7 +98,7 @@ def measure(urls: list[str], photos: list[Path], server: str, args: argparse.Nam
         "server": server,
         "count": len(urls),
         "rounds": args.rounds,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "python": platform.python_version(),
     }
 
@@ -143,7 +144,7 @@ def served(root: Path, work: Path, hosts: Sequence[str] = ("127.0.0.1",)) -> Any
 
 def in_processes(work: Callable[[list[str]], None], items: list[str]) -> float:
     """Share items among one process a core, and give items a second, start-up left out."""
-    count = len(os.sched_getaffinity(0))
+    count = cpu_count()
     ready = multiprocessing.Barrier(count + 1)
     processes = [
         multiprocessing.Process(target=_share, args=(work, items[number::count], ready)) for number in range(count)
@@ -232,7 +233,7 @@ def img2dataset(urls: list[str], work: Path, venv: Path) -> float:
     """Give images/s between the first shard's start and the last one's end, so without its start-up."""
     out = fresh(work)
     (work / "peer.txt").write_text("\n".join(urls) + "\n")
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     shard = str(-(-len(urls) // (2 * cores)))
     command = [
         str(venv / "bin" / "img2dataset"), "--url_list", str(work / "peer.txt"), "--output_folder", str(out),

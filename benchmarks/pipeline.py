@@ -36,6 +36,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from imnet_prep.runtime import cpu_count
+
 BATCH, SIZE, SHORT = 64, 224, 256
 COPIES = 4
 WARM_UP_S = 2.0
@@ -263,7 +265,7 @@ def main() -> None:
     parser.add_argument("--torch", help="interpreter with torch and torchvision")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--stored", choices=("originals", "short256", "both"), default="both")
     parser.add_argument("--only", nargs="*", default=list(CONTESTANTS))
     parser.add_argument("--contest", nargs=3, metavar=("NAME", "ROOT", "MODE"), help=argparse.SUPPRESS)

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import run_json, threads, torch_worker
+from benchmarks.contenders import run_json, torch_worker
 from benchmarks.train_folder import accuracy, epoch
+from imnet_prep.runtime import cpu_count
 
 OURS, STANDARD, NCHW, CHANNELS_LAST = "ours", "ours, standard operators", "PyTorch NCHW", "PyTorch channels_last"
 PLAIN = "MindSpore's layers, as mindcv"
@@ -162,7 +163,7 @@ def main() -> None:
     results = [measure(args.torch, case, args.rounds, args.standard_rounds) for case in cases]
     machine = {
         "machine": platform.processor() or platform.machine(),
-        "threads": threads(),
+        "threads": cpu_count(),
         "python": platform.python_version(),
     }
     if args.json:

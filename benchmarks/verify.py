@@ -41,6 +41,7 @@ from imnet_prep.convert import ConvertOptions, convert
 from imnet_prep.errors import RecordsError
 from imnet_prep.mindrecord import Shard
 from imnet_prep.plan import PlanOptions
+from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Progress
 from imnet_prep.verify import verify
 
@@ -65,7 +66,7 @@ def main() -> None:
     try:
         small = make(args.work / "small", photos, len(photos))
         large = make(args.work / "large", photos, args.count)
-        result: dict[str, Any] = {"cores": cores(), "machine": platform.machine(), "images": args.count}
+        result: dict[str, Any] = {"cores": cpu_count(), "machine": platform.machine(), "images": args.count}
         result |= {"flips": flips(small, args.work / "flipped"), "copies": copies(photos)}
         result |= speeds(large, args.count)
         if args.memory:
@@ -73,11 +74,6 @@ def main() -> None:
         print(json.dumps(result, indent=1))
     finally:
         shutil.rmtree(args.work, ignore_errors=True)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def unpack(images: Path, folder: Path) -> list[Path]:
@@ -107,13 +103,13 @@ def speeds(records: Path, count: int) -> dict[str, Any]:
     files = [str(path) for path in sorted(records.rglob("*")) if path.is_file()]
     runs: dict[str, Callable[[], object]] = {
         "sha256sum": lambda: subprocess.run(
-            ["xargs", "-0", "-P", str(cores()), "-n", "1", "sha256sum"],
+            ["xargs", "-0", "-P", str(cpu_count()), "-n", "1", "sha256sum"],
             input="\0".join(files).encode(), stdout=subprocess.DEVNULL, check=True,
         ),
-        "hash": lambda: verify(records, "hash", cores(), quiet),
+        "hash": lambda: verify(records, "hash", cpu_count(), quiet),
         "opencv": lambda: opencv(records),
-        "decode": lambda: verify(records, "decode", cores(), quiet),
-        "decode_only": lambda: verify(records, "decode", cores(), quiet, withhold=("shards",)),
+        "decode": lambda: verify(records, "decode", cpu_count(), quiet),
+        "decode_only": lambda: verify(records, "decode", cpu_count(), quiet, withhold=("shards",)),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(ROUNDS + 1):
@@ -135,7 +131,8 @@ def speeds(records: Path, count: int) -> dict[str, Any]:
 
 def opencv(records: Path) -> None:
     """Decode every image in full, a shard a task, one process a core."""
-    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:  # forked, OpenCV's threads hang
+    spawn = multiprocessing.get_context("spawn")  # forked, OpenCV's threads hang
+    with ProcessPoolExecutor(cpu_count(), spawn) as pool:
         list(pool.map(decode_shard, sorted(records.glob("*/*.mindrecord"))))
 
 
@@ -177,7 +174,7 @@ def flips(records: Path, work: Path) -> dict[str, Any]:
             ("no_digests", ("shards", "records")),
         ):
             level = "hash" if name == "all_digests" else "decode"
-            seen = not verify(work, level, cores(), quiet, withhold=withhold).ok
+            seen = not verify(work, level, cpu_count(), quiet, withhold=withhold).ok
             found[name] += seen
             missed[name] += (changed or name == "all_digests") and not seen
         flip(target, bit)
