@@ -39,8 +39,8 @@ from typing import Any
 
 from imnet_prep.convert import ConvertOptions, convert
 from imnet_prep.errors import RecordsError
-from imnet_prep.mindrecord import Shard
 from imnet_prep.plan import PlanOptions
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Progress
 from imnet_prep.verify import verify

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 
 from imnet_prep.files import file_digest
-from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
-from imnet_prep.shards import ShardWriter, choose_layout, read_back
+from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
+from imnet_prep.records.shards import ShardWriter, choose_layout, read_back
 
 CLASSES, SHARD_ROWS = 100, 20_000
 

@@ -24,9 +24,9 @@ from imnet_prep.adopt_classes import NameFound, Naming, choose_naming
 from imnet_prep.adopt_rows import AdoptTask, read_rows
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest, sync, write_atomically
-from imnet_prep.indexes import rebuild_index
-from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
-from imnet_prep.mindrecord import Header, index_path, read_header, read_index
+from imnet_prep.records.index import rebuild_index
+from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
+from imnet_prep.records.mindrecord import Header, index_path, read_header, read_index
 from imnet_prep.types import SPLITS, Progress, ProgressCallback, ShardInfo, record_id
 from imnet_prep.verify_rows import BASE, END, names_agree
 from imnet_prep.workers import process_count, run_processes

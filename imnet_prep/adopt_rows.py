@@ -14,7 +14,7 @@ from imnet_prep.adopt_classes import NameFound
 from imnet_prep.duplicates import SIDE
 from imnet_prep.errors import RecordsError
 from imnet_prep.jpeg import ImageFault
-from imnet_prep.mindrecord import Shard
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.validate import examine
 from imnet_prep.verify_rows import IMAGE_FIELDS
 from imnet_prep.workers import Advance

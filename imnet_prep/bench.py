@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.manifest import load_manifest
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Batch, Progress, ProgressCallback
 

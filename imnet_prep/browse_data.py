@@ -26,11 +26,11 @@ from imnet_prep.augment import (
 from imnet_prep.colour import augment_colours
 from imnet_prep.decode import PortableDecoder
 from imnet_prep.errors import PipelineError, RecordsError
-from imnet_prep.manifest import load_manifest
-from imnet_prep.mindrecord import Shard
+from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.mindrecord import Shard
+from imnet_prep.records.table import RowReader, RowTable, load_rows
 from imnet_prep.report.gather import decode
 from imnet_prep.report.html import thumbnail
-from imnet_prep.rows import RowReader, RowTable, load_rows
 from imnet_prep.verify_rows import IMAGE_FIELDS
 
 THUMB_SIDE, VIEW_SIDE = 192, 160

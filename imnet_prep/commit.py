@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from imnet_prep import catalog
 from imnet_prep.files import file_digest, sync, write_atomically
-from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, SplitInfo, write_records
 from imnet_prep.plan import Plan
+from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, SplitInfo, write_records
+from imnet_prep.records.shards import Layout
 from imnet_prep.shard_task import ShardResult, lines_path
-from imnet_prep.shards import Layout
 from imnet_prep.sources import SourceInfo
 from imnet_prep.types import Rejected
 from imnet_prep.workspace import REJECTED

@@ -26,10 +26,10 @@ from imnet_prep import executors
 from imnet_prep.commit import commit, write_rejected
 from imnet_prep.errors import BudgetError, ImnetError, Interrupted, PlanError
 from imnet_prep.files import write_atomically
-from imnet_prep.manifest import MANIFEST, Manifest
 from imnet_prep.plan import Plan, PlanOptions, load_plan, make_plan, shard_refs
+from imnet_prep.records.manifest import MANIFEST, Manifest
+from imnet_prep.records.shards import Layout
 from imnet_prep.shard_task import ShardResult, ShardTask, finished, tasks_of
-from imnet_prep.shards import Layout
 from imnet_prep.sources import Source, SourceInfo, SourceSummary, detect, merge, read
 from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
 from imnet_prep.validate import validate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.manifest import SplitInfo, load_manifest
+from imnet_prep.records.manifest import SplitInfo, load_manifest
 
 
 def describe(records: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from imnet_prep.augment import (
 )
 from imnet_prep.decode import Decoder, Fault
 from imnet_prep.errors import PipelineError
-from imnet_prep.rows import RowReader
+from imnet_prep.records.table import RowReader
 from imnet_prep.types import Batch
 
 CHUNK_ROWS = 16  # rows a task takes: about 15 ms of decoding, so that threads share the end of a batch well

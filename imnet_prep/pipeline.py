@@ -24,11 +24,11 @@ from imnet_prep.augment import EvalOptions, TrainOptions
 from imnet_prep.decode import Decoder, PortableDecoder
 from imnet_prep.errors import PipelineError
 from imnet_prep.maker import CHECKS, CHUNK_ROWS, ON_ERROR, BatchMaker, Options, Pending, SkippedRow, StageTimes
-from imnet_prep.manifest import load_manifest
 from imnet_prep.native import NativeDecoder, load
 from imnet_prep.order import ORDERS, Share, epoch_order
+from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.table import RowReader, load_rows
 from imnet_prep.rng import MAX_EPOCH, MAX_SEED
-from imnet_prep.rows import RowReader, load_rows
 from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Batch
 

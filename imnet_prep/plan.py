@@ -23,7 +23,7 @@ from urllib.parse import quote
 from imnet_prep import catalog
 from imnet_prep.errors import PlanError, SourceError
 from imnet_prep.files import sqlite_failure
-from imnet_prep.shards import Layout, choose_layout
+from imnet_prep.records.shards import Layout, choose_layout
 from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, Reason, Rejected, record_id
 from imnet_prep.validate import ValidateOptions
 

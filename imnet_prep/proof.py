@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from imnet_prep.manifest import Manifest
-from imnet_prep.mindrecord import Shard
+from imnet_prep.records.manifest import Manifest
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 from imnet_prep.workers import Advance, run_processes, worker_count
 

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
-from imnet_prep.manifest import REJECTED, Manifest, RecordLine, SplitInfo, read_records
-from imnet_prep.mindrecord import LENGTH, Shard
+from imnet_prep.records.manifest import REJECTED, Manifest, RecordLine, SplitInfo, read_records
+from imnet_prep.records.mindrecord import LENGTH, Shard
 from imnet_prep.types import ImageRef, Rejected
 from imnet_prep.verify import check_shard
 from imnet_prep.verify_rows import IMAGE_FIELDS

@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.clip import clip_to_whole_rows
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest, sync
-from imnet_prep.indexes import write_index_of
-from imnet_prep.manifest import Manifest, SplitInfo, load_manifest
-from imnet_prep.mindrecord import LENGTH, index_path
-from imnet_prep.shards import Layout, ShardWriter
+from imnet_prep.records.index import write_index_of
+from imnet_prep.records.manifest import Manifest, SplitInfo, load_manifest
+from imnet_prep.records.mindrecord import LENGTH, index_path
+from imnet_prep.records.salvage import clip_to_whole_rows
+from imnet_prep.records.shards import Layout, ShardWriter
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 from imnet_prep.verify import check_shard
 

@@ -23,12 +23,12 @@ from urllib.parse import quote
 from imnet_prep.commit import commit
 from imnet_prep.errors import IntegrityError, Interrupted, PlanError
 from imnet_prep.files import sqlite_failure, write_atomically
-from imnet_prep.manifest import MANIFEST, Manifest, RecordLine, load_manifest
 from imnet_prep.plan import Plan, PlanOptions, make_plan, read_names, shard_refs
 from imnet_prep.proof import Proof, prove
+from imnet_prep.records.manifest import MANIFEST, Manifest, RecordLine, load_manifest
+from imnet_prep.records.shards import Layout, ShardWriter, Written
 from imnet_prep.records_input import Input, read_renames, records_of, rejected_of
 from imnet_prep.shard_task import PLAN_DATABASE, UNLABELLED, WORK, ShardResult, ShardTask, finished, run_task, tasks_of
-from imnet_prep.shards import Layout, ShardWriter, Written
 from imnet_prep.sources import SourceInfo
 from imnet_prep.types import ImageRef, Progress, ProgressCallback, Rejected, record_id
 from imnet_prep.validate import ValidateOptions

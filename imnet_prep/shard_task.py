@@ -18,10 +18,10 @@ from pathlib import Path
 from imnet_prep.errors import PlanError
 from imnet_prep.files import sync, write_atomically
 from imnet_prep.glimpse import glimpse
-from imnet_prep.manifest import RecordLine
-from imnet_prep.mindrecord import index_path
 from imnet_prep.plan import Plan, shard_refs
-from imnet_prep.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
+from imnet_prep.records.manifest import RecordLine
+from imnet_prep.records.mindrecord import index_path
+from imnet_prep.records.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
 from imnet_prep.sources import read
 from imnet_prep.types import ImageRef, RawImage, Rejected, Sample, ShardInfo
 from imnet_prep.validate import ValidateOptions, validate

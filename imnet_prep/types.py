@@ -1,7 +1,7 @@
 """The types that cross a stage boundary, in the order in which the data flows.
 
 ``ImageRef`` (where an image lies) -> ``RawImage`` (its bytes) -> ``Sample`` or ``Rejected`` -> ``ShardInfo`` ->
-``Manifest`` (see :mod:`imnet_prep.manifest`) -> ``Batch``.
+``Manifest`` (see :mod:`imnet_prep.records.manifest`) -> ``Batch``.
 """
 
 from __future__ import annotations

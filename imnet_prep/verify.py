@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.manifest import MANIFEST, Manifest, SplitInfo, load_manifest
-from imnet_prep.mindrecord import Header, RowIndex, index_path, read_header, read_index
 from imnet_prep.problems import Problem
+from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo, load_manifest
+from imnet_prep.records.mindrecord import Header, RowIndex, index_path, read_header, read_index
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 from imnet_prep.verify_counts import check_counts, check_expectation, check_rejected
 from imnet_prep.workers import process_count, run_processes

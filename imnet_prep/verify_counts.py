@@ -9,8 +9,8 @@ from pathlib import Path
 
 from imnet_prep import catalog
 from imnet_prep.errors import RecordsError
-from imnet_prep.manifest import MANIFEST, Manifest, SplitInfo
 from imnet_prep.problems import Problem
+from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
 
 EXPECTATIONS = ("ilsvrc2012",)
 

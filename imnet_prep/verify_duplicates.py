@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from imnet_prep.duplicates import Pair, near_duplicates
 from imnet_prep.errors import RecordsError
-from imnet_prep.manifest import Manifest
-from imnet_prep.mindrecord import Shard, index_from_data, read_header
 from imnet_prep.problems import Problem
+from imnet_prep.records.manifest import Manifest
+from imnet_prep.records.mindrecord import Shard, index_from_data, read_header
 from imnet_prep.verify_rows import IMAGE_FIELDS
 
 MAX_LISTED = 100  # warnings of a kind that are named; the last one counts the rest

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from imnet_prep.duplicates import SIDE, signature
 from imnet_prep.errors import RecordsError
 from imnet_prep.jpeg import ImageFault
-from imnet_prep.mindrecord import (
+from imnet_prep.problems import Problem
+from imnet_prep.records.mindrecord import (
     RowIndex,
     Shard,
     index_from_data,
@@ -27,7 +28,6 @@ from imnet_prep.mindrecord import (
     read_index,
     read_index_field,
 )
-from imnet_prep.problems import Problem
 from imnet_prep.types import record_id
 from imnet_prep.validate import examine
 from imnet_prep.workers import Advance

@@ -19,9 +19,9 @@ from typing import Any
 
 from imnet_prep.errors import ImnetError, IntegrityError, PlanError
 from imnet_prep.files import exchange, exclusive_lock, sync, write_atomically
-from imnet_prep.manifest import FORMAT, MANIFEST, Manifest, load_manifest
-from imnet_prep.mindrecord import index_path
 from imnet_prep.plan import Plan
+from imnet_prep.records.manifest import FORMAT, MANIFEST, Manifest, load_manifest
+from imnet_prep.records.mindrecord import index_path
 from imnet_prep.shard_task import PLAN_DATABASE, PLAN_NOTE, WORK
 from imnet_prep.types import SPLITS
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.manifest import Manifest, load_manifest
 from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches
+from imnet_prep.records.manifest import Manifest, load_manifest
 from imnet_prep.types import Batch
 from mbv2.features import FeatureBatch
 from mbv2.recipe import Recipe

@@ -15,8 +15,8 @@ from imnet_prep.convert import ConvertOptions, convert
 from imnet_prep.download import DownloadOptions, FetchOptions, PoliteOptions, download
 from imnet_prep.drawings import CLASSES, draw_set
 from imnet_prep.errors import IntegrityError
-from imnet_prep.manifest import MANIFEST
 from imnet_prep.plan import PlanOptions
+from imnet_prep.records.manifest import MANIFEST
 from imnet_prep.types import Progress, ProgressCallback
 from imnet_prep.verify import VerifyResult, verify
 from mbv2.evaluate import evaluate_checkpoint

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.manifest import Manifest, load_manifest, read_records
 from imnet_prep.pipeline import open_batches
+from imnet_prep.records.manifest import Manifest, load_manifest, read_records
 from imnet_prep.runtime import runtime, start_mindspore
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint

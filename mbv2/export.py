@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import TrainError
-from imnet_prep.manifest import load_manifest
 from imnet_prep.pipeline import open_batches
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import ProgressCallback
 from mbv2.checkpoint import Checkpoint, build_network, read_checkpoint

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import TrainError
-from imnet_prep.manifest import Manifest, load_manifest
 from imnet_prep.pipeline import open_batches
+from imnet_prep.records.manifest import Manifest, load_manifest
 from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import Batch, ProgressCallback
 from mbv2.checkpoint import build_network, read_checkpoint

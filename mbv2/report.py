@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError, TrainError
 from imnet_prep.files import write_atomically
-from imnet_prep.manifest import Manifest
+from imnet_prep.records.manifest import Manifest
 from imnet_prep.report.gather import decode
 from imnet_prep.report.html import (
     Curve,

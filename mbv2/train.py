@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.manifest import load_manifest
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.runtime import runtime, start_mindspore, versions
 from imnet_prep.types import Batch, Progress, ProgressCallback
 from mbv2.checkpoint import (

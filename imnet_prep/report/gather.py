@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from imnet_prep.duplicates import Pair, signature
 from imnet_prep.errors import RecordsError
 from imnet_prep.imaging import captured_stderr
-from imnet_prep.manifest import Manifest, load_manifest, read_records
-from imnet_prep.mindrecord import LENGTH, Shard, read_header, read_index
+from imnet_prep.records.manifest import Manifest, load_manifest, read_records
+from imnet_prep.records.mindrecord import LENGTH, Shard, read_header, read_index
 from imnet_prep.types import Progress, ProgressCallback
 from imnet_prep.verify_duplicates import Located, exact_pairs, picture_pairs
 from imnet_prep.verify_rows import IMAGE_FIELDS

@@ -13,7 +13,7 @@ import numpy as np
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import write_atomically
-from imnet_prep.manifest import REJECTED
+from imnet_prep.records.manifest import REJECTED
 from imnet_prep.report.gather import (
     CONVERTED,
     MAX_COLOURS,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imnet_prep.files import file_digest
-from imnet_prep.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
+from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
 from imnet_prep.types import ShardInfo
 
 HEADER_BYTES, PAGE_BYTES = 1 << 20, 1 << 22

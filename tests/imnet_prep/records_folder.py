@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from imnet_prep.convert import ConvertOptions, convert
-from imnet_prep.manifest import MANIFEST, load_manifest
 from imnet_prep.plan import PlanOptions
+from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.types import Progress
 from tests.synthetic import make_image_folder
 
@@ -60,7 +60,7 @@ def reseal(records: Path, change: Callable[[dict[str, object]], object]) -> None
     """Change the manifest and give it a right digest of itself again, as someone who means it would."""
     import json
 
-    from imnet_prep.manifest import _canonical, _self_digest
+    from imnet_prep.records.manifest import _canonical, _self_digest
 
     document = json.loads((records / MANIFEST).read_bytes())
     change(document)

@@ -19,9 +19,9 @@ from imnet_prep.augment import TrainOptions
 from imnet_prep.browse import create_app, host_is_ours, serve
 from imnet_prep.browse_data import Library
 from imnet_prep.errors import RecordsError
-from imnet_prep.manifest import load_manifest, read_records
-from imnet_prep.mindrecord import Shard
 from imnet_prep.pipeline import open_batches
+from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.mindrecord import Shard
 from tests.chromium import Chromium, needs_chromium
 from tests.imnet_prep.records_folder import copy, flip, make_records
 from tests.synthetic import WNIDS

@@ -19,9 +19,9 @@ from imnet_prep import convert as conversion
 from imnet_prep import shard_task
 from imnet_prep.convert import ConvertOptions, convert, dry_run
 from imnet_prep.errors import BudgetError, ImnetError, IntegrityError, Interrupted, PlanError, SourceError
-from imnet_prep.manifest import load_manifest, read_records
-from imnet_prep.mindrecord import Shard
 from imnet_prep.plan import PlanOptions
+from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Progress
 from imnet_prep.verify import verify
 from tests import synthetic

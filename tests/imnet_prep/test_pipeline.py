@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
 from imnet_prep.maker import CHUNK_ROWS
-from imnet_prep.mindrecord import Shard
 from imnet_prep.native import load
 from imnet_prep.pipeline import Batches, EvalOptions, TrainOptions, open_batches, to_dataset
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Batch, record_id
 from tests.imnet_prep.pipeline_records import HEADER_BYTES, Entry, entries, write_folder
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from imnet_prep.files import file_digest
-from imnet_prep.manifest import load_manifest, read_records
-from imnet_prep.mindrecord import Shard, index_path, read_header
+from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.mindrecord import Shard, index_path, read_header
 from imnet_prep.repair import DAMAGED, RepairResult, repair_index
 from imnet_prep.verify import verify
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet
@@ -160,8 +160,8 @@ def test_a_data_file_that_is_gone_is_lost(records: Path) -> None:
 
 
 def test_other_writers_files_keep_the_rows_before_the_cut(tmp_path: Path) -> None:
-    from imnet_prep.clip import clip_to_whole_rows
-    from imnet_prep.indexes import write_index_of
+    from imnet_prep.records.index import write_index_of
+    from imnet_prep.records.salvage import clip_to_whole_rows
 
     path = tmp_path / "made" / "a.mindrecord"
     write_foreign(path, rows=24)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.manifest import load_manifest
-from imnet_prep.mindrecord import Shard
+from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.report import ReportOptions, write_report
 from imnet_prep.report.gather import gather
 from imnet_prep.report.html import Bar, Html, bars, join, picture, tag

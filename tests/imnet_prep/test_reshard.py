@@ -11,9 +11,9 @@ import pytest
 
 from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.files import file_digest
-from imnet_prep.manifest import load_manifest, read_records
-from imnet_prep.mindrecord import Shard
 from imnet_prep.proof import Proof
+from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.reshard import ReshardOptions, ReshardResult, reshard
 from imnet_prep.verify import verify
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet

@@ -14,8 +14,8 @@ from PIL import ImageOps
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.manifest import MANIFEST, load_manifest, read_records
-from imnet_prep.mindrecord import Shard, read_header
+from imnet_prep.records.manifest import MANIFEST, load_manifest, read_records
+from imnet_prep.records.mindrecord import Shard, read_header
 from imnet_prep.verify import VerifyResult, verify
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, reseal, shard_files
 from tests.imnet_prep.test_duplicates import scene

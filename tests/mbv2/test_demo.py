@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep.manifest import load_manifest, read_records
+from imnet_prep.records.manifest import load_manifest, read_records
 from imnet_prep.types import ProgressCallback
 from mbv2 import demo
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.manifest import RECORDS, load_manifest, write_records
-from imnet_prep.rows import RowReader, RowTable, load_rows
+from imnet_prep.records.manifest import RECORDS, load_manifest, write_records
+from imnet_prep.records.table import RowReader, RowTable, load_rows
 from imnet_prep.types import record_id
 from tests.imnet_prep.pipeline_records import Entry, jpeg, picture, write_folder
 

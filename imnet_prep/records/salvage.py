@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import sync
-from imnet_prep.mindrecord import BLOB, LENGTH, RAW, Header, RowIndex, index_from_data, read_header
+from imnet_prep.records.mindrecord import BLOB, LENGTH, RAW, Header, RowIndex, index_from_data, read_header
 
 COPY_BYTES = 1 << 20
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
-from imnet_prep.manifest import RECORDS, Manifest, SplitInfo
-from imnet_prep.mindrecord import LENGTH, Shard, connect_index, index_path, read_header
+from imnet_prep.records.manifest import RECORDS, Manifest, SplitInfo
+from imnet_prep.records.mindrecord import LENGTH, Shard, connect_index, index_path, read_header
 
 # A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks); any other form goes through json.
 _LINE = re.compile(

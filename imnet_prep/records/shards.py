@@ -1,7 +1,7 @@
 """Samples to one MindRecord file and its index, byte for byte reproducible.
 
 MindSpore's own ``FileWriter`` costs 400 MB and a second for each process, writes other bytes for another chunk size,
-has no fsync and finds a full disk late, so the format (see :mod:`imnet_prep.mindrecord`) is written here. The data file
+has no fsync and finds a full disk late, so the format (see :mod:`imnet_prep.records.mindrecord`) is written here. The data file
 is, byte for byte, what ``FileWriter`` makes of the same rows in one call (a test holds that); ``MindDataset`` reads it.
 """
 
@@ -23,8 +23,17 @@ import numpy as np
 
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
 from imnet_prep.files import file_digest, sqlite_failure
-from imnet_prep.manifest import COLUMNS
-from imnet_prep.mindrecord import BLOB, LENGTH, RAW, RowIndex, index_from_data, index_path, read_header, read_index
+from imnet_prep.records.manifest import COLUMNS
+from imnet_prep.records.mindrecord import (
+    BLOB,
+    LENGTH,
+    RAW,
+    RowIndex,
+    index_from_data,
+    index_path,
+    read_header,
+    read_index,
+)
 from imnet_prep.types import ShardInfo
 
 SQLITE_VERSION_OFFSET = 96  # where SQLite notes the version that wrote the file last: it must not differ by machine

@@ -13,9 +13,9 @@ from typing import Any
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import sqlite_failure, sync
-from imnet_prep.manifest import COLUMNS
-from imnet_prep.mindrecord import Header, RowIndex, Shard, index_from_data, index_path, read_header
-from imnet_prep.shards import write_index
+from imnet_prep.records.manifest import COLUMNS
+from imnet_prep.records.mindrecord import Header, RowIndex, Shard, index_from_data, index_path, read_header
+from imnet_prep.records.shards import write_index
 
 _SQL_TYPES = {"string": "TEXT", "float32": "NUMERIC", "float64": "NUMERIC"}  # FileWriter's; all else is INTEGER
 _FIELD = re.compile(r"[0-9a-zA-Z_]+")  # what MindSpore allows, so that a damaged header cannot say other things

@@ -12,7 +12,7 @@ import pytest
 
 from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
 from imnet_prep.info import describe
-from imnet_prep.manifest import MANIFEST, RecordLine, load_manifest, read_records, write_records
+from imnet_prep.records.manifest import MANIFEST, RecordLine, load_manifest, read_records, write_records
 from tests.imnet_prep.conversions import run
 from tests.synthetic import make_image_folder
 

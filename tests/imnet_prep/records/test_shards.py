@@ -10,8 +10,8 @@ import pytest
 
 from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.files import file_digest
-from imnet_prep.mindrecord import index_path
-from imnet_prep.shards import Layout, LayoutTooSmall, ShardWriter, Written, choose_layout, read_back
+from imnet_prep.records.mindrecord import index_path
+from imnet_prep.records.shards import Layout, LayoutTooSmall, ShardWriter, Written, choose_layout, read_back
 
 
 def write(path: Path, sizes: list[int], layout: Layout, seed: int = 0) -> Written:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.mindrecord import Shard, index_from_data, index_path, read_header, read_index
-from imnet_prep.shards import Layout, ShardWriter, read_back
+from imnet_prep.records.mindrecord import Shard, index_from_data, index_path, read_header, read_index
+from imnet_prep.records.shards import Layout, ShardWriter, read_back
 
 os.environ.setdefault("GLOG_v", "3")
 Row = dict[str, Any]
