@@ -32,7 +32,8 @@ CLASSES = 1000
 CONVERT = """
 import json, sys, time
 from pathlib import Path
-from imnet_prep.convert import ConvertOptions, convert
+from imnet_prep.build import ConvertOptions
+from imnet_prep.convert import convert
 from imnet_prep.plan import PlanOptions
 
 def main():

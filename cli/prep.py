@@ -81,22 +81,20 @@ def to_mindrecord(
     Example: imnet-prep to-mindrecord ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz
     --out records
     """
-    from imnet_prep import convert as conversion
+    from imnet_prep.build import ConvertOptions
+    from imnet_prep.convert import convert
     from imnet_prep.plan import PlanOptions
+    from imnet_prep.preview import dry_run as preview
     from imnet_prep.validate import ValidateOptions
 
     plan_options = PlanOptions(
         seed=seed, shards=shards, label_space=label_space, keep_classes=keep_classes, max_per_class=max_per_class,
         store=ValidateOptions(short_side=short_side, quality=quality), duplicates=duplicates,
     )  # fmt: skip
-    options = conversion.ConvertOptions(workers, max_rejected, executor, scheduler, force)
+    options = ConvertOptions(workers, max_rejected, executor, scheduler, force)
     arguments = (sources, out, split, plan_options, options)
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:
-        result = (
-            conversion.dry_run(*arguments, progress, stop)
-            if dry_run
-            else conversion.convert(*arguments, progress, stop)
-        )
+        result = preview(*arguments, progress, stop) if dry_run else convert(*arguments, progress, stop)
     show(result.to_json(), as_json)
 
 

@@ -1,12 +1,14 @@
-"""Finished shards to a whole records folder: the lists of records and rejections and, last, the manifest."""
+"""Finished shards to a whole records folder: the lists of records and rejections and, last, the manifest.
+
+This is the one place that makes a manifest: for conversions, for resharded records and for files that others made.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +18,27 @@ from numpy.typing import NDArray
 from imnet_prep import catalog
 from imnet_prep.files import file_digest, sync, write_atomically
 from imnet_prep.plan import Plan
-from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, SplitInfo, write_records
+from imnet_prep.records.manifest import Manifest, SplitInfo
+from imnet_prep.records.publish import BUILD_WORK
+from imnet_prep.records.record_list import RECORDS, REJECTED, rejected_bytes, write_lines
 from imnet_prep.records.shards import Layout
+from imnet_prep.runtime import library_versions
 from imnet_prep.shard_task import ShardResult, lines_path
 from imnet_prep.sources import SourceInfo
-from imnet_prep.types import Rejected
-from imnet_prep.workspace import REJECTED
+from imnet_prep.types import ShardInfo
 
 _CHUNK_ROWS = 1 << 16
+Digests = list[NDArray[np.uint64]]  # the first 8 bytes of each record's source digest, sorted, an array a split
 
 
-def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """Write ``rejected.jsonl``: a line an image, sorted by split, name and reason."""
-    lines = [
-        json.dumps({k: v for k, v in asdict(item).items() if v or k != "thumbnail"}, sort_keys=True, ensure_ascii=False)
-        for item in sorted(rejected, key=lambda item: (item.split, item.file_name, item.reason))
-    ]
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
-
-
-def commit(
+def assemble(
     partial: Path,
     plan: Plan,
     layouts: dict[str, Layout],
     infos: Sequence[SourceInfo],
     results: Sequence[ShardResult],
 ) -> Manifest:
-    """Write the lists and, last, the manifest.
+    """Write the lists of a conversion and return its manifest, which is not written yet.
 
     Args:
         partial: The folder with all shards in place.
@@ -55,85 +51,111 @@ def commit(
         OSError: The disk is full or fails.
     """
     rejected = [*plan.rejected, *(item for result in results for item in result.rejected)]
-    write_rejected(partial / REJECTED, rejected)
+    write_atomically(partial / REJECTED, rejected_bytes(rejected), stage=partial / BUILD_WORK)
     splits: dict[str, SplitInfo] = {}
-    digests: list[NDArray[np.uint64]] = []  # of the splits before, sorted
+    digests: Digests = []
     for split in plan.splits:
-        mine = [result for result in results if result.split == split]
-        splits[split] = _split_info(partial, plan, split, layouts[split], mine, rejected, digests)
-    manifest = Manifest(
-        classes=plan.classes,
-        class_words=tuple(catalog.class_words(name) for name in plan.classes),
+        stored = [result for result in results if result.split == split and result.info is not None]
+        splits[split] = describe_split(
+            partial / split / RECORDS,
+            split,
+            _lines(partial, stored),
+            [result.info for result in stored if result.info is not None],
+            layouts[split],
+            len(plan.classes),
+            Counter(item.reason.value for item in rejected if item.split == split),
+            digests,
+        )
+        sync(partial / split)
+    return describe(
+        splits,
+        plan.classes,
         label_space=plan.label_space,
         label_convention=plan.label_convention,
         seed=plan.options.seed,
         options=plan.options.content(),
         sources=tuple(sorted((asdict(info) for info in infos), key=lambda info: json.dumps(info, sort_keys=True))),
-        made_with={name: version(name) for name in ("imnet-prep", "opencv-python-headless", "pillow")},
         plan=plan.digest,
-        splits=splits,
-        rejected=_file_entry(partial, REJECTED),
+        rejected=_file_entry(partial / REJECTED, REJECTED),
     )
-    write_atomically(partial / MANIFEST, manifest.to_bytes())
-    return manifest
 
 
-def _file_entry(folder: Path, name: str) -> dict[str, Any]:
-    """Give name, size and digest of a file, as the manifest has them."""
-    path = folder / name
+def describe(splits: dict[str, SplitInfo], classes: tuple[str, ...], **rest: Any) -> Manifest:
+    """Return the manifest of finished splits: with the classes' words, and the versions of what made the images."""
+    words = tuple(catalog.class_words(name) for name in classes)
+    made_with = library_versions("imnet-prep", "opencv", "pillow")
+    return Manifest(classes=classes, class_words=words, made_with=made_with, splits=splits, **rest)
+
+
+def _file_entry(path: Path, name: str) -> dict[str, Any]:
+    """Return name, size and digest of a file, as the manifest has them."""
     return {"file": name, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
-def _split_info(
-    partial: Path,
-    plan: Plan,
+def _lines(partial: Path, stored: Sequence[ShardResult]) -> Iterator[str]:
+    """Join the record lines of a split's shards, which do not know their own number."""
+    for number, result in enumerate(stored):
+        with lines_path(partial, result.name).open(encoding="utf-8", newline="\n") as text:
+            for line in text:
+                # No quote stands unescaped in a name, so this is the field.
+                yield line.rstrip("\n").replace(',"shard":0,', f',"shard":{number},', 1)
+
+
+def describe_split(
+    path: Path,
     split: str,
+    lines: Iterable[str],
+    shards: Sequence[ShardInfo],
     layout: Layout,
-    results: Sequence[ShardResult],
-    rejected: Sequence[Rejected],
-    before: list[NDArray[np.uint64]],
+    classes: int,
+    rejected: dict[str, int],
+    before: Digests,
 ) -> SplitInfo:
-    """Join the record lines of a split's shards, and count them; ``before`` grows by the split's source digests."""
-    stored = [result for result in results if result.info is not None]
-    images = sum(result.images for result in stored)
-    counts = np.zeros(len(plan.classes), np.int64)
+    """Write the record list of a split, and count what is in it.
+
+    Args:
+        path: The list to write.
+        split: Its name.
+        lines: Of all its records, in stored order (:class:`~imnet_prep.records.record_list.RecordLine`).
+        shards: Its data files.
+        layout: Their sizes.
+        classes: Number of classes.
+        rejected: Number of rejected images by reason.
+        before: Digests of the splits before; this one's are appended.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    images = sum(shard.rows for shard in shards)
+    counts = np.zeros(classes, np.int64)
     digests = np.empty(images, np.uint64)
     changes: Counter[str] = Counter()
 
-    def lines() -> Iterator[str]:
-        row = 0
-        for number, result in enumerate(stored):
-            with lines_path(partial, result.name).open(encoding="utf-8") as text:
-                for line in text:
-                    values = json.loads(line)
-                    if values["label"] >= 0:
-                        counts[values["label"]] += 1
-                    digests[row] = int(values["source_sha256"][:16], 16)
-                    row += 1
-                    changes.update(values.get("changes", ()))
-                    # No quote stands unescaped in a name, so this is the field.
-                    yield line.rstrip("\n").replace(',"shard":0,', f',"shard":{number},', 1)
+    def counted() -> Iterator[str]:
+        for row, line in enumerate(lines):
+            values = json.loads(line)
+            if values["label"] >= 0:
+                counts[values["label"]] += 1
+            digests[row] = int(values["source_sha256"][:16], 16)
+            changes.update(values.get("changes", ()))
+            yield line
 
-    path = partial / split / RECORDS
-    write_records(path, lines())
-    sync(path)
-    sync(path.parent)
-    mine = Counter(item.reason.value for item in rejected if item.split == split)
+    write_lines(path, counted())
     return SplitInfo(
-        found=images + sum(mine.values()),
+        found=images + sum(rejected.values()),
         images=images,
-        rejected=dict(mine),
+        rejected=dict(rejected),
         changes=dict(changes),
         duplicates=images - _new_digests(digests, before),
-        class_counts=tuple(int(count) for count in counts),
+        class_counts=tuple(counts.tolist()),
         header_size=layout.header_size,
         page_size=layout.page_size,
-        records=_file_entry(partial, f"{split}/{RECORDS}"),
-        shards=tuple(result.info for result in stored if result.info is not None),
+        records=_file_entry(path, f"{split}/{RECORDS}"),
+        shards=tuple(shards),
     )
 
 
-def _new_digests(digests: NDArray[np.uint64], before: list[NDArray[np.uint64]]) -> int:
+def _new_digests(digests: NDArray[np.uint64], before: Digests) -> int:
     """Count the different digests that no split before has; sorts them in place, as a million need not be copied."""
     digests.sort()
     fresh = 0

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import sqlite3
-import sys
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 READ_BYTES = 1 << 20
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+MAX_OPEN_FILES = 256
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power loss."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+def write_atomically(path: Path, data: bytes, *, stage: Path | None = None) -> None:
+    """Write a file that is there whole or not at all, also after a power loss.
+
+    Args:
+        path: The file.
+        data: Its bytes.
+        stage: A folder of the same file system in which it is written first. Without one that happens beside ``path``,
+            under one name, so that whatever a kill leaves there is replaced by the next write.
+    """
+    temporary = path.with_name(f".{path.name}.tmp") if stage is None else stage / f"{uuid.uuid4().hex}.tmp"
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -28,7 +36,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
     sync(path.parent)
 
@@ -42,20 +51,59 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Let two folders or files of one file system change names in one step, where the system can.
+def _open_plain(path: str | Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return descriptor
 
-    Returns:
-        Whether it did; False where it cannot be done in one step here.
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading from its beginning to its end.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    names = (ctypes.c_char_p(os.fsencode(path)) for path in (one, other))
-    first, second = names
-    return bool(rename(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0)
+    return os.fdopen(_open_plain(path), "rb")
+
+
+class PlainFile:
+    """A regular file, open for positioned reads. It is closed when nobody holds it any more, so threads share it.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: str | Path) -> None:
+        self.descriptor = _open_plain(path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def read(self, size_bytes: int, offset: int) -> bytes:
+        """Read a byte range; shorter only where the file ends."""
+        data = os.pread(self.descriptor, size_bytes, offset)
+        while data and len(data) < size_bytes:
+            more = os.pread(self.descriptor, size_bytes - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+
+@cache
+def max_open_files() -> int:
+    """Return how many files one cache may keep open: 256, or a third of what the process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_OPEN_FILES
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN_FILES if soft < 0 else max(4, min(MAX_OPEN_FILES, soft // 3))
 
 
 @contextmanager
@@ -87,15 +135,15 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 
 def sqlite_failure(error: sqlite3.Error, path: Path) -> OSError:
-    """Give the OSError that stands behind an error of SQLite while writing."""
+    """Return the OSError that stands behind an error of SQLite while writing."""
     number = errno.ENOSPC if "full" in str(error) else errno.EIO
     return OSError(number, f"SQLite: {error}", str(path))
 
 
 def file_digest(path: Path) -> str:
-    """Give the SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
+    """Return the SHA-256 of a file, in hex."""
+    file, digest, done = PlainFile(path), hashlib.sha256(), 0
+    while chunk := file.read(READ_BYTES, done):
+        digest.update(chunk)
+        done += len(chunk)
     return digest.hexdigest()

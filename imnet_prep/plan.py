@@ -7,32 +7,23 @@ it depends on the seed and on the names, never on the order of the sources, on w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from imnet_prep import catalog
-from imnet_prep.errors import PlanError, SourceError
-from imnet_prep.files import sqlite_failure
-from imnet_prep.records.shards import Layout, choose_layout
-from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, Reason, Rejected, record_id
+from imnet_prep.errors import PlanError
+from imnet_prep.records.shards import Layout
+from imnet_prep.types import SPLITS, ImageRef, Rejected
 from imnet_prep.validate import ValidateOptions
 
 PLAN_VERSION = 2  # part of each plan's digest: to be raised when the same plan would give other bytes
-SHARD_BYTES = 64 << 20  # a shard's usual size: soon redone after a crash, enough of them to keep all cores busy
-SHARD_IMAGES = 8192  # the same for small images, whose number is the work
-MAX_SHARDS = 128  # open file handles = readers x shards
-BATCH_ROWS = 10_000
-ROW_BYTES = 400  # a record's scalar fields, its line of the index and its line of records.jsonl.gz, about
 LABEL_SPACES = ("found", "imagenet1k")
 DUPLICATES = ("keep", "reject")
 _CONVENTIONS = {
@@ -192,83 +183,6 @@ def read_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-@contextmanager
-def _connected(database: Path) -> Iterator[sqlite3.Connection]:
-    """Open a file for writing, without a journal: what is not finished is thrown away; its errors become OSError."""
-    try:
-        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
-            for setting in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE"):
-                connection.execute(f"PRAGMA {setting}")
-            yield connection
-    except sqlite3.Error as error:
-        raise sqlite_failure(error, database) from error
-
-
-def make_plan(
-    refs: Iterable[ImageRef | Rejected], database: Path, options: PlanOptions, progress: ProgressCallback
-) -> Plan:
-    """Make the plan of a conversion.
-
-    Args:
-        refs: What the sources hold, in any order, names unique within a split; taken in one pass.
-        database: Where to write the plan; replaced if there.
-        options: What shapes it.
-        progress: Told how many images were found.
-
-    Raises:
-        SourceError: No image was found, or a class has no label in the label space.
-        PlanError: A class list cannot be read, or names a class that is not there.
-        OSError: The disk is full or fails.
-    """
-    staging = database.with_name(database.name + ".found")
-    try:
-        for path in (database, staging):
-            path.unlink(missing_ok=True)
-        with _connected(database) as connection:
-            connection.execute("ATTACH ? AS staging", (os.fsencode(staging),))
-            connection.execute("PRAGMA staging.journal_mode = OFF")
-            connection.execute("PRAGMA staging.synchronous = OFF")
-            connection.execute("BEGIN")
-            rejected = _ingest(connection, refs, options, progress)
-            _check_records(connection)
-            if options.max_per_class is not None:
-                _limit_classes(connection, options.max_per_class)
-            if options.duplicates == "reject":
-                rejected += _reject_duplicates(connection, progress)
-            # From here on the rows lie in their order: place is the row number.
-            connection.execute(f"CREATE TABLE image(place INTEGER PRIMARY KEY, {_COLUMNS})")
-            connection.execute("INSERT INTO image SELECT NULL, * FROM found ORDER BY split, rank, record")
-            connection.execute("COMMIT")
-            classes, label_space = _label_space(connection, options)
-            splits = _split_plans(connection, options)
-            digest = _digest(connection, options, classes, label_space)
-            rejected.sort(key=lambda item: (SPLITS.index(item.split), item.file_name, item.reason))
-            if not splits and not rejected:
-                raise SourceError("no images were found", remedy="check the source, --split and --keep-classes")
-            plan = Plan(database, options, classes, label_space, splits, tuple(rejected), digest)
-            _store(connection, plan)
-        return plan
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _store(connection: sqlite3.Connection, plan: Plan) -> None:
-    """Keep the rest of the plan beside its rows, for :func:`load_plan`."""
-    connection.execute("CREATE TABLE rejected(item TEXT)")
-    rows = ((json.dumps(asdict(item)),) for item in plan.rejected)
-    connection.execute("BEGIN")
-    connection.executemany("INSERT INTO rejected VALUES(?)", rows)
-    connection.execute("COMMIT")
-    head = {
-        "classes": plan.classes,
-        "label_space": plan.label_space,
-        "digest": plan.digest,
-        "splits": {name: asdict(part) for name, part in plan.splits.items()},
-    }
-    connection.execute("CREATE TABLE head(json TEXT)")
-    connection.execute("INSERT INTO head VALUES(?)", (json.dumps(head),))
-
-
 def load_plan(database: Path, options: PlanOptions) -> Plan | None:
     """Read a plan that was made with the same options; None where there is none, or it is not whole."""
     try:
@@ -289,201 +203,14 @@ def _read_only(database: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{quote(os.fsencode(database.absolute()))}?mode=ro&immutable=1", uri=True)
 
 
-def _ingest(
-    connection: sqlite3.Connection,
-    refs: Iterable[ImageRef | Rejected],
-    options: PlanOptions,
-    progress: ProgressCallback,
-) -> list[Rejected]:
-    connection.execute(f"CREATE TABLE staging.found({_COLUMNS})")
-    connection.execute("CREATE TABLE path(id INTEGER PRIMARY KEY, path BLOB)")
-    paths = _Paths()
-    keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
-    seen: set[str] = set()
-    rejected: list[Rejected] = []
-    done = 0
-
-    def rows() -> Iterator[tuple[object, ...]]:
-        for ref in refs:
-            if isinstance(ref, Rejected):
-                if keep is None or ref.reason is Reason.UNLABELLED or ref.file_name.split("/")[0] in keep:
-                    rejected.append(ref)
-                continue
-            seen.add(ref.class_name)
-            if keep is None or ref.class_name in keep or not ref.class_name:
-                yield _row(ref, options.seed, paths)
-
-    source = rows()
-    while batch := list(islice(source, BATCH_ROWS)):
-        connection.executemany(f"INSERT INTO found VALUES({','.join('?' * len(batch[0]))})", batch)
-        connection.executemany("INSERT INTO path VALUES(?, ?)", paths.taken())
-        done += len(batch)
-        progress(Progress(done, None, "found"))
-    if keep is not None and (unknown := sorted(keep - seen)):
-        raise PlanError(
-            f"{options.keep_classes}: {len(unknown)} of {len(keep)} names are not classes of the sources",
-            expected=f"names among {_listed(sorted(seen - {''}))}",
-            got=_listed(unknown),
-        )
-    return rejected
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
-
-
-class _Paths:
-    """Numbers for paths; only the last is kept: an archive stands behind many images in a row, a file behind one."""
-
-    def __init__(self) -> None:
-        self._here = os.fsencode(os.getcwd())
-        self._last = ""
-        self._count = 0
-        self._new: list[tuple[int, bytes]] = []
-
-    def number(self, path: str) -> int:
-        if path != self._last:
-            self._last = path
-            self._count += 1
-            self._new.append((self._count, os.path.join(self._here, os.fsencode(path))))
-        return self._count
-
-    def taken(self) -> list[tuple[int, bytes]]:
-        """Give the numbered paths that were not given yet, absolute."""
-        new, self._new = self._new, []
-        return new
-
-
-def _row(ref: ImageRef, seed: int, paths: _Paths) -> tuple[object, ...]:
-    name = f"{ref.split}/{ref.file_name}".encode()
-    rank = hashlib.blake2b(name, digest_size=8, key=seed.to_bytes(8, "little")).digest()
-    return (
-        SPLITS.index(ref.split),
-        _signed(record_id(ref.split, ref.file_name)),
-        int.from_bytes(rank, "little", signed=True),
-        ref.class_name,
-        ref.file_name,
-        paths.number(ref.path),
-        ref.offset,
-        ref.size_bytes,
-        ref.url,
-        ref.status,
-    )
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _check_records(connection: sqlite3.Connection) -> None:
-    """Make sure that record ids are unique: names are (the sources see to that), and 64 bits of SHA-256 nearly so."""
-    try:
-        connection.execute("CREATE UNIQUE INDEX staging.by_record ON found(record)")
-    except sqlite3.IntegrityError as error:
-        raise PlanError("two images have the same record id", remedy="rename one, or take them in two runs") from error
-
-
-def _limit_classes(connection: sqlite3.Connection, limit: int) -> None:
-    """Keep the first of each class by rank; images without a class (the test split) all stay."""
-    connection.execute(
-        "DELETE FROM found WHERE record IN (SELECT record FROM (SELECT record, ROW_NUMBER() OVER "
-        "(PARTITION BY split, class ORDER BY rank, record) AS place FROM found WHERE class != '') WHERE place > ?)",
-        (limit,),
-    )
-
-
-def _reject_duplicates(connection: sqlite3.Connection, progress: ProgressCallback) -> list[Rejected]:
-    """Hash every image once, in the order in which they lie, and keep the first of each: val, then test, then train."""
-    from imnet_prep.sources import read
-
-    total = connection.execute("SELECT COUNT(*) FROM found").fetchone()[0]
-    connection.execute("CREATE TABLE staging.digest(record INTEGER PRIMARY KEY, sha256 BLOB)")
-    found = connection.execute(_SELECT.format("found") + " ORDER BY found.path, offset")
-    for done, row in enumerate(found, 1):
-        raw = read(_ref(row))
-        if not isinstance(raw, Rejected) and raw.data:  # what cannot be read is accounted for later
-            connection.execute("INSERT INTO digest VALUES(?, ?)", (row[-1], hashlib.sha256(raw.data).digest()))
-        if done % 1000 == 0 or done == total:
-            progress(Progress(done, total, "hashed"))
-    val = SPLITS.index("val")
-    twice = connection.execute(
-        "SELECT record, split, file_name, first_split, first_name FROM (SELECT record, split, file_name, "
-        "FIRST_VALUE(record) OVER same AS first, FIRST_VALUE(split) OVER same AS first_split, "
-        "FIRST_VALUE(file_name) OVER same AS first_name FROM found JOIN digest USING (record) "
-        f"WINDOW same AS (PARTITION BY sha256 ORDER BY split != {val}, -split, file_name)) WHERE record != first"
-    ).fetchall()
-    connection.executemany("DELETE FROM found WHERE record = ?", [(row[0],) for row in twice])
-    return [
-        Rejected(SPLITS[split], name, Reason.DUPLICATE, f"same bytes as {SPLITS[first]}/{first_name}")
-        for _, split, name, first, first_name in twice
-    ]
-
-
-def _label_space(connection: sqlite3.Connection, options: PlanOptions) -> tuple[tuple[str, ...], str]:
-    found = [row[0] for row in connection.execute("SELECT DISTINCT class FROM image WHERE class != '' ORDER BY class")]
-    if options.label_space == "found":
-        return tuple(sorted(found)), "found"
-    if options.label_space == "imagenet1k":
-        names, kind = tuple(wnid for wnid, _ in catalog.synsets()), "imagenet1k"
-    else:
-        names, kind = tuple(options.label_names()), "file"
-    foreign = sorted(set(found) - set(names))
-    if foreign:
-        raise SourceError(
-            f"{len(foreign)} of {len(found)} classes have no label in label space {options.label_space!r}",
-            expected=f"classes among its {len(names)} names",
-            got=", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else ""),
-            remedy="use --label-space found, or leave them out with --keep-classes",
-        )
-    return names, kind
-
-
-def _split_plans(connection: sqlite3.Connection, options: PlanOptions) -> dict[str, SplitPlan]:
-    plans: dict[str, SplitPlan] = {}
-    # What is not named as a JPEG will be converted, and may grow (a flat PNG most of all).
-    stored = "CASE WHEN lower(file_name) LIKE '%.jpg' OR lower(file_name) LIKE '%.jpeg' THEN size ELSE 4 * size END"
-    query = f"SELECT split, COUNT(*), SUM(size), MAX({stored}), MIN(place) FROM image GROUP BY split ORDER BY split"
-    for number, images, total, largest_found, first in connection.execute(query):
-        count = options.shards or min(MAX_SHARDS, max(-(-total // SHARD_BYTES), -(-images // SHARD_IMAGES)))
-        count = max(1, min(count, images))
-        bounds = tuple(images * shard // count for shard in range(count + 1))
-        total_stored, largest = total, largest_found
-        if options.store.short_side is not None:
-            # A photograph at quality 90 takes about half a byte a pixel; a side is seldom over 8 times the other.
-            square = options.store.short_side**2
-            total_stored, largest = min(total, images * square * 2 // 3), min(largest_found, 8 * square)
-        layout = choose_layout(-(-images // count), total_stored // count, largest)
-        on_disk = total_stored + count * (layout.header_size + layout.page_size // 2 + (1 << 14)) + ROW_BYTES * images
-        plans[SPLITS[number]] = SplitPlan(images, total, on_disk, first, bounds, layout)
-    return plans
-
-
-def _digest(connection: sqlite3.Connection, options: PlanOptions, classes: Sequence[str], label_space: str) -> str:
-    shape = {
-        "version": PLAN_VERSION,
-        "options": options.content(),
-        "seed": options.seed,
-        "label_space": label_space,
-        "classes": list(classes),
-    }
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    for split, *row in connection.execute("SELECT split, file_name, size, url, status FROM image ORDER BY place"):
-        digest.update(json.dumps([SPLITS[split], *row]).encode())
-    return digest.hexdigest()
-
-
-_COLUMNS = (
-    "split INTEGER, record INTEGER, rank INTEGER, class TEXT, file_name TEXT, path INTEGER, offset INTEGER, "
-    "size INTEGER, url TEXT, status INTEGER"
-)
-_SELECT = (
-    "SELECT split, class, file_name, path.path, offset, size, url, status, record FROM {0} JOIN path "
+SELECT = (
+    "SELECT split, class, file_name, path.path, offset, size, url, status, line, record FROM {0} JOIN path "
     "ON {0}.path = path.id"
 )
 
 
-def _ref(row: tuple[Any, ...]) -> ImageRef:
-    return ImageRef(SPLITS[row[0]], row[1], row[2], os.fsdecode(row[3]), row[4], row[5], row[6], row[7])
+def ref_of(row: tuple[Any, ...]) -> ImageRef:
+    return ImageRef(SPLITS[row[0]], row[1], row[2], os.fsdecode(row[3]), *row[4:9])
 
 
 def shard_refs(database: Path, first: int, last: int) -> Iterator[ImageRef]:
@@ -495,6 +222,6 @@ def shard_refs(database: Path, first: int, last: int) -> Iterator[ImageRef]:
         last: Place after the last.
     """
     with closing(_read_only(database)) as connection:
-        query = _SELECT.format("image") + " WHERE place >= ? AND place < ? ORDER BY place"
+        query = SELECT.format("image") + " WHERE place >= ? AND place < ? ORDER BY place"
         for row in connection.execute(query, (first, last)):
-            yield _ref(row)
+            yield ref_of(row)

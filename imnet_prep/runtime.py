@@ -10,12 +10,14 @@ import importlib.metadata
 import logging
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from imnet_prep.errors import TrainError
 
+OPENCV = tuple(f"opencv-{name}" for name in ("python-headless", "python", "contrib-python-headless", "contrib-python"))
 DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<quota us> <period us>" or "max <period us>" (cgroup v2)
 GRAPH_DEPTH = 10_000  # a step over 158 weights and 104 statistics nests deeper than MindSpore's 1,000
@@ -122,8 +124,24 @@ def runtime() -> Runtime:
     return _started or Runtime("CPU", cpu_count())
 
 
+def library_versions(*names: str) -> dict[str, str]:
+    """Return the versions of installed distributions by their names.
+
+    ``opencv`` stands for whichever distribution of OpenCV is there; where none says so (conda, a build of one's own),
+    its key is ``opencv`` itself.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        for candidate in OPENCV if name == "opencv" else (name,):
+            with suppress(importlib.metadata.PackageNotFoundError):
+                found[candidate] = importlib.metadata.version(candidate)
+                break
+        else:
+            found[name] = importlib.import_module("cv2").__version__ if name == "opencv" else ""
+    return found
+
+
 def versions() -> dict[str, str]:
-    """Name the versions that a result depends on, for ``config.json``."""
-    packages = ("imnet-prep", "mindspore", "numpy", "opencv-python-headless")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    """Return the versions that a result depends on, for ``config.json``."""
+    found = library_versions("imnet-prep", "mindspore", "numpy", "opencv")
     return {"python": platform.python_version(), "machine": platform.machine(), **found}

@@ -6,6 +6,7 @@ need be: the result is the same bytes, and it is moved into place as a whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,18 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from imnet_prep.errors import PlanError
+from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.files import sync, write_atomically
 from imnet_prep.glimpse import glimpse
 from imnet_prep.plan import Plan, shard_refs
-from imnet_prep.records.manifest import RecordLine
 from imnet_prep.records.mindrecord import index_path
+from imnet_prep.records.publish import BUILD_WORK
+from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
 from imnet_prep.sources import read
-from imnet_prep.types import ImageRef, RawImage, Rejected, Sample, ShardInfo
+from imnet_prep.types import ImageRef, RawImage, Rejected, ShardInfo
 from imnet_prep.validate import ValidateOptions, validate
 
-WORK = ".work"  # in the .partial folder: the plan, notes of what is done, and shards in hand
 PLAN_NOTE, PLAN_DATABASE = "plan.json", "plan.sqlite"
 UNLABELLED = -1  # the label of the test split
 MAX_GLIMPSES = 16  # of a shard's rejected images: a broken source must not fill rejected.jsonl with pictures
@@ -62,7 +63,7 @@ class ShardTask:
 
 
 def tasks_of(plan: Plan, folder: Path, layouts: dict[str, Layout]) -> list[ShardTask]:
-    """Give the tasks of a plan, in its order.
+    """Return the tasks of a plan, in its order.
 
     Args:
         plan: The plan.
@@ -108,21 +109,17 @@ class ShardResult:
     doublings: int = 0
 
 
-Write = Callable[[ShardTask, Path, Path, Advance], tuple[Written | None, list[Rejected]]]
-"""Writes the data file and its index at the first path and its record lines at the second."""
-
-
 def lines_path(folder: Path, name: str) -> Path:
     """Where the record lines of a finished shard wait for the commit."""
-    return folder / WORK / "done" / (Path(name).name + ".jsonl")
+    return folder / BUILD_WORK / "done" / (Path(name).name + ".jsonl")
 
 
 def _note_path(folder: Path, name: str) -> Path:
-    return folder / WORK / "done" / (Path(name).name + ".json")
+    return folder / BUILD_WORK / "done" / (Path(name).name + ".json")
 
 
 def finished(task: ShardTask) -> ShardResult | None:
-    """Give the result of a shard that is in place, or None."""
+    """Return the result of a shard that is in place, or None."""
     try:
         note = json.loads(_note_path(task.folder, task.name).read_bytes())
         if note.pop("plan") != task.plan or Layout(**note.pop("layout")) != task.layout:
@@ -141,25 +138,24 @@ def finished(task: ShardTask) -> ShardResult | None:
     return result
 
 
-def run_task(task: ShardTask, advance: Advance, write: Write | None = None) -> ShardResult:
+def run_task(task: ShardTask, advance: Advance) -> ShardResult:
     """Write one shard, read it back, and move it to its place.
 
     Args:
         task: What to do.
         advance: Told of images read, their bytes, and those rejected.
-        write: How its rows are written; None validates images from their sources.
 
     Raises:
         OSError: The disk is full or fails, or the folder is gone.
-        IntegrityError: Reading back gave something else.
+        IntegrityError: Reading back gave something else, or a record of another folder is not what was stored.
         PlanError: Another plan has the folder now.
     """
-    temporary = task.folder / WORK / "tmp" / uuid.uuid4().hex
+    temporary = task.folder / BUILD_WORK / "tmp" / uuid.uuid4().hex
     temporary.mkdir()
     try:
         path, lines = temporary / Path(task.name).name, temporary / "lines"
         try:
-            written, rejected = (write or _write)(task, path, lines, advance)
+            written, rejected = _write(task, path, lines, advance)
         except LayoutTooSmall as small:
             return ShardResult(task.name, task.split, 0, None, (), small.doublings)
         info = None
@@ -176,7 +172,8 @@ def run_task(task: ShardTask, advance: Advance, write: Write | None = None) -> S
             sync(task.folder / task.split)
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
         note = {**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}
-        write_atomically(_note_path(task.folder, task.name), json.dumps(note, sort_keys=True).encode())
+        place = _note_path(task.folder, task.name)
+        write_atomically(place, json.dumps(note, sort_keys=True).encode(), stage=temporary)
         return result
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -188,7 +185,7 @@ def check_plan(folder: Path, plan: str) -> None:
     Raises:
         PlanError: It belongs to another.
     """
-    begun = json.loads((folder / WORK / PLAN_NOTE).read_bytes())["plan"]
+    begun = json.loads((folder / BUILD_WORK / PLAN_NOTE).read_bytes())["plan"]
     if begun != plan:
         raise PlanError(f"{folder}: was taken over by another plan meanwhile", expected=plan[:12], got=begun[:12])
 
@@ -200,15 +197,16 @@ def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[
     writer = ShardWriter(path, task.layout)
     try:
         with lines.open("w", encoding="utf-8", newline="\n") as text:
-            for ref in shard_refs(task.folder / WORK / PLAN_DATABASE, task.first, task.last):
-                outcome = _check(ref, task.store, glimpsed=len(rejected) < MAX_GLIMPSES)
-                if isinstance(outcome, Rejected):
-                    rejected.append(outcome)
+            for ref in shard_refs(task.folder / BUILD_WORK / PLAN_DATABASE, task.first, task.last):
+                label = task.labels[ref.class_name] if ref.class_name else UNLABELLED
+                stored = _store(ref, task.store, label, len(writer), glimpsed=len(rejected) < MAX_GLIMPSES)
+                if isinstance(stored, Rejected):
+                    rejected.append(stored)
                 else:
-                    label = task.labels[ref.class_name] if ref.class_name else UNLABELLED
-                    text.write(_line(outcome, label, len(writer)).to_json() + "\n")
-                    writer.add(outcome.image, label, ref.file_name)
-                pending = [pending[0] + 1, pending[1] + ref.size_bytes, pending[2] + isinstance(outcome, Rejected)]
+                    image, line = stored
+                    text.write(line.to_json() + "\n")
+                    writer.add(image, label, ref.file_name)
+                pending = [pending[0] + 1, pending[1] + ref.size_bytes, pending[2] + isinstance(stored, Rejected)]
                 if pending[0] == REPORT_EVERY:
                     advance(*pending)
                     pending = [0, 0, 0]
@@ -220,25 +218,40 @@ def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[
         writer.close()
 
 
-def _check(ref: ImageRef, store: ValidateOptions, *, glimpsed: bool) -> Sample | Rejected:
+def _store(
+    ref: ImageRef, store: ValidateOptions, label: int, row: int, *, glimpsed: bool
+) -> tuple[bytes, RecordLine] | Rejected:
+    """Return what to store of an image, and its line; its shard's number is known at the commit."""
     raw = read(ref)
-    outcome = raw if isinstance(raw, Rejected) else validate(raw, store)
-    if glimpsed and isinstance(raw, RawImage) and isinstance(outcome, Rejected):
-        return replace(outcome, thumbnail=glimpse(raw.data, store.max_pixels))
-    return outcome
-
-
-def _line(sample: Sample, label: int, row: int) -> RecordLine:
-    return RecordLine(
-        shard=0,  # known at the commit: a shard without a row has no file
+    if ref.line:
+        return _known(ref, raw, label, row)
+    sample = raw if isinstance(raw, Rejected) else validate(raw, store)
+    if isinstance(sample, Rejected):
+        seen = glimpse(raw.data, store.max_pixels) if glimpsed and isinstance(raw, RawImage) else ""
+        return replace(sample, thumbnail=seen)
+    return sample.image, RecordLine(
+        shard=0,
         row=row,
-        file_name=sample.ref.file_name,
+        file_name=ref.file_name,
         label=label,
         width=sample.width,
         height=sample.height,
         sha256=sample.sha256,
         source_sha256=sample.source_sha256,
         changes=tuple(change.value for change in sample.changes),
-        url=sample.ref.url,
-        status=sample.ref.status,
+        url=ref.url,
+        status=ref.status,
     )
+
+
+def _known(ref: ImageRef, raw: RawImage | Rejected, label: int, row: int) -> tuple[bytes, RecordLine]:
+    """Return a record of another folder as it is, if its bytes are those that were stored."""
+    line = RecordLine.from_json(ref.line)
+    if isinstance(raw, Rejected) or hashlib.sha256(raw.data).hexdigest() != line.sha256:
+        raise IntegrityError(
+            f"{ref.path}: row {line.row} ({line.file_name}) is not what was stored",
+            expected=f"SHA-256 {line.sha256[:12]}",
+            got=raw.detail if isinstance(raw, Rejected) else "other bytes",
+            remedy="restore the shard, or leave the record out",
+        )
+    return raw.data, replace(line, shard=0, row=row, file_name=ref.file_name, label=label)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPLITS = ("train", "val", "test")
-_FILE_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Reason(enum.StrEnum):
@@ -51,8 +51,19 @@ class Change(enum.StrEnum):
     RESIZED = "resized"  # --short-side
 
 
+def name_fault(name: object) -> str:
+    """Return why something cannot be a record's file_name, or an empty string; the rule of every command."""
+    if not isinstance(name, str) or not name:
+        return "it has no name"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return "its name holds control characters" if _CONTROL.search(name) else ""
+
+
 def record_id(split: str, file_name: str) -> int:
-    """Give the 64-bit id of a record: it survives resharding, renaming of folders and any worker count.
+    """Return the 64-bit id of a record: it survives resharding, renaming of folders and any worker count.
 
     Returns:
         The first 8 bytes, little-endian, of SHA-256 of ``"<split>/<file_name>"`` in UTF-8.
@@ -73,6 +84,8 @@ class ImageRef:
         size_bytes: Length in bytes.
         url: Where it was downloaded from, or empty.
         status: The HTTP status of that download, or None.
+        line: Its line in the record list of the folder it comes from, where it comes from one; else empty. Its digests
+            are known then, and it is stored as it is.
     """
 
     split: str
@@ -83,12 +96,13 @@ class ImageRef:
     size_bytes: int
     url: str = ""
     status: int | None = None
+    line: str = ""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {self.split!r}")
-        if not _FILE_NAME.fullmatch(self.file_name):
-            raise ValueError(f"file_name must be printable and not empty, got {self.file_name!r}")
+        if fault := name_fault(self.file_name):
+            raise ValueError(f"file_name {self.file_name!r}: {fault}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +156,9 @@ class Rejected:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Rejected:
-        """Read back what :func:`dataclasses.asdict` gave, from JSON."""
-        return cls(**{**values, "reason": Reason(values["reason"])})
+        """Read back what :func:`dataclasses.asdict` wrote, from JSON; keys of later versions are passed over."""
+        known = {name: values[name] for name in cls.__slots__ if name in values}
+        return cls(**{**known, "reason": Reason(values["reason"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 One process at a time holds ``<out>.partial.lock``. In ``.partial`` lie the files under their final names and ``.work``:
 the plan, notes of finished shards, and shards in hand. The manifest is written last, so a ``.partial`` with one only
-lacks its name; the old folder is put aside in the same step in which the new one gets its name.
+lacks its name, and gets it by the protocol of :mod:`imnet_prep.records.publish`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import ImnetError, IntegrityError, PlanError
-from imnet_prep.files import exchange, exclusive_lock, sync, write_atomically
+from imnet_prep.files import exclusive_lock, sync, write_atomically
 from imnet_prep.plan import Plan
-from imnet_prep.records.manifest import FORMAT, MANIFEST, Manifest, load_manifest
+from imnet_prep.records.manifest import MANIFEST, Manifest, load_manifest
 from imnet_prep.records.mindrecord import index_path
-from imnet_prep.shard_task import PLAN_DATABASE, PLAN_NOTE, WORK
+from imnet_prep.records.publish import (
+    BUILD_WORK,
+    Move,
+    finish,
+    is_records_folder,
+    publish,
+    refuse_inside_records,
+    remove,
+)
+from imnet_prep.records.record_list import REJECTED
+from imnet_prep.shard_task import PLAN_DATABASE, PLAN_NOTE
 from imnet_prep.types import SPLITS
 
-REJECTED = "rejected.jsonl"
 PLAN_FRESH = "plan.new"  # in .work: a plan that is not begun yet
 DIGESTS = "digests.json"  # in .work: of archives, so that resuming does not read 148 GB again
-_OURS = frozenset({MANIFEST, REJECTED, WORK, *SPLITS})  # what a records folder holds
+_OURS = frozenset({MANIFEST, REJECTED, BUILD_WORK, *SPLITS})  # what a records folder holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +54,7 @@ class Workspace:
     @property
     def work(self) -> Path:
         """What is needed until it is whole."""
-        return self.partial / WORK
+        return self.partial / BUILD_WORK
 
     @property
     def database(self) -> Path:
@@ -58,12 +67,17 @@ class Workspace:
         return self.work / PLAN_NOTE
 
     @property
+    def journal(self) -> Path:
+        """Notes how the finished folder gets its name."""
+        return self.out.with_name(self.out.name + ".partial.publish")
+
+    @property
     def old(self) -> Path:
         """A finished folder that was replaced, while it is being deleted."""
         return self.out.with_name(self.out.name + ".partial.replaced")
 
     def begun(self) -> dict[str, Any] | None:
-        """Give the note of the plan that was begun (or carried out, and only the name is missing), or None."""
+        """Return the note of the plan that was begun (or carried out, and only the name is missing), or None."""
         try:
             note: dict[str, Any] = json.loads(self.note.read_bytes())
         except (OSError, ValueError):
@@ -79,6 +93,7 @@ def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
 
     Raises:
         PlanError: It is a source, holds one, or holds what no conversion made.
+        RecordsError: It lies in another records folder.
     """
     try:
         return _checked(out, sources, force=force)
@@ -93,6 +108,7 @@ def _checked(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
     for source in sources:
         if source.exists() and (target == source.resolve() or target in source.resolve().parents):
             raise PlanError(f"{out}: the source {source} lies there", remedy="choose another --out")
+    refuse_inside_records(target)
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         if os.path.ismount(target):
             raise PlanError(
@@ -101,24 +117,19 @@ def _checked(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
         return Workspace(target)
     if not target.is_dir() or not (target / MANIFEST).is_file():
         raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out")
-    if force and not _is_ours(target):
+    if force and not is_records_folder(target) and not {item.name for item in target.iterdir()} <= _OURS:
         raise PlanError(
             f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
         )
     return Workspace(target)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Tell a records folder, also one whose manifest is damaged, from someone else's files."""
-    try:
-        return bool(json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
-        return {item.name for item in folder.iterdir()} <= _OURS
-
-
 @contextmanager
-def hold(space: Workspace) -> Iterator[None]:
+def hold(space: Workspace) -> Iterator[bool]:
     """Take the workspace for this process alone; leave nothing behind where nothing was begun.
+
+    Yields:
+        Whether a finished folder, interrupted while it got its name, has got it now.
 
     Raises:
         PlanError: Another process holds it, or the folder cannot be made.
@@ -127,11 +138,12 @@ def hold(space: Workspace) -> Iterator[None]:
     try:
         space.out.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(space.partial.with_name(space.partial.name + ".lock")):
+            published = finish(space.journal)
             if not space.work.exists() and not (space.partial / MANIFEST).exists() and _foreign(space.partial):
                 raise PlanError(f"{space.partial}: holds files that no conversion made", remedy="choose another --out")
             space.work.mkdir(parents=True, exist_ok=True)
             try:
-                yield
+                yield published
             finally:
                 with suppress(OSError):
                     (space.work / PLAN_FRESH).unlink()
@@ -152,21 +164,23 @@ def _foreign(partial: Path) -> bool:
 
 
 def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | None:
-    """Give the manifest of a finished folder that this plan made, now or before; None where there is work to do.
+    """Return the manifest of a finished folder that this plan made, now or before; None where there is work to do.
 
     Raises:
         PlanError: The folder is another plan's.
         IntegrityError: It is this plan's, and not whole.
     """
-    if (waiting := _manifest_of(space.partial, plan)) is not None:  # stopped before it got its name
-        publish(space)
+    there = (space.out / MANIFEST).exists()
+    waiting = _manifest_of(space.partial, plan)  # stopped before it got its name
+    if waiting is not None and (force or not there or load_manifest(space.out).plan == plan.digest):
+        publish_folder(space)
         return waiting
-    if force or not (space.out / MANIFEST).exists():
+    if force or not there:
         return None
     manifest = load_manifest(space.out)
     if manifest.plan != plan.digest:
         raise PlanError(
-            f"{space.out}: holds the result of another plan (other images, options or seed)",
+            f"{space.out}: holds the result of another plan (other images, options or version)",
             expected=f"plan {plan.digest[:12]}",
             got=f"plan {manifest.plan[:12] or 'none'}",
             remedy="choose another --out, or --force to replace it once the new one is whole",
@@ -176,14 +190,11 @@ def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | 
             f"{space.out}: was finished by this plan, but {missing} is not there or has another size",
             remedy="restore it, or --force to convert again",
         )
-    _discard(space.old)
-    if not space.note.exists() and (space.partial / MANIFEST).exists():
-        _discard(space.partial)  # an older folder, replaced by this one just before a kill
     return manifest
 
 
 def _manifest_of(folder: Path, plan: Plan) -> Manifest | None:
-    """Give the manifest of a whole folder of this plan, or None."""
+    """Return the manifest of a whole folder of this plan, or None."""
     try:
         manifest = load_manifest(folder)
     except ImnetError:
@@ -215,7 +226,7 @@ def check_begun(space: Workspace, plan: Plan, *, force: bool) -> None:
         return
     if begun is not None and not force:
         raise PlanError(
-            f"{space.partial}: holds an unfinished conversion with another plan (other images, options or seed)",
+            f"{space.partial}: holds an unfinished conversion with another plan (other images, options or version)",
             expected=f"plan {plan.digest[:12]}",
             got=f"plan {begun['plan'][:12]}",
             remedy="repeat its command to go on with it, or --force to start over",
@@ -250,7 +261,7 @@ def begin(space: Workspace, plan: Plan, state: dict[str, Any], *, force: bool) -
         begun = None
     if plan.database != space.database:
         os.replace(plan.database, space.database)
-    _discard(space.work / "tmp")
+    remove(space.work / "tmp")
     for folder in (space.work / "tmp", space.work / "done", *(space.partial / split for split in plan.splits)):
         folder.mkdir(exist_ok=True)
     if begun is None:
@@ -260,35 +271,18 @@ def begin(space: Workspace, plan: Plan, state: dict[str, Any], *, force: bool) -
 
 def _forget(space: Workspace, plan: Plan) -> None:
     """Delete what was begun; its note first, so that a kill meanwhile leaves nothing that looks begun."""
-    _discard(space.note)
+    remove(space.note)
     for item in (*space.partial.iterdir(), *space.work.iterdir()):
         if item not in (space.work, plan.database, space.work / DIGESTS):
-            _discard(item)
+            remove(item)
 
 
-def publish(space: Workspace) -> None:
-    """Give the whole folder its name; an older one goes in the same step."""
-    shutil.rmtree(space.work, ignore_errors=True)
+def publish_folder(space: Workspace) -> None:
+    """Give the whole folder its name; an older one is deleted once it has it."""
+    remove(space.work)
     sync(space.partial)
-    if not os.path.lexists(space.out):
-        os.rename(space.partial, space.out)
-    elif exchange(space.partial, space.out):
-        _discard(space.old)
-        os.rename(space.partial, space.old)
-    else:
-        # Killed between these two, the next run finds the new folder whole in .partial and goes on here.
-        _discard(space.old)
-        os.rename(space.out, space.old)
-        os.rename(space.partial, space.out)
-    sync(space.out.parent)
-    _discard(space.old)
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    remove(space.old)
+    publish(space.journal, [Move(space.partial, space.out, aside=space.old)], discard=[space.old])
 
 
 def is_full(error: OSError) -> bool:

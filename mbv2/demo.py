@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.convert import ConvertOptions, convert
+from imnet_prep.build import ConvertOptions
+from imnet_prep.convert import convert
 from imnet_prep.download import DownloadOptions, FetchOptions, PoliteOptions, download
 from imnet_prep.drawings import CLASSES, draw_set
 from imnet_prep.errors import IntegrityError

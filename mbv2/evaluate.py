@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.pipeline import open_batches
-from imnet_prep.records.manifest import Manifest, load_manifest, read_records
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.manifest import Manifest, load_manifest
 from imnet_prep.runtime import runtime, start_mindspore
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
@@ -228,7 +229,7 @@ def evaluate_checkpoint(
     total = split_images(manifest, records, split)
     real = None
     if real_labels is not None:
-        names = (line.file_name for line in read_records(records, manifest.splits[split]))
+        names = (line.file_name for line in RecordsFolder.open(records).lines(split))
         real = read_real_labels(real_labels, split, names, manifest.classes)
     start_mindspore(device_target)
     loaded = read_checkpoint(checkpoint)

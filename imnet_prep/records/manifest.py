@@ -7,24 +7,22 @@ Source: the file formats are defined by ``manifests/records.schema.json`` and ``
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from imnet_prep import catalog
 from imnet_prep.errors import IntegrityError, RecordsError
+from imnet_prep.files import open_plain
+from imnet_prep.records.record_list import RECORDS
 from imnet_prep.types import ShardInfo
 
 FORMAT = "imnet-prep/records"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-RECORDS = "records.jsonl.gz"
-REJECTED = "rejected.jsonl"
+MIN_ROW_BYTES = 16  # two lengths: what a row takes at least in a data file
 COLUMNS = {"file_name": "string", "image": "bytes", "label": "int32"}  # ImageNetToMR's, so any MindDataset reads them
 
 
@@ -81,7 +79,7 @@ class Manifest:
     digest: str = field(default="", compare=False)
 
     def to_bytes(self) -> bytes:
-        """Give the bytes of ``manifest.json``: sorted keys, two spaces, one final newline."""
+        """Return the bytes of ``manifest.json``: sorted keys, two spaces, one final newline."""
         document: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -103,7 +101,7 @@ class Manifest:
         return _canonical({**document, "self_sha256": _self_digest(document)})
 
     def split(self, records: Path, name: str) -> SplitInfo:
-        """Give a split that has images.
+        """Return a split that has images.
 
         Raises:
             RecordsError: The folder has no such split, or it is empty; the message lists those that are there.
@@ -134,15 +132,17 @@ def load_manifest(records: Path) -> Manifest:
     """
     path = records / MANIFEST
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        with open_plain(path) as file:
+            data = file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(records) from error
+    except OSError as error:
+        raise RecordsError(f"{path}: cannot be read", got=error.strerror or str(error)) from error
+    remedy = "restore the file, or convert again"
     try:
         document = json.loads(data)
-    except ValueError as error:
-        raise IntegrityError(
-            f"{path}: not JSON", got=str(error), remedy="restore the file, or convert again"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not JSON", got=str(error), remedy=remedy) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(document, dict) or document.get("format") != FORMAT or version != FORMAT_VERSION:
         raise RecordsError(
@@ -159,9 +159,47 @@ def load_manifest(records: Path) -> Manifest:
             f"{path}: was changed after it was written",
             expected=f"self_sha256 {document['self_sha256'][:12]}",
             got=_self_digest(document)[:12],
-            remedy="restore the file, or convert again",
+            remedy=remedy,
         )
-    return _from_document(document, hashlib.sha256(data).hexdigest())
+    manifest = _from_document(document, hashlib.sha256(data).hexdigest())
+    if wrong := _contradiction(manifest):
+        raise IntegrityError(f"{path}: contradicts itself", got=wrong, remedy=remedy)
+    return manifest
+
+
+def _contradiction(manifest: Manifest) -> str:
+    """Return what in a manifest contradicts the rest of it, or an empty string: readers rely on these numbers."""
+    files = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    for what, items in (("shard", files), ("class", manifest.classes)):
+        if len(set(items)) != len(items):
+            return f"a {what} is listed twice"
+    for name, split in manifest.splits.items():
+        rows, labelled = sum(shard.rows for shard in split.shards), sum(split.class_counts)
+        checks = (
+            (rows == split.images, f"{split.images} images, but its shards have {rows} rows"),
+            (
+                split.found == split.images + sum(split.rejected.values()),
+                f"found {split.found} is not images + rejected",
+            ),
+            (len(split.class_counts) == len(manifest.classes), f"{len(split.class_counts)} class_counts"),
+            (
+                labelled == split.images or (name == "test" and not labelled),
+                f"{split.images} images, but class_counts add to {labelled}",
+            ),
+            (split.records["file"] == f"{name}/{RECORDS}", f"a record list {split.records['file']}"),
+            (
+                all(shard.file.startswith(f"{name}/") or "/" not in shard.file for shard in split.shards),
+                "a shard in the folder of another split",
+            ),
+            (
+                all(shard.rows * MIN_ROW_BYTES <= shard.size_bytes for shard in split.shards),
+                "a shard with more rows than its bytes can hold",
+            ),
+        )
+        for good, wrong in checks:
+            if not good:
+                return f"split {name}: {wrong}"
+    return ""
 
 
 def _missing(records: Path) -> RecordsError:
@@ -201,67 +239,10 @@ def _from_document(document: dict[str, Any], digest: str) -> Manifest:
 
 
 def _split_from(entry: dict[str, Any]) -> SplitInfo:
-    shards = tuple(ShardInfo(**shard) for shard in entry["shards"])
-    return SplitInfo(**{**entry, "class_counts": tuple(entry["class_counts"]), "shards": shards})
+    shards = tuple(ShardInfo(**_known(ShardInfo, shard)) for shard in entry["shards"])
+    return SplitInfo(**{**_known(SplitInfo, entry), "class_counts": tuple(entry["class_counts"]), "shards": shards})
 
 
-@dataclass(frozen=True, slots=True)
-class RecordLine:
-    """A line of ``records.jsonl.gz``.
-
-    Attributes:
-        shard: Position of the shard in the manifest's list, from 0.
-        row: Row in the shard, from 0.
-        file_name: ``<class>/<name>``.
-        label: The stored label.
-        width: Pixels. height: Pixels.
-        sha256: Of the stored bytes. source_sha256: Of the bytes as found.
-        changes: What was done or noticed (:class:`~imnet_prep.types.Change`).
-        url: Where it was downloaded from, or empty. status: The HTTP status of that, or None.
-    """
-
-    shard: int
-    row: int
-    file_name: str
-    label: int
-    width: int
-    height: int
-    sha256: str
-    source_sha256: str
-    changes: tuple[str, ...] = ()
-    url: str = ""
-    status: int | None = None
-
-    def to_json(self) -> str:
-        """Give the line, without its newline; what is empty is left out."""
-        values = {name: value for name in self.__slots__ if (value := getattr(self, name)) not in ("", None, ())}
-        return json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def read_records(records: Path, split: SplitInfo) -> Iterator[RecordLine]:
-    """Read ``records.jsonl.gz`` of a split, in shard and row order, one line at a time.
-
-    Raises:
-        RecordsError: The file is missing, or a line is not one.
-    """
-    path = records / split.records["file"]
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                values = json.loads(line)
-                yield RecordLine(**{**values, "changes": tuple(values.get("changes", ()))})
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise RecordsError(f"{path}: damaged after line {number}", got=str(error)) from error
-
-
-def write_records(path: Path, lines: Iterable[str]) -> None:
-    """Write ``records.jsonl.gz`` with time stamp 0 and no name inside, so that equal lines give equal bytes."""
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as packed,
-        io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text,
-    ):
-        for line in lines:
-            text.write(line + "\n")
+def _known(kind: type, entry: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a later version added: it may be ignored, or the format version would be another."""
+    return {field.name: entry[field.name] for field in fields(kind)}

@@ -13,9 +13,11 @@ import os
 import re
 import sqlite3
 import struct
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
+from imnet_prep.files import PlainFile, open_plain
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 128 << 20  # MindSpore's own limits for a header and a page
@@ -42,14 +45,13 @@ class Page:
     Attributes:
         page_id: Its number, from 0. kind: ``RAW_DATA`` or ``BLOB_DATA``.
         used_bytes: How many of its bytes hold rows.
-        start_row: First row of a blob page. end_row: The row after its last.
+        end_row: The row after the last one of a blob page.
         groups: Of a raw page, (row group, byte where its rows begin).
     """
 
     page_id: int
     kind: str
     used_bytes: int
-    start_row: int
     end_row: int
     groups: tuple[tuple[int, int], ...] = ()
 
@@ -77,6 +79,17 @@ class Header:
     index_fields: tuple[str, ...]
     addresses: tuple[str, ...]
     pages: tuple[Page, ...]
+
+    @property
+    def image_field(self) -> str:
+        """The column that holds the image: ``image`` (ours, ImageNetToMR's), else ``data``, else the first of bytes.
+
+        Raises:
+            RecordsError: There is no column of bytes.
+        """
+        if not self.blob_fields:
+            raise RecordsError("no column of images", expected="a bytes column `image`", got=str(sorted(self.fields)))
+        return next((name for name in ("image", "data") if name in self.blob_fields), self.blob_fields[0])
 
     @property
     def rows(self) -> int:
@@ -108,16 +121,16 @@ def read_header(path: Path) -> Header:
         RecordsError: The file is missing, too short, or its header is not one.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             prefix = file.read(LENGTH.size)
             length = LENGTH.unpack(prefix)[0] if len(prefix) == LENGTH.size else 0
             text = file.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise RecordsError(
-            f"{path}: cannot be read", got=str(error), remedy="restore the file or convert again"
-        ) from error
+        got = error.strerror or str(error)
+        raise RecordsError(f"{path}: cannot be read", got=got, remedy="restore the file or convert again") from error
     if not text or len(text) != length:
-        raise _not_mindrecord(path, f"a header length of {length} bytes in a file of {path.stat().st_size}")
+        raise _not_mindrecord(path, f"a header length of {length} bytes in a file of {size}")
     try:
         return _parse_header(json.loads(text), length)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
@@ -144,7 +157,6 @@ def _parse_header(data: dict[str, Any], length: int) -> Header:
                 int(page["page_id"]),
                 str(page["page_type"]),
                 int(page["page_size"]),
-                int(page["start_row_id"]),
                 int(page["end_row_id"]),
                 tuple((int(group["id"]), int(group["offset"])) for group in page.get("row_group_ids") or ()),
             )
@@ -163,20 +175,24 @@ def _parse_header(data: dict[str, Any], length: int) -> Header:
 
 
 def index_path(path: Path) -> Path:
-    """The index that belongs to a data file."""
+    """Return the path of the index that belongs to a data file."""
     return path.with_name(path.name + ".db")
 
 
-def connect_index(path: Path) -> sqlite3.Connection:
-    """Open the index of a data file, read-only and without leaving a file beside it.
-
-    Raises:
-        RecordsError: There is no index.
-    """
+@contextmanager
+def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the index of a data file, read-only and without leaving a file beside it; its faults are one error."""
     database = index_path(path)
-    if not database.is_file():
-        raise RecordsError(f"{database}: the index is missing", remedy="run `imnet-prep repair-index` on the folder")
-    return sqlite3.connect(f"file:{quote(str(database.resolve()))}?mode=ro&immutable=1", uri=True)
+    remedy = "run `imnet-prep repair-index` on the folder"
+    if not os.path.isfile(database):
+        got = "" if not os.path.lexists(database) else "no regular file"
+        raise RecordsError(f"{database}: the index is missing", got=got, remedy=remedy)
+    try:
+        address = f"file:{quote(os.fsencode(database.resolve()))}?mode=ro&immutable=1"
+        with closing(sqlite3.connect(address, uri=True)) as connection:
+            yield connection
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        raise RecordsError(f"{database}: the index is damaged", got=str(error), remedy=remedy) from error
 
 
 def read_index(path: Path, header: Header) -> RowIndex:
@@ -185,32 +201,24 @@ def read_index(path: Path, header: Header) -> RowIndex:
     Raises:
         RecordsError: The index is missing or damaged, or does not count its rows from 0 on.
     """
-    try:
-        connection = connect_index(path)
-        try:
-            found = connection.execute(f"SELECT {_INDEX_COLUMNS} FROM INDEXES ORDER BY ROW_ID")
-            # One number at a time: a list of a million tuples would cost 500 bytes a row.
-            table = np.fromiter((value for row in found for value in row), dtype=np.int64).reshape(-1, 7)
-        finally:
-            connection.close()
-    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
-        raise RecordsError(
-            f"{index_path(path)}: the index is damaged", got=str(error), remedy="run `imnet-prep repair-index`"
-        ) from error
-    if not np.array_equal(table[:, 0], np.arange(len(table))):
-        raise RecordsError(f"{index_path(path)}: the index is damaged", expected="row numbers from 0 on, without gaps")
-    places = table[:, 1:]
-    wrong = (places < 0) | (places > np.tile([MAX_PAGES, header.page_size, header.page_size], 2))
+    with opened_index(path) as connection:
+        found = connection.execute(f"SELECT {_INDEX_COLUMNS} FROM INDEXES ORDER BY ROW_ID")
+        # One number at a time: a list of a million tuples would cost 500 bytes a row.
+        table = np.fromiter(chain.from_iterable(found), dtype=np.int64).reshape(-1, 7)
+    expected = "row numbers from 0 on, without gaps"
+    wrong = table[:, 0] != np.arange(len(table))
+    if not wrong.any():
+        expected = "pages and bytes in them"
+        limits = np.tile([MAX_PAGES, header.page_size, header.page_size], 2)
+        wrong = ((table[:, 1:] < 0) | (table[:, 1:] > limits)).any(axis=1)
     if wrong.any():
-        row = int(np.flatnonzero(wrong.any(axis=1))[0])
-        raise RecordsError(
-            f"{index_path(path)}: the index is damaged", expected="pages and bytes in them", got=f"row {row}"
-        )
+        got = f"row {int(np.flatnonzero(wrong)[0])}"
+        raise RecordsError(f"{index_path(path)}: the index is damaged", expected=expected, got=got)
     raw, blob = (header.header_size + table[:, column] * header.page_size for column in (1, 4))
     return RowIndex(raw + table[:, 2], raw + table[:, 3], blob + table[:, 5], blob + table[:, 6])
 
 
-def read_index_field(path: Path, header: Header, field: str) -> list[Any] | None:
+def read_index_field(path: Path, field: str) -> list[Any] | None:
     """Read an indexed field of every row, in row order.
 
     Returns:
@@ -219,22 +227,12 @@ def read_index_field(path: Path, header: Header, field: str) -> list[Any] | None
     Raises:
         RecordsError: The index is missing or damaged.
     """
-    if field not in header.index_fields:
-        return None
-    try:
-        connection = connect_index(path)
-        try:
-            columns = [str(entry[1]) for entry in connection.execute("PRAGMA table_info(INDEXES)")]
-            name = next((name for name in columns if re.fullmatch(rf"{re.escape(field)}_\d+", name)), None)
-            if name is None:
-                return None
-            return [row[0] for row in connection.execute(f'SELECT "{name}" FROM INDEXES ORDER BY ROW_ID')]
-        finally:
-            connection.close()
-    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
-        raise RecordsError(
-            f"{index_path(path)}: the index is damaged", got=str(error), remedy="run `imnet-prep repair-index`"
-        ) from error
+    with opened_index(path) as connection:
+        columns = [str(entry[1]) for entry in connection.execute("PRAGMA table_info(INDEXES)")]
+        name = next((name for name in columns if re.fullmatch(rf"{re.escape(field)}_\d+", name)), None)
+        if name is None:
+            return None
+        return [row[0] for row in connection.execute(f'SELECT "{name}" FROM INDEXES ORDER BY ROW_ID')]
 
 
 def index_from_data(path: Path, header: Header) -> RowIndex:
@@ -244,41 +242,55 @@ def index_from_data(path: Path, header: Header) -> RowIndex:
         As many rows as are whole in both the raw and the blob pages.
 
     Raises:
-        RecordsError: A length in a page leads outside it.
+        RecordsError: The file cannot be read, or a length in a page leads outside it.
     """
-    with path.open("rb") as file:
-        raw = _walk(file.fileno(), path, header, RAW, 1)
-        blob = _walk(file.fileno(), path, header, BLOB, max(1, len(header.blob_fields)))
+    file = _open(path)
+    raw = _walk(file, path, header, RAW, 1)
+    blob = _walk(file, path, header, BLOB, max(1, len(header.blob_fields)))
     rows = min(len(raw), len(blob))
     return RowIndex(raw[:rows, 0], raw[:rows, 1], blob[:rows, 0], blob[:rows, 1])
 
 
-def _walk(descriptor: int, path: Path, header: Header, kind: str, parts: int) -> NDArray[np.int64]:
+def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) -> NDArray[np.int64]:
     """(rows, 2) starts and ends; ``parts`` length-prefixed parts make a row."""
-    size = os.fstat(descriptor).st_size
+    size = os.fstat(file.descriptor).st_size
     found: list[tuple[int, int]] = []
-    for page in header.pages:
-        if page.kind != kind:
-            continue
+    for page in (page for page in header.pages if page.kind == kind):
         position = header.offset(page.page_id)
         page_end = position + page.used_bytes
         while position < page_end:
             start = position
             for _ in range(parts):
-                prefix = os.pread(descriptor, LENGTH.size, position)
+                prefix = file.read(LENGTH.size, position)
                 if len(prefix) < LENGTH.size:
                     return np.array(found, dtype=np.int64).reshape(-1, 2)
                 position += LENGTH.size + LENGTH.unpack(prefix)[0]
                 if position > page_end:
-                    raise RecordsError(
-                        f"{path}: page {page.page_id} is damaged",
-                        expected=f"rows that end by {page_end}",
-                        got=str(position),
-                    )
+                    expected = f"rows that end by {page_end}"
+                    raise RecordsError(f"{path}: page {page.page_id} is damaged", expected=expected, got=str(position))
             if position > size:
                 return np.array(found, dtype=np.int64).reshape(-1, 2)
             found.append((start, position))
     return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def _open(path: Path) -> PlainFile:
+    try:
+        return PlainFile(path)
+    except OSError as error:
+        raise RecordsError(f"{path}: cannot be read", got=error.strerror or str(error)) from error
+
+
+def open_shard(path: Path) -> Shard:
+    """Open a data file by its index, or by its pages where no index reads.
+
+    Raises:
+        RecordsError: It cannot be read either way.
+    """
+    try:
+        return Shard(path)
+    except RecordsError:
+        return Shard(path, index=index_from_data(path, read_header(path)))
 
 
 class Shard:
@@ -297,7 +309,7 @@ class Shard:
         self.path = path
         self.header = read_header(path)
         self.index = read_index(path, self.header) if index is None else index
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = _open(path)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -305,25 +317,16 @@ class Shard:
     def __enter__(self) -> Shard:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        del self._file  # closed once no other thread reads
 
-    def close(self) -> None:
-        """Close the data file; closing twice is fine."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            self.close()
-
-    def _read(self, row: int, start: int, end: int) -> bytes:
+    def _read(self, row: int, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bytes:
+        if not 0 <= row < len(self.index):
+            raise RecordsError(f"{self.path}: row {row} is not there", expected=f"a row below {len(self.index)}")
+        start, end = int(starts[row]), int(ends[row])
         size = min(max(0, end - start), self.header.page_size)  # a damaged index must not ask for terabytes
         try:
-            data = os.pread(self._descriptor, size, max(0, start))
+            data = self._file.read(size, max(0, start))
         except OSError as error:
             raise RecordsError(f"{self.path}: row {row} cannot be read", got=str(error)) from error
         if len(data) != end - start or len(data) < LENGTH.size:
@@ -338,7 +341,7 @@ class Shard:
         Raises:
             RecordsError: The row is cut off or is not a msgpack map.
         """
-        data = self._read(row, int(self.index.raw_start[row]), int(self.index.raw_end[row]))
+        data = self._read(row, self.index.raw_start, self.index.raw_end)
         try:
             values = msgpack.unpackb(data[LENGTH.size :], raw=False, strict_map_key=False)
         except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
@@ -355,7 +358,7 @@ class Shard:
         Raises:
             RecordsError: The row is cut off or its lengths do not add up.
         """
-        data = self._read(row, int(self.index.blob_start[row]), int(self.index.blob_end[row]))
+        data = self._read(row, self.index.blob_start, self.index.blob_end)
         found: dict[str, bytes] = {}
         position = 0
         for name in self.header.blob_fields:
@@ -367,6 +370,16 @@ class Shard:
             raise RecordsError(f"{self.path}: row {row} is damaged", expected=f"{len(data)} bytes", got=str(position))
         return found
 
-    def image(self, row: int, field: str = "image") -> bytes:
-        """Read one bytes field of a row; see :meth:`blobs`."""
-        return self.blobs(row)[field]
+    def image(self, row: int) -> bytes:
+        """Read the image of a row (see :attr:`Header.image_field`); raises as :meth:`blobs`."""
+        return self.blobs(row)[self.header.image_field]
+
+    def image_place(self, row: int) -> tuple[int, int]:
+        """Return the first byte and the size in bytes of a row's image in the data file; raises as :meth:`blobs`."""
+        start = int(self.index.blob_start[row]) + LENGTH.size
+        if len(self.header.blob_fields) == 1:
+            return start, int(self.index.blob_end[row]) - start
+        blobs = self.blobs(row)
+        for name in self.header.blob_fields[: self.header.blob_fields.index(self.header.image_field)]:
+            start += LENGTH.size + len(blobs[name])
+        return start, len(blobs[self.header.image_field])

@@ -1,8 +1,8 @@
 """Samples to one MindRecord file and its index, byte for byte reproducible.
 
 MindSpore's own ``FileWriter`` costs 400 MB and a second for each process, writes other bytes for another chunk size,
-has no fsync and finds a full disk late, so the format (see :mod:`imnet_prep.records.mindrecord`) is written here. The data file
-is, byte for byte, what ``FileWriter`` makes of the same rows in one call (a test holds that); ``MindDataset`` reads it.
+has no fsync and finds a full disk late, so the format (see :mod:`imnet_prep.records.mindrecord`) is written here. The
+data file is, byte for byte, what ``FileWriter`` makes of the same rows in one call (a test holds that).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
+from imnet_prep.files import PlainFile
 from imnet_prep.sources.base import (
     Found,
     Source,
@@ -21,7 +22,6 @@ from imnet_prep.sources.base import (
     is_hidden,
     is_image_name,
     make_ref,
-    pread_all,
     printable,
     suffix_of,
 )
@@ -279,9 +279,8 @@ class ClassTar(TarSource):
         yield from bad
         tiny = None
         if annotations is not None:
-            lines = pread_all(descriptor, min(annotations.size_bytes, 64 << 20), annotations.offset).decode(
-                "utf-8", "replace"
-            )
+            length = min(annotations.size_bytes, 64 << 20)
+            lines = PlainFile(self.path).read(length, annotations.offset).decode("utf-8", "replace")
             tiny = tiny_labels(lines.splitlines(), f"{self.path}: {printable(annotations.name)}")
         yield from self._laid_out(groups, tiny, split)
         notes += ignored_note(ignored, self.name)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import heapq
 import os
-import re
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 
-from imnet_prep.types import SPLITS, ImageRef, ProgressCallback, RawImage, Reason, Rejected
+from imnet_prep.files import PlainFile
+from imnet_prep.types import SPLITS, ImageRef, ProgressCallback, RawImage, Reason, Rejected, name_fault
 
 _SUFFIXES = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff mpo heic heif avif jp2 jxl"  # the last five: rejected
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
@@ -20,7 +20,6 @@ MAX_SOURCE_BYTES = (
     1 << 29
 )  # what is read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
 _OPEN_ARCHIVES = 32  # file descriptors kept a process
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SPLIT_ORDER = {split: place for place, split in enumerate(SPLITS)}
 Found = ImageRef | Rejected
 
@@ -207,17 +206,6 @@ def make_ref(split: str, class_name: str, name: str, path: str, offset: int, siz
     return ImageRef(split, class_name, file_name, path, offset, size_bytes)
 
 
-def name_fault(name: str) -> str:
-    """Say why a name cannot be kept in a record; empty where it can."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return "its name is not UTF-8"
-    if _CONTROL.search(name):
-        return "its name holds control characters"
-    return ""
-
-
 def printable(name: str) -> str:
     """Escape what a line of text cannot hold."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -237,37 +225,7 @@ def suffix_of(name: str) -> str:
     return printable(os.path.splitext(name)[1].lower()) if os.path.splitext(name)[1] else ""
 
 
-class _Descriptors:
-    """Archives kept open, the least recently used closed first; one set a process."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def pread(self, path: str, size_bytes: int, offset: int) -> bytes:
-        with self._lock:  # pread under the lock: no other thread may close the descriptor meanwhile
-            descriptor = self._open.get(path)
-            if descriptor is None:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                self._open[path] = descriptor
-                if len(self._open) > _OPEN_ARCHIVES:
-                    os.close(self._open.popitem(last=False)[1])
-            self._open.move_to_end(path)
-            return pread_all(descriptor, size_bytes, offset)
-
-
-_DESCRIPTORS = _Descriptors()
-
-
-def pread_all(descriptor: int, size_bytes: int, offset: int) -> bytes:
-    """Read a byte range; shorter only where the file ends."""
-    data = os.pread(descriptor, size_bytes, offset)
-    while data and len(data) < size_bytes:
-        more = os.pread(descriptor, size_bytes - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
+_archive = lru_cache(maxsize=_OPEN_ARCHIVES)(PlainFile)  # one set a process
 
 
 def read(ref: ImageRef) -> RawImage | Rejected:
@@ -281,10 +239,9 @@ def read(ref: ImageRef) -> RawImage | Rejected:
     """
     try:
         if ref.offset:
-            data = _DESCRIPTORS.pread(ref.path, ref.size_bytes, ref.offset)
+            data = _archive(ref.path).read(ref.size_bytes, ref.offset)
         else:
-            with open(ref.path, "rb", buffering=0) as file:
-                data = pread_all(file.fileno(), ref.size_bytes + 1, 0)
+            data = PlainFile(ref.path).read(ref.size_bytes + 1, 0)
     except OSError as exc:
         return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, exc.strerror or type(exc).__name__)
     if len(data) != ref.size_bytes:

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.prep import main, to_mindrecord
-from imnet_prep.convert import ConvertOptions
+from imnet_prep.build import ConvertOptions
 from imnet_prep.plan import PlanOptions
 from tests.imnet_prep.conversions import names, prep, prep_json
 from tests.synthetic import make_image_folder, make_imagenet

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.convert import ConvertOptions, ConvertResult, convert
+from imnet_prep.build import ConvertOptions, ConvertResult
+from imnet_prep.convert import convert
 from imnet_prep.plan import PlanOptions
 from imnet_prep.types import Progress
 from imnet_prep.validate import ValidateOptions

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from imnet_prep.convert import ConvertOptions, convert
+from imnet_prep.build import ConvertOptions
+from imnet_prep.convert import convert
 from imnet_prep.plan import PlanOptions
-from imnet_prep.records.manifest import MANIFEST, load_manifest
+from imnet_prep.records.manifest import MANIFEST, SplitInfo, load_manifest
+from imnet_prep.records.record_list import RecordLine, read_lines
 from imnet_prep.types import Progress
 from tests.synthetic import make_image_folder
 
@@ -33,6 +35,11 @@ def make_records(
     options = ConvertOptions(workers=1, max_rejected="50%")
     convert([source], folder / "records", None, PlanOptions(shards=shards), options, quiet, lambda: False)
     return folder / "records"
+
+
+def read_records(records: Path, split: SplitInfo) -> Iterator[RecordLine]:
+    """Read the record list of a split."""
+    return read_lines(records / str(split.records["file"]))
 
 
 def copy(records: Path, to: Path) -> Path:

@@ -15,17 +15,20 @@ from typing import Any
 
 import pytest
 
-from imnet_prep import convert as conversion
+from imnet_prep import build
 from imnet_prep import shard_task
-from imnet_prep.convert import ConvertOptions, convert, dry_run
+from imnet_prep.build import ConvertOptions
+from imnet_prep.convert import convert
 from imnet_prep.errors import BudgetError, ImnetError, IntegrityError, Interrupted, PlanError, SourceError
 from imnet_prep.plan import PlanOptions
-from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.preview import dry_run
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Progress
 from imnet_prep.verify import verify
 from tests import synthetic
 from tests.imnet_prep.conversions import digests, names, quiet, run
+from tests.imnet_prep.records_folder import read_records
 from tests.synthetic import jpeg, make_image_folder, make_imagenet
 
 
@@ -223,7 +226,7 @@ def test_source_that_changes_meanwhile_is_rejected_not_torn(
         first.write_bytes(b"short")
         second.unlink(missing_ok=True)
 
-    monkeypatch.setattr(conversion, "finished", change)  # asked when the plan is made
+    monkeypatch.setattr(build, "finished", change)  # asked when the plan is made
     train = run(copy, tmp_path / "out").manifest.splits["train"]
     assert train.rejected == {"unreadable": 2}
     assert train.found == 24
@@ -476,12 +479,12 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["make_plan", "write_atomically", "begin", "commit", "publish"])
+@pytest.mark.parametrize("place", ["begin", "write_atomically", "assemble", "publish_folder"])
 def test_full_disk_is_one_error_and_the_same_command_goes_on(
     source: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, place, full)
+        patch.setattr(build, place, full)
         with pytest.raises(PlanError, match=r"the disk is full; expected about [\d,]+ more bytes free"):
             run(source, tmp_path / "out", shards=2)
     run(source, tmp_path / "out", shards=2)
@@ -543,7 +546,7 @@ def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, mon
 
     arguments = [made.train, made.val, made.devkit]
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "finished", stop_at_work)
+        patch.setattr(build, "finished", stop_at_work)
         with pytest.raises(Interrupted):
             run(arguments, tmp_path / "out")
         assert len(read) == 3

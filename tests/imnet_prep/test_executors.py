@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from imnet_prep import executors
-from imnet_prep.convert import ConvertOptions, convert
+from imnet_prep.build import ConvertOptions
+from imnet_prep.convert import convert
 from imnet_prep.errors import ImnetError, Interrupted, PlanError
 from imnet_prep.plan import PlanOptions
 from imnet_prep.types import Progress

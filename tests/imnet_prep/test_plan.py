@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from imnet_prep import catalog
-from imnet_prep import plan as planning
+from imnet_prep import planner as planning
 from imnet_prep.errors import PlanError, SourceError
-from imnet_prep.plan import Plan, PlanOptions, load_plan, make_plan, read_names, shard_refs
+from imnet_prep.plan import Plan, PlanOptions, load_plan, read_names, shard_refs
+from imnet_prep.planner import make_plan
 from imnet_prep.types import ImageRef, Reason, Rejected
 from imnet_prep.validate import ValidateOptions
 from tests.imnet_prep.conversions import quiet

@@ -11,12 +11,11 @@ import pytest
 
 from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.files import file_digest
-from imnet_prep.proof import Proof
-from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
-from imnet_prep.reshard import ReshardOptions, ReshardResult, reshard
+from imnet_prep.reshard import Proof, ReshardOptions, ReshardResult, reshard
 from imnet_prep.verify import verify
-from tests.imnet_prep.records_folder import copy, flip, make_records, quiet
+from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records
 from tests.synthetic import WNIDS, encode, picture
 
 
@@ -154,7 +153,7 @@ def test_a_damaged_image_stops_it_and_is_named(clean: Path, tmp_path: Path) -> N
 def test_asked_for_again_it_is_already_done(clean: Path, tmp_path: Path) -> None:
     first = run([clean], tmp_path / "out", shards=3)
     again = run([clean], tmp_path / "out", shards=3)
-    assert (first.already_done, again.already_done) == (False, True)
+    assert (first.built.already_done, again.built.already_done) == (False, True)
     assert first.proof == again.proof
     with pytest.raises(PlanError, match="another plan"):
         run([clean], tmp_path / "out", shards=4)

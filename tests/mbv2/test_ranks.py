@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from cli.render import guard, stop_requested
-from imnet_prep.convert import ConvertOptions, convert
+from imnet_prep.build import ConvertOptions
+from imnet_prep.convert import convert
 from imnet_prep.plan import PlanOptions
 from imnet_prep.runtime import runtime
 from imnet_prep.types import Progress

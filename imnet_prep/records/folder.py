@@ -1,0 +1,133 @@
+"""A records folder opened for reading: every read of one goes through here."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+from imnet_prep.errors import IntegrityError, RecordsError
+from imnet_prep.files import file_digest, max_open_files
+from imnet_prep.records.manifest import Manifest, load_manifest
+from imnet_prep.records.mindrecord import open_shard
+from imnet_prep.records.publish import refuse_interrupted
+from imnet_prep.records.record_list import RecordLine, read_lines, read_rejected
+from imnet_prep.records.scan import Row
+from imnet_prep.records.table import RowTable, load_rows
+from imnet_prep.types import Rejected, ShardInfo
+
+
+class RecordsFolder:
+    """A records folder and its manifest. Records are numbered through all splits, in the manifest's order.
+
+    Safe to share between threads; a bounded number of shards is kept open.
+
+    Attributes:
+        path: The folder.
+        manifest: What it holds.
+        shards: (split, number within it, files) of each shard, in the order of the records.
+        records: Number of all records.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Take a folder with a manifest that may not be written yet; :meth:`open` reads it."""
+        self.path, self.manifest = path, manifest
+        self.shards: list[tuple[str, int, ShardInfo]] = [
+            (name, number, shard)
+            for name, split in manifest.splits.items()
+            for number, shard in enumerate(split.shards)
+        ]
+        self._starts = [0, *accumulate(shard.rows for _, _, shard in self.shards)]
+        self.records = self._starts[-1]
+        self._opened = lru_cache(maxsize=max(1, max_open_files() // 2))(open_shard)
+
+    @classmethod
+    def open(cls, path: Path) -> RecordsFolder:
+        """Open a folder by its manifest.
+
+        Raises:
+            RecordsError: No such folder, no manifest in it, another format version, or a change of it was interrupted.
+            IntegrityError: The manifest is damaged or was changed.
+        """
+        refuse_interrupted(path)
+        return cls(path, load_manifest(path))
+
+    def span(self, split: str) -> slice:
+        """Return the positions of a split's records."""
+        starts = [start for start, (name, _, _) in zip(self._starts, self.shards, strict=False) if name == split]
+        first = starts[0] if starts else 0
+        return slice(first, first + self.manifest.splits[split].images)
+
+    def row(self, position: int) -> Row:
+        """Return the record at a position; it is read when its parts are asked for."""
+        place = bisect_right(self._starts, position) - 1
+        split, number, shard = self.shards[place]
+        try:
+            opened = self._opened(self.path / shard.file)
+        except RecordsError as error:
+            return Row(error, split, shard.file, number, position - self._starts[place], position)
+        return Row(opened, split, shard.file, number, position - self._starts[place], position)
+
+    def lines(self, split: str) -> Iterator[RecordLine]:
+        """Read the record list of a split, in shard and row order.
+
+        Raises:
+            RecordsError: It cannot be read, a line is damaged, or it does not list the rows of the split's shards.
+        """
+        path = self.list_path(split)
+        info = self.manifest.splits[split]
+        expected = ((number, row) for number, shard in enumerate(info.shards) for row in range(shard.rows))
+        count = 0
+        for line in read_lines(path):
+            if (line.shard, line.row) != next(expected, None):
+                raise RecordsError(f"{path}: line {count + 1} is not the record that lies there")
+            count += 1
+            yield line
+        if count != info.images:
+            raise RecordsError(f"{path}: the record list is short", expected=f"{info.images} lines", got=str(count))
+
+    def list_path(self, split: str) -> Path:
+        """Return the path of a split's record list."""
+        return self.path / str(self.manifest.splits[split].records["file"])
+
+    def list_is_whole(self, split: str) -> bool:
+        """Check a split's record list against the manifest's digest."""
+        try:
+            return file_digest(self.list_path(split)) == str(self.manifest.splits[split].records["sha256"])
+        except OSError:
+            return False
+
+    def table(self, split: str) -> RowTable:
+        """Read what the loader needs of each record of a split.
+
+        Raises:
+            RecordsError: No such split; a shard, index or record list is missing or damaged, or they do not agree.
+        """
+        return load_rows(self.path, self.manifest, split)
+
+    def rejected(self) -> Iterator[Rejected]:
+        """Read what was rejected when the folder was made.
+
+        Raises:
+            IntegrityError: The list is not the manifest's.
+            RecordsError: It cannot be read.
+        """
+        entry = self.manifest.rejected
+        if not entry:
+            return
+        path = self.path / str(entry["file"])
+        try:
+            got = file_digest(path)
+        except OSError as error:
+            got = error.strerror or os.strerror(error.errno or 0)
+        if got != entry["sha256"]:
+            raise IntegrityError(
+                f"{path}: the list of rejected images is not the manifest's",
+                expected=f"SHA-256 {entry['sha256'][:12]}",
+                got=got[:64],
+                remedy="restore the file",
+            )
+        yield from read_rejected(path)

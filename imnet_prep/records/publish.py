@@ -1,0 +1,222 @@
+"""How finished files and folders get their names: all of them, whatever interrupts it, by plain renames.
+
+What is new is written and flushed under other names first. Then a journal says what goes where, and the renames follow;
+from the journal on, whoever comes next finishes them. Of each rename the file (or folder) is on the disk before it, and
+the folder of its name after it. No system call is needed that Windows and macOS have not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.files import exclusive_lock, open_plain, sync, write_atomically
+from imnet_prep.records.manifest import FORMAT, MANIFEST
+
+WORK = ".imnet-prep"  # in a records folder while `adopt` or `repair-index` changes it
+WORK_JOURNAL, WORK_LOCK = f"{WORK}.publish", f"{WORK}.lock"
+BUILD_WORK = ".work"  # in a `.partial` folder while it is made
+AGAIN = "run the command that was interrupted again: it goes on"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A file or folder that gets its name.
+
+    Attributes:
+        new: What is finished. place: The name it gets.
+        aside: The name that what stood there gets, where there is nothing yet; None lets a file be replaced.
+    """
+
+    new: Path
+    place: Path
+    aside: Path | None = None
+
+
+def publish(journal: Path, moves: Sequence[Move], discard: Sequence[Path] = (), *, stage: Path | None = None) -> None:
+    """Carry out moves, in order, all of them or, after an interruption, when :func:`finish` is called.
+
+    Args:
+        journal: Where to note them; all paths lie in its folder or below it.
+        moves: What gets which name; on the disk already.
+        discard: What is deleted afterwards, where it is there.
+        stage: Where the journal is written first, see :func:`~imnet_prep.files.write_atomically`.
+
+    Raises:
+        OSError: The disk fails; once the journal is there, :func:`finish` goes on.
+    """
+    base = journal.parent
+    document = {
+        "moves": [[path and path.relative_to(base).as_posix() for path in (m.new, m.place, m.aside)] for m in moves],
+        "discard": [path.relative_to(base).as_posix() for path in discard],
+    }
+    write_atomically(journal, json.dumps(document).encode(), stage=stage)
+    finish(journal)
+
+
+def finish(journal: Path) -> bool:
+    """Carry out what an interrupted :func:`publish` left to do.
+
+    Returns:
+        Whether there was something.
+
+    Raises:
+        RecordsError: The journal is not one.
+        OSError: The disk fails.
+    """
+    try:
+        with open_plain(journal) as file:
+            moves, discard = _parse(journal, file.read())
+    except FileNotFoundError:
+        return False
+    for move in moves:
+        if not os.path.lexists(move.new):
+            continue  # it has its name already
+        if move.aside is not None and os.path.lexists(move.place) and not os.path.lexists(move.aside):
+            move.aside.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(move.place, move.aside)
+            sync(move.aside.parent)
+        if not move.place.parent.exists():
+            move.place.parent.mkdir()
+            sync(move.place.parent.parent)
+        os.replace(move.new, move.place)
+        sync(move.place.parent)
+    for path in discard:
+        remove(path)
+    journal.unlink()
+    sync(journal.parent)
+    return True
+
+
+def _parse(journal: Path, data: bytes) -> tuple[list[Move], list[Path]]:
+    base = journal.parent
+
+    def inside(name: str | None) -> Path | None:
+        # The folder may come from someone else: nothing outside it is touched.
+        if name is None or (name and not name.startswith("/") and ".." not in Path(name).parts):
+            return None if name is None else base / name
+        raise ValueError(f"a path out of the folder: {name}")
+
+    try:
+        document = json.loads(data)
+        moves = [Move(*(inside(name) for name in names)) for names in document["moves"]]  # type: ignore[arg-type]
+        return moves, [path for name in document["discard"] if (path := inside(name)) is not None]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        remedy = "delete it if it is none of yours"
+        raise RecordsError(
+            f"{journal}: is not the journal of an interrupted change", got=str(error), remedy=remedy
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, where it is there.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a records folder that is being made.
+
+    Attributes:
+        folder: The records folder. work: A folder in it for what is being written; it goes away with the change.
+        resumed: An earlier change that was interrupted was finished first.
+    """
+
+    folder: Path
+    work: Path
+    resumed: bool
+
+    def stage(self, place: Path) -> Path:
+        """Return where to write what will get the name ``place``; the base name is the same, its folder is there."""
+        path = self.work / "new" / place.relative_to(self.folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def publish(self, places: Sequence[Path], *, aside: Path | None = None) -> None:
+        """Give staged files their names, in this order.
+
+        Args:
+            places: The names; each was staged, and is flushed.
+            aside: A folder that gets what stood there, but never over what it has. None lets it be replaced.
+        """
+        moves = [
+            Move(self.stage(place), place, None if aside is None else aside / place.relative_to(self.folder))
+            for place in places
+        ]
+        for folder in {move.new.parent for move in moves}:
+            sync(folder)
+        publish(self.folder / WORK_JOURNAL, moves, stage=self.work)
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[Change]:
+    """Change a records folder alone; what was interrupted before is finished, and nothing is left behind.
+
+    Raises:
+        RecordsError: Another process is changing it, or it cannot be written.
+    """
+    work = folder / WORK
+    try:
+        with exclusive_lock(folder / WORK_LOCK):
+            resumed = finish(folder / WORK_JOURNAL)
+            remove(work)
+            work.mkdir()
+            try:
+                yield Change(folder, work, resumed)
+            finally:
+                if not os.path.lexists(folder / WORK_JOURNAL):  # else what is in it waits for the next run
+                    remove(work)
+    except BlockingIOError as error:
+        raise RecordsError(f"{folder}: another command is changing it", remedy="wait for it, or stop it") from error
+    except OSError as error:
+        raise RecordsError(
+            f"{error.filename or folder}: cannot be written or read", got=error.strerror or str(error), remedy=AGAIN
+        ) from error
+
+
+def refuse_interrupted(folder: Path) -> None:
+    """Check that no change of a folder was interrupted half-way.
+
+    Raises:
+        RecordsError: One was.
+    """
+    if os.path.lexists(folder / WORK_JOURNAL):
+        raise RecordsError(f"{folder}: `adopt` or `repair-index` was interrupted while it changed it", remedy=AGAIN)
+
+
+def refuse_inside_records(path: Path) -> None:
+    """Check that a file or folder to be made lies in no records folder, finished or not.
+
+    Raises:
+        RecordsError: It does.
+    """
+    for folder in path.resolve().parents:
+        if is_records_folder(folder):
+            raise RecordsError(
+                f"{path}: lies in the records folder {folder}, which holds its own files alone",
+                remedy="choose a place outside it",
+            )
+
+
+def is_records_folder(folder: Path) -> bool:
+    """Tell a records folder from other folders, also one that is in work or whose manifest is damaged."""
+    if folder.name.endswith(".partial") and (folder / BUILD_WORK).is_dir():
+        return True
+    try:
+        with open_plain(folder / MANIFEST) as file:
+            return FORMAT.encode() in file.read(1 << 22)
+    except OSError:
+        return False
