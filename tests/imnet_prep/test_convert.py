@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from imnet_prep import build
-from imnet_prep import shard_task
+from imnet_prep import build, shard_task
 from imnet_prep.build import ConvertOptions
 from imnet_prep.convert import convert
 from imnet_prep.errors import BudgetError, ImnetError, IntegrityError, Interrupted, PlanError, SourceError
@@ -63,8 +62,6 @@ def test_every_record_is_its_source_image(source: Path, records: Path) -> None:
             assert shards[line.shard].image(line.row) == (source / split / line.file_name).read_bytes()
             assert fields == {"file_name": line.file_name, "label": line.label}
             assert manifest.classes[line.label] == line.file_name.split("/")[0]
-        for shard in shards:
-            shard.close()
 
 
 def test_same_input_elsewhere_gives_the_same_bytes(source: Path, records: Path, tmp_path: Path) -> None:
@@ -414,40 +411,29 @@ def test_forced_run_that_fails_keeps_the_old_folder(source: Path, records: Path,
     assert digests(out) == before
 
 
-@pytest.mark.parametrize("in_one_step", [True, False])
-@pytest.mark.parametrize("die_at", [0, 1])
+@pytest.mark.parametrize("die_at", ["rename", "replace", "remove"])
 def test_killed_while_it_takes_its_place(
-    source: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool, die_at: int
+    source: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: str
 ) -> None:
-    """Between the renames there is an old or a new folder somewhere, and the same command finishes."""
-    from imnet_prep import workspace
+    """Between the renames there is an old or a new folder somewhere, and any next command finishes."""
+    from imnet_prep.records import publish
 
     class Killed(BaseException):
         pass
 
     out = shutil.copytree(records, tmp_path / "out")
-    if not in_one_step:
-        monkeypatch.setattr(workspace, "exchange", lambda one, other: False)
-    renames: list[object] = []
-    rename = os.rename
+    module = publish if die_at == "remove" else os
+    there = getattr(module, die_at)
 
-    def dying(one: Path, other: Path) -> None:
-        if len(renames) == die_at:
+    def dying(path: Path, *others: Path) -> None:
+        if path in (out, tmp_path / "out.partial", tmp_path / "out.partial.replaced") and path.exists():
             raise Killed
-        renames.append(one)
-        rename(one, other)
+        there(path, *others)
 
-    def discard_until_it_took_its_place(path: Path) -> None:
-        if renames and in_one_step:
-            raise Killed
-        discard(path)
-
-    discard = getattr(workspace, "_discard")  # noqa: B009
-    monkeypatch.setattr(os, "rename", dying)
-    monkeypatch.setattr(workspace, "_discard", discard_until_it_took_its_place)
-    with pytest.raises(Killed):
-        run(source, out, shards=3, force=True)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, die_at, dying)
+        with pytest.raises(Killed):
+            run(source, out, shards=3, force=True)
     assert whole(out if out.exists() else tmp_path / "out.partial")
     result = run(source, out, shards=3)
     assert result.images_now == 0
@@ -529,6 +515,7 @@ def test_dry_run_names_the_missing_val_image(tmp_path: Path) -> None:
 
 
 def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from imnet_prep import convert as conversion
     from imnet_prep.sources import archives
 
     made = make_imagenet(tmp_path / "archives", odd=False)
