@@ -1,7 +1,7 @@
 """Decode, convert, shrink and encode: the pixels behind :mod:`imnet_prep.validate`.
 
-OpenCV decodes JPEG, for its libjpeg says on stderr what it had to make up ("premature end of data segment"), where
-Pillow's says nothing; stderr is captured around each call, so nothing is printed and the complaint is read.
+OpenCV decodes JPEG, because its libjpeg says on stderr what it had to make up ("premature end of data segment"), and
+Pillow's says nothing. stderr is captured around each call, so nothing is printed and the complaint is read.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import tempfile
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from imnet_prep.jpeg import ImageFault
+from imnet_prep.jpeg import ImageFault, reporting
+from imnet_prep.scan import clean_end
 from imnet_prep.types import Change, Reason
 
 Pixels = NDArray[np.uint8]  # (H, W) grey or (H, W, 3) BGR, OpenCV's order
 MAX_JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+_FILE_BUFFER = 4096  # bytes that libjpeg reads of a file at once (INPUT_BUF_SIZE in jdatasrc.c)
+_REPORTED = 448  # bytes before a buffer's end: an MCU that begins there is decoded slowly (BUFSIZE in jdhuff.c is 512)
 _ORIENTATION_TAG = 0x0112
 # Everything that Pillow's plugins let out on damaged files; each is the image's fault, not ours.
 _PILLOW_FAULTS = (
@@ -101,7 +106,7 @@ def decode_jpeg(data: bytes, *, grey: bool = False, reduce: int = 1) -> tuple[Pi
     """Decode a JPEG, EXIF orientation not applied; the whole entropy-coded stream is read at every scale.
 
     Args:
-        data: The file's bytes.
+        data: A file that :func:`imnet_prep.jpeg.read_markers` accepted.
         grey: One channel instead of BGR.
         reduce: Divide both sides by 1, 2, 4 or 8 in the DCT domain.
 
@@ -109,12 +114,37 @@ def decode_jpeg(data: bytes, *, grey: bool = False, reduce: int = 1) -> tuple[Pi
         The pixels, or None where the decoder gave up; and the decoder's first complaint, or an empty string.
     """
     flag = getattr(cv2, f"IMREAD_REDUCED_{'GRAYSCALE' if grey else 'COLOR'}_{reduce}") if reduce > 1 else int(not grey)
+    copy = reporting(data)
+    pixels, said = _heard(cv2.imdecode, np.frombuffer(copy or data, np.uint8), flag)
+    if copy is None and not clean_end(data):
+        said = _said_of_files(data, said)
+    return pixels, said
+
+
+def _heard(decode: Callable[[Any, int], Any], source: object, flag: int) -> tuple[Pixels | None, str]:
     with captured_stderr() as heard:
         try:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+            pixels = decode(source, flag | cv2.IMREAD_IGNORE_ORIENTATION)
         except (cv2.error, MemoryError):
             pixels = None
     return pixels, heard.text
+
+
+def _said_of_files(data: bytes, said: str) -> str:
+    """Return what libjpeg says of a JPEG that no restart interval makes it report, or ``said`` where that is all.
+
+    libjpeg-turbo decodes an MCU slowly, and reports, where it begins near the end of the input buffer. The buffer of a
+    file is small, so comments of different lengths at the front bring each MCU near the end of one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "image.jpg")
+        for shift in range(0, _FILE_BUFFER, _REPORTED):
+            comment = b"\xff\xfe" + (shift - 2).to_bytes(2, "big") + bytes(shift - 4) if shift else b""
+            path.write_bytes(data[:2] + comment + data[2:])
+            _, heard = _heard(cv2.imread, str(path), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+            if heard != said:
+                return heard
+    return said
 
 
 def decode_cmyk_jpeg(data: bytes) -> Pixels:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imnet_prep.types import Reason
 
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
-_TEM, _DNL, _APP1, _APP14 = 0x01, 0xDC, 0xE1, 0xEE
+_TEM, _DRI, _APP1 = 0x01, 0xDD, 0xE1
 _RESTARTS = range(0xD0, 0xD8)
 _APPLICATION, _COM = range(0xE0, 0xF0), 0xFE
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC lie between the frame headers
 _LOSSLESS_OR_HIERARCHICAL = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
 _ARITHMETIC = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_SEQUENTIAL_HUFFMAN = frozenset({0xC0, 0xC1})
+_MAX_RESTART_INTERVAL = 0xFFFF  # MCUs
 _MAX_SCANS = 500  # encoders write about 10; each is a pass over every block, so thousands are an attack
 # In entropy-coded data FF 00 is a stuffed FF, FF D0-D7 a restart, FF FF a fill byte; anything else ends the scan.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
@@ -45,7 +48,6 @@ class JpegInfo:
         precision: Bits a sample.
         progressive: Decoded in several passes.
         plain: Huffman-coded DCT of 8 bits: what every decoder reads.
-        adobe_transform: The colour transform of the Adobe segment (0, 1 or 2), or None without one.
         orientation: EXIF orientation, 1 to 8; 1 where there is none.
         exif_damaged: There is EXIF, and it cannot be read.
         size_bytes: Up to and with the end marker; what follows is no part of the image.
@@ -57,7 +59,6 @@ class JpegInfo:
     precision: int
     progressive: bool
     plain: bool
-    adobe_transform: int | None
     orientation: int
     exif_damaged: bool
     size_bytes: int
@@ -77,23 +78,12 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
         ImageFault: The stream ends before EOI, or its markers contradict T.81.
     """
     frame: tuple[int, bytes] | None = None
-    adobe: int | None = None
-    orientation, damaged, exif_seen, scans, at = 1, False, False, 0, 2
-    while True:
-        marker, at = _marker_at(data, at)
-        if marker == EOI:
-            break
-        if marker == SOI:
-            raise ImageFault(Reason.CORRUPT, f"a second image begins inside the first, at byte {at - 2}")
-        if marker == _TEM or marker in _RESTARTS:
-            continue
-        body, at = _segment(data, at)
+    orientation, damaged, exif_seen, scans, end = 1, False, False, 0, 2
+    for marker, body, _, end in _segments(data, scan_end):  # noqa: B007 - the last end is the image's
         if marker in _SOF:
             if frame is not None:
                 raise ImageFault(Reason.CORRUPT, "two frame headers")
             frame = (marker, body)
-        elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
-            adobe = body[11]
         elif marker == _APP1 and body.startswith(b"Exif") and not exif_seen:
             exif_seen = True
             orientation, damaged = read_orientation(body[6:])
@@ -103,17 +93,9 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
                 raise ImageFault(Reason.CORRUPT, "a scan before the frame header")
             if scans > _MAX_SCANS:
                 raise ImageFault(Reason.CORRUPT, f"more than {_MAX_SCANS} scans")
-            at = scan_end - 2 if scan_end else _scan_end(data, at)
     if frame is None or scans == 0:
         raise ImageFault(Reason.CORRUPT, "no image between the start and end markers")
-    return _info(frame, adobe, orientation, damaged, at)
-
-
-def _scan_end(data: bytes, at: int) -> int:
-    found = _NEXT_MARKER.search(data, at)
-    if found is None:
-        raise ImageFault(Reason.TRUNCATED, "no end marker (EOI)")
-    return found.start()
+    return _info(frame, orientation, damaged, end)
 
 
 def without_oddities(data: bytes, info: JpegInfo) -> bytes:
@@ -125,25 +107,85 @@ def without_oddities(data: bytes, info: JpegInfo) -> bytes:
         data: A file that :func:`read_markers` accepted.
         info: What it said.
     """
-    parts, at = [data[:2]], 2
-    while True:
-        marker, body_at = _marker_at(data, at)
-        if marker == EOI:
-            parts.append(data[at:body_at])
-            return b"".join(parts)
+    parts, done = [], 0
+    for marker, body, start, end in _segments(data):
+        if marker in _APPLICATION or marker == _COM:
+            parts.append(data[done:start])
+            done = end
+        elif marker == SOS and not info.progressive and len(body) >= 3:
+            parts.append(data[done : end - 3] + b"\x00\x3f\x00")
+            done = end
+    return b"".join((*parts, data[done : info.size_bytes]))
+
+
+def reporting(data: bytes) -> bytes | None:
+    """Copy a JPEG so that libjpeg reports every Huffman code in it that does not exist; the pixels are the same.
+
+    libjpeg-turbo decodes sequential Huffman images faster where they have no restart interval, and then takes a code of
+    more than 16 bits for a zero without a warning. So the copy has the longest interval, where no scan reaches its end.
+    Source: libjpeg-turbo 3.0, jdhuff.c, decode_mcu and HUFF_DECODE_FAST.
+
+    Args:
+        data: A file that :func:`read_markers` accepted.
+
+    Returns:
+        The copy, which may be ``data`` itself; None where a scan has more MCUs than an interval can have.
+    """
+    parts, done, frame, interval = [], 0, b"", 0
+    for marker, body, start, _ in _segments(data):
+        if marker in _SOF:
+            frame = body
+            if marker not in _SEQUENTIAL_HUFFMAN:
+                return data
+        elif marker == _DRI:
+            interval = int.from_bytes(body, "big")
+        elif marker == SOS:
+            if interval == 0:
+                if _mcus(frame, interleaved=body[:1] > b"\x01") > _MAX_RESTART_INTERVAL:
+                    return None
+                parts.append(data[done:start] + struct.pack(">3H", 0xFF00 | _DRI, 4, _MAX_RESTART_INTERVAL))
+                done = start
+            if body[:1] == frame[5:6]:  # the only scan
+                break
+    return b"".join((*parts, data[done:]))
+
+
+def _mcus(frame: bytes, *, interleaved: bool) -> int:
+    """Return the number of MCUs in a scan of several components, or the largest number in a scan of one."""
+    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+    sampling = frame[7::3] if interleaved else b"\x11"
+    across, down = max(1, *(byte >> 4 for byte in sampling)), max(1, *(byte & 15 for byte in sampling))
+    return -(-width // (8 * across)) * -(-height // (8 * down))
+
+
+def _segments(data: bytes, scan_end: int = 0) -> Iterator[tuple[int, bytes, int, int]]:
+    """Yield each marker from SOI to EOI, its segment's body, and where its first byte and what follows it are.
+
+    Of two segments with other bytes between, the first is a scan's header.
+
+    Raises:
+        ImageFault: As :func:`read_markers` raises it.
+    """
+    marker, end = SOI, 2
+    while marker != EOI:
+        marker, at = _marker_at(data, end)
+        start, end, body = at - 2, at, b""
+        if marker == SOI:
+            raise ImageFault(Reason.CORRUPT, f"a second image begins inside the first, at byte {start}")
         if marker == _TEM or marker in _RESTARTS:
-            at = body_at
             continue
-        body, end = _segment(data, body_at)
+        if marker != EOI:
+            body, end = _segment(data, at)
+        yield marker, body, start, end
         if marker == SOS:
-            if not info.progressive and len(body) >= 3:
-                body = body[:-3] + b"\x00\x3f\x00"
-            scan_end = _scan_end(data, end)
-            parts += [b"\xff\xda", data[body_at : body_at + 2], body, data[end:scan_end]]
-            end = scan_end
-        elif not (marker in _APPLICATION or marker == _COM):
-            parts += [b"\xff", data[body_at - 1 : end]]
-        at = end
+            end = scan_end - 2 if scan_end else _scan_end(data, end)
+
+
+def _scan_end(data: bytes, at: int) -> int:
+    found = _NEXT_MARKER.search(data, at)
+    if found is None:
+        raise ImageFault(Reason.TRUNCATED, "no end marker (EOI)")
+    return found.start()
 
 
 def _marker_at(data: bytes, at: int) -> tuple[int, int]:
@@ -168,7 +210,7 @@ def _segment(data: bytes, at: int) -> tuple[bytes, int]:
     return data[at + 2 : at + length], at + length
 
 
-def _info(frame: tuple[int, bytes], adobe: int | None, orientation: int, damaged: bool, end: int) -> JpegInfo:
+def _info(frame: tuple[int, bytes], orientation: int, damaged: bool, end: int) -> JpegInfo:
     marker, body = frame
     if len(body) < 6 or len(body) < 6 + 3 * body[5]:
         raise ImageFault(Reason.CORRUPT, "the frame header is too short")
@@ -183,7 +225,6 @@ def _info(frame: tuple[int, bytes], adobe: int | None, orientation: int, damaged
         precision=precision,
         progressive=marker in _PROGRESSIVE,
         plain=plain,
-        adobe_transform=adobe,
         orientation=orientation,
         exif_damaged=damaged,
         size_bytes=end,

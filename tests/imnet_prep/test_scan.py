@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep import validate as validation
+from imnet_prep import scan
 from imnet_prep.imaging import decode_jpeg
 from imnet_prep.jpeg import read_markers
 from imnet_prep.scan import available, clean_end
 from imnet_prep.types import ImageRef, RawImage
 from imnet_prep.validate import ValidateOptions, validate
+from tests.imnet_prep.test_validate import miscoded
 from tests.synthetic import encode, jpeg, odd_images, picture
 
 pytestmark = pytest.mark.skipif(not available(), reason="imnet_scan.so is not built")
@@ -129,9 +130,10 @@ def test_several_lanes_come_to_the_answer_of_one() -> None:
 def test_results_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(11)
     images = [damaged(data, rng) for data in samples() * 40] + [odd.data for odd in odd_images().values()]
+    images += miscoded(jpeg(1, 2, 240, 180), 10)
     raws = [RawImage(ImageRef("train", "c", "c/x.jpg", "x", 0, len(data)), data) for data in images]
     fast = [validate(raw, ValidateOptions()) for raw in raws]
-    monkeypatch.setattr(validation, "clean_end", lambda data: 0)
+    monkeypatch.setattr(scan, "_load", lambda: None)
     assert [validate(raw, ValidateOptions()) for raw in raws] == fast
 
 

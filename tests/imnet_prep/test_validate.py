@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import random
 import subprocess
@@ -12,16 +13,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from imnet_prep import scan
 from imnet_prep.errors import PlanError
-from imnet_prep.imaging import orient, shrink
+from imnet_prep.imaging import captured_stderr, decode_jpeg, orient, shrink
+from imnet_prep.jpeg import ImageFault
+from imnet_prep.native import small
 from imnet_prep.types import Change, ImageRef, RawImage, Reason, Rejected, Sample
-from imnet_prep.validate import ValidateOptions, short_side_size, validate
+from imnet_prep.validate import ValidateOptions, examine, short_side_size, validate
 from tests import synthetic
 from tests.synthetic import Picture, encode, exif, jpeg, odd_images, picture, with_exif
 
@@ -173,6 +178,78 @@ def test_a_harmless_complaint_does_not_hide_damage() -> None:
     clean = bytearray(jpeg())
     clean[clean.index(b"JFIF") + 5] = 2
     assert kept(bytes(clean)).image == bytes(clean)
+
+
+# --- codes that no table has -----------------------------------------------------------------------------------------
+
+
+def plainly_decoded(data: bytes) -> tuple[Picture, str]:
+    """Decode with OpenCV alone."""
+    with captured_stderr() as heard:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return pixels, heard.text
+
+
+def miscoded(data: bytes, count: int) -> list[bytes]:
+    """Copy a JPEG with 48 one bits somewhere, of which OpenCV says nothing: no Huffman code consists of ones alone."""
+    rng, start = random.Random(5), data.rindex(b"\xff\xda") + 20
+    places = (rng.randrange(start, len(data) - 4500) for _ in range(300))  # near the end OpenCV speaks
+    mutants = (data[:at] + b"\x00" + b"\xff\x00" * 6 + data[at + 13 :] for at in places)
+    found = list(itertools.islice((mutant for mutant in mutants if not plainly_decoded(mutant)[1]), count))
+    assert len(found) == count
+    return found
+
+
+def large(mode: str = "RGB", **options: Any) -> bytes:
+    return encode(Image.fromarray(picture(1, 2, 240, 180)).convert(mode), **options)
+
+
+@pytest.fixture(params=["with the C++ libraries", "without them"])
+def libraries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without them":
+        monkeypatch.setattr(scan, "_load", lambda: None)
+        monkeypatch.setattr(small, "_library", lambda: None)
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize(
+    "data",
+    [large(), large("L"), large(subsampling=0), large("CMYK"), with_exif(large(), exif(6))],
+    ids=["colour", "grey", "444", "cmyk", "turned"],
+)
+def test_a_huffman_code_that_does_not_exist_is_found(data: bytes) -> None:
+    """libjpeg-turbo's fast decoder takes such a code for a zero in silence."""
+    for options in (PLAIN, SMALL):
+        kept(data, options)
+        for mutant in miscoded(data, 3):
+            assert refused(mutant, options).detail == "Corrupt JPEG data: bad Huffman code"
+            with pytest.raises(ImageFault, match="bad Huffman code"):
+                examine(mutant, 16)
+
+
+def test_a_restart_interval_of_zero_hides_no_code() -> None:
+    data = large()
+    at = data.index(b"\xff\xda")
+    data = data[:at] + b"\xff\xdd\x00\x04\x00\x00" + data[at:]
+    kept(data)
+    assert all(refused(mutant).reason is Reason.CORRUPT for mutant in miscoded(data, 3))
+
+
+@pytest.mark.usefixtures("libraries")
+def test_a_code_is_found_in_an_image_of_more_blocks_than_a_restart_interval_has() -> None:
+    noise = np.random.default_rng(1).integers(108, 148, (8 * 41, 8 * 1600), np.uint8)
+    data = encode(Image.fromarray(noise), quality=60)
+    assert kept(data).image is data
+    for mutant in miscoded(data, 2):
+        assert refused(mutant).detail == "Corrupt JPEG data: bad Huffman code"
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+def test_pixels_are_those_of_opencv_alone(options: dict[str, Any]) -> None:
+    pixels, said = decode_jpeg(large(**options))
+    assert pixels is not None
+    assert said == ""
+    assert np.array_equal(pixels, plainly_decoded(large(**options))[0])
 
 
 # --- what is rejected ------------------------------------------------------------------------------------------------
