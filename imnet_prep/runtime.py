@@ -127,8 +127,8 @@ def runtime() -> Runtime:
 def library_versions(*names: str) -> dict[str, str]:
     """Return the versions of installed distributions by their names.
 
-    ``opencv`` stands for whichever distribution of OpenCV is there; where none says so (conda, a build of one's own),
-    its key is ``opencv`` itself.
+    ``opencv`` stands for whichever distribution of OpenCV is installed; where there is none (conda, an own build), the
+    key is ``opencv`` and the version is OpenCV's own. Any other that is not installed has an empty version.
     """
     found: dict[str, str] = {}
     for name in names:

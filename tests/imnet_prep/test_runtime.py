@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import pytest
 
 from imnet_prep import runtime
@@ -41,3 +45,53 @@ def test_a_container_s_quota_lowers_the_count_of_cores(
     assert runtime.cpu_count() == cores
     assert process_count(None) == cores
     assert DownloadOptions((tmp_path,), tmp_path).process_count() == cores
+
+
+VERSIONS = """
+import json, sys
+sys.path[:0] = sys.argv[1:]
+from imnet_prep.runtime import library_versions
+print(json.dumps(library_versions("pillow", "opencv")))
+"""
+
+
+@pytest.fixture
+def versions_beside(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Ask a Python that has this one's packages but the distributions of OpenCV, and those named in their place."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for folder in dict.fromkeys(path for path in sys.path if path.endswith("-packages")):
+        for found in Path(folder).iterdir():
+            of_opencv = found.name.startswith("opencv") and found.suffix == ".dist-info"
+            if not of_opencv and found.suffix != ".pth" and not (packages / found.name).exists():
+                (packages / found.name).symlink_to(found)
+
+    def ask(*distributions: str) -> dict[str, str]:
+        for name in distributions:
+            metadata = packages / f"{name.replace('-', '_')}-4.99.0.dist-info" / "METADATA"
+            metadata.parent.mkdir()
+            metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 4.99.0\n")
+        command = [sys.executable, "-I", "-S", "-c", VERSIONS, str(Path(runtime.__file__).parents[1]), str(packages)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return dict(json.loads(done.stdout))
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    "name", ["opencv-python-headless", "opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"]
+)
+def test_opencv_s_version_is_that_of_whichever_distribution_is_there(
+    name: str, versions_beside: Callable[..., dict[str, str]]
+) -> None:
+    assert versions_beside(name) == {"pillow": importlib.metadata.version("pillow"), name: "4.99.0"}
+
+
+def test_opencv_without_a_distribution_tells_its_version_itself(
+    versions_beside: Callable[..., dict[str, str]],
+) -> None:
+    assert versions_beside() == {"pillow": importlib.metadata.version("pillow"), "opencv": cv2.__version__}
+
+
+def test_a_library_that_is_not_installed_fails_nothing() -> None:
+    assert runtime.library_versions("no-such-distribution") == {"no-such-distribution": ""}
