@@ -23,7 +23,7 @@ from imnet_prep.records.shards import Layout
 from imnet_prep.types import SPLITS, ImageRef, Rejected
 from imnet_prep.validate import ValidateOptions
 
-PLAN_VERSION = 2  # part of each plan's digest: to be raised when the same plan would give other bytes
+PLAN_VERSION = 3  # part of each plan's digest: to be raised when the same plan would give other bytes
 LABEL_SPACES = ("found", "imagenet1k")
 DUPLICATES = ("keep", "reject")
 _CONVENTIONS = {
