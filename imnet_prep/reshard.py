@@ -26,6 +26,7 @@ from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.types import ImageRef, ProgressCallback, Rejected
 from imnet_prep.validate import ValidateOptions
 from imnet_prep.verify import check_shard
+from imnet_prep.workers import worker_count
 from imnet_prep.workspace import PLAN_FRESH, Workspace
 
 _MODULUS = 1 << 256
@@ -125,7 +126,9 @@ def reshard(
         Interrupted: ``stop`` said so; the same command goes on.
     """
     job = _Records(folders, options, progress)
-    built = carry_out(job, out, ConvertOptions(options.workers, "100%", force=options.force), progress, stop)
+    size = sum(shard.size_bytes for item in job.inputs for _, _, shard in item.shards)
+    how = ConvertOptions(worker_count(options.workers, size), "100%", force=options.force)
+    built = carry_out(job, out, how, progress, stop)
     if built.already_done:
         job.prove(out, built.manifest)
     after = _labels(built.manifest)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imnet_prep.errors import IntegrityError, PlanError
+from imnet_prep import shard_task
+from imnet_prep.errors import IntegrityError, PlanError, RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.reshard import Proof, ReshardOptions, ReshardResult, reshard
 from imnet_prep.verify import verify
-from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records
+from tests.imnet_prep.conversions import command, names
+from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal
 from tests.synthetic import WNIDS, encode, picture
 
 
@@ -165,3 +169,135 @@ def test_proof_depends_on_every_record_and_on_no_order() -> None:
     assert Proof().add(*a).add(*a) != Proof().add(*b).add(*b)
     assert Proof().add("train", "y", "x/1", "00") != Proof().add(*a)
     assert json.loads(json.dumps(Proof().add(*a).digest)) != Proof().digest
+
+
+# --- what is accepted once is accepted everywhere --------------------------------------------------------------------
+
+
+def odd_names(source: Path) -> None:
+    """Images in folders below a class, and names with blanks and joiners that Python calls unprintable."""
+    folder = next((source / "train").iterdir())
+    (folder / "sub" / "deeper").mkdir(parents=True)
+    for number, name in enumerate(ODD_NAMES):
+        (folder / name).write_bytes(encode(picture(0, 200 + number), "JPEG"))
+
+
+ODD_NAMES = (
+    "sub/a.jpg",
+    "sub/deeper/a.jpg",
+    "Screenshot 2024-01-01 at 9.41.00\u202fAM.jpg",
+    "全角\u3000空白.jpg",
+    "no\u00a0break.jpg",
+    "family\U0001f468\u200d\U0001f469\u200d\U0001f467.jpg",
+)
+
+
+def test_folders_below_a_class_and_odd_blanks_come_along(tmp_path: Path) -> None:
+    records = make_records(tmp_path, add=odd_names)
+    assert verify(records, "decode", 1, quiet).ok
+    result = run([records], tmp_path / "three", shards=3)
+    assert rows(tmp_path / "three") == rows(records)
+    assert {name.partition("/")[2] for _, _, name, _ in rows(tmp_path / "three")} >= set(ODD_NAMES)
+    assert verify(tmp_path / "three", "decode", 1, quiet).ok
+    assert result.labels_unchanged
+
+
+# --- what is damaged is refused, and nothing is left -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbled", "a FIFO"])
+def test_a_list_of_rejections_that_is_not_the_manifests_is_refused(mixed: Path, tmp_path: Path, damage: str) -> None:
+    records = copy(mixed, tmp_path / "records")
+    listed = records / "rejected.jsonl"
+    data = listed.read_bytes()
+    listed.unlink()
+    if damage == "a FIFO":
+        os.mkfifo(listed)
+    elif damage != "missing":
+        listed.write_bytes(data[:-9] if damage == "cut" else bytes([data[0], data[1] ^ 1]) + data[2:])
+    with pytest.raises(IntegrityError, match=r"rejected\.jsonl: the list of rejected images is not the manifest's"):
+        run([records], tmp_path / "out", shards=3)
+    assert names(tmp_path) == {"records"}
+
+
+def test_a_manifest_is_written_once_and_after_the_proof(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it proves, the next run proves again before anything has its name."""
+    from imnet_prep import reshard as module
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*_: object) -> Proof:
+        raise Killed
+
+    whole = run([mixed], tmp_path / "whole", shards=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "proof_of", dying)
+        with pytest.raises(Killed):
+            run([mixed], tmp_path / "out", shards=3)
+        assert not (tmp_path / "out.partial" / MANIFEST).exists()
+        with pytest.raises(Killed):
+            run([mixed], tmp_path / "out", shards=3)
+        assert not (tmp_path / "out").exists()
+    assert run([mixed], tmp_path / "out", shards=3).proof == whole.proof
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert names(tmp_path) == {"whole", "out"}
+
+
+def test_what_a_shard_lost_while_it_was_written_is_noticed(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof is of the written files: a memory that flips a name between the list and the shard shows."""
+    writer = shard_task.ShardWriter.add
+
+    def other_name(self: Any, image: bytes, label: int, file_name: str) -> None:
+        writer(self, image, label, file_name if label else file_name + "x")
+
+    monkeypatch.setattr(shard_task.ShardWriter, "add", other_name)
+    with pytest.raises(IntegrityError, match="what was written is not what was read"):
+        run([clean], tmp_path / "out", shards=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_is_made_inside_records(clean: Path, tmp_path: Path) -> None:
+    records = copy(clean, tmp_path / "records")
+    before = tree(records)
+    for out in (records / "re", records / "train" / "re", records / "deep" / "er"):
+        with pytest.raises(RecordsError, match="lies in the records folder"):
+            run([clean], out, shards=2)
+    (tmp_path / "link").symlink_to(records)
+    with pytest.raises(RecordsError, match="lies in the records folder"):
+        run([clean], tmp_path / "link" / "re", shards=2)
+    assert tree(records) == before
+    assert verify(records, "quick", 1, quiet).ok
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    records = make_records(tmp_path, classes=5, per_class=30, shards=128, splits=("train",))
+    call = command("reshard", records, "--shards", 3, "--out", tmp_path / "three", "--workers", 1)
+    limited = ["bash", "-c", 'ulimit -n 80; exec "$@"', "-", *call]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "three") == rows(records)
+
+
+@pytest.mark.parametrize("forgery", ["many rows", "no classes", "short counts", "a shard twice"])
+def test_forged_manifests_are_one_error(clean: Path, tmp_path: Path, forgery: str) -> None:
+    def forge(document: dict[str, Any]) -> None:
+        split = document["splits"]["train"]
+        if forgery == "many rows":
+            split["shards"][0]["rows"] = split["images"] = split["found"] = 10**18
+        elif forgery == "no classes":
+            document["classes"] = []
+        elif forgery == "short counts":
+            split["class_counts"] = split["class_counts"][:1]
+        else:
+            split["shards"] = [split["shards"][0]] * len(split["shards"])
+
+    records = copy(clean, tmp_path / "records")
+    reseal(records, forge)
+    with pytest.raises(IntegrityError, match="contradicts itself"):
+        run([records], tmp_path / "out", shards=3)
+    assert names(tmp_path) == {"records"}
