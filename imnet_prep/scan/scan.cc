@@ -10,7 +10,7 @@
 // stands: predictions play no part. So a lane that ends a block just where the next lane ended the same block of an MCU
 // may stop, for the next lane reads the rest. The answer is always that of one lane alone.
 //
-// Source: ITU-T T.81, annex B (markers) and F.2.2 (decoding).
+// Source: ITU-T T.81, annex B.1.1 (markers) and F.2.2 (decoding).
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +19,7 @@
 #include <new>
 #include <vector>
 
-#include "codes.h"
+#include "header.h"
 
 namespace imnet {
 namespace {
@@ -30,18 +30,6 @@ constexpr int kLanes = 4;           // _LANES in __init__.py; their states just 
 constexpr size_t kShortest = 1024;  // bytes for a lane: photographs fall into step in about 40, seldom after 1,000
 constexpr size_t kGroups = 64;      // of look-ups before the lanes are compared
 constexpr size_t kEnds = 512;       // of blocks that a lane keeps for another to meet it
-
-// A block of the MCU, at its beginning or behind its DC value.
-struct Node {
-  const Entry* table;
-  const Entry* then;  // the table for what follows in the block
-  const Node* to[2];  // later in the block; at the next block's beginning
-  const Tables* tables;
-};
-
-struct Component {
-  int id, h, v, quantiser;
-};
 
 inline uint64_t LoadBigEndian(const uint8_t* data) {
   uint64_t value;
@@ -87,136 +75,16 @@ class Scanner {
   bool IsClean(const uint8_t* data, size_t size) {
     at_ = data;
     end_ = data + size;
-    components_.clear();
-    std::fill(std::begin(quantisers_), std::end(quantisers_), false);
-    for (int i = 0; i < 4; ++i) dc_[i].made = ac_[i].made = false;
-    restart_interval_ = 0;
-    if (size < 4 || at_[0] != 0xFF || at_[1] != 0xD8) return false;
-    at_ += 2;
-    for (;;) {
-      if (end_ - at_ < 2 || *at_ != 0xFF) return false;
-      while (at_ < end_ && *at_ == 0xFF) ++at_;
-      if (end_ - at_ < 3) return false;
-      const int marker = *at_++;
-      const size_t length = static_cast<size_t>(at_[0] << 8 | at_[1]);
-      if (length < 2 || length > static_cast<size_t>(end_ - at_)) return false;
-      const uint8_t* const body = at_ + 2;
-      const size_t body_size = length - 2;
-      at_ += length;
-      if (marker == 0xDA) return StartScan(body, body_size) && Scan();
-      if (!Segment(marker, body, body_size)) return false;
-    }
-  }
-
-  bool Segment(int marker, const uint8_t* body, size_t size) {
-    if ((marker >= 0xE0 && marker <= 0xEF) || marker == 0xFE) return true;
-    if (marker == 0xDB) return Quantisers(body, size);
-    if (marker == 0xC4) return Codes(body, size);
-    if (marker == 0xC0 || marker == 0xC1) return Frame(body, size);
-    if (marker == 0xDD && size == 2) {
-      restart_interval_ = static_cast<unsigned>(body[0] << 8 | body[1]);
-      return true;
-    }
-    return false;  // progressive, arithmetic, lossless, and what has no place here
-  }
-
-  bool Quantisers(const uint8_t* body, size_t size) {
-    while (size > 0) {
-      const int id = body[0] & 15;
-      const size_t need = body[0] >> 4 == 0 ? 65 : 129;
-      if (id > 3 || body[0] >> 4 > 1 || size < need) return false;
-      quantisers_[id] = true;
-      body += need;
-      size -= need;
-    }
-    return true;
-  }
-
-  bool Codes(const uint8_t* body, size_t size) {
-    while (size > 0) {
-      const int id = body[0] & 15, kind = body[0] >> 4;
-      if (size < 17 || id > 3 || kind > 1) return false;
-      size_t count = 0;
-      for (int i = 1; i <= 16; ++i) count += body[i];
-      if (count > 256 || size < 17 + count) return false;
-      std::vector<uint8_t>& last = last_codes_[kind][id];
-      Code& table = kind == 0 ? dc_[id] : ac_[id];
-      if (last.size() == 16 + count && std::memcmp(last.data(), body + 1, 16 + count) == 0) {
-        table.made = true;  // most files carry the standard's tables
-      } else {
-        last.clear();
-        for (Tables& made : tables_) {
-          if (made.dc == &table || made.ac == &table) made.dc = nullptr;
-        }
-        if (!table.Make(body + 1, body + 17, kind == 0)) return false;
-        last.assign(body + 1, body + 17 + count);
-      }
-      body += 17 + count;
-      size -= 17 + count;
-    }
-    return true;
-  }
-
-  bool Frame(const uint8_t* body, size_t size) {
-    if (!components_.empty() || size < 6 || body[0] != 8) return false;
-    height_ = body[1] << 8 | body[2];
-    width_ = body[3] << 8 | body[4];
-    const size_t count = body[5];
-    if (width_ == 0 || height_ == 0 || (count != 1 && count != 3) || size != 6 + 3 * count) return false;
-    int across = 1, down = 1, blocks = 0;
-    for (size_t i = 0; i < count; ++i) {
-      const uint8_t* part = body + 6 + 3 * i;
-      const Component component{part[0], part[1] >> 4, part[1] & 15, part[2]};
-      if (component.h < 1 || component.h > 4 || component.v < 1 || component.v > 4) return false;
-      if (component.quantiser > 3) return false;
-      for (const Component& other : components_) {
-        if (other.id == component.id) return false;
-      }
-      across = std::max(across, component.h);
-      down = std::max(down, component.v);
-      blocks += component.h * component.v;
-      components_.push_back(component);
-    }
-    for (const Component& component : components_) {
-      if (across % component.h != 0 || down % component.v != 0) return false;  // not every decoder upsamples that
-    }
-    if (count == 1) across = down = 1;  // a scan of one component is not interleaved
-    if (count > 1 && blocks > 10) return false;
-    mcus_ = static_cast<uint64_t>((width_ + 8 * across - 1) / (8 * across)) *
-            static_cast<uint64_t>((height_ + 8 * down - 1) / (8 * down));
-    return true;
-  }
-
-  bool StartScan(const uint8_t* body, size_t size) {
-    const size_t count = components_.size();
-    if (count == 0 || size != 4 + 2 * count || body[0] != count) return false;
-    if (body[size - 3] != 0 || body[size - 2] != 63 || body[size - 1] != 0) return false;
-    size_t blocks = 0;
-    for (size_t i = 0; i < count; ++i) {
-      const Component& component = components_[i];
-      const int dc = body[2 + 2 * i] >> 4, ac = body[2 + 2 * i] & 15;
-      if (body[1 + 2 * i] != component.id || dc > 3 || ac > 3) return false;
-      if (!dc_[dc].made || !ac_[ac].made || !quantisers_[component.quantiser]) return false;
-      const Tables* tables = tables_;
-      while (tables < tables_ + i && (tables->dc != &dc_[dc] || tables->ac != &ac_[ac])) ++tables;
-      if (tables->dc != &dc_[dc] || tables->ac != &ac_[ac]) tables_[i].Make(dc_[dc], ac_[ac]);
-      for (int n = count == 1 ? 1 : component.h * component.v; n > 0; --n, ++blocks) {
-        Node* const node = nodes_ + 2 * blocks;
-        node[0] = {tables->first, tables->then, {node + 1, node + 2}, tables};
-        node[1] = {tables->then, tables->then, {node + 1, node + 2}, tables};
-      }
-    }
-    nodes_[2 * blocks - 2].to[1] = nodes_[2 * blocks - 1].to[1] = nodes_;
-    blocks_ = blocks;
-    return true;
+    return header_.Read(&at_, end_) && Scan();
   }
 
   // All segments of the scan, and the end marker right after it.
   bool Scan() {
     int restart = 0;
-    for (uint64_t left = mcus_; left > 0;) {
+    for (uint64_t left = header_.mcus(); left > 0;) {
       const int marker = Unstuff();
-      const uint64_t due = restart_interval_ == 0 ? left : std::min<uint64_t>(left, restart_interval_);
+      const uint64_t interval = header_.restart_interval();
+      const uint64_t due = interval == 0 ? left : std::min(left, interval);
       if (!Mcus(due)) return false;
       left -= due;
       if (marker != (left == 0 ? 0xD9 : 0xD0 + restart)) return false;
@@ -259,7 +127,7 @@ class Scanner {
     Lane* active[kLanes];
     for (size_t i = 0; i < n; ++i) {
       const uint64_t begin = clean_bytes_ * i / n * 8 * kBit;
-      lanes[i] = {ends_[i], begin, begin, nodes_, i + 1 < n ? &lanes[i + 1] : nullptr};
+      lanes[i] = {ends_[i], begin, begin, header_.nodes(), i + 1 < n ? &lanes[i + 1] : nullptr};
       active[i] = &lanes[i];
     }
     while (n > 0) {
@@ -281,7 +149,7 @@ class Scanner {
       if (lane->joined->good > lane->there) return false;
       before += lane->count - lane->there;
     }
-    return Finish(lane->at, lane->node, before + lane->count, mcus * blocks_);
+    return Finish(lane->at, lane->node, before + lane->count, mcus * header_.blocks());
   }
 
   // Groups of look-ups that all begin 64 bits or more before the segment's end. None takes more than 56.
@@ -301,7 +169,7 @@ class Scanner {
         while (lane->seen < known && next.ends[lane->seen] < *end) ++lane->seen;
         if (lane->seen == known) break;
         const size_t there = lane->seen + 1;
-        if (next.ends[lane->seen] == *end && here % blocks_ == there % blocks_) {
+        if (next.ends[lane->seen] == *end && here % header_.blocks() == there % header_.blocks()) {
           lane->joined = &next;
           lane->there = there;
           lane->count = here;
@@ -399,17 +267,8 @@ class Scanner {
   size_t max_lanes_ = 1;
   const uint8_t* at_ = nullptr;
   const uint8_t* end_ = nullptr;
-  Code dc_[4], ac_[4];
-  Tables tables_[3];
-  Node nodes_[20];
+  Header header_;
   uint64_t ends_[kLanes][kEnds + kGroups];
-  std::vector<uint8_t> last_codes_[2][4];
-  bool quantisers_[4] = {};
-  std::vector<Component> components_;
-  size_t blocks_ = 0;  // of an MCU
-  int width_ = 0, height_ = 0;
-  unsigned restart_interval_ = 0;
-  uint64_t mcus_ = 0;
   std::vector<uint8_t> clean_;
   size_t clean_bytes_ = 0;
 };
