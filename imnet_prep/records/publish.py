@@ -197,18 +197,20 @@ def refuse_interrupted(folder: Path) -> None:
         raise RecordsError(f"{folder}: `adopt` or `repair-index` was interrupted while it changed it", remedy=AGAIN)
 
 
-def refuse_inside_records(path: Path) -> None:
-    """Check that a file or folder to be made lies in no records folder, finished or not.
+def refuse_inside_records(*paths: Path | None) -> None:
+    """Check that files or folders to be made lie in no records folder, finished or not; None is passed over.
 
     Raises:
-        RecordsError: It does.
+        RecordsError: One does.
     """
-    for folder in path.resolve().parents:
-        if is_records_folder(folder):
-            raise RecordsError(
-                f"{path}: lies in the records folder {folder}, which holds its own files alone",
-                remedy="choose a place outside it",
-            )
+    for path in filter(None, paths):
+        named = Path(os.path.realpath(path.parent), path.name)
+        for folder in (*named.parents, *Path(os.path.realpath(path)).parents):  # a link is replaced, or followed
+            if is_records_folder(folder):
+                raise RecordsError(
+                    f"{path}: lies in the records folder {folder}, which holds its own files alone",
+                    remedy="choose a place outside it",
+                )
 
 
 def is_records_folder(folder: Path) -> bool:
