@@ -30,7 +30,6 @@ from imnet_prep.records.publish import BUILD_WORK
 from imnet_prep.records.record_list import REJECTED, rejected_bytes
 from imnet_prep.records.shards import Layout
 from imnet_prep.shard_task import ShardResult, ShardTask, finished, tasks_of
-from imnet_prep.sources import SourceInfo
 from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
 from imnet_prep.workspace import (
     Workspace,
@@ -164,8 +163,7 @@ def carry_out(job: Job, out: Path, options: ConvertOptions, progress: ProgressCa
         state = job.state(space, told)
         plan = begin(space, plan, state, force=options.force)
         results, layouts, images_now = _run(space, plan, options, progress, stop)
-        infos = [SourceInfo(**info) for info in state["infos"]]
-        manifest = job.seal(space, assemble(space.partial, plan, layouts, infos, results))
+        manifest = job.seal(space, assemble(space.partial, plan, layouts, state["infos"], results))
         write_atomically(space.partial / MANIFEST, manifest.to_bytes(), stage=space.work)
         publish_folder(space)
     return ConvertResult(manifest, out, time.monotonic() - started, images_now, tuple(state["notes"]), False)

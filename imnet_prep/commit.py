@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from imnet_prep.records.record_list import RECORDS, REJECTED, rejected_bytes, wr
 from imnet_prep.records.shards import Layout
 from imnet_prep.runtime import library_versions
 from imnet_prep.shard_task import ShardResult, lines_path
-from imnet_prep.sources import SourceInfo
 from imnet_prep.types import ShardInfo
 
 _CHUNK_ROWS = 1 << 16
@@ -35,7 +33,7 @@ def assemble(
     partial: Path,
     plan: Plan,
     layouts: dict[str, Layout],
-    infos: Sequence[SourceInfo],
+    sources: Sequence[dict[str, Any]],
     results: Sequence[ShardResult],
 ) -> Manifest:
     """Write the lists of a conversion and return its manifest, which is not written yet.
@@ -44,7 +42,7 @@ def assemble(
         partial: The folder with all shards in place.
         plan: What was carried out.
         layouts: Sizes of each split's data files.
-        infos: Of the sources.
+        sources: Where the images came from, as the manifest records it.
         results: Of all shards, in the order of the plan.
 
     Raises:
@@ -74,7 +72,7 @@ def assemble(
         label_convention=plan.label_convention,
         seed=plan.options.seed,
         options=plan.options.content(),
-        sources=tuple(sorted((asdict(info) for info in infos), key=lambda info: json.dumps(info, sort_keys=True))),
+        sources=tuple(sorted(sources, key=lambda source: json.dumps(source, sort_keys=True))),
         plan=plan.digest,
         rejected=_file_entry(partial / REJECTED, REJECTED),
     )

@@ -7,13 +7,17 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
 from imnet_prep.info import describe
-from imnet_prep.records.manifest import MANIFEST, RecordLine, load_manifest, read_records, write_records
+from imnet_prep.records.manifest import MANIFEST, load_manifest
+from imnet_prep.records.record_list import RecordLine, write_lines
+from imnet_prep.verify import verify
 from tests.imnet_prep.conversions import run
+from tests.imnet_prep.records_folder import read_records, reseal
 from tests.synthetic import make_image_folder
 
 
@@ -70,6 +74,23 @@ def test_other_versions_are_refused(records: Path) -> None:
         load_manifest(records)
 
 
+def test_what_a_later_release_adds_is_passed_over(records: Path) -> None:
+    """Additions that old readers may ignore keep the version, so they must be ignored at every level."""
+    before = load_manifest(records)
+
+    def add(document: dict[str, Any]) -> None:
+        split = document["splits"]["train"]
+        places = (split["shards"][0], split["records"], document["classes"][0], document["sources"][0])
+        for entry in (document, split, *places):
+            entry["added_later"] = {"any": ["thing"]}
+
+    reseal(records, add)
+    after = load_manifest(records)
+    assert after.splits["train"].shards == before.splits["train"].shards
+    assert after.classes == before.classes
+    assert verify(records, "quick", 1, lambda _: None).ok
+
+
 def test_folders_without_one_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(RecordsError, match="no such folder"):
         load_manifest(tmp_path / "none")
@@ -88,10 +109,13 @@ def test_a_split_that_is_not_there_lists_those_that_are(records: Path) -> None:
 def test_equal_lines_give_equal_bytes_and_come_back(records: Path, tmp_path: Path) -> None:
     lines = [RecordLine(0, k, f"é/{k}.jpg", 1, 2, 3, "a" * 64, "b" * 64, ("cmyk",), "http://x", 200) for k in range(50)]
     for name in ("a", "b"):
-        write_records(tmp_path / name, (line.to_json() for line in lines))
+        write_lines(tmp_path / name, (line.to_json() for line in lines))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     split = replace(load_manifest(records).splits["train"], records={"file": "a"})
     assert list(read_records(tmp_path, split)) == lines
+    text = f'{{"added_later":1,{lines[0].to_json()[1:]}\n'
+    (tmp_path / "a").write_bytes(gzip.compress(text.encode()))
+    assert list(read_records(tmp_path, split)) == lines[:1]
     (tmp_path / "a").write_bytes(gzip.compress(b'{"shard": 0}\n'))
     with pytest.raises(RecordsError, match="line 1"):
         list(read_records(tmp_path, split))
