@@ -151,11 +151,21 @@ class Change:
         Args:
             places: The names; each was staged, and is flushed.
             aside: A folder that gets what stood there, but never over what it has. None lets it be replaced.
+
+        Raises:
+            RecordsError: A name cannot be given: nothing is changed, where a journal would wait for ever.
         """
         moves = [
             Move(self.stage(place), place, None if aside is None else aside / place.relative_to(self.folder))
             for place in places
         ]
+        for move in moves:
+            if move.place.is_dir() and (move.aside is None or os.path.lexists(move.aside)):
+                raise RecordsError(f"{move.place}: is a folder", expected="a file", remedy="move it away")
+            parent, disk = move.place.parent, self.folder.stat().st_dev
+            good = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and parent.stat().st_dev == disk
+            if os.path.lexists(parent) and not good:
+                raise RecordsError(f"{parent}: cannot be written", expected=f"a folder on the disk of {self.folder}")
         for folder in {move.new.parent for move in moves}:
             sync(folder)
         publish(self.folder / WORK_JOURNAL, moves, stage=self.work)
@@ -166,8 +176,10 @@ def changing(folder: Path) -> Iterator[Change]:
     """Change a records folder alone; what was interrupted before is finished, and nothing is left behind.
 
     Raises:
-        RecordsError: Another process is changing it, or it cannot be written.
+        RecordsError: There is no such folder, another process is changing it, or it cannot be written.
     """
+    if not folder.is_dir():
+        raise RecordsError(f"{folder}: no such folder", expected="a folder of MindRecord files")
     work = folder / WORK
     try:
         with exclusive_lock(folder / WORK_LOCK):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -176,8 +176,10 @@ def map_rows(
     *,
     lines: bool = False,
     unit: str = "images",
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Carry out a function on every record and yield the results in stored order.
+
+    Close the iterator (:func:`contextlib.closing`) where it is not read to its end: the workers are killed then.
 
     Args:
         folder: The records.
