@@ -6,35 +6,36 @@ paths), from a list that is given, or are the labels themselves.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from imnet_prep import catalog
-from imnet_prep.adopt_classes import NameFound, Naming, choose_naming
-from imnet_prep.adopt_rows import AdoptTask, read_rows
+from imnet_prep.adopt_classes import NameFound, Naming, choose_naming, name_found
+from imnet_prep.commit import Digests, describe, describe_split
+from imnet_prep.duplicates import SIDE
 from imnet_prep.errors import IntegrityError, RecordsError
-from imnet_prep.files import file_digest, sync, write_atomically
-from imnet_prep.records.index import rebuild_index
-from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
-from imnet_prep.records.mindrecord import Header, index_path, read_header, read_index
-from imnet_prep.types import SPLITS, Progress, ProgressCallback, ShardInfo, record_id
+from imnet_prep.files import file_digest, write_atomically
+from imnet_prep.jpeg import ImageFault
+from imnet_prep.records.discover import FoundShard, find_shards
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.index import write_index_of
+from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
+from imnet_prep.records.mindrecord import index_path
+from imnet_prep.records.publish import Change, changing
+from imnet_prep.records.record_list import RECORDS, RecordLine
+from imnet_prep.records.scan import Row, map_rows
+from imnet_prep.records.shards import Layout
+from imnet_prep.types import SPLITS, ProgressCallback, ShardInfo, name_fault, record_id
+from imnet_prep.validate import examine
 from imnet_prep.verify_rows import BASE, END, names_agree
-from imnet_prep.workers import process_count, run_processes
-
-CHUNK_ROWS = 512
-_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]*")  # manifests/records.schema.json
-_SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing)(?![a-z])", re.IGNORECASE)
-_OTHERS = frozenset({".db", ".json", ".jsonl", ".gz", ".txt", ".md", ".csv", ".html", ".png"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class AdoptOptions:
         split: Where neither a file's folder nor its name says it; None takes such files as ``train``.
         label_space: ``imagenet1k``, or the path of a file of class names in label order; None takes names from the
             records.
-        keep_undecodable: Give a manifest though some images do not decode; ``verify`` goes on naming them.
+        keep_undecodable: Write a manifest though some images do not decode; ``verify`` goes on naming them.
         workers: Worker processes; one a usable core where None.
         force: Replace a manifest that is there.
     """
@@ -71,7 +72,7 @@ class AdoptResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Give the object that ``--json`` prints."""
+        """Return the object that ``--json`` prints."""
         return {
             "images": {name: split.images for name, split in self.manifest.splits.items()},
             "shards": sum(len(split.shards) for split in self.manifest.splits.values()),
@@ -84,16 +85,10 @@ class AdoptResult:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    split: str
-    path: Path
-    header: Header
-    rows: int
-
-
 def adopt(folder: Path, options: AdoptOptions, progress: ProgressCallback) -> AdoptResult:
-    """Give a folder of MindRecord files a manifest; they may lie in it or in its ``train``, ``val`` and ``test``.
+    """Write a manifest for a folder of MindRecord files; they lie in it or in its ``train``, ``val`` and ``test``.
+
+    Missing indexes, record lists and the manifest appear together at the end, or the folder stays as it was.
 
     Args:
         folder: The folder.
@@ -102,239 +97,161 @@ def adopt(folder: Path, options: AdoptOptions, progress: ProgressCallback) -> Ad
 
     Raises:
         RecordsError: No such folder, no MindRecord file in it, files that do not belong together, no column of images
-            or labels, or it has a manifest already.
+            or labels, it has a manifest already, another command is changing it, or it cannot be written.
         IntegrityError: Records do not decode, or labels and class names contradict each other.
     """
-    if not folder.is_dir():
-        raise RecordsError(f"{folder}: no such folder", expected="a folder of MindRecord files")
-    if (folder / MANIFEST).exists() and not options.force:
-        raise RecordsError(f"{folder}: has a {MANIFEST} already", remedy="--force replaces it")
-    notes: list[str] = []
-    files = _find(folder, options, notes)
-    columns = _check_together(files)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adopt-") as work:
-        tasks = list(_tasks(files, columns, Path(work)))
-        names, undecodable = _read(tasks, options, progress)
+    manifest_path = folder / MANIFEST
+    had = os.path.lexists(manifest_path)
+    with changing(folder) as change:
+        own = change.resumed and not had  # the manifest is of an adoption that was interrupted: do it again
+        if os.path.lexists(manifest_path) and not (options.force or own):
+            raise RecordsError(f"{folder}: has a {MANIFEST} already", remedy="--force replaces it")
+        files, notes = find_shards(folder, options.split or "train")
+        made = [index_path(file.path) for file in files if not file.indexed]
+        for file in files:
+            if not file.indexed:
+                write_index_of(file.path, change.stage(file.path))
+        manifest, undecodable, naming = _read_and_describe(change, files, options, progress)
+        write_atomically(change.stage(manifest_path), manifest.to_bytes())
+        change.publish([*made, *(folder / name / RECORDS for name in manifest.splits), manifest_path])
+    return AdoptResult(manifest, folder, len(undecodable), (*notes, *naming.notes))
+
+
+def _read_and_describe(
+    change: Change, files: Sequence[FoundShard], options: AdoptOptions, progress: ProgressCallback
+) -> tuple[Manifest, list[str], Naming]:
+    """Read all records, write their lists, and return the manifest, what does not decode, and the names."""
+    by_split = {name: [file for file in files if file.split == name] for name in SPLITS}
+    by_split = {name: mine for name, mine in by_split.items() if mine}
+    columns = files[0].header.fields
+    nothing: dict[str, Any] = dict.fromkeys(("label_space", "label_convention", "plan"), "") | {"seed": 0}
+    draft = describe(
+        {name: _draft(mine) for name, mine in by_split.items()}, (), options={}, sources=(), columns=columns, **nothing
+    )
+    with (change.work / "lines.jsonl").open("w+", encoding="utf-8") as texts:
+        names, undecodable = _read(RecordsFolder(change.folder, draft), texts, options, progress)
         if undecodable and not options.keep_undecodable:
-            raise _do_not_decode(folder, undecodable)
+            raise IntegrityError(
+                f"{change.folder}: {len(undecodable)} records do not decode",
+                got="; ".join(undecodable[:3]) + ("; ..." if len(undecodable) > 3 else ""),
+                remedy="write the files again without them, or take them along with --keep-undecodable",
+            )
         naming = choose_naming(names, options.label_space)
+        texts.seek(0)
         splits: dict[str, SplitInfo] = {}
         alike: dict[str, str] = {}
-        before: list[NDArray[np.uint64]] = []
-        for split in SPLITS:
-            mine = [file for file in files if file.split == split]
-            if mine:
-                chunks = [task for task in tasks if task.split == split]
-                splits[split], alike[split] = _split_info(folder, split, mine, chunks, naming, before)
-    images = sum(split.images for split in splits.values())
-    size = sum(shard.size_bytes for split in splits.values() for shard in split.shards)
-    source = {"kind": "adopted", "name": "", "size_bytes": size, "md5": "", "sha256": "", "official": False}
-    manifest = Manifest(
-        classes=naming.classes,
-        class_words=tuple(catalog.class_words(name) for name in naming.classes),
+        before: Digests = []
+        for name, mine in by_split.items():
+            splits[name], alike[name] = _describe_split(change, name, mine, texts, naming, before)
+    source = {"kind": "adopted", "name": "", "md5": "", "sha256": "", "official": False}
+    counts = {
+        "size_bytes": sum(file.info.size_bytes for file in files),
+        "images": sum(file.info.rows for file in files),
+    }
+    manifest = describe(
+        splits,
+        naming.classes,
         label_space=naming.label_space,
         label_convention=naming.convention,
         seed=0,
         options={"names": alike} if "file_name" in columns else {},
-        sources=({**source, "images": images},),
-        made_with={name: version(name) for name in ("imnet-prep", "opencv-python-headless", "pillow")},
+        sources=({**source, **counts},),
         plan="",
-        splits=splits,
         columns=columns,
     )
-    write_atomically(folder / MANIFEST, manifest.to_bytes())
-    return AdoptResult(manifest, folder, len(undecodable), (*notes, *naming.notes))
+    return manifest, undecodable, naming
 
 
-def _do_not_decode(folder: Path, undecodable: Sequence[str]) -> IntegrityError:
-    return IntegrityError(
-        f"{folder}: {len(undecodable)} records do not decode",
-        got="; ".join(undecodable[:3]) + ("; ..." if len(undecodable) > 3 else ""),
-        remedy="write the files again without them, or take them along with --keep-undecodable",
-    )
-
-
-# --- the files -------------------------------------------------------------------------------------------------------
-
-
-def _find(folder: Path, options: AdoptOptions, notes: list[str]) -> list[_File]:
-    found: list[_File] = []
-    for place in (folder, *(folder / split for split in SPLITS)):
-        for path in sorted(place.iterdir() if place.is_dir() else [], key=_natural):
-            if not path.is_file() or path.suffix in _OTHERS or path.name.startswith("."):
-                continue
-            try:
-                header = read_header(path)
-            except RecordsError:
-                if index_path(path).exists() or ".mindrecord" in path.name:
-                    raise
-                continue
-            split = place.name if place != folder else _split_of(path, folder, options)
-            if (file := _open(path, split, header, notes)) is not None:
-                found.append(file)
-    if not found:
-        raise RecordsError(f"{folder}: no MindRecord file in it", expected="files written by MindSpore's FileWriter")
-    for file in found:
-        if missing := [name for name in file.header.addresses if not (file.path.parent / name).is_file()]:
-            raise RecordsError(f"{file.path}: belongs to files that are not there", expected=", ".join(missing[:5]))
-    return found
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort ``x.mindrecord10`` behind ``x.mindrecord9``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
-
-
-def _split_of(path: Path, folder: Path, options: AdoptOptions) -> str:
-    for name in (path.name, folder.resolve().name):
-        words = {word.lower()[:3] for word in _SPLIT_WORD.findall(name)}
-        if len(words) == 1:
-            return {"tra": "train", "val": "val", "tes": "test"}[words.pop()]
-    return options.split or "train"
-
-
-def _open(path: Path, split: str, header: Header, notes: list[str]) -> _File | None:
-    """Take a file with its index, which is made where there is none; None for one without a row."""
-    if not _NAME.fullmatch(path.name):
-        expected = "letters, digits, '.', '_' and '-'"
-        raise RecordsError(f"{path}: cannot be in a manifest under this name", expected=expected)
-    if path.name not in header.addresses:
-        raise RecordsError(
-            f"{path}: was renamed; MindSpore does not open it", expected=f"the name {header.addresses[0]}"
-        )
-    if not header.pages:
-        notes.append(f"{path.name}: has no row, left out")
-        return None
-    if not index_path(path).is_file():
-        rebuild_index(path)
-        notes.append(f"{path.name}: its index was missing and is made again")
-    return _File(split, path, header, len(read_index(path, header)))
-
-
-def _check_together(files: Sequence[_File]) -> dict[str, str]:
-    """Make sure that MindSpore reads them together, and that there is what training needs; gives the columns."""
-    first = files[0]
-    for file in files:
-        for what in ("fields", "blob_fields"):
-            if getattr(file.header, what) != getattr(first.header, what):
-                raise RecordsError(
-                    f"{file.path}: has other columns than {first.path.name}",
-                    expected=str(first.header.fields),
-                    got=str(file.header.fields),
-                )
-        same_split = next(other for other in files if other.split == file.split)
-        sizes = [(other.header.header_size, other.header.page_size) for other in (same_split, file)]
-        if sizes[0] != sizes[1]:
-            raise RecordsError(f"{file.path}: has other page sizes", expected=str(sizes[0]), got=str(sizes[1]))
-    columns = dict(first.header.fields)
-    if not first.header.blob_fields:
-        raise RecordsError(f"{first.path}: no column of images", expected="a bytes column", got=str(columns))
-    if not columns.get("label", "").startswith("int"):
-        raise RecordsError(f"{first.path}: no column of labels", expected="an int column `label`", got=str(columns))
-    return columns
-
-
-# --- the records -----------------------------------------------------------------------------------------------------
-
-
-def _tasks(files: Sequence[_File], columns: dict[str, str], work: Path) -> Iterator[AdoptTask]:
-    numbers: Counter[str] = Counter()
-    for file in files:
-        number = numbers[file.split]
-        numbers[file.split] += 1
-        for first in range(0, file.rows, CHUNK_ROWS):
-            lines = work / f"{file.split}-{number:05d}-{first:010d}.jsonl"
-            count = min(CHUNK_ROWS, file.rows - first)
-            yield AdoptTask(file.path, file.split, number, first, count, "file_name" in columns, lines)
+def _draft(files: Sequence[FoundShard]) -> SplitInfo:
+    """Return what is known of a split before its records are read."""
+    rows, header = sum(file.info.rows for file in files), files[0].header
+    shards = tuple(file.info for file in files)
+    return SplitInfo(rows, rows, {}, {}, 0, (), header.header_size, header.page_size, {}, shards)
 
 
 def _read(
-    tasks: Sequence[AdoptTask], options: AdoptOptions, progress: ProgressCallback
+    folder: RecordsFolder, texts: TextIO, options: AdoptOptions, progress: ProgressCallback
 ) -> tuple[list[NameFound], list[str]]:
-    """Read every record; its line goes to the task's file. Gives the names by label, and what does not decode."""
-    total = sum(task.count for task in tasks)
+    """Read every record and write its line, its name as stored; return the names by label and what does not decode."""
     names: set[NameFound] = set()
-    undecodable: list[tuple[str, str]] = []
-
-    def report(images: int, size: int, bad: int) -> None:
-        progress(Progress(min(images, total), total, "images", size, (("undecodable", bad),)))
-
-    width = min(process_count(options.workers), len(tasks))
-    for result in run_processes(read_rows, tasks, width, report):
-        names.update(result.names)
-        undecodable += [(result.lines.name, text) for text in result.undecodable]
-    return sorted(names), [text for _, text in sorted(undecodable)]
+    undecodable: list[str] = []
+    with closing(map_rows(folder, read_row, options.workers, progress)) as rows:
+        for split, line, why in rows:
+            texts.write(json.dumps(line) + "\n")
+            names.add(name_found(split, line["label"], line["file_name"]))
+            if why:
+                undecodable.append(why)
+    return sorted(names), undecodable
 
 
-def _split_info(
-    folder: Path,
-    split: str,
-    files: Sequence[_File],
-    tasks: Sequence[AdoptTask],
-    naming: Naming,
-    before: list[NDArray[np.uint64]],
-) -> tuple[SplitInfo, str]:
-    """Write the record list of a split and count it; ``before`` grows by its digests.
+def read_row(row: Row) -> tuple[str, dict[str, Any], str]:
+    """Read, hash and decode a record.
 
     Returns:
-        The split, and how stored names go with the list's (:class:`~imnet_prep.verify_rows.RowsTask`).
+        Its split, the values of its line, with ``file_name`` as stored, and why it does not decode.
+
+    Raises:
+        RecordsError: It cannot be read, or has no label or no name.
     """
-    total = sum(file.rows for file in files)
-    counts = np.zeros(len(naming.classes), np.int64)
-    ids, digests = np.empty(total, np.uint64), np.empty(total, np.uint64)
-    changes: Counter[str] = Counter()
+    fields, image = row.fields, row.image
+    place = f"{row.opened.path}: row {row.row}"
+    label = fields.get("label")
+    if not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < 1 << 24:
+        raise RecordsError(f"{place}: no label", expected="0 or more", got=repr(label))
+    named = "file_name" in row.opened.header.fields
+    name = fields.get("file_name") if named else ""
+    if named and (fault := name_fault(name)):
+        raise RecordsError(f"{place}: no file_name: {fault}", got=repr(name))
+    width = height = 0
+    changes: tuple[str, ...] = ()
+    why = ""
+    try:
+        seen = examine(image, SIDE)
+        width, height, changes = seen.width, seen.height, tuple(change.value for change in seen.changes)
+    except ImageFault as fault:
+        why = f"{fault.reason}: {fault.detail}"
+    except MemoryError:
+        why = "not enough memory to decode it"
+    digest = hashlib.sha256(image).hexdigest()
+    line = {
+        "shard": row.shard, "row": row.row, "file_name": name, "label": label,
+        "width": width, "height": height, "sha256": digest, "source_sha256": digest, "changes": changes,
+    }  # fmt: skip
+    return row.split, line, why and f"{Path(row.file).name} row {row.row} ({name or 'no name'}): {why}"
+
+
+def _describe_split(
+    change: Change, split: str, files: Sequence[FoundShard], texts: Iterable[str], naming: Naming, before: Digests
+) -> tuple[SplitInfo, str]:
+    """Write the record list of a split from its next lines, and count it; ``before`` grows by its digests.
+
+    Returns:
+        The split, and how stored names go with the list's (:func:`~imnet_prep.verify_rows.names_agree`).
+    """
+    ids = np.empty(sum(file.info.rows for file in files), np.uint64)
     alike = END
 
     def lines() -> Iterator[str]:
         nonlocal alike
-        place = 0
-        for task in tasks:
-            for text in task.lines.read_text(encoding="utf-8").splitlines():
-                values = json.loads(text)
-                stored = values["file_name"]
-                values["file_name"] = naming.file_name(task.path.name, values)
-                if not names_agree(stored, values["file_name"], END):
-                    alike = BASE
-                if values["label"] >= 0:
-                    counts[values["label"]] += 1
-                changes.update(values["changes"])
-                ids[place] = record_id(split, values["file_name"])
-                digests[place] = int(values["sha256"][:16], 16)
-                place += 1
-                yield RecordLine(**{**values, "changes": tuple(values["changes"])}).to_json()
+        for place, text in enumerate(islice(texts, len(ids))):
+            values = json.loads(text)
+            stored = values["file_name"]
+            name = naming.file_name(split, files[values["shard"]].path.name, values)
+            if not names_agree(stored, name, END):
+                alike = BASE
+            ids[place] = record_id(split, name)
+            yield RecordLine(**{**values, "file_name": name, "changes": tuple(values["changes"])}).to_json()
 
-    path = folder / split / RECORDS
-    path.parent.mkdir(exist_ok=True)
-    write_records(path, lines())
-    sync(path)
-    if len(np.unique(ids)) != total:
-        path.unlink()
-        raise RecordsError(f"{folder}: two records of split {split} have the same class and name")
-    known = np.unique(np.concatenate(before)) if before else np.empty(0, np.uint64)
-    before.append(digests)
-    fresh = int(np.count_nonzero(~np.isin(np.unique(digests), known)))
-    info = SplitInfo(
-        found=total,
-        images=total,
-        rejected={},
-        changes=dict(changes),
-        duplicates=total - fresh,
-        class_counts=tuple(counts.tolist()),
-        header_size=files[0].header.header_size,
-        page_size=files[0].header.page_size,
-        records={"file": f"{split}/{RECORDS}", "size_bytes": path.stat().st_size, "sha256": file_digest(path)},
-        shards=tuple(_shard_info(folder, file) for file in files),
-    )
+    layout = Layout(files[0].header.header_size, files[0].header.page_size)
+    path = change.stage(change.folder / split / RECORDS)
+    shards = [_shard_info(change, file) for file in files]
+    info = describe_split(path, split, lines(), shards, layout, len(naming.classes), {}, before)
+    if len(np.unique(ids)) != len(ids):
+        raise RecordsError(f"{change.folder}: two records of split {split} have the same class and name")
     return info, alike
 
 
-def _shard_info(folder: Path, file: _File) -> ShardInfo:
-    index = index_path(file.path)
-    return ShardInfo(
-        file=file.path.relative_to(folder).as_posix(),
-        rows=file.rows,
-        size_bytes=file.path.stat().st_size,
-        sha256=file_digest(file.path),
-        index_size_bytes=index.stat().st_size,
-        index_sha256=file_digest(index),
-    )
+def _shard_info(change: Change, file: FoundShard) -> ShardInfo:
+    index = index_path(file.path if file.indexed else change.stage(file.path))
+    size = index.stat().st_size
+    return replace(file.info, sha256=file_digest(file.path), index_size_bytes=size, index_sha256=file_digest(index))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +13,25 @@ from imnet_prep import catalog
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.plan import read_names
 
-_SEPARATORS = re.compile(r"[/\\]+")
+SEPARATORS = re.compile(r"[/\\]+")
 _WNID = re.compile(r"n\d{8}")
 _UNSAFE = re.compile(r"[^0-9A-Za-z._-]+")
 
 
 class NameFound(NamedTuple):
-    """A label with a name that goes with it: the folder in ``file_name``, and what its base name begins with."""
+    """A label with what its record's ``file_name`` says: the folders, and a wnid that the base name begins with."""
 
     split: str
     label: int
-    folder: str
-    beginning: str
+    folders: tuple[str, ...]
+    wnid: str
+
+
+def name_found(split: str, label: int, stored: str) -> NameFound:
+    """Return what a record's label and stored name say; few of a million records say something new."""
+    *folders, base = SEPARATORS.split(stored)
+    beginning = base.split("_")[0]
+    return NameFound(split, label, tuple(folders), beginning if _WNID.fullmatch(beginning) else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +42,22 @@ class Naming:
         classes: Names in label order.
         label_space: As in the manifest. convention: What the labels mean, in words.
         notes: What a person should know.
+        kept: Number of leading parts by split that are not kept of a stored name; -1 keeps its base name alone.
     """
 
     classes: tuple[str, ...]
     label_space: str
     convention: str
     notes: tuple[str, ...] = ()
+    kept: dict[str, int] = field(default_factory=dict)
 
-    def file_name(self, file: str, line: dict[str, Any]) -> str:
-        """Give ``<class>/<name>`` of a record; its place stands in for a name that it has not."""
-        base = _SEPARATORS.split(line["file_name"])[-1] or f"{_UNSAFE.sub('_', file)}-{line['row']:08d}"
-        return f"{self.classes[line['label']]}/{base}" if line["label"] >= 0 else base
+    def file_name(self, split: str, file: str, line: dict[str, Any]) -> str:
+        """Return ``<class>/<name>`` of a record; its place stands in for a name that it has not."""
+        parts = SEPARATORS.split(line["file_name"])
+        base = parts[-1] or f"{_UNSAFE.sub('_', file)}-{line['row']:08d}"
+        if line["label"] < 0:
+            return base
+        return "/".join([self.classes[line["label"]], *parts[self.kept.get(split, -1) : -1], base])
 
 
 def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming:
@@ -61,7 +74,8 @@ def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming
     if unlabelled := sorted({name.split for name in found if name.label < 0 and name.split != "test"}):
         raise RecordsError(f"split {unlabelled[0]}: records without a label", expected="labels from 0 on")
     labels = sorted({name.label for name in found if name.label >= 0})
-    known = _from_folders(found) or _from_beginnings(found)
+    known, kept = _from_folders(found)
+    known = known or _from_beginnings(found)
     given = _given(label_space)
     if given is not None:
         if labels and labels[-1] >= len(given):
@@ -74,10 +88,9 @@ def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming
                 f"label {wrong[0]} is {given[wrong[0]]} by {label_space}", got=f"records of class {wrong[1]}"
             )
         space = "imagenet1k" if label_space == "imagenet1k" else "file"
-        return Naming(
-            given, space, f"adopted: as {'ILSVRC2012' if space == 'imagenet1k' else 'the list that was given'}"
-        )
-    return _named(labels, known)
+        said = "ILSVRC2012" if space == "imagenet1k" else "the list that was given"
+        return Naming(given, space, f"adopted: as {said}", kept=kept)
+    return replace(_named(labels, known), kept=kept)
 
 
 def _given(label_space: str | None) -> tuple[str, ...] | None:
@@ -109,21 +122,35 @@ def _named(labels: Sequence[int], known: dict[int, str]) -> Naming:
     return Naming(names, "found" if in_order else "file", "adopted: the labels as the files have them", tuple(notes))
 
 
-def _from_folders(found: Sequence[NameFound]) -> dict[int, str]:
-    """Names by label from the folders in ``file_name``; a split whose images all lie in one folder says nothing."""
+def _from_folders(found: Sequence[NameFound]) -> tuple[dict[int, str], dict[str, int]]:
+    """Return names by label from the folders in ``file_name``, and what is kept of the names (:class:`Naming`).
+
+    A class is the outermost folder in which the names of a split differ, so that it may have subfolders. Where that
+    does not go with the labels one to one, it is the innermost. A split with all images in one folder says nothing.
+    """
     pairs: set[tuple[int, str]] = set()
+    kept: dict[str, int] = {}
     for split in {name.split for name in found}:
-        mine = {(name.label, name.folder) for name in found if name.split == split and name.label >= 0}
-        folders = {folder for _, folder in mine}
-        if "" not in folders and (len(folders) > 1 or len({label for label, _ in mine}) == 1):
-            pairs |= mine
-    return _one_to_one(pairs)
+        mine = {(name.label, name.folders) for name in found if name.split == split and name.label >= 0}
+        labels = len({label for label, _ in mine})
+        # With one label, the last folder that all have in common is its class.
+        common = os.path.commonprefix([folders for _, folders in mine])  # noqa: RUF071 - of tuples, not of characters
+        outermost = len(common) - (labels == 1)
+        for place in (outermost, -1):
+            names = {(label, "".join(folders[place:][:1])) for label, folders in mine}
+            classes = {name for _, name in names}
+            said = "" not in classes and (len(classes) > 1 or labels == 1)
+            if said and (place == -1 or len(names) == len(classes) == labels):
+                pairs |= names
+                kept[split] = place + 1 or -1
+                break
+    return _one_to_one(pairs), kept
 
 
 def _from_beginnings(found: Sequence[NameFound]) -> dict[int, str]:
     """Names by label from base names as ``n01440764_10026.JPEG``."""
-    pairs = {(name.label, name.beginning) for name in found if name.label >= 0}
-    return _one_to_one(pairs) if all(_WNID.fullmatch(name) for _, name in pairs) else {}
+    pairs = {(name.label, name.wnid) for name in found if name.label >= 0}
+    return _one_to_one(pairs) if all(name for _, name in pairs) else {}
 
 
 def _one_to_one(pairs: set[tuple[int, str]]) -> dict[int, str]:

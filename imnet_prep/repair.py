@@ -7,30 +7,29 @@ Where images are lost, the whole rows go into a new shard under the same name, a
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import logging
 import os
-import tempfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.files import file_digest, sync
+from imnet_prep.files import file_digest
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.index import write_index_of
-from imnet_prep.records.manifest import Manifest, SplitInfo, load_manifest
-from imnet_prep.records.mindrecord import LENGTH, index_path
-from imnet_prep.records.salvage import clip_to_whole_rows
-from imnet_prep.records.shards import Layout, ShardWriter
+from imnet_prep.records.mindrecord import index_path
+from imnet_prep.records.publish import Change, changing
+from imnet_prep.records.record_list import RecordLine
+from imnet_prep.records.salvage import clip_to_whole_rows, find_images, open_ordered, write_again
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
-from imnet_prep.verify import check_shard
 
-DAMAGED = ".damaged"  # where files that were replaced are kept
-INTACT, REBUILT, RESTORED, SALVAGED, LOST = "intact", "rebuilt", "restored", "salvaged", "lost"
+DAMAGED_FOLDER = ".damaged"  # where files that were replaced are kept
+STATES = INTACT, REBUILT, RESTORED, DAMAGED, SALVAGED, LOST = (
+    "intact", "rebuilt", "restored", "damaged", "salvaged", "lost",
+)  # fmt: skip
 _logger = logging.getLogger(__name__)
 
 
@@ -40,10 +39,11 @@ class ShardRepair:
 
     Attributes:
         file: Relative to the records folder.
-        state: ``intact``; ``rebuilt`` (the index); ``restored`` (data file and index, bit for bit); ``salvaged`` (the
-            whole rows, in a new data file); ``lost`` (nothing could be read).
+        state: ``intact``; ``rebuilt`` (the index); ``restored`` (data file and index, bit for bit); ``damaged`` (bytes
+            inside images changed; the data file stays as it is); ``salvaged`` (the whole rows, in a new data file);
+            ``lost`` (nothing could be read).
         rows: Rows that are there now. expected: Rows that the manifest promises.
-        exact: The index has the manifest's digest (and so does a data file that was written).
+        exact: Data file and index have the manifest's digests.
         detail: One line for a person.
     """
 
@@ -63,16 +63,16 @@ class RepairResult:
 
     @property
     def ok(self) -> bool:
-        """Whether every index is the manifest's now, and nothing was lost."""
+        """Whether every data file and index is the manifest's now."""
         return all(shard.exact for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the object that ``--json`` prints."""
+        """Return the object that ``--json`` prints."""
         states = [shard.state for shard in self.shards]
         return {
             "ok": self.ok,
             "shards": len(self.shards),
-            **{state: states.count(state) for state in (INTACT, REBUILT, RESTORED, SALVAGED, LOST)},
+            **{state: states.count(state) for state in STATES},
             "rows": sum(shard.rows for shard in self.shards),
             "rows_lost": sum(shard.expected - shard.rows for shard in self.shards),
             "details": [asdict(shard) for shard in self.shards if shard.state != INTACT],
@@ -80,173 +80,124 @@ class RepairResult:
 
 
 def repair_index(records: Path, progress: ProgressCallback) -> RepairResult:
-    """Make lost or damaged indexes again, and data files where they were cut or damaged so that they do not open.
+    """Make lost or damaged indexes again, and data files where all or some of their rows can be written again.
 
-    A flipped bit inside an image is not looked for: that takes reading every byte, and ``verify`` does it.
+    Every byte of the shards is read. Each shard gets its new files before the next one is looked at.
 
     Args:
         records: The folder; its manifest must be whole.
         progress: Told of shards looked at.
 
     Raises:
-        RecordsError: There is no such folder, or it has no manifest.
+        RecordsError: There is no such folder, it has no manifest, another command is changing it, or it cannot be
+            written.
         IntegrityError: The manifest is damaged.
-        OSError: The disk is full or fails.
     """
-    manifest = load_manifest(records)
-    total = sum(len(split.shards) for split in manifest.splits.values())
     done: list[ShardRepair] = []
-    for name, split in manifest.splits.items():
-        for number, shard in enumerate(split.shards):
-            repaired = _repair(records, manifest, name, number)
-            if repaired.state != INTACT:
-                _logger.info("%s: %s %s", shard.file, repaired.state, repaired.detail)
-            done.append(repaired)
-            progress(Progress(len(done), total, "shards"))
+    with changing(records) as change:
+        folder = RecordsFolder.open(records)
+        whole = cache(folder.list_is_whole)
+        for split, number, info in folder.shards:
+            done.append(_repair(change, folder, split, number, info, whole))
+            if done[-1].state != INTACT:
+                _logger.info("%s: %s %s", info.file, done[-1].state, done[-1].detail)
+            progress(Progress(len(done), len(folder.shards), "shards"))
     return RepairResult(tuple(done))
 
 
-def _repair(records: Path, manifest: Manifest, name: str, number: int) -> ShardRepair:
-    split = manifest.splits[name]
-    shard = split.shards[number]
-    path = records / shard.file
-    problems = check_shard(records, manifest, split, shard)
-    if not problems and file_digest(index_path(path)) == shard.index_sha256:
-        return ShardRepair(shard.file, INTACT, shard.rows, shard.rows, True)
-    if not path.is_file():
-        return ShardRepair(shard.file, LOST, 0, shard.rows, False, "the data file is not there")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".repair-") as folder:
-        if all(problem.file != shard.file for problem in problems):
-            found = _rebuild(path, shard, Path(folder))
-            if found is not None and (found.exact or not manifest.plan):
-                return found
-        if manifest.plan:
-            return _rewrite(records, split, number, Path(folder))
-        return _clip(records, shard, Path(folder))
-
-
-def _rebuild(path: Path, shard: ShardInfo, folder: Path) -> ShardRepair | None:
-    """Make the index again; it is put in place where it is the manifest's, or where the files are not ours."""
-    try:
-        made = write_index_of(path, folder)
-    except RecordsError as error:
-        _logger.info("%s", error)
-        return None
-    exact = file_digest(made) == shard.index_sha256
-    adopted = "" if exact else "its digest is not the manifest's: other writers' indexes are not made bit for bit"
-    found = ShardRepair(shard.file, REBUILT, shard.rows, shard.rows, exact, adopted)
-    if exact or adopted:
-        os.replace(made, index_path(path))
-        sync(path.parent)
-    return found
-
-
-# --- our own shards, by the record list ------------------------------------------------------------------------------
-
-
-def _rewrite(records: Path, split: SplitInfo, number: int, folder: Path) -> ShardRepair:
-    """Write the shard again from the images that are still whole."""
-    shard = split.shards[number]
-    path = records / shard.file
-    lines = _lines(records, split, number)
-    if lines is None:
-        detail = f"{split.records['file']} is damaged too: restore it first"
-        return ShardRepair(shard.file, LOST, 0, shard.rows, False, detail)
-    places = _find_images(path, split, lines)
+def _repair(
+    change: Change, folder: RecordsFolder, name: str, number: int, info: ShardInfo, list_is_whole: Callable[[str], bool]
+) -> ShardRepair:
+    path, split = folder.path / info.file, folder.manifest.splits[name]
+    got, why = _digest(path)
+    indexed = _digest(index_path(path))[0] == info.index_sha256
+    if got == info.sha256 and indexed:
+        return ShardRepair(info.file, INTACT, info.rows, info.rows, True)
+    if why:
+        return _lost(info, why)
+    if got == info.sha256:
+        exact, detail = _make_index(change, path, info)
+        return ShardRepair(info.file, REBUILT, info.rows, info.rows, exact, detail)
+    first = sum(shard.rows for shard in split.shards[:number])
+    lines = [*islice(folder.lines(name), first, first + info.rows)] if list_is_whole(name) else None
+    ours = bool(folder.manifest.plan)
+    shard = open_ordered(path, split, info, indexed=indexed)
+    places = find_images(path, split, lines or (), shard)
+    missing = [row for row in range(info.rows) if row not in places]
+    if shard is not None and not (ours and lines and not missing):
+        return _damaged(change, path, info, lines, missing, indexed=indexed)
+    if not ours:
+        return _clip(change, path, info)
     if not places:
-        return ShardRepair(shard.file, LOST, 0, shard.rows, False, "no image in it is whole")
-    made = folder / path.name
-    writer = ShardWriter(made, Layout(split.header_size, split.page_size))
+        none = "no image in it is whole"
+        return _lost(info, none if lines else f"{split.records['file']} is damaged too: restore it first")
+    made = change.stage(path)
+    write_again(path, made, split, lines or (), places)
+    exact = (file_digest(made), file_digest(index_path(made))) == (info.sha256, info.index_sha256)
+    detail = "" if exact else "every row is there, and the file is not the manifest's bit for bit"
+    if missing:
+        detail = f"{_rows(missing, lines or ())} are lost; the damaged files are in {folder.path / DAMAGED_FOLDER}"
+    _publish(change, [path, index_path(path)], keep=not exact)
+    return ShardRepair(info.file, RESTORED if exact else SALVAGED, len(places), info.rows, exact, detail)
+
+
+def _digest(path: Path) -> tuple[str, str]:
+    """Return the SHA-256 of a file, or why there is none."""
     try:
-        with path.open("rb") as file:
-            for row in sorted(places):
-                start, size = places[row]
-                image = os.pread(file.fileno(), size, start)
-                writer.add(image, lines[row]["label"], lines[row]["file_name"])
-        writer.finish()
-    finally:
-        writer.close()
-    sync(made)
-    exact = (file_digest(made), file_digest(index_path(made))) == (shard.sha256, shard.index_sha256)
-    missing = [row for row in range(shard.rows) if row not in places]
-    detail = "" if exact else _words(records, missing, lines)
-    _replace(records, path, made, keep=not exact)
-    state = RESTORED if exact else SALVAGED
-    return ShardRepair(shard.file, state, len(places), shard.rows, exact, detail)
+        return file_digest(path), ""
+    except FileNotFoundError:
+        return "", "the data file is not there"
+    except OSError as error:
+        return "", f"the data file cannot be read: {error.strerror or error}"
 
 
-def _words(records: Path, missing: list[int], lines: list[dict[str, Any]]) -> str:
-    if not missing:
-        return "every row is there, and the file is not the manifest's bit for bit"
-    names = ", ".join(str(lines[row]["file_name"]) for row in missing[:3]) + (", ..." if len(missing) > 3 else "")
-    return f"{len(missing)} rows are lost ({names}); the damaged files are in {records / DAMAGED}"
+def _lost(info: ShardInfo, why: str) -> ShardRepair:
+    return ShardRepair(info.file, LOST, 0, info.rows, False, why)
 
 
-def _lines(records: Path, split: SplitInfo, number: int) -> list[dict[str, Any]] | None:
-    """Give the record list's lines of a shard, or None where the list is not what the manifest says."""
-    path = records / str(split.records["file"])
+def _rows(rows: Sequence[int], lines: Sequence[RecordLine]) -> str:
+    names = ", ".join(lines[row].file_name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+    return f"{len(rows)} rows ({names})"
+
+
+def _publish(change: Change, places: Sequence[Path], *, keep: bool = False) -> None:
+    """Put new files in place; ``keep`` the old ones aside, as is done with whatever is no file."""
+    keep = keep or any(os.path.lexists(place) and not place.is_file() for place in places)
+    change.publish(places, aside=change.folder / DAMAGED_FOLDER if keep else None)
+
+
+def _make_index(change: Change, path: Path, info: ShardInfo) -> tuple[bool, str]:
+    """Make the index again; return whether it is the manifest's, and what to say of it."""
+    made = change.stage(path)
     try:
-        if file_digest(path) != split.records["sha256"]:
-            return None
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [line for line in map(json.loads, file) if line["shard"] == number]
-    except (OSError, EOFError, ValueError, zlib.error):
-        return None
-
-
-def _find_images(path: Path, split: SplitInfo, lines: list[dict[str, Any]]) -> dict[int, tuple[int, int]]:
-    """Find whole images by their digests, whatever the header says: (first byte, bytes) by row.
-
-    Pages begin at known places and hold one length and image after the other, so a damaged length costs at most the
-    rest of its page.
-    """
-    waiting: dict[str, list[int]] = {}
-    for row, line in reversed(list(enumerate(lines))):
-        waiting.setdefault(line["sha256"], []).append(row)
-    found: dict[int, tuple[int, int]] = {}
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for page in range(split.header_size, size, split.page_size):
-            for start, digest, length in _parts(file.fileno(), page, min(page + split.page_size, size)):
-                if rows := waiting.get(digest):
-                    found[rows.pop()] = (start, length)
-    return found
-
-
-def _parts(descriptor: int, start: int, end: int) -> Iterator[tuple[int, str, int]]:
-    """Give place, SHA-256 and size of each part of a page that is preceded by its length."""
-    while start + LENGTH.size < end:
-        length = LENGTH.unpack(os.pread(descriptor, LENGTH.size, start))[0]
-        start += LENGTH.size
-        if not 0 < length <= end - start:
-            return
-        yield start, hashlib.sha256(os.pread(descriptor, length, start)).hexdigest(), length
-        start += length
-
-
-# --- adopted shards --------------------------------------------------------------------------------------------------
-
-
-def _clip(records: Path, shard: ShardInfo, folder: Path) -> ShardRepair:
-    """Keep the rows before the damage, as the file's own pages give them."""
-    path = records / shard.file
-    try:
-        rows = clip_to_whole_rows(path, folder / path.name)
-        write_index_of(folder / path.name, folder)
+        write_index_of(path, made)
     except RecordsError as error:
-        return ShardRepair(shard.file, LOST, 0, shard.rows, False, str(error))
-    _replace(records, path, folder / path.name, keep=True)
-    detail = f"{shard.rows - rows} rows are lost; the damaged files are in {records / DAMAGED}"
-    return ShardRepair(shard.file, SALVAGED, rows, shard.rows, False, detail)
+        return False, f"the index cannot be made again: {error}"
+    exact = file_digest(index_path(made)) == info.index_sha256
+    _publish(change, [index_path(path)])
+    return exact, "" if exact else "the index is made again, and is not the manifest's bit for bit"
 
 
-def _replace(records: Path, path: Path, made: Path, *, keep: bool) -> None:
-    """Put a new data file and index in place; ``keep`` the old ones aside, but never over those kept before."""
-    for new, old in ((made, path), (index_path(made), index_path(path))):
-        aside = records / DAMAGED / old.relative_to(records)
-        if keep and old.is_file() and not aside.exists():
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(old, aside)
-            sync(aside.parent)
-        os.replace(new, old)
-    sync(path.parent)
+def _damaged(
+    change: Change, path: Path, info: ShardInfo, lines: Sequence[RecordLine] | None, missing: Sequence[int], *,
+    indexed: bool,
+) -> ShardRepair:  # fmt: skip
+    """Leave a data file as it is in which bytes changed, and every row still lies in its place."""
+    verify = "`imnet-prep verify --level decode` lists them"
+    detail = f"{_rows(missing, lines)} are damaged; {verify}" if lines and missing else f"bytes changed; {verify}"
+    if not indexed:
+        detail += "; " + (_make_index(change, path, info)[1] or "the index is made again")
+    return ShardRepair(info.file, DAMAGED, info.rows, info.rows, False, detail)
+
+
+def _clip(change: Change, path: Path, info: ShardInfo) -> ShardRepair:
+    """Keep the rows before the damage of a file that others wrote, as its own pages say where they lie."""
+    made = change.stage(path)
+    try:
+        rows = clip_to_whole_rows(path, made)
+        write_index_of(made, made)
+    except RecordsError as error:
+        return _lost(info, str(error))
+    _publish(change, [path, index_path(path)], keep=True)
+    detail = f"{info.rows - rows} rows are lost; the damaged files are in {change.folder / DAMAGED_FOLDER}"
+    return ShardRepair(info.file, SALVAGED, rows, info.rows, False, detail)

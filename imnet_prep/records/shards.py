@@ -13,7 +13,7 @@ import json
 import os
 import sqlite3
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,10 @@ SQLITE_VERSION = 3_040_000
 MIN_HEADER_BYTES, MAX_HEADER_BYTES = 1 << 14, 1 << 27  # MindSpore's own limits
 MIN_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 15, 1 << 28
 RAW_BYTES = 80  # a row's scalar fields, about
-_INDEXES = (
-    "CREATE TABLE INDEXES(ROW_ID INT NOT NULL, PAGE_ID_RAW INT NOT NULL, PAGE_OFFSET_RAW INT NOT NULL, "
-    "PAGE_OFFSET_RAW_END INT NOT NULL, ROW_GROUP_ID INT NOT NULL, PAGE_ID_BLOB INT NOT NULL, "
-    "PAGE_OFFSET_BLOB INT NOT NULL, PAGE_OFFSET_BLOB_END INT NOT NULL, INC_0 INT, label_0 INTEGER, "
-    "PRIMARY KEY(ROW_ID, INC_0))"
-)
+_PLACES = (
+    "ROW_ID", "PAGE_ID_RAW", "PAGE_OFFSET_RAW", "PAGE_OFFSET_RAW_END", "ROW_GROUP_ID",
+    "PAGE_ID_BLOB", "PAGE_OFFSET_BLOB", "PAGE_OFFSET_BLOB_END",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,27 +295,32 @@ def _write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: in
                 done += os.pwrite(descriptor, rest, offset + done)
 
 
-def write_index(path: Path, rows: Iterable[tuple[int, ...]]) -> None:
+def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[str] = ("label_0 INTEGER",)) -> None:
     """Write ``<path>.db``, the same bytes on every machine.
 
     Args:
         path: The data file.
-        rows: (row, raw page, raw start, raw end, group, blob page, blob start, blob end, label) in row order; starts
+        rows: (row, raw page, raw start, raw end, group, blob page, blob start, blob end, *fields) in row order; starts
             and ends are bytes within their page.
+        fields: Columns of the indexed fields, as SQL.
 
     Raises:
         OSError: The disk is full or fails.
     """
     database = index_path(path)
+    # FileWriter puts before each field the row's number within its schema, and there is one schema.
+    indexed = [part for number, field in enumerate(fields) for part in (f"INC_{number} INT", field)]
+    columns = ", ".join([*(f"{name} INT NOT NULL" for name in _PLACES), *indexed])
+    keys = ", ".join(["ROW_ID", *(f"INC_{number}" for number in range(len(fields)))])
+    marks = ",".join(["?"] * len(_PLACES) + ["0,?"] * len(fields))
     connection = sqlite3.connect(database, isolation_level=None)
     try:
         connection.execute("PRAGMA page_size = 4096")
         connection.execute("PRAGMA journal_mode = OFF")
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
-        connection.execute(_INDEXES)
-        # INC_0 is the row number within the one schema, as MindSpore writes it.
-        connection.executemany("INSERT INTO INDEXES VALUES(?1,?2,?3,?4,?5,?6,?7,?8,0,?9)", rows)
+        connection.execute(f"CREATE TABLE INDEXES({columns}, PRIMARY KEY({keys}))")
+        connection.executemany(f"INSERT INTO INDEXES VALUES({marks})", rows)
         connection.execute("CREATE TABLE SHARD_NAME(NAME TEXT NOT NULL)")
         connection.execute("INSERT INTO SHARD_NAME VALUES(?)", (path.name,))
         connection.execute("COMMIT")

@@ -15,12 +15,12 @@ from imnet_prep.augment import EvalOptions, TrainOptions
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.pipeline import open_batches
-from imnet_prep.records.manifest import MANIFEST, load_manifest, read_records
+from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path
 from imnet_prep.repair import repair_index
 from imnet_prep.reshard import ReshardOptions, reshard
 from imnet_prep.verify import verify
-from tests.imnet_prep.records_folder import copy, quiet
+from tests.imnet_prep.records_folder import copy, quiet, read_records
 from tests.synthetic import WNIDS, encode, jpeg, make_image_folder, picture
 
 

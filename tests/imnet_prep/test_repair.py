@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imnet_prep.files import file_digest
-from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path, read_header
-from imnet_prep.repair import DAMAGED, RepairResult, repair_index
+from imnet_prep.repair import DAMAGED_FOLDER, RepairResult, repair_index
 from imnet_prep.verify import verify
-from tests.imnet_prep.records_folder import copy, flip, make_records, quiet
+from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records
 from tests.synthetic import WNIDS, jpeg
 
 
@@ -100,7 +99,7 @@ def test_whatever_is_not_an_image_comes_back_bit_for_bit(records: Path, whole: P
     assert states(result)[:1] == ["restored"], result
     assert result.ok
     assert digests(records) == digests(whole)
-    assert not (records / DAMAGED).exists()
+    assert not (records / DAMAGED_FOLDER).exists()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -125,7 +124,7 @@ def test_truncated_data_file_gives_back_every_whole_row(records: Path, whole: Pa
         assert [left.image(row) for row in range(there)] == [right.image(row) for row in range(there)]
     rows = read_by_mindspore([path])
     assert [(row["file_name"], row["label"]) for row in rows] == expected
-    assert (records / DAMAGED / path.relative_to(records)).stat().st_size == end
+    assert (records / DAMAGED_FOLDER / path.relative_to(records)).stat().st_size == end
 
 
 def test_repairing_twice_keeps_the_first_damaged_file(records: Path) -> None:
@@ -137,7 +136,7 @@ def test_repairing_twice_keeps_the_first_damaged_file(records: Path) -> None:
     second = repair(records)
     assert (states(first)[0], states(second)[0]) == ("salvaged", "salvaged")
     assert first.shards[0].rows == second.shards[0].rows
-    assert file_digest(records / DAMAGED / path.relative_to(records)) == kept
+    assert file_digest(records / DAMAGED_FOLDER / path.relative_to(records)) == kept
 
 
 def test_an_image_damaged_in_the_middle_costs_one_row(records: Path) -> None:
@@ -167,14 +166,13 @@ def test_other_writers_files_keep_the_rows_before_the_cut(tmp_path: Path) -> Non
     write_foreign(path, rows=24)
     before = read_by_mindspore([path])
     index_path(path).unlink()
-    (tmp_path / "index").mkdir()
-    shutil.copy(write_index_of(path, tmp_path / "index"), path.parent)
+    write_index_of(path, path)
     assert read_by_mindspore([path]) == before
     with path.open("r+b") as file:
         file.truncate((1 << 16) + 5 * (1 << 15) + 700)
     (tmp_path / "cut").mkdir()
     rows = clip_to_whole_rows(path, tmp_path / "cut" / path.name)
-    write_index_of(tmp_path / "cut" / path.name, tmp_path / "cut")
+    write_index_of(tmp_path / "cut" / path.name, tmp_path / "cut" / path.name)
     assert 0 < rows < 24
     assert read_by_mindspore([tmp_path / "cut" / path.name]) == before[:rows]
 

@@ -1,0 +1,119 @@
+"""MindRecord files that have no manifest yet: which there are in a folder, and whether they belong together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.records.mindrecord import Header, Shard, index_from_data, index_path, read_header
+from imnet_prep.types import SPLITS, ShardInfo
+
+_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]*")  # manifests/records.schema.json
+_SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing)(?![a-z])", re.IGNORECASE)
+_OTHERS = frozenset({".db", ".json", ".jsonl", ".gz", ".txt", ".md", ".csv", ".html", ".png"})
+
+
+@dataclass(frozen=True, slots=True)
+class FoundShard:
+    """A data file.
+
+    Attributes:
+        split: Its split. path: The file. header: Its header.
+        info: As in a manifest, without digests and the size of the index.
+        indexed: It has an index.
+    """
+
+    split: str
+    path: Path
+    header: Header
+    info: ShardInfo
+    indexed: bool
+
+
+def find_shards(folder: Path, split: str) -> tuple[list[FoundShard], list[str]]:
+    """Find the data files in a folder and in its ``train``, ``val`` and ``test``.
+
+    Args:
+        folder: The folder.
+        split: Of files for which neither their folder nor a name says it.
+
+    Returns:
+        The files by split, in reading order, and notes on what was left out or is missing.
+
+    Raises:
+        RecordsError: There is none, a part is missing or damaged, or MindSpore would not read them together.
+    """
+    found: list[FoundShard] = []
+    notes: list[str] = []
+    for place in (folder, *(folder / name for name in SPLITS)):
+        for path in sorted(place.iterdir() if place.is_dir() else [], key=_natural):
+            if path.is_dir() or path.suffix in _OTHERS or path.name.startswith("."):
+                continue
+            try:
+                header = read_header(path)
+            except RecordsError:
+                if os.path.lexists(index_path(path)) or ".mindrecord" in path.name:
+                    raise
+                continue
+            _check_name(path, header)
+            if not header.pages:
+                notes.append(f"{path.name}: has no row, left out")
+                continue
+            if not (indexed := os.path.lexists(index_path(path))):
+                notes.append(f"{path.name}: its index was missing and is made again")
+            rows = len(Shard(path) if indexed else index_from_data(path, header))
+            info = ShardInfo(path.relative_to(folder).as_posix(), rows, path.stat().st_size, "", 0, "")
+            mine = place.name if place != folder else _split_of(path, folder) or split
+            found.append(FoundShard(mine, path, header, info, indexed))
+    if not found:
+        raise RecordsError(f"{folder}: no MindRecord file in it", expected="files written by MindSpore's FileWriter")
+    for shard in found:
+        if missing := [name for name in shard.header.addresses if not (shard.path.parent / name).is_file()]:
+            raise RecordsError(f"{shard.path}: belongs to files that are not there", expected=", ".join(missing[:5]))
+    _check_together(found)
+    return sorted(found, key=lambda shard: SPLITS.index(shard.split)), notes
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort ``x.mindrecord10`` behind ``x.mindrecord9``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _split_of(path: Path, folder: Path) -> str:
+    for name in (path.name, folder.resolve().name):
+        words = {word.lower()[:3] for word in _SPLIT_WORD.findall(name)}
+        if len(words) == 1:
+            return {"tra": "train", "val": "val", "tes": "test"}[words.pop()]
+    return ""
+
+
+def _check_name(path: Path, header: Header) -> None:
+    if not _NAME.fullmatch(path.name):
+        expected = "letters, digits, '.', '_' and '-'"
+        raise RecordsError(f"{path}: cannot be in a manifest under this name", expected=expected)
+    if path.name not in header.addresses:
+        expected = f"the name {next(iter(header.addresses), '')}"
+        raise RecordsError(f"{path}: was renamed; MindSpore does not open it", expected=expected)
+
+
+def _check_together(found: Sequence[FoundShard]) -> None:
+    """Check that MindSpore reads the files together, and that there is what training needs."""
+    first = found[0]
+    columns = first.header.fields
+    for shard in found:
+        header = shard.header
+        if (header.fields, header.blob_fields) != (columns, first.header.blob_fields):
+            other = f"{shard.path}: has other columns than {first.path.name}"
+            raise RecordsError(other, expected=str(columns), got=str(header.fields))
+        same_split = next(other.header for other in found if other.split == shard.split)
+        wanted, got = ((other.header_size, other.page_size) for other in (same_split, header))
+        if wanted != got:
+            raise RecordsError(f"{shard.path}: has other page sizes", expected=str(wanted), got=str(got))
+    if not first.header.blob_fields:
+        raise RecordsError(f"{first.path}: no column of images", expected="a bytes column", got=str(columns))
+    if not columns.get("label", "").startswith("int"):
+        raise RecordsError(f"{first.path}: no column of labels", expected="an int column `label`", got=str(columns))
