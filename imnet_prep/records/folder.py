@@ -6,7 +6,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 from imnet_prep.errors import IntegrityError, RecordsError
@@ -14,7 +14,7 @@ from imnet_prep.files import file_digest, max_open_files
 from imnet_prep.records.manifest import Manifest, load_manifest
 from imnet_prep.records.mindrecord import open_shard
 from imnet_prep.records.publish import refuse_interrupted
-from imnet_prep.records.record_list import RecordLine, read_lines, read_rejected
+from imnet_prep.records.record_list import RecordLine, opened_list, read_lines, read_rejected
 from imnet_prep.records.scan import Row
 from imnet_prep.records.table import RowTable, load_rows
 from imnet_prep.types import Rejected, ShardInfo
@@ -88,6 +88,17 @@ class RecordsFolder:
             yield line
         if count != info.images:
             raise RecordsError(f"{path}: the record list is short", expected=f"{info.images} lines", got=str(count))
+
+    def line(self, position: int) -> RecordLine:
+        """Read the line of one record; it is looked for from the list's beginning, a second in a million.
+
+        Raises:
+            RecordsError: The list cannot be read, or does not have the record there.
+        """
+        row = self.row(position)
+        with opened_list(self.list_path(row.split)) as lines:
+            row.listed = next(islice(lines, position - self.span(row.split).start, None), None)
+            return row.line()
 
     def list_path(self, split: str) -> Path:
         """Return the path of a split's record list."""

@@ -141,6 +141,7 @@ def load_manifest(records: Path) -> Manifest:
     remedy = "restore the file, or convert again"
     try:
         document = json.loads(data)
+        canonical = _canonical(document)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path}: not JSON", got=str(error), remedy=remedy) from error
     version = document.get("format_version") if isinstance(document, dict) else None
@@ -154,7 +155,7 @@ def load_manifest(records: Path) -> Manifest:
             remedy="use the imnet-prep that wrote it, or convert again",
         )
     _check_schema(path, document)
-    if document["self_sha256"] != _self_digest(document) or data != _canonical(document):
+    if document["self_sha256"] != _self_digest(document) or data != canonical:
         raise IntegrityError(
             f"{path}: was changed after it was written",
             expected=f"self_sha256 {document['self_sha256'][:12]}",
@@ -214,7 +215,10 @@ def _missing(records: Path) -> RecordsError:
 def _check_schema(path: Path, document: dict[str, Any]) -> None:
     import jsonschema  # ~0.1 s to import, so not with the module
 
-    error = next(iter(jsonschema.Draft202012Validator(dict(catalog.manifest_schema())).iter_errors(document)), None)
+    draft = jsonschema.Draft202012Validator
+    whole = draft.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)  # by the draft 3.0 is one, too
+    validator = jsonschema.validators.extend(draft, type_checker=whole)(dict(catalog.manifest_schema()))
+    error = next(iter(validator.iter_errors(document)), None)
     if error is not None:
         where = "/".join(str(part) for part in error.absolute_path) or "the document"
         raise IntegrityError(f"{path}: {where} is not as the format says", got=error.message[:200])

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from imnet_prep.types import Rejected
 
 RECORDS = "records.jsonl.gz"
 REJECTED = "rejected.jsonl"
+_DIGEST = re.compile("[0-9a-fA-F]{64}")
 _FAULTS = (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError, zlib.error)
 
 
@@ -69,9 +71,11 @@ class RecordLine:
             known = {name: values[name] for name in cls.__slots__ if name in values}
             line = cls(**{**known, "changes": tuple(values.get("changes", ()))})
             numbers = (line.shard, line.row, line.label, line.width, line.height)
-            if not all(isinstance(value, int) for value in numbers) or not isinstance(line.file_name, str):
-                raise ValueError("a field of another type")
-            bytes.fromhex(line.sha256)
+            texts = (line.file_name, line.source_sha256, line.url, *line.changes)
+            if not all(type(value) is int and -2 < value < 1 << 31 for value in numbers):
+                raise ValueError("a number of another type or out of range")
+            if not all(isinstance(value, str) for value in texts) or not _DIGEST.fullmatch(line.sha256):
+                raise ValueError("a text of another type or length")
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"no record line: {error}") from error
         return line

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from imnet_prep.build import ConvertOptions
 from imnet_prep.convert import convert
+from imnet_prep.errors import IntegrityError
 from imnet_prep.plan import PlanOptions
 from imnet_prep.records.manifest import MANIFEST, SplitInfo, load_manifest
 from imnet_prep.records.record_list import RecordLine, read_lines
@@ -64,7 +65,10 @@ def shard_files(records: Path) -> list[Path]:
 
 
 def reseal(records: Path, change: Callable[[dict[str, object]], object]) -> None:
-    """Change the manifest and give it a right digest of itself again, as someone who means it would."""
+    """Change the manifest and give it a right digest of itself again, as someone who means it would.
+
+    It may be refused for another reason than that digest.
+    """
     import json
 
     from imnet_prep.records.manifest import _canonical, _self_digest
@@ -73,4 +77,9 @@ def reseal(records: Path, change: Callable[[dict[str, object]], object]) -> None
     change(document)
     document["self_sha256"] = _self_digest(document)
     (records / MANIFEST).write_bytes(_canonical(document))
-    load_manifest(records)
+    refused = ""
+    try:
+        load_manifest(records)
+    except IntegrityError as error:
+        refused = str(error)
+    assert "was changed after it was written" not in refused
