@@ -147,7 +147,7 @@ def reporting(data: bytes) -> bytes | None:
                 done = start
             if body[:1] == frame[5:6]:  # the only scan
                 break
-    return b"".join((*parts, data[done:]))
+    return b"".join((*parts, memoryview(data)[done:]))
 
 
 def _mcus(frame: bytes, *, interleaved: bool) -> int:
