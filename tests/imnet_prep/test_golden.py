@@ -113,8 +113,8 @@ def check(case: str, places: dict[str, Path]) -> None:
     """Compare a result with ``golden.json``; name the first file that differs."""
     folder = make(case, places)
     want, got = GOLDEN["files"][case], recorded(folder)
+    made_with = json.loads((folder / "manifest.json").read_bytes())["made_with"]
     for name in sorted(want.keys() | got.keys()):
-        made_with = json.loads((folder / "manifest.json").read_bytes())["made_with"]
         assert got.get(name, "no such file") == want.get(name, "no such file"), (
             f"{case}: {name} is the first file that differs; made with {made_with}, golden with {GOLDEN['made_with']}"
         )

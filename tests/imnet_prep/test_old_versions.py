@@ -97,7 +97,7 @@ def canonical(document: dict[str, Any]) -> bytes:
 
 
 def with_keys_of_a_later_release(folder: Path) -> Path:
-    """Add a key to each object of the manifest, each record line and each rejected line; make the digests right again."""
+    """Add a key to each object of the manifest and to each line of the lists; make the digests right again."""
     path = folder / "manifest.json"
     document = json.loads(path.read_bytes())
     for part in [document, *document["classes"], *document["sources"], *document["splits"].values()]:
