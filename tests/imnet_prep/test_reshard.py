@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from imnet_prep import shard_task
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard
+from imnet_prep.records.shards import ShardWriter
 from imnet_prep.reshard import Proof, ReshardOptions, ReshardResult, reshard
 from imnet_prep.verify import verify
 from tests.imnet_prep.conversions import command, names
@@ -250,12 +250,12 @@ def test_what_a_shard_lost_while_it_was_written_is_noticed(
     clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof is of the written files: a memory that flips a name between the list and the shard shows."""
-    writer = shard_task.ShardWriter.add
+    writer = ShardWriter.add
 
     def other_name(self: Any, image: bytes, label: int, file_name: str) -> None:
         writer(self, image, label, file_name if label else file_name + "x")
 
-    monkeypatch.setattr(shard_task.ShardWriter, "add", other_name)
+    monkeypatch.setattr(ShardWriter, "add", other_name)
     with pytest.raises(IntegrityError, match="what was written is not what was read"):
         run([clean], tmp_path / "out", shards=3)
     assert not (tmp_path / "out").exists()

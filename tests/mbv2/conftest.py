@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep.build import ConvertOptions
+from imnet_prep import build
 from imnet_prep.convert import convert
 from imnet_prep.plan import PlanOptions
 from imnet_prep.runtime import start_mindspore
@@ -45,6 +45,6 @@ def records(shared_data: Path, folder: Path, count: int) -> Path:
     with tarfile.open(shared_data / "imagenet-samples-250.tar") as archive:
         files = [member for member in archive if member.isfile()]
         archive.extractall(folder / "images", files[:count], filter="data")
-    plan, options, out = PlanOptions(label_space="imagenet1k"), ConvertOptions(), folder / "records"
+    plan, options, out = PlanOptions(label_space="imagenet1k"), build.ConvertOptions(), folder / "records"
     convert([folder / "images"], out, "val", plan, options, lambda _: None, lambda: False)
     return out
