@@ -131,14 +131,20 @@ class Geometry:
     """Where the output square comes from in each image.
 
     Attributes:
+        sizes: int32 (N, 2): width and height of the images that it was made for; decoders refuse others.
         limits: int32 (N, 4): left, top, right, bottom of the pixels that may be looked at.
         box: float64 (N, 4): the rectangle that becomes the square, inside ``limits``.
         flip: bool (N,): mirrored left to right.
     """
 
+    sizes: NDArray[np.int32]
     limits: NDArray[np.int32]
     box: NDArray[np.float64]
     flip: NDArray[np.bool_]
+
+    def of(self, rows: NDArray[np.int64] | slice) -> Geometry:
+        """Return the geometry of some of the images."""
+        return Geometry(self.sizes[rows], self.limits[rows], self.box[rows], self.flip[rows])
 
 
 def crop_draws(seed: int, epoch: int, ids: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -184,7 +190,7 @@ def train_geometry(options: TrainOptions, sizes: NDArray[np.int32], draws: NDArr
         left = np.where(none, (width - wide) // 2, left)
         top = np.where(none, (height - tall) // 2, top)
     limits = np.stack([left, top, left + wide, top + tall], axis=1)
-    return Geometry(limits.astype(np.int32), limits, draws[:, 0, 0] < options.flip_prob)
+    return Geometry(sizes, limits.astype(np.int32), limits, draws[:, 0, 0] < options.flip_prob)
 
 
 def eval_geometry(options: EvalOptions, sizes: NDArray[np.int32]) -> Geometry:
@@ -207,7 +213,7 @@ def eval_geometry(options: EvalOptions, sizes: NDArray[np.int32]) -> Geometry:
     box = np.concatenate([start * scale, (start + options.image_size) * scale], axis=1)
     limits = np.concatenate([np.zeros_like(sides), sides], axis=1).astype(np.int32)
     inside = np.minimum(box, np.tile(sides, 2))  # rounding may lead beyond the last pixel
-    return Geometry(limits, inside, np.zeros(len(sizes), dtype=np.bool_))
+    return Geometry(sizes, limits, inside, np.zeros(len(sizes), dtype=np.bool_))
 
 
 def erase_boxes(options: TrainOptions, seed: int, epoch: int, ids: NDArray[np.uint64]) -> NDArray[np.int32]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imnet_prep.errors import PipelineError
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.runtime import cpu_count
-from imnet_prep.types import Batch, Progress, ProgressCallback
+from imnet_prep.types import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from imnet_prep.pipeline import Batches, StageTimes
@@ -100,15 +100,8 @@ def bench(records: Path, options: BenchOptions, progress: ProgressCallback | Non
         return _measure(batches, options, progress)
 
 
-def _endless(batches: Batches) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        yield from batches.epoch(epoch)
-        epoch += 1
-
-
 def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback | None) -> BenchResult:
-    stream = _endless(batches)
+    stream = chain.from_iterable(map(batches.epoch, count()))
     warm = time.perf_counter() + WARM_UP_S
     for number, _ in enumerate(stream):
         if number >= batches.prefetch and time.perf_counter() >= warm:

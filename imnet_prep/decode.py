@@ -9,7 +9,6 @@ import io
 import struct
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -18,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from imnet_prep.augment import Geometry
 
+SOI = b"\xff\xd8"  # how a JPEG begins
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, a quarter of 2**32 / 6
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -31,47 +31,26 @@ Fault = tuple[int, str]
 """A row's position in the call and one line that says why it does not decode."""
 
 
-class Decoder(Protocol):
-    """Bytes to pixels, many images a call; safe to share between threads."""
-
-    name: str
-
-    def sizes(self, images: Sequence[bytes]) -> tuple[NDArray[np.int32], list[Fault]]:
-        """Read widths and heights, int32 (N, 2), from the headers; zeros where a fault is reported."""
-
-    def decode(
-        self, images: Sequence[bytes], geometry: Geometry, interpolation: str, out: NDArray[np.uint8]
-    ) -> list[Fault]:
-        """Decode into ``out``, uint8 (N, S, S, 3) RGB; rows with a fault are left undefined."""
-
-
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Read width and height from a JPEG's frame header; None where there is none.
 
     Source: ITU-T T.81, annex B.
     """
-    if data[:2] != b"\xff\xd8":
-        return None
-    position = 2
-    while position + 9 <= len(data):
-        if data[position] != 0xFF:
-            return None
+    position = 2 if data.startswith(SOI) else len(data)
+    while position + 9 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
         if marker in _FRAME_MARKERS:
             height, width = struct.unpack_from(">HH", data, position + 5)
             return (width, height) if width and height else None
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
             position += 2
-            continue
-        if marker in (0xD9, 0xDA):
-            return None
-        length = struct.unpack_from(">H", data, position + 2)[0]
-        if length < 2:
-            return None
-        position += 2 + length
+        else:
+            length = struct.unpack_from(">H", data, position + 2)[0]
+            if length < 2 or marker in (0xD9, 0xDA):
+                break
+            position += 2 + length
     return None
 
 
@@ -96,12 +75,12 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 class PortableDecoder:
-    """OpenCV and Pillow; see :class:`Decoder`."""
+    """Bytes to pixels, many images a call; safe to share between threads. This one is OpenCV and Pillow."""
 
     name = "portable (OpenCV decode, Pillow resize)"
 
     def sizes(self, images: Sequence[bytes]) -> tuple[NDArray[np.int32], list[Fault]]:
-        """See :meth:`Decoder.sizes`."""
+        """Read widths and heights, int32 (N, 2), from the headers; zeros where a fault is reported."""
         found = np.zeros((len(images), 2), dtype=np.int32)
         faults: list[Fault] = []
         for number, data in enumerate(images):
@@ -114,10 +93,16 @@ class PortableDecoder:
     def decode(
         self, images: Sequence[bytes], geometry: Geometry, interpolation: str, out: NDArray[np.uint8]
     ) -> list[Fault]:
-        """See :meth:`Decoder.decode`."""
+        """Decode into ``out``, uint8 (N, S, S, 3) RGB; rows with a fault are left undefined.
+
+        An image whose header gives another size than ``geometry.sizes`` is a fault, before memory is taken for it.
+        """
         faults: list[Fault] = []
         for number, data in enumerate(images):
             try:
+                (wide, tall), listed = image_size(data), geometry.sizes[number].tolist()
+                if [wide, tall] != listed:
+                    raise ValueError(f"{wide} x {tall} by its header, {listed[0]} x {listed[1]} by the record list")
                 pixels = decode_rgb(data)
                 left, top, right, bottom = geometry.limits[number].tolist()
                 if right > pixels.shape[1] or bottom > pixels.shape[0]:

@@ -21,7 +21,7 @@ from imnet_prep.augment import (
     mix,
     train_geometry,
 )
-from imnet_prep.decode import Decoder, Fault
+from imnet_prep.decode import MAX_PIXELS, SOI, PortableDecoder
 from imnet_prep.errors import PipelineError
 from imnet_prep.records.table import RowReader
 from imnet_prep.types import Batch
@@ -31,6 +31,8 @@ ON_ERROR = ("raise", "skip")
 CHECKS = ("first", "always", "never")
 SKIPPED_KEPT = 100  # skipped rows that are remembered by name; all are counted
 Options = TrainOptions | EvalOptions
+Images = dict[int, bytes]  # by row of the batch, in order
+Faults = dict[int, str]  # by row of the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,16 @@ class StageTimes:
 
 
 class Pending:
-    """A batch in the making."""
+    """A batch in the making; ``sizes`` are the listed widths and heights, int32 (N, 2), ``pixels`` their products."""
 
-    __slots__ = ("chunks", "draws", "epoch", "faults", "future", "image", "lock", "positions")
+    __slots__ = ("chunks", "draws", "epoch", "faults", "future", "image", "lock", "pixels", "positions", "sizes")
 
-    def __init__(self, positions: NDArray[np.int64], epoch: int, image: NDArray[np.uint8], chunks: int) -> None:
+    def __init__(
+        self, positions: NDArray[np.int64], epoch: int, image: NDArray[np.uint8], sizes: NDArray[np.int32], chunks: int
+    ) -> None:
         self.positions, self.epoch, self.image, self.chunks = positions, epoch, image, chunks
-        self.faults: list[Fault] = []
+        self.sizes, self.pixels = sizes, sizes.prod(axis=1, dtype=np.int64).tolist()
+        self.faults: Faults = {}
         self.draws: NDArray[np.float64] | None = None
         self.lock = threading.Lock()
         self.future: Future[Batch] = Future()
@@ -80,7 +85,7 @@ class BatchMaker:
     """
 
     def __init__(
-        self, reader: RowReader, decoder: Decoder, options: Options, seed: int, on_error: str, check: str
+        self, reader: RowReader, decoder: PortableDecoder, options: Options, seed: int, on_error: str, check: str
     ) -> None:
         self._reader, self._table, self._decoder = reader, reader.table, decoder
         self._options, self._seed = options, seed
@@ -104,11 +109,12 @@ class BatchMaker:
             return self._times
 
     def begin(self, epoch: int, positions: NDArray[np.int64]) -> tuple[Pending, range]:
-        """Set up a batch; gives it and the first rows of its chunks, each to be passed to :meth:`work` once."""
+        """Set up a batch; return it and the first rows of its chunks, each to be passed to :meth:`work` once."""
         size = self._options.image_size
         image = np.empty((len(positions), size, size, 3), dtype=np.uint8)
         starts = range(0, len(positions), CHUNK_ROWS)
-        return Pending(positions, epoch, image, len(starts)), starts
+        sizes = np.stack([self._table.width[positions], self._table.height[positions]], axis=1)
+        return Pending(positions, epoch, image, sizes, len(starts)), starts
 
     def work(self, pending: Pending, start: int) -> None:
         """Make one chunk; the thread that makes a batch's last one finishes the batch."""
@@ -117,7 +123,7 @@ class BatchMaker:
         try:
             faults = self._make(pending, start)
             with pending.lock:
-                pending.faults += faults
+                pending.faults |= faults
                 pending.chunks -= 1
                 last = pending.chunks == 0
             if last:
@@ -127,68 +133,78 @@ class BatchMaker:
                 if not pending.future.done():
                     pending.future.set_exception(error)
 
-    def _make(self, pending: Pending, start: int) -> list[Fault]:
-        """Read, check, decode and augment some rows into the batch; faults count from the batch's first row."""
-        began = time.perf_counter()
-        positions = pending.positions[start : start + CHUNK_ROWS]
-        faults: list[Fault] = []
-        rows: list[int] = []
-        images: list[bytes] = []
-        for row, position in enumerate(positions.tolist(), start):
-            try:
-                images.append(self._reader.image(position))
-                rows.append(row)
-            except PipelineError as error:
-                faults.append((row, str(error)))
-        read = time.perf_counter()
-        rows, images = self._digests(pending, rows, images, faults)
-        checked = time.perf_counter()
-        rows = self._decode(pending, rows, images, faults)
-        decoded = time.perf_counter()
-        self._augment(pending, rows)
-        done = time.perf_counter()
-        spent = StageTimes(read - began, checked - read, decoded - checked, done - decoded, len(rows))
+    def _make(self, pending: Pending, start: int) -> Faults:
+        """Read, check, decode and augment some rows into the batch; return why those that are bad are."""
+        images = dict.fromkeys(range(start, min(start + CHUNK_ROWS, len(pending.positions))), b"")
+        faults: Faults = {}
+        times = [time.perf_counter()]
+        for stage in (self._read, self._compare, self._parse, self._decode):
+            found = stage(pending, images)
+            for row in found:
+                del images[row]
+            faults |= found
+            times.append(time.perf_counter())
+        self._augment(pending, list(images))
+        times.append(time.perf_counter())
+        read_s, check_s, parse_s, decode_s, augment_s = np.diff(times).tolist()
         with self._lock:
-            self._times += spent
+            self._times += StageTimes(read_s, check_s, parse_s + decode_s, augment_s, len(images))
         return faults
 
-    def _digests(
-        self, pending: Pending, rows: list[int], images: list[bytes], faults: list[Fault]
-    ) -> tuple[list[int], list[bytes]]:
-        """Keep the rows whose bytes are those that were stored."""
-        if self._check == "never":
-            return rows, images
-        kept: tuple[list[int], list[bytes]] = [], []
-        for row, image in zip(rows, images, strict=True):
-            position = int(pending.positions[row])
-            if self._check == "first" and self._checked[position]:
-                good = True
-            else:
-                good = self._checked[position] = self._reader.matches(position, image)
-            if good:
-                kept[0].append(row)
-                kept[1].append(image)
-            else:
-                faults.append((row, "the image's bytes changed since conversion: its SHA-256 is another"))
-        return kept
+    def _read(self, pending: Pending, images: Images) -> Faults:
+        """Read the rows' images into the dictionary."""
+        faults: Faults = {}
+        for row in images:
+            try:
+                images[row] = self._reader.image(int(pending.positions[row]))
+            except PipelineError as error:
+                faults[row] = str(error)
+        return faults
 
-    def _decode(self, pending: Pending, rows: list[int], images: list[bytes], faults: list[Fault]) -> list[int]:
-        """Decode into the batch; gives the rows that are good."""
-        sizes, found = self._decoder.sizes(images)
-        if found:
-            rows, images, keep = _without(rows, images, found, faults)
-            sizes = sizes[keep]
+    def _compare(self, pending: Pending, images: Images) -> Faults:
+        """Compare the images' digests with those in the record list."""
+        faults: Faults = {}
+        for row, image in images.items():
+            position = int(pending.positions[row])
+            if self._check == "never" or (self._check == "first" and self._checked[position]):
+                continue
+            self._checked[position] = self._reader.matches(position, image)
+            if not self._checked[position]:
+                faults[row] = "the image's bytes changed since conversion: its SHA-256 is another"
+        return faults
+
+    def _parse(self, pending: Pending, images: Images) -> Faults:
+        """Read the sizes that the list does not say from the headers.
+
+        Those of other formats than JPEG, too: `adopt` lists them upright, and they may carry an orientation.
+        """
+        faults = {
+            row: f"{pending.pixels[row]} pixels by the record list, more than the {MAX_PIXELS} allowed"
+            for row in images
+            if pending.pixels[row] > MAX_PIXELS
+        }
+        known = {row for row, image in images.items() if pending.pixels[row] and image.startswith(SOI)}
+        parse = [row for row in images if row not in known and row not in faults]
+        if parse:
+            pending.sizes[parse], found = self._decoder.sizes([images[row] for row in parse])
+            faults |= {parse[place]: why for place, why in found}
+        return faults
+
+    def _decode(self, pending: Pending, images: Images) -> Faults:
+        """Decode the images into the batch."""
+        rows = list(images)
         if not rows:
-            return rows
-        geometry = self._geometry(pending, sizes, rows)
+            return {}
         whole = rows[-1] - rows[0] + 1 == len(rows)  # then the decoder writes straight into the batch
         out = pending.image[rows[0] : rows[-1] + 1] if whole else np.empty_like(pending.image[: len(rows)])
-        found = self._decoder.decode(images, geometry, self._options.interpolation, out)
+        geometry = self._geometry(pending, rows)
+        found = self._decoder.decode(list(images.values()), geometry, self._options.interpolation, out)
         if not whole:
             pending.image[rows] = out
-        return _without(rows, images, found, faults)[0] if found else rows
+        return {rows[place]: why for place, why in found}
 
-    def _geometry(self, pending: Pending, sizes: NDArray[np.int32], rows: list[int]) -> Geometry:
+    def _geometry(self, pending: Pending, rows: list[int]) -> Geometry:
+        sizes = pending.sizes[rows]
         if not isinstance(self._options, TrainOptions):
             return eval_geometry(self._options, sizes)
         with pending.lock:  # one call for the batch costs what one for a chunk does
@@ -228,38 +244,26 @@ class BatchMaker:
 
         A repeated row carries its own label and id, so the step's shape is kept and nothing is mislabelled.
         """
-        faults = sorted(pending.faults)
-        reader = self._reader
+        bad = sorted(pending.faults)
         if self._on_error == "raise":
-            raise self._error(pending, faults[0])
+            raise self._error(pending)
         with self._lock:
-            self.skipped += len(faults)
-            for row, why in faults:
+            self.skipped += len(bad)
+            for row in bad:
                 position = int(pending.positions[row])
                 if position not in self._skipped and len(self._skipped) < SKIPPED_KEPT:
-                    self._skipped[position] = SkippedRow(reader.where(position), why)
-        bad = {row for row, _ in faults}
-        good = [row for row in range(len(pending.positions)) if row not in bad]
+                    self._skipped[position] = SkippedRow(self._reader.where(position), pending.faults[row])
+        good = [row for row in range(len(pending.positions)) if row not in pending.faults]
         if isinstance(self._options, EvalOptions):
             return np.ascontiguousarray(pending.image[good]), pending.positions[good]
         if not good:
-            raise self._error(pending, faults[0])
+            raise self._error(pending)
         source = np.arange(len(pending.positions))
-        source[sorted(bad)] = np.resize(good, len(bad))
+        source[bad] = np.resize(good, len(bad))
         return pending.image[source], pending.positions[source]
 
-    def _error(self, pending: Pending, fault: Fault) -> PipelineError:
-        row, why = fault
+    def _error(self, pending: Pending) -> PipelineError:
+        row = min(pending.faults)
         where = self._reader.where(int(pending.positions[row]))
         remedy = 'restore the shard, or go on without such rows with on_error="skip"'
-        return PipelineError(f"{where}: the record is bad", got=why, remedy=remedy)
-
-
-def _without(
-    rows: list[int], images: list[bytes], found: list[Fault], faults: list[Fault]
-) -> tuple[list[int], list[bytes], list[int]]:
-    """Drop the rows with a fault, and note the faults by row of the batch."""
-    faults += [(rows[place], why) for place, why in found]
-    bad = {place for place, _ in found}
-    keep = [place for place in range(len(rows)) if place not in bad]
-    return [rows[place] for place in keep], [images[place] for place in keep], keep
+        return PipelineError(f"{where}: the record is bad", got=pending.faults[row], remedy=remedy)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.augment import EvalOptions, TrainOptions
-from imnet_prep.decode import Decoder, PortableDecoder
+from imnet_prep.decode import PortableDecoder
 from imnet_prep.errors import PipelineError
 from imnet_prep.maker import CHECKS, CHUNK_ROWS, ON_ERROR, BatchMaker, Options, Pending, SkippedRow, StageTimes
 from imnet_prep.native import NativeDecoder, load
@@ -250,7 +250,7 @@ def _in_range(name: str, value: int, low: int, high: int) -> None:
         raise PipelineError(f"{name} is out of range", expected=f"{low} to {high}", got=str(value))
 
 
-def _choose_decoder(native: str) -> Decoder:
+def _choose_decoder(native: str) -> PortableDecoder:
     if native == "off":
         return PortableDecoder()
     library, text = load()

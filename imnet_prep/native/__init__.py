@@ -20,7 +20,7 @@ from imnet_prep.decode import Fault, PortableDecoder
 from imnet_prep.errors import PipelineError
 
 LIBRARY = Path(__file__).with_name("imnet_jpeg.so")
-_ABI = 2  # kAbi in decoder.cc
+_ABI = 3  # kAbi in decoder.cc
 _MESSAGE_BYTES = 256
 _REDUCE, _FAST = 1, 2
 _FAULT, _NOT_TAKEN = 1, 2
@@ -45,14 +45,14 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.imnet_jpeg_library.restype = ctypes.c_char_p
     library.imnet_jpeg_new.restype = pointer
     library.imnet_jpeg_free.argtypes = [pointer]
-    library.imnet_jpeg_decode.argtypes = [pointer, integer, *[pointer] * 5, *[integer] * 3, *[pointer] * 3]
+    library.imnet_jpeg_decode.argtypes = [pointer, integer, *[pointer] * 6, *[integer] * 3, *[pointer] * 3]
     if library.imnet_jpeg_abi() != _ABI:
         return None, "the C++ decoder was built for another version of this package: install it again"
     return library, library.imnet_jpeg_library().decode()
 
 
-class NativeDecoder:
-    """The C++ decoder; see :class:`imnet_prep.decode.Decoder`. What it does not take, the portable one does.
+class NativeDecoder(PortableDecoder):
+    """The C++ decoder. What it does not take (other formats, CMYK), the portable one decodes.
 
     Args:
         reduce: Halve large images in the DCT domain before they are resized.
@@ -69,36 +69,33 @@ class NativeDecoder:
         self._library = library
         self._flags = _REDUCE * reduce + _FAST * fast
         self.name = f"native ({text})"
-        self._portable = PortableDecoder()
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def __del__(self) -> None:
         while hasattr(self, "_idle") and not self._idle.empty():
             self._library.imnet_jpeg_free(self._idle.get())
 
-    def sizes(self, images: Sequence[bytes]) -> tuple[NDArray[np.int32], list[Fault]]:
-        """See :meth:`imnet_prep.decode.Decoder.sizes`."""
-        return self._portable.sizes(images)
-
     def decode(
         self, images: Sequence[bytes], geometry: Geometry, interpolation: str, out: NDArray[np.uint8]
     ) -> list[Fault]:
-        """See :meth:`imnet_prep.decode.Decoder.decode`."""
+        """See :meth:`imnet_prep.decode.PortableDecoder.decode`."""
         count = len(images)
         assert out.flags.c_contiguous
         assert out.shape == (count, out.shape[1], out.shape[1], 3)
+        lengths = np.array([len(image) for image in images], dtype=np.uintp)
+        sizes = np.ascontiguousarray(geometry.sizes, dtype=np.int32)
         limits = np.ascontiguousarray(geometry.limits, dtype=np.int32)
         box = np.ascontiguousarray(geometry.box, dtype=np.float64)
         flip = np.ascontiguousarray(geometry.flip, dtype=np.uint8)
-        sizes = np.array([len(image) for image in images], dtype=np.uintp)
         status = np.zeros(count, dtype=np.int32)
-        messages = np.zeros((count, _MESSAGE_BYTES), dtype=np.uint8)
+        messages = np.zeros(count, dtype=f"S{_MESSAGE_BYTES}")
         handle = self._handle()
         try:
             bad = self._library.imnet_jpeg_decode(
                 handle,
                 count,
                 (ctypes.c_char_p * count)(*images),
+                lengths.ctypes.data,
                 sizes.ctypes.data,
                 limits.ctypes.data,
                 box.ctypes.data,
@@ -113,30 +110,17 @@ class NativeDecoder:
         finally:
             self._idle.put(handle)
         assert bad >= 0, "the geometry lies outside the image"
-        if not bad:
-            return []
         faults = [
-            (row, messages[row].tobytes().split(b"\0", 1)[0].decode("utf-8", "replace"))
+            (row, messages[row].split(b"\0", 1)[0].decode("utf-8", "replace"))
             for row in np.flatnonzero(status == _FAULT).tolist()
         ]
-        return faults + self._others(
-            np.flatnonzero(status == _NOT_TAKEN).tolist(), images, geometry, interpolation, out
-        )
-
-    def _others(
-        self,
-        rows: list[int],
-        images: Sequence[bytes],
-        geometry: Geometry,
-        interpolation: str,
-        out: NDArray[np.uint8],
-    ) -> list[Fault]:
-        """Decode what the library does not take (other formats, CMYK) portably."""
-        faults: list[Fault] = []
-        for row in rows:
-            one = slice(row, row + 1)
-            part = Geometry(geometry.limits[one], geometry.box[one], geometry.flip[one])
-            faults += [(row, why) for _, why in self._portable.decode([images[row]], part, interpolation, out[one])]
+        others = np.flatnonzero(status == _NOT_TAKEN)
+        if len(others):
+            pixels = out[others]
+            chosen = [images[row] for row in others]
+            found = super().decode(chosen, geometry.of(others), interpolation, pixels)
+            faults += [(int(others[number]), why) for number, why in found]
+            out[others] = pixels
         return faults
 
     def _handle(self) -> int:

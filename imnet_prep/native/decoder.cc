@@ -25,7 +25,7 @@
 
 namespace {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 constexpr int kMessageBytes = 256;
 constexpr int kMaxScans = 500;   // encoders write about 10; each is a pass over every block, so thousands are an attack
 constexpr int kRowsAtOnce = 4;   // most rows that libjpeg makes in one go (a sampling factor is at most 4)
@@ -99,6 +99,7 @@ void GiveUp(j_decompress_ptr info) {
 struct Request {
   const uint8_t* data;
   size_t size_bytes;
+  int32_t listed[2];  // width, height that the header must give
   int32_t limits[4];  // left, top, right, bottom
   double box[4];
   bool flip;
@@ -175,12 +176,17 @@ Status Handle::Start(const Request& request, [[maybe_unused]] bool fast) {
   if (request.size_bytes < 2 || request.data[0] != 0xFF || request.data[1] != 0xD8) return kNotTaken;
   jpeg_mem_src(&info_, request.data, static_cast<unsigned long>(request.size_bytes));
   jpeg_read_header(&info_, TRUE);
+  // Nothing has been sized by the header yet, so one that lies costs no memory.
+  const int width = static_cast<int>(info_.image_width), height = static_cast<int>(info_.image_height);
+  if (width != request.listed[0] || height != request.listed[1]) {
+    std::snprintf(errors_.message, sizeof errors_.message, "%d x %d by its header, %d x %d by the record list", width,
+                  height, request.listed[0], request.listed[1]);
+    longjmp(errors_.jump, 1);
+  }
   const bool known = (info_.num_components == 1 && info_.jpeg_color_space == JCS_GRAYSCALE) ||
                      (info_.num_components == 3 &&
                       (info_.jpeg_color_space == JCS_YCbCr || info_.jpeg_color_space == JCS_RGB));
   if (!known || info_.data_precision != 8) return kNotTaken;
-  const int width = static_cast<int>(info_.image_width), height = static_cast<int>(info_.image_height);
-  if (request.limits[2] > width || request.limits[3] > height) Fail(&errors_, "not of the size that its header said");
   info_.out_color_space = JCS_EXT_RGBX;
   reduction_ = 1;
   if (request.reduce && request.filter != imnet::Filter::kBox) {  // a box shows the difference
@@ -282,18 +288,20 @@ IMNET_API void* imnet_jpeg_new() { return new (std::nothrow) Handle; }
 
 IMNET_API void imnet_jpeg_free(void* handle) { delete static_cast<Handle*>(handle); }
 
-// Decodes n images. limits: int32 (n, 4); box: float64 (n, 4); flip: uint8 (n); out: uint8 (n, size, size, 3);
+// Decodes n images. listed: int32 (n, 2), width and height that the header must give; limits: int32 (n, 4);
+// box: float64 (n, 4); flip: uint8 (n); out: uint8 (n, size, size, 3);
 // flags: see Flags; status: int32 (n), see Status; messages: n times kMessageBytes bytes, zero-terminated where the status is kFault.
 // Returns the number of images that are not good, or -1 for arguments out of range.
 IMNET_API int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes,
-                                const int32_t* limits, const double* box, const uint8_t* flip, int filter, int size,
-                                int flags, uint8_t* out, int32_t* status, char* messages) {
+                                const int32_t* listed, const int32_t* limits, const double* box, const uint8_t* flip,
+                                int filter, int size, int flags, uint8_t* out, int32_t* status, char* messages) {
   if (handle == nullptr || n < 0 || size < 1 || filter < 0 || filter >= imnet::kFilters) return -1;
   int bad = 0;
   for (int i = 0; i < n; ++i) {
     Request request{};
     request.data = data[i];
     request.size_bytes = size_bytes[i];
+    std::memcpy(request.listed, listed + 2 * i, sizeof request.listed);
     std::memcpy(request.limits, limits + 4 * i, sizeof request.limits);
     std::memcpy(request.box, box + 4 * i, sizeof request.box);
     request.flip = flip[i] != 0;
@@ -304,7 +312,8 @@ IMNET_API int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data,
     request.out = out + static_cast<size_t>(i) * size * size * 3;
     char* message = messages + static_cast<size_t>(i) * kMessageBytes;
     if (request.limits[0] < 0 || request.limits[1] < 0 || request.limits[2] <= request.limits[0] ||
-        request.limits[3] <= request.limits[1]) {
+        request.limits[3] <= request.limits[1] || request.limits[2] > request.listed[0] ||
+        request.limits[3] > request.listed[1]) {
       return -1;
     }
     try {

@@ -16,9 +16,9 @@
 extern "C" {
 void* imnet_jpeg_new();
 void imnet_jpeg_free(void* handle);
-int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* limits,
-                      const double* box, const uint8_t* flip, int filter, int size, int flags, uint8_t* out,
-                      int32_t* status, char* messages);
+int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* listed,
+                      const int32_t* limits, const double* box, const uint8_t* flip, int filter, int size, int flags,
+                      uint8_t* out, int32_t* status, char* messages);
 #ifdef IMNET_FAST_ENTROPY
 void* imnet_small_new();
 void imnet_small_free(void* handle);
@@ -113,6 +113,7 @@ int main(int argc, char** argv) {
 #ifdef IMNET_FAST_ENTROPY
     taken += Small(small, data, width, height, &random);
 #endif
+    const int32_t listed[2] = {width, height};
     int32_t limits[4] = {0, 0, width, height};
     for (int axis = 0; axis < 2; ++axis) {
       const int a = static_cast<int>(random() % limits[axis + 2]), b = static_cast<int>(random() % limits[axis + 2]);
@@ -127,7 +128,7 @@ int main(int argc, char** argv) {
     const size_t bytes = data.size();
     int32_t status = -1;
     char message[256] = "";
-    imnet_jpeg_decode(handle, 1, &pointer, &bytes, limits, box, &flip, static_cast<int>(random() % 4), size,
+    imnet_jpeg_decode(handle, 1, &pointer, &bytes, listed, limits, box, &flip, static_cast<int>(random() % 4), size,
                       static_cast<int>(random() % 4), out.data(), &status, message);
     ++(status == 0 ? good : status == 1 ? bad : others);
   }

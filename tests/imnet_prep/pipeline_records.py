@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from imnet_prep.decode import image_size
 from imnet_prep.files import file_digest
-from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
+from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
+from imnet_prep.records.record_list import RECORDS, RecordLine, write_lines
 from imnet_prep.types import ShardInfo
 
 HEADER_BYTES, PAGE_BYTES = 1 << 20, 1 << 22
@@ -60,6 +63,15 @@ def write_folder(folder: Path, splits: dict[str, Sequence[Entry]], shards: int =
     return folder
 
 
+def rewrite_list(records: Path, change: Callable[[list[str]], list[str]]) -> Path:
+    """Change the lines of the training split's record list; the shards stay."""
+    path = records / "train" / RECORDS
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    write_lines(path, change(lines))
+    return path
+
+
 def _write_split(folder: Path, split: str, rows: Sequence[Entry], shards: int, classes: int) -> SplitInfo:
     from mindspore.mindrecord import FileWriter
 
@@ -89,9 +101,9 @@ def _write_split(folder: Path, split: str, rows: Sequence[Entry], shards: int, c
         )
         for row, (name, label, data) in enumerate(part):
             digest = hashlib.sha256(data).hexdigest()
-            lines.append(RecordLine(number, row, name, label, 1, 1, digest, digest).to_json())
+            lines.append(RecordLine(number, row, name, label, *image_size(data), digest, digest).to_json())
     listing = folder / split / RECORDS
-    write_records(listing, lines)
+    write_lines(listing, lines)
     counts = np.bincount([label for _, label, _ in rows], minlength=classes).tolist()
     record = {"file": f"{split}/{RECORDS}", "size_bytes": listing.stat().st_size, "sha256": file_digest(listing)}
     return SplitInfo(len(rows), len(rows), {}, {}, 0, tuple(counts), HEADER_BYTES, PAGE_BYTES, record, tuple(infos))

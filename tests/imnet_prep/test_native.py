@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_the_order_of_images_and_the_thread_change_nothing() -> None:
 
     def one(row: int) -> NDArray[np.uint8]:
         part = slice(row, row + 1)
-        return _decode(decoder, [images[row]], Geometry(geometry.limits[part], geometry.box[part], geometry.flip[part]))
+        return _decode(decoder, [images[row]], geometry.of(part))
 
     with ThreadPoolExecutor(4) as pool:
         found = np.concatenate(list(pool.map(one, reversed(range(len(images))))))
@@ -240,12 +241,46 @@ def test_no_mutation_crashes_either_decoder_or_lies_about_its_size() -> None:
     assert decoded > 100
 
 
-def test_a_header_that_says_another_size_is_a_fault() -> None:
-    small, large = jpeg(picture(0, 60, 50)), jpeg(picture(0, 90, 80))
-    out = np.zeros((1, 48, 48, 3), dtype=np.uint8)
-    geometry = _geometry([large], "eval")
-    for decoder in (NativeDecoder(), PortableDecoder()):
-        assert [row for row, _ in decoder.decode([small], geometry, "bilinear", out)] == [0]
+@pytest.mark.parametrize("name", ["subsampling_420", "progressive", "grey", "cmyk", "png"])
+@pytest.mark.parametrize("other", [(157, 120), (156, 121), (158, 121), (121, 157), (4000, 3000)])
+def test_an_image_of_another_size_than_listed_is_a_fault_of_its_row_alone(name: str, other: tuple[int, int]) -> None:
+    images = [VARIANTS[name]] * 3
+    sizes = np.array([(157, 121), other, (157, 121)], dtype=np.int32)
+    geometry = eval_geometry(EvalOptions(1, 48), sizes)
+    for decoder in (NativeDecoder(), NativeDecoder(fast=False), PortableDecoder()):
+        out = np.zeros((3, 48, 48, 3), dtype=np.uint8)
+        faults = decoder.decode(images, geometry, "bilinear", out)
+        assert faults == [(1, f"157 x 121 by its header, {other[0]} x {other[1]} by the record list")]
+        assert np.array_equal(out[::2], _decode(decoder, images[:2], geometry.of(slice(None, None, 2))))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the memory taken from")
+@pytest.mark.parametrize("decoder", ["NativeDecoder", "PortableDecoder"])
+def test_a_header_that_lies_is_refused_before_memory_is_taken(decoder: str, tmp_path: Path) -> None:
+    data = bytearray(jpeg(picture(0, 64, 48), progressive=True))
+    place = data.index(b"\xff\xc2")
+    data[place + 5 : place + 9] = (8000).to_bytes(2, "big") * 2  # 192 MB of coefficients, and as much of pixels
+    (tmp_path / "lies.jpg").write_bytes(data)
+    program = (
+        "import sys, numpy as np; from pathlib import Path; from imnet_prep.augment import *\n"
+        "from imnet_prep.decode import PortableDecoder; from imnet_prep.native import NativeDecoder\n"
+        "def peak_mb():\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return int(next(line for line in lines if line.startswith('VmHWM')).split()[1]) // 1024\n"
+        "decoder, data = getattr(sys.modules[__name__], sys.argv[1])(), Path(sys.argv[2]).read_bytes()\n"
+        "before = peak_mb()\n"
+        "for size in ((64, 48), (8000, 8000)):\n"
+        "    geometry = eval_geometry(EvalOptions(1, 32), np.array([size], dtype=np.int32))\n"
+        "    faults = decoder.decode([data], geometry, 'bilinear', np.zeros((1, 32, 32, 3), dtype=np.uint8))\n"
+        "    print(peak_mb() - before, *(why for _, why in faults), sep=';')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, decoder, str(tmp_path / "lies.jpg")], capture_output=True, text=True, check=True
+    )
+    listed, (believed, *_) = (line.split(";") for line in done.stdout.splitlines())
+    assert int(listed[0]) < 16
+    assert listed[1:] == ["8000 x 8000 by its header, 64 x 48 by the record list"]
+    assert int(believed) > 100  # else nothing could be seen here
 
 
 def test_sizes_are_read_from_headers_of_any_format() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import json
 import os
 import shutil
 import signal
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
 from imnet_prep.maker import CHUNK_ROWS
@@ -25,7 +28,7 @@ from imnet_prep.native import load
 from imnet_prep.pipeline import Batches, EvalOptions, TrainOptions, open_batches, to_dataset
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Batch, record_id
-from tests.imnet_prep.pipeline_records import HEADER_BYTES, Entry, entries, write_folder
+from tests.imnet_prep.pipeline_records import HEADER_BYTES, Entry, entries, picture, rewrite_list, write_folder
 
 TRAIN, VAL = 150, 37
 OPTIONS = TrainOptions(8, image_size=32)
@@ -200,6 +203,77 @@ def test_a_bad_record_is_named_at_once(copy: Path, change: str, native: str) -> 
     for part in (str(path), "row 7", name):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _list_sizes(folder: Path, size: tuple[int, int], *rows: int) -> list[str]:
+    """Write another width and height into lines of the record list; return the file names."""
+    names: list[str] = []
+
+    def change(lines: list[str]) -> list[str]:
+        for row in rows:
+            values = json.loads(lines[row])
+            names.append(values["file_name"])
+            lines[row] = json.dumps({**values, "width": size[0], "height": size[1]}, sort_keys=True)
+        return lines
+
+    rewrite_list(folder, change)
+    return names
+
+
+@pytest.mark.parametrize("native", NATIVES)
+@pytest.mark.parametrize("size", [(30, 31), (2000, 1000), (40, 4_000_000), (50_000, 50_000)])
+def test_a_record_whose_listed_size_is_not_its_headers_is_a_bad_record(
+    copy: Path, size: tuple[int, int], native: str
+) -> None:
+    expected = _run(copy, EvalOptions(8, image_size=32), native=native)
+    name = _list_sizes(copy, size, 7)[0]
+    with pytest.raises(
+        PipelineError, match=rf"row 7 \({name}\).*({size[0]} x {size[1]}|{size[0] * size[1]} pixels) by the record list"
+    ):
+        _run(copy, native=native)
+    found = _run(copy, EvalOptions(8, image_size=32), native=native, on_error="skip")
+    assert [len(batch) for batch in found[:2]] == [7, 8]
+    assert np.array_equal(found[0].image, expected[0].image[:7])
+    assert _same(found[1:], expected[1:])
+
+
+@pytest.mark.parametrize("native", NATIVES)
+@pytest.mark.parametrize("size", [(0, 0), (0, 50), (50, 0)])
+def test_a_size_that_is_not_listed_is_read_from_the_header(copy: Path, size: tuple[int, int], native: str) -> None:
+    expected = _run(copy, EVERYTHING, native=native)
+    _list_sizes(copy, size, *range(0, TRAIN, 3), 7)
+    assert _same(expected, _run(copy, EVERYTHING, native=native))
+
+
+@pytest.mark.parametrize("native", NATIVES)
+def test_only_headers_whose_size_is_not_listed_are_parsed(
+    copy: Path, native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _list_sizes(copy, (0, 0), 3, 60)
+    parsed: list[int] = []
+    with open_batches(copy, "train", EvalOptions(8, image_size=32), native=native) as batches:
+        sizes = batches._decoder.sizes
+
+        def count(images: Sequence[bytes]) -> tuple[NDArray[np.int32], list[tuple[int, str]]]:
+            parsed.append(len(images))
+            return sizes(images)
+
+        monkeypatch.setattr(batches._decoder, "sizes", count)
+        assert sum(len(batch) for batch in batches) == TRAIN
+    assert sum(parsed) == 2
+
+
+@pytest.mark.parametrize("native", NATIVES)
+def test_an_image_of_another_format_may_be_listed_upright(tmp_path: Path, native: str) -> None:
+    image = Image.fromarray(picture(0, 60, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    records = write_folder(tmp_path / "records", {"train": [("n0/a.png", 0, buffer.getvalue())]}, shards=1)
+    expected = _run(records, EvalOptions(1, image_size=32), native=native)
+    _list_sizes(records, (40, 60), 0)
+    assert _same(expected, _run(records, EvalOptions(1, image_size=32), native=native))
 
 
 @pytest.mark.skipif(load()[0] is None, reason=load()[1])
