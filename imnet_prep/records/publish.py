@@ -162,10 +162,13 @@ class Change:
         for move in moves:
             if move.place.is_dir() and (move.aside is None or os.path.lexists(move.aside)):
                 raise RecordsError(f"{move.place}: is a folder", expected="a file", remedy="move it away")
-            parent, disk = move.place.parent, self.folder.stat().st_dev
-            good = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and parent.stat().st_dev == disk
-            if os.path.lexists(parent) and not good:
-                raise RecordsError(f"{parent}: cannot be written", expected=f"a folder on the disk of {self.folder}")
+            for path in (move.place, move.aside or move.place):
+                parent = next(folder for folder in path.parents if os.path.lexists(folder))
+                effective = os.access in os.supports_effective_ids
+                writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK, effective_ids=effective)
+                if not writable or parent.stat().st_dev != self.folder.stat().st_dev:
+                    expected = f"a folder on the disk of {self.folder}"
+                    raise RecordsError(f"{parent}: cannot be written", expected=expected)
         for folder in {move.new.parent for move in moves}:
             sync(folder)
         publish(self.folder / WORK_JOURNAL, moves, stage=self.work)

@@ -17,10 +17,14 @@ from imnet_prep.files import file_digest
 from imnet_prep.pipeline import open_batches
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path
+from imnet_prep.records.publish import changing
+from imnet_prep.records.record_list import RECORDS
 from imnet_prep.repair import repair_index
 from imnet_prep.reshard import ReshardOptions, reshard
 from imnet_prep.verify import verify
-from tests.imnet_prep.records_folder import copy, quiet, read_records
+from tests.imnet_prep.conversions import digests, prep, prep_json
+from tests.imnet_prep.obstacles import names_below, shared_folder, small_disk, unprivileged
+from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records
 from tests.synthetic import WNIDS, encode, jpeg, make_image_folder, picture
 
 
@@ -191,4 +195,198 @@ def test_worker_count_changes_nothing(made: Path, tmp_path: Path) -> None:
     adopt(folders[1], AdoptOptions(workers=2), quiet)
     texts = [(folder / MANIFEST).read_bytes() for folder in folders]
     assert texts[0] == texts[1]
-    assert not [name for name in os.listdir(folders[1]) if name.startswith(".adopt")]
+    assert names_below(folders[0]) == names_below(folders[1])
+
+
+def by_hand(folder: Path, rows: int = 24) -> Path:
+    """A small file of two classes."""
+    fields = {"image": "bytes", "label": "int32", "file_name": "string"}
+    named = [(k % 2, f"/photos/{'xy'[k % 2]}/{k}.jpg") for k in range(rows)]
+    write(
+        folder / "a.mindrecord",
+        fields,
+        [{"image": jpeg(label, k), "label": label, "file_name": name} for k, (label, name) in enumerate(named)],
+    )
+    return folder
+
+
+def bare(records: Path) -> Path:
+    """Take the manifest and the lists away from records of ours."""
+    for path in (records / MANIFEST, *records.glob("*/*.gz"), *records.glob("*.jsonl")):
+        path.unlink()
+    return records
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"), [("labels", "no name in"), ("image", "do not decode"), ("shard", "damaged")]
+)
+def test_a_forced_adoption_that_fails_leaves_everything_as_it_was(tmp_path: Path, fault: str, error: str) -> None:
+    records = make_records(tmp_path, shards=1)
+    val = next(records.glob("val/*.mindrecord"))
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n" if fault == "labels" else "a\nb\nc\n")
+    data = bytearray(val.read_bytes())
+    if fault == "image":  # in the second split: the list of the first would be written by then
+        end = data.rindex(b"\xff\xd9")
+        data[end - 200 : end] = bytes(200)
+    elif fault == "shard":
+        data[data.rindex(b"\xa9file_name") - 1] = 0xC1  # no MessagePack begins so
+    val.write_bytes(data)
+    before = digests(records)
+    with pytest.raises((RecordsError, IntegrityError), match=error):
+        take(records, force=True, label_space=str(names))
+    assert digests(records) == before
+    assert names_below(records) == set(before) | {"train", "val"}
+
+
+@pytest.mark.parametrize("free_pages", [0, 1, 2, 4])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(
+    tmp_path: Path, free_pages: int, indexed: bool
+) -> None:
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        folder = copy(by_hand(tmp_path / "records"), disk / "records")  # MindSpore wants more room than the disk has
+        if not indexed:
+            index_path(folder / "a.mindrecord").unlink()
+        before = digests(folder)
+        filler = disk / "filler"
+        free = shutil.disk_usage(disk).free - 4096 * free_pages
+        filler.write_bytes(bytes(free))
+        done = prep("adopt", folder, "--workers", 1)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert "No space left" in done.stderr or "disk is full" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert digests(folder) == before
+        assert names_below(folder) == set(before)
+        filler.unlink()
+        prep_json("adopt", folder, "--workers", 1)
+        assert verify(folder, "hash", 1, quiet).ok
+
+
+def test_a_folder_that_may_not_be_written_is_one_named_error(tmp_path: Path) -> None:
+    with shared_folder() as place:
+        folder = by_hand(place / "records")
+        (folder / "train").mkdir()
+        for path in folder.glob("a.*"):
+            path.chmod(0o644)
+        folder.chmod(0o555)
+        with unprivileged(), pytest.raises(RecordsError, match=r"cannot be written.*got Permission denied"):
+            take(folder)
+        folder.chmod(0o777)
+        (folder / "train").chmod(0o555)
+        with unprivileged(), pytest.raises(RecordsError, match="train: cannot be written"):
+            take(folder)
+        assert names_below(folder) == {"a.mindrecord", "a.mindrecord.db", "train"}
+        (folder / "train").chmod(0o777)
+        take(folder)
+
+
+ODD = ("Screenshot 10.24\u202fAM.jpg", "\u3000wide.jpg", "no\xa0break.jpg", "\U0001f469\u200d\U0001f4bb.jpg")
+
+
+def test_names_that_a_conversion_accepts_are_adopted(tmp_path: Path) -> None:
+    def odd(source: Path) -> None:
+        for number, name in enumerate(ODD):
+            (source / "train" / WNIDS[0] / name).write_bytes(jpeg(0, 900 + number))
+
+    records = make_records(tmp_path, shards=1, add=odd)
+    before = list(read_records(records, load_manifest(records).splits["train"]))
+    assert {line.file_name.split("/")[1] for line in before} > set(ODD)
+    manifest = take(bare(records)).manifest
+    assert list(read_records(records, manifest.splits["train"])) == before
+    assert verify(records, "decode", 1, quiet).ok
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_class_with_subfolders_is_adopted_under_the_same_names(tmp_path: Path, everywhere: bool) -> None:
+    def deep(source: Path) -> None:
+        for split in ("train", "val"):
+            for number, name in enumerate(WNIDS[: 3 if everywhere else 1]):
+                for part in ("one", "two"):
+                    (source / split / name / part).mkdir()
+                    (source / split / name / part / "a.jpg").write_bytes(jpeg(number, 900 + len(part)))
+                if everywhere:
+                    for path in (source / split / name).glob("*.jpg"):
+                        path.rename(path.parent / "one" / path.name)
+
+    records = make_records(tmp_path, shards=1, add=deep)
+    before = load_manifest(records)
+    lines = {name: list(read_records(records, before.splits[name])) for name in before.splits}
+    after = take(bare(records)).manifest
+    assert [after.classes[label] for label in range(3)] == list(before.classes)
+    assert {name: list(read_records(records, after.splits[name])) for name in after.splits} == lines
+    assert verify(records, "decode", 1, quiet).ok
+
+
+def test_a_control_character_in_a_name_is_refused_with_its_place(tmp_path: Path) -> None:
+    fields = {"image": "bytes", "label": "int32", "file_name": "string"}
+    write(tmp_path / "r" / "a.mindrecord", fields, [{"image": jpeg(), "label": 0, "file_name": "a\nb.jpg"}])
+    with pytest.raises(RecordsError, match=r"row 0: no file_name: its name holds control characters"):
+        take(tmp_path / "r")
+
+
+@pytest.mark.parametrize("place", ["a.mindrecord", "a.mindrecord.db", f"train/{RECORDS}"])
+def test_a_fifo_does_not_hang(tmp_path: Path, place: str) -> None:
+    folder = by_hand(tmp_path / "records")
+    (folder / "train").mkdir()
+    (folder / place).unlink(missing_ok=True)
+    os.mkfifo(folder / place)
+    done = prep("adopt", folder, "--workers", 1, timeout_s=60)
+    assert "Traceback" not in done.stderr
+    if place.startswith("train"):
+        assert done.returncode == 0, done.stderr
+        assert verify(folder, "hash", 1, quiet).ok
+    else:
+        assert done.returncode == 1
+        assert "regular file" in done.stderr
+        assert names_below(folder) == {"a.mindrecord", "a.mindrecord.db", "train"}
+
+
+def test_a_folder_in_place_of_the_list_is_refused(tmp_path: Path) -> None:
+    folder = by_hand(tmp_path / "records")
+    (folder / "train" / RECORDS).mkdir(parents=True)
+    before = names_below(folder)
+    with pytest.raises(RecordsError, match=f"{RECORDS}: is a folder"):
+        take(folder)
+    assert names_below(folder) == before
+
+
+def test_a_second_adoption_at_the_same_time_is_told_so(tmp_path: Path) -> None:
+    folder = by_hand(tmp_path / "records")
+    with changing(folder), pytest.raises(RecordsError, match="another command is changing it"):
+        take(folder)
+    take(folder)
+
+
+@pytest.mark.parametrize("interrupted", ["adopt", "repair-index"])
+def test_what_was_interrupted_is_finished_and_only_an_adoption_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    records = make_records(tmp_path, shards=1)
+    before = digests(records)
+    index = next(records.glob("train/*.db"))
+    index.unlink()
+    if interrupted == "adopt":
+        bare(records)
+
+    class Killed(BaseException):
+        """The process ends here."""
+
+    def die(one: Path, other: Path, rename: Any = os.replace) -> None:
+        if other == index:
+            raise Killed
+        rename(one, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Killed):
+            take(records) if interrupted == "adopt" else repair_index(records, quiet)
+    if interrupted == "adopt":
+        take(records)
+        assert digests(records).keys() == before.keys() - {"rejected.jsonl"}
+    else:
+        with pytest.raises(RecordsError, match="has a manifest[.]json already"):
+            take(records)
+        assert digests(records) == before
+    assert file_digest(index) == before[index.relative_to(records).as_posix()]

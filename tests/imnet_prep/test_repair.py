@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path, read_header
 from imnet_prep.repair import DAMAGED_FOLDER, RepairResult, repair_index
 from imnet_prep.verify import verify
+from tests.imnet_prep.conversions import digests as all_digests
+from tests.imnet_prep.conversions import prep
+from tests.imnet_prep.obstacles import names_below, shared_folder, unprivileged
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records
 from tests.synthetic import WNIDS, jpeg
 
@@ -35,7 +41,12 @@ def states(result: RepairResult) -> list[str]:
 
 
 def digests(records: Path) -> dict[str, str]:
-    return {path.name: file_digest(path) for path in sorted(records.glob("*/*"))}
+    return {path.name: file_digest(path) for path in sorted(records.glob("*/*")) if path.is_file()}
+
+
+def flip_in(path: Path, text: bytes, place: int = 0) -> None:
+    """Flip the lowest bit of a byte of the first such text in a file."""
+    flip(path, 8 * (path.read_bytes().index(text) + place))
 
 
 def read_by_mindspore(files: list[Path]) -> list[dict[str, Any]]:
@@ -156,6 +167,177 @@ def test_a_data_file_that_is_gone_is_lost(records: Path) -> None:
     result = repair(records)
     assert not result.ok
     assert [shard.state for shard in result.shards if not shard.exact] == ["lost"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [(b"\xa5label", 6), (b"\xa9file_name", 20), (b'"desc"', 2), (b'"page_type_id"', 15)]
+)
+def test_a_flipped_byte_outside_the_images_is_restored(records: Path, whole: Path, text: bytes, place: int) -> None:
+    """A label, a file_name, and two bytes of the header: the files open as before, and sizes and indexes are right."""
+    path = sorted(records.glob("train/*.mindrecord"))[0]
+    flip_in(path, text, place)
+    assert digests(records) != digests(whole)
+    result = repair(records)
+    assert states(result) == ["restored", "intact", "intact", "intact"]
+    assert result.ok
+    assert all_digests(records) == all_digests(whole)
+
+
+def test_a_flipped_length_of_an_image_is_restored(records: Path, whole: Path) -> None:
+    path = sorted(records.glob("train/*.mindrecord"))[0]
+    with Shard(path) as shard:
+        flip(path, 8 * int(shard.index.blob_start[3]))
+    assert states(repair(records))[0] == "restored"
+    assert all_digests(records) == all_digests(whole)
+
+
+@pytest.mark.parametrize("index", ["whole", "gone", "garbled"])
+def test_a_changed_image_is_named_and_stays_as_it_is(records: Path, whole: Path, index: str) -> None:
+    path = sorted(records.glob("train/*.mindrecord"))[0]
+    with Shard(path) as shard:
+        flip(path, 8 * (int(shard.index.blob_start[7]) + 300))
+    changed = digests(records)
+    if index == "gone":
+        index_path(path).unlink()
+    elif index == "garbled":
+        index_path(path).write_bytes(b"no index")
+    name = list(read_records(records, load_manifest(records).splits["train"]))[7].file_name
+    done = prep("repair-index", records, "--json")
+    assert done.returncode == 3, done.stderr
+    result = repair(records)
+    mine = result.shards[0]
+    assert (result.ok, mine.state, mine.rows) == (False, "damaged", mine.expected)
+    assert f"1 rows ({name}) are damaged" in mine.detail
+    assert "verify --level decode" in mine.detail
+    assert result.to_json()["damaged"] == 1
+    assert digests(records) == changed
+    assert names_below(records) == names_below(whole)
+
+
+def test_the_same_image_elsewhere_in_the_shard_restores_a_damaged_one(tmp_path: Path) -> None:
+    def twice(source: Path) -> None:
+        for split in ("train", "val"):
+            folder = source / split / WNIDS[0]
+            (folder / "again.jpg").write_bytes(sorted(folder.glob("*.jpg"))[0].read_bytes())
+
+    records = make_records(tmp_path, shards=1, add=twice)
+    before = all_digests(records)
+    path = next(records.glob("train/*.mindrecord"))
+    lines = list(read_records(records, load_manifest(records).splits["train"]))
+    row = next(line.row for line in lines if line.file_name.endswith("again.jpg"))
+    with Shard(path) as shard:
+        flip(path, 8 * (int(shard.index.blob_start[row]) + 300))
+    assert states(repair(records))[0] == "restored"
+    assert all_digests(records) == before
+
+
+def test_without_its_record_list_a_damaged_shard_is_left_alone(records: Path) -> None:
+    first, second = sorted(records.glob("train/*.mindrecord"))
+    flip_in(first, b"\xa5label", 6)
+    second.open("r+b").write(b"\x00" * 300)
+    with (records / "train" / "records.jsonl.gz").open("ab") as file:
+        file.write(b"\x00")
+    before = all_digests(records)
+    result = repair(records)
+    assert states(result) == ["damaged", "lost", "intact", "intact"]
+    assert "restore it first" in result.shards[1].detail
+    assert all_digests(records) == before
+
+
+def test_a_folder_in_place_of_an_index_is_kept_aside(records: Path, whole: Path) -> None:
+    index = sorted(records.glob("train/*.db"))[0]
+    index.unlink()
+    index.mkdir()
+    (index / "mine.txt").write_text("mine")
+    result = repair(records)
+    assert (states(result)[0], result.ok) == ("rebuilt", True)
+    assert digests(records) == digests(whole)
+    aside = records / DAMAGED_FOLDER / index.relative_to(records)
+    assert (aside / "mine.txt").read_text() == "mine"
+    index.unlink()
+    index.mkdir()
+    before = all_digests(records)
+    with pytest.raises(RecordsError, match=r"is a folder.*move it away"):  # never over what was kept before
+        repair(records)
+    assert all_digests(records) == before
+    index.rmdir()
+    assert repair(records).ok
+
+
+@pytest.mark.parametrize("state", ["intact", "index gone", "shard damaged"])
+def test_things_that_are_no_files_do_not_hang(records: Path, whole: Path, state: str) -> None:
+    shards = sorted(records.glob("train/*.mindrecord"))
+    shards[0].unlink()
+    os.mkfifo(shards[0])
+    index_path(shards[1]).unlink()
+    os.mkfifo(index_path(shards[1]))
+    if state == "index gone":
+        index_path(shards[0]).unlink()
+    elif state == "shard damaged":
+        flip_in(shards[1], b"\xa5label", 6)
+    done = prep("repair-index", records, "--json", timeout_s=60)
+    assert done.returncode == 3, done.stderr
+    result = repair(records)
+    assert states(result) == ["lost", "intact", "intact", "intact"]
+    assert "not a regular file" in result.shards[0].detail
+    assert digests_of(records, shards[1]) == digests_of(whole, shards[1])
+    assert shards[0].is_fifo()
+
+
+def digests_of(records: Path, path: Path) -> tuple[str, str]:
+    path = records / "train" / path.name
+    return file_digest(path), file_digest(index_path(path))
+
+
+def test_a_shard_that_may_not_be_read_is_lost_and_one_named_error_says_what_may_not_be_written(whole: Path) -> None:
+    repair(whole)  # imports what it needs
+    with shared_folder() as folder:
+        records = copy(whole, folder / "records")
+        for path in (records, records / "train", records / "val"):
+            path.chmod(0o777)
+        shard = sorted(records.glob("train/*.mindrecord"))[0]
+        shard.chmod(0)
+        before = names_below(records)
+        with unprivileged():
+            result = repair(records)
+        assert states(result) == ["lost", "intact", "intact", "intact"]
+        assert "Permission denied" in result.shards[0].detail
+        shard.chmod(0o644)
+        sorted(records.glob("val/*.db"))[0].unlink()
+        (records / "val").chmod(0o555)
+        with unprivileged(), pytest.raises(RecordsError, match="val: cannot be written"):
+            repair(records)
+        records.chmod(0o555)
+        with unprivileged(), pytest.raises(RecordsError, match=r"cannot be written or read; got Permission denied"):
+            repair(records)
+        assert names_below(records) == before - {f"val/{path.name}" for path in (whole / "val").glob("*00000-of*.db")}
+        for path in (records, records / "val"):
+            path.chmod(0o777)
+        assert repair(records).ok
+
+
+def test_an_interrupted_repair_is_finished_first(records: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = sorted(records.glob("train/*.mindrecord"))
+    first.open("r+b").write(b"\x00" * 300)
+    index_path(second).unlink()
+
+    class Killed(BaseException):
+        """The process ends here."""
+
+    def die(one: Path, other: Path, rename: Any = os.replace) -> None:
+        if other == index_path(first):
+            raise Killed
+        rename(one, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Killed):
+            repair(records)
+    assert file_digest(first) == file_digest(whole / "train" / first.name)  # the one rename, and not the other
+    with pytest.raises(RecordsError, match="repair-index` was interrupted"):
+        RecordsFolder.open(records)
+    assert states(repair(records)) == ["intact", "rebuilt", "intact", "intact"]
+    assert all_digests(records) == all_digests(whole)
 
 
 def test_other_writers_files_keep_the_rows_before_the_cut(tmp_path: Path) -> None:

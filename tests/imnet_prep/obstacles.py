@@ -1,0 +1,57 @@
+"""What stands in a command's way: a full disk, folders and files it may not touch, things that are no files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+NOBODY = 65534
+
+
+@contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Mount a disk of a given size, in memory; the test is skipped where that is not permitted."""
+    folder.mkdir()
+    call = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
+    if subprocess.run(call, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """Make a folder that another user may enter, which those of pytest are not."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Be a user for whom the permissions of files count; what is to be imported must have been before."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def names_below(folder: Path) -> set[str]:
+    """Name everything in a folder and below it, hidden names too."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
