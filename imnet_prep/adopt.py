@@ -237,6 +237,8 @@ def _describe_split(
             values = json.loads(text)
             stored = values["file_name"]
             name = naming.file_name(split, files[values["shard"]].path.name, values)
+            if fault := name_fault(name):
+                raise RecordsError(f"{change.folder}: a record would be called {name!r}: {fault}")
             if not names_agree(stored, name, END):
                 alike = BASE
             ids[place] = record_id(split, name)

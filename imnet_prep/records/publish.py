@@ -197,9 +197,9 @@ def changing(folder: Path) -> Iterator[Change]:
     except BlockingIOError as error:
         raise RecordsError(f"{folder}: another command is changing it", remedy="wait for it, or stop it") from error
     except OSError as error:
-        raise RecordsError(
-            f"{error.filename or folder}: cannot be written or read", got=error.strerror or str(error), remedy=AGAIN
-        ) from error
+        where = f"{error.filename or folder}: cannot be written or read"
+        remedy = "mend that and run the same command again"
+        raise RecordsError(where, got=error.strerror or str(error), remedy=remedy) from error
 
 
 def refuse_interrupted(folder: Path) -> None:

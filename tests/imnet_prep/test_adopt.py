@@ -239,6 +239,22 @@ def test_a_forced_adoption_that_fails_leaves_everything_as_it_was(tmp_path: Path
     assert names_below(records) == set(before) | {"train", "val"}
 
 
+def test_a_forced_adoption_that_finds_a_name_twice_keeps_the_list(tmp_path: Path) -> None:
+    folder = by_hand(tmp_path / "records")
+    take(folder)
+    fields = {"image": "bytes", "label": "int32", "file_name": "string"}
+    names = [(label, f"/{part}/{'xy'[label]}/1.jpg") for label in (0, 1) for part in ("one", "two")]
+    rows = [{"image": jpeg(label, k), "label": label, "file_name": name} for k, (label, name) in enumerate(names)]
+    write(tmp_path / "new" / "a.mindrecord", fields, rows)
+    for path in (tmp_path / "new").iterdir():
+        shutil.copy(path, folder)
+    before = digests(folder)
+    with pytest.raises(RecordsError, match="two records of split train have the same class and name"):
+        take(folder, force=True)
+    assert digests(folder) == before
+    assert names_below(folder) == {*before, "train"}
+
+
 @pytest.mark.parametrize("free_pages", [0, 1, 2, 4])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(
