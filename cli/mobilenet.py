@@ -150,9 +150,11 @@ def evaluate(
 
     Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
     """
+    from imnet_prep.records.publish import refuse_inside_records
     from mbv2.curves import draw_confusion
     from mbv2.evaluate import evaluate_checkpoint, write_per_class
 
+    refuse_inside_records(per_class, confusion)
     with stop_requested() as stop, progress_bar("eval") as progress:
         scores, classes = evaluate_checkpoint(
             records,
@@ -229,8 +231,10 @@ def predict(
 
     Example: mbv2 predict --checkpoint run/best.ckpt photo.jpg folder --sheet guesses.png
     """
+    from imnet_prep.records.publish import refuse_inside_records
     from mbv2.predict import contact_sheet, predict_images
 
+    refuse_inside_records(sheet)
     with stop_requested() as stop, progress_bar("predict") as progress:
         found = predict_images(checkpoint, images, top=top, device_target=device_target, stop=stop, progress=progress)
     if sheet:

@@ -16,6 +16,7 @@ import numpy as np
 
 from imnet_prep import catalog
 from imnet_prep.errors import CheckpointError
+from imnet_prep.records.publish import refuse_inside_records
 from mbv2.checkpoint import Meta, Tensors, check_complete, load_parameters, read_tensors, save_checkpoint
 
 SOURCES = ("timm", "torchvision", "mindcv", "mindspore-models")
@@ -192,9 +193,11 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
 
     Raises:
         CheckpointError: Unknown source, unreadable file, or tensors that are not MobileNetV2's, each accounted for.
+        RecordsError: ``out`` lies in a records folder.
     """
     from imnet_prep.runtime import start_mindspore
 
+    refuse_inside_records(out)
     source_name(source, "classifier.weight")  # an unknown source is refused before anything is read
     start_mindspore()
     from mbv2.model import IMAGENET_MEAN, IMAGENET_STD, MobileNetV2, ModelConfig

@@ -18,6 +18,7 @@ from imnet_prep.drawings import CLASSES, draw_set
 from imnet_prep.errors import IntegrityError
 from imnet_prep.plan import PlanOptions
 from imnet_prep.records.manifest import MANIFEST
+from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback
 from imnet_prep.verify import VerifyResult, verify
 from mbv2.evaluate import evaluate_checkpoint
@@ -58,6 +59,7 @@ def run_demo(out: Path, epochs: int | None, stage: Stage, stop: Stop = lambda: F
     Raises:
         ImnetError: Whatever a stage raises.
     """
+    refuse_inside_records(out / "records")
     out.mkdir(parents=True, exist_ok=True)
     records, run = out / "records", out / "run"
     if not (records / MANIFEST).exists():

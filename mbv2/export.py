@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from imnet_prep.errors import TrainError
 from imnet_prep.pipeline import open_batches
 from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import ProgressCallback
 from mbv2.checkpoint import Checkpoint, build_network, read_checkpoint
@@ -99,9 +100,10 @@ def export_checkpoint(
     Raises:
         TrainError: Unknown format, missing library or missing ``calibrate``, or the file cannot be written.
         CheckpointError: The checkpoint is not usable.
-        RecordsError: ``calibrate`` is not usable.
+        RecordsError: ``calibrate`` is not usable, or ``out`` lies in a records folder.
         Interrupted: ``stop`` said so.
     """
+    refuse_inside_records(out)
     if kind not in FORMATS:
         raise TrainError("unknown --format", expected=f"one of {', '.join(FORMATS)}", got=repr(kind))
     if kind == "onnx-int8" and calibrate is None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.runtime import runtime, start_mindspore, versions
 from imnet_prep.types import Batch, Progress, ProgressCallback
 from mbv2.checkpoint import (
@@ -75,10 +76,11 @@ def train(
 
     Raises:
         TrainError: The folder holds another run, there is none to resume, or the loss is not finite.
-        RecordsError: The records folder cannot be trained on.
+        RecordsError: The records folder cannot be trained on, or the run would lie in one.
         CheckpointError: ``last.ckpt`` is damaged or of another run.
         Interrupted: ``stop`` said so; ``last.ckpt`` holds the state.
     """
+    refuse_inside_records(options.out / LAST, options.features)
     if options.resume and not (options.out / LAST).exists():
         raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
     with ExitStack() as stack:

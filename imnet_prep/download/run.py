@@ -46,6 +46,7 @@ from imnet_prep.download.worker import (
     worker_main,
 )
 from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted
+from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ def download(
 
     Raises:
         DownloadError: a list, the folder or the disk is not usable.
+        RecordsError: the folder is, or lies in, a records folder.
     """
     begun = time.monotonic()
+    refuse_inside_records(options.out / INCOMING)
     if options.wnid is not None and not is_class_name(options.wnid):
         raise DownloadError("--wnid cannot be a folder name", expected="letters, digits, . _ -", got=repr(options.wnid))
     wnids = read_wnids(options.wnids) if options.wnids else None
