@@ -13,6 +13,7 @@ from imnet_prep.errors import IntegrityError
 FOLDER = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 WORKERS = click.option("--workers", type=int, metavar="N", help="Worker processes; one a core if not given.")
+FORCE = click.option("--force", is_flag=True, help="Replace a file that no report wrote.")
 
 
 @click.command("repair-index")
@@ -100,10 +101,11 @@ def reshard(
 @click.argument("records", type=FOLDER, metavar="DIR")
 @click.option("--out", default=Path("report.html"), show_default=True, type=FOLDER, help="The HTML file to write.")
 @click.option("--no-images", is_flag=True, help="Leave the pictures out (they may be private).")
+@FORCE
 @WORKERS
 @JSON
 @guard
-def report(records: Path, out: Path, no_images: bool, workers: int | None, as_json: bool) -> None:
+def report(records: Path, out: Path, no_images: bool, force: bool, workers: int | None, as_json: bool) -> None:
     """Write one HTML file about a records folder: it opens offline, on a phone, and needs nothing else.
 
     Example: imnet-prep report records --out report.html
@@ -111,7 +113,7 @@ def report(records: Path, out: Path, no_images: bool, workers: int | None, as_js
     from imnet_prep.report import ReportOptions, write_report
 
     with progress_bar("report") as progress:
-        result = write_report(records, out, ReportOptions(images=not no_images, workers=workers), progress)
+        result = write_report(records, out, ReportOptions(not no_images, workers, force), progress)
     show(result, as_json)
 
 
@@ -138,11 +140,12 @@ def browse(records: Path, port: int, host: str) -> None:
 @click.option("--records", type=FOLDER, help="Score the best checkpoint on these, for classes, confusion and mistakes.")
 @click.option("--split", default="val", show_default=True, help="Which split of the records.")
 @click.option("--device-target", default="CPU", show_default=True, help="CPU, GPU or Ascend.")
+@FORCE
 @JSON
 @guard
 def run_report(
-    run: Path, out: Path, records: Path | None, split: str, device_target: str, as_json: bool
-) -> None:  # fmt: skip
+    run: Path, out: Path, records: Path | None, split: str, device_target: str, force: bool, as_json: bool
+) -> None:
     """Write one HTML file about a training run: curves, recipe, pace and, with --records, where it is right and wrong.
 
     Example: mbv2 report run --records records --out run.html
@@ -150,5 +153,5 @@ def run_report(
     from mbv2.report import RunReportOptions, write_run_report
 
     with progress_bar("report") as progress:
-        result = write_run_report(run, out, RunReportOptions(records, split, device_target), progress)
+        result = write_run_report(run, out, RunReportOptions(records, split, device_target, force), progress)
     show(result, as_json)

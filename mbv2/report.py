@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError, TrainError
-from imnet_prep.files import write_atomically
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.report.gather import decode
 from imnet_prep.report.html import (
     Curve,
     Html,
+    check_target,
     curves,
     details,
     facts,
@@ -32,9 +33,9 @@ from imnet_prep.report.html import (
     tag,
     thumbnail,
     tiles,
+    write_page,
 )
 from imnet_prep.types import ProgressCallback
-from imnet_prep.verify_duplicates import Located
 from mbv2.judge import Judged, judge
 from mbv2.runlog import LOG, EpochRow, read_metrics, verdict
 
@@ -53,11 +54,13 @@ class RunReportOptions:
         records: The records to score its checkpoint on, or None to leave that out.
         split: Which of them.
         device_target: Where to score.
+        force: Replace a file that no report wrote.
     """
 
     records: Path | None = None
     split: str = "val"
     device_target: str = "CPU"
+    force: bool = False
 
 
 def write_run_report(run: Path, out: Path, options: RunReportOptions, progress: ProgressCallback) -> dict[str, Any]:
@@ -73,10 +76,11 @@ def write_run_report(run: Path, out: Path, options: RunReportOptions, progress: 
         What the command prints: ``report`` (the file), ``bytes``, ``epochs``, and with records ``top1`` and ``top5``.
 
     Raises:
-        TrainError: The folder holds no run, or the file cannot be written.
-        RecordsError: The records cannot be read.
+        TrainError: The folder holds no run.
+        RecordsError: The records cannot be read, or the file must not or cannot be written.
         CheckpointError: The checkpoint cannot be read, or is for other classes.
     """
+    check_target(out, force=options.force)
     config = _read_config(run)
     rows = read_metrics(run)
     sections = [("numbers", "In numbers", _numbers(rows)), ("curves", "Curves", _curves(run, rows))]
@@ -95,12 +99,7 @@ def write_run_report(run: Path, out: Path, options: RunReportOptions, progress: 
         lead = join([lead, tag("p", "Without --records: no confusion, classes or mistakes.", class_="faint")])
     name = run.resolve().name
     text = page(f"Run: {name}", sections, lead, footer=f"Made by mbv2 report from {name}; no data leaves this file.")
-    data = text.encode("utf-8", "replace")
-    try:
-        write_atomically(out, data)
-    except OSError as error:
-        raise TrainError(f"{out}: cannot be written", got=error.strerror or str(error)) from error
-    return {**result, "bytes": len(data)}
+    return {**result, "bytes": write_page(out, text)}
 
 
 def _read_config(run: Path) -> dict[str, Any]:
@@ -281,24 +280,18 @@ def _mistakes(records: Path, split: str, judged: Judged) -> Html:
     chosen = wrong[np.argsort(-judged.confidence[wrong], kind="stable")][:MAX_MISTAKES].tolist()
     if not chosen:
         return tag("p", "No image is taken for another class.")
-    before = 0
-    for name, info in manifest.splits.items():
-        if name == split:
-            break
-        before += sum(shard.rows for shard in info.shards)
-    located = Located(records, manifest)
-    items = []
+    folder, items = RecordsFolder(records, manifest), []
+    first = folder.span(split).start
     for position in chosen:
         true, guess = _name(manifest, int(judged.label[position])), _name(manifest, int(judged.guess[position]))
         caption = f"is {true}; taken for {guess} at {judged.confidence[position]:.0%}"
+        row = folder.row(first + position)
         try:
-            pixels = decode(located.image(before + position))
-        except (RecordsError, OSError):
+            pixels = decode(row.image)
+        except RecordsError:
             pixels = None
-        name = located.name(before + position)
-        shown = picture(thumbnail(pixels, 96), name, caption) if pixels is not None else tag("p", name, caption)
+        shown = picture(thumbnail(pixels, 96), row.name, caption) if pixels is not None else tag("p", row.name, caption)
         items.append(tag("li", shown))
-    located.close()
     said = (
         f"{len(wrong):,} of {len(judged.label):,} images are taken for another class; these with the most confidence."
     )

@@ -7,6 +7,7 @@ and a table of their numbers beside them. A content security policy keeps the pa
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep.errors import RecordsError
+from imnet_prep.files import open_plain, write_atomically
+from imnet_prep.records.publish import refuse_inside_records
+
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
+_OPENING = (  # of every report since the first: they are told from other files by it
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+)
 THUMB_QUALITY = 70
 
 
@@ -68,9 +77,7 @@ def page(title: str, sections: Sequence[tuple[str, str, Html]], lead: Html, *, f
     )
     style, script = (_asset(name) for name in ("style.css", "script.js"))
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'{_OPENING}<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         '<a class="skip" href="#main">Skip to the content</a>\n'
@@ -79,6 +86,45 @@ def page(title: str, sections: Sequence[tuple[str, str, Html]], lead: Html, *, f
         f'<main id="main" tabindex="-1">\n{body}</main>\n<footer><p>{escape(footer)}</p></footer>\n'
         f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Check, before the work of a report, that it may be written to a path.
+
+    Args:
+        out: The file.
+        force: Let it replace a file that no report wrote.
+
+    Raises:
+        RecordsError: It is another kind of file, lies in a records folder, is no folder's to write in, or is not a
+            report without ``force``.
+    """
+    refuse_inside_records(out)
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise RecordsError(f"{out}: cannot be written", expected="a folder that you may write in", got=str(out.parent))
+    if not os.path.lexists(out):
+        return
+    try:
+        with open_plain(out) as file:
+            known = file.read(len(_OPENING)) == _OPENING.encode()
+    except OSError as error:
+        raise RecordsError(f"{out}: cannot be replaced", got=error.strerror or str(error)) from error
+    if not known and not force:
+        raise RecordsError(f"{out}: is not a report, and stays", remedy="choose another --out, or add --force")
+
+
+def write_page(out: Path, html: str) -> int:
+    """Write a page whose target was checked; return its bytes.
+
+    Raises:
+        RecordsError: It cannot be written.
+    """
+    data = html.encode("utf-8", "replace")
+    try:
+        write_atomically(out, data)
+    except OSError as error:
+        raise RecordsError(f"{out}: cannot be written", got=error.strerror or str(error)) from error
+    return len(data)
 
 
 def _asset(name: str) -> str:

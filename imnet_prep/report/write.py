@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,13 @@ from typing import Any
 import numpy as np
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.files import write_atomically
-from imnet_prep.records.manifest import REJECTED
-from imnet_prep.report.gather import (
-    CONVERTED,
-    MAX_COLOURS,
-    MAX_PAIRS,
-    MAX_PRINTS,
-    Gathered,
-    Shown,
-    decode,
-    gather,
-)
+from imnet_prep.records.manifest import Manifest
+from imnet_prep.report.gather import CONVERTED, MAX_COLOURS, MAX_PAIRS, MAX_PRINTS, Gathered, Shown, decode, gather
 from imnet_prep.report.html import (
     Bar,
     Html,
     bars,
+    check_target,
     details,
     facts,
     histogram,
@@ -36,12 +26,11 @@ from imnet_prep.report.html import (
     picture,
     table,
     tag,
-    text,
     thumbnail,
     tiles,
+    write_page,
 )
-from imnet_prep.types import ProgressCallback, Rejected
-from imnet_prep.verify_duplicates import Located
+from imnet_prep.types import ProgressCallback
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as torchvision's references have them
 PICTURE_BYTES = 3_300_000  # of all pictures, in base64: the file stays under 5 MB
@@ -63,17 +52,24 @@ _CHANGES = {
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """How a report is made: with pictures or without, and by how many worker processes (one a core where None)."""
+    """How a report is made.
+
+    Attributes:
+        images: With pictures.
+        workers: Processes; one a core where None.
+        force: Replace a file that no report wrote.
+    """
 
     images: bool = True
     workers: int | None = None
+    force: bool = False
 
 
 class _Pictures:
     """Makes thumbnails until their bytes are spent."""
 
-    def __init__(self, records: Path, gathered: Gathered, options: ReportOptions) -> None:
-        self._located = Located(records, gathered.manifest)
+    def __init__(self, gathered: Gathered, options: ReportOptions) -> None:
+        self._folder = gathered.folder
         self._left = PICTURE_BYTES if options.images else 0
         classes = max(1, len(gathered.samples))
         # About 2 kB a picture of 96 pixels as base64; of many classes each gets one or two, smaller.
@@ -83,7 +79,8 @@ class _Pictures:
 
     def of(self, shown: Shown, caption: object = "") -> Html:
         """Show a record."""
-        what = f"{shown.split}/{shown.name}, {shown.width} by {shown.height} pixels"
+        line = shown.line
+        what = f"{shown.split}/{line.file_name}, {line.width} by {line.height} pixels"
         return self.at(shown.position, what, caption)
 
     def at(self, position: int, alt: str, caption: object = "") -> Html:
@@ -92,8 +89,8 @@ class _Pictures:
             self.spent = True
             return tag("figure", tag("figcaption", caption or alt), class_="thumb")
         try:
-            pixels = decode(self._located.image(position), 1)
-        except (RecordsError, OSError):
+            pixels = decode(self._folder.row(position).image)
+        except RecordsError:
             pixels = None
         if pixels is None:
             return tag("figure", tag("figcaption", f"{alt}: does not decode"), class_="thumb")
@@ -111,7 +108,8 @@ class _Pictures:
 
     def name(self, position: int) -> str:
         """Name the record at a position."""
-        return f"{self._located.place(position)[0]}/{self._located.name(position)}"
+        row = self._folder.row(position)
+        return f"{row.split}/{row.name}"
 
 
 def write_report(records: Path, out: Path, options: ReportOptions, progress: ProgressCallback) -> dict[str, Any]:
@@ -127,46 +125,40 @@ def write_report(records: Path, out: Path, options: ReportOptions, progress: Pro
         What the command prints: ``report`` (the file), ``bytes``, ``images`` and ``duplicates``.
 
     Raises:
-        RecordsError: The folder cannot be read, or the file not written.
-        IntegrityError: The manifest is damaged.
+        RecordsError: The folder cannot be read, or the file must not or cannot be written.
+        IntegrityError: The manifest, or the list of rejected images, is damaged.
     """
+    check_target(out, force=options.force)
     gathered = gather(records, options.workers, progress)
-    pictures = _Pictures(records, gathered, options)
-    manifest = gathered.manifest
+    pictures = _Pictures(gathered, options)
+    images, manifest = gathered.folder.records, gathered.folder.manifest
     sections = [
         ("numbers", "In numbers", _numbers(gathered)),
-        ("balance", "Class balance", _balance(gathered)),
+        ("balance", "Class balance", _balance(manifest)),
         ("sizes", "Sizes", _sizes(gathered)),
         ("colours", "Colours", _colours(gathered)),
-        ("changes", "Converted and rejected", _changes(records, gathered, pictures)),
+        ("changes", "Converted and rejected", _changes(gathered, pictures)),
         ("duplicates", "Duplicates", _duplicates(gathered, pictures)),
         ("classes", "Classes", _classes(gathered, pictures)),
         ("provenance", "Provenance and digests", _provenance(gathered)),
     ]
-    images = sum(split.images for split in manifest.splits.values())
-    lead = tag(
-        "p", f"{images:,} images in {len(manifest.classes):,} classes. Manifest SHA-256 ", tag("code", manifest.digest)
-    )
-    made = f"Made by imnet-prep report from {records.resolve().name}; no data leaves this file."
-    data = page(f"Records: {records.resolve().name}", sections, Html(lead), footer=made).encode("utf-8", "replace")
-    try:
-        write_atomically(out, data)
-    except OSError as error:
-        raise RecordsError(f"{out}: cannot be written", got=error.strerror or str(error)) from error
-    near = len(gathered.near) if gathered.near is not None else None
+    said = f"{images:,} images in {len(manifest.classes):,} classes. Manifest SHA-256 "
+    name = records.resolve().name
+    made = f"Made by imnet-prep report from {name}; no data leaves this file."
+    html = page(f"Records: {name}", sections, tag("p", said, tag("code", manifest.digest)), footer=made)
+    near = None if gathered.near is None else len(gathered.near)
     return {
         "report": str(out),
-        "bytes": len(data),
+        "bytes": write_page(out, html),
         "images": images,
         "duplicates": {"exact": len(gathered.exact), "near": near},
     }
 
 
 def _numbers(gathered: Gathered) -> Html:
-    manifest = gathered.manifest
-    stored = int(gathered.sizes.sum())
-    files = [shard for split in manifest.splits.values() for shard in split.shards]
-    on_disk = sum(shard.size_bytes + shard.index_size_bytes for shard in files)
+    folder, stored = gathered.folder, int(gathered.sizes.sum())
+    manifest, records = folder.manifest, folder.records
+    on_disk = sum(shard.size_bytes + shard.index_size_bytes for _, _, shard in folder.shards)
     rows = [
         (
             name,
@@ -174,7 +166,7 @@ def _numbers(gathered: Gathered) -> Html:
             sum(count > 0 for count in split.class_counts),
             _range(split.class_counts),
             len(split.shards),
-            _bytes(int(gathered.sizes[gathered.splits[name]].sum())),
+            _bytes(int(gathered.sizes[folder.span(name)].sum())),
             sum(split.rejected.values()),
             split.duplicates,
         )
@@ -182,11 +174,11 @@ def _numbers(gathered: Gathered) -> Html:
     ]
     head = ("split", "images", "classes", "images a class", "shards", "image bytes", "rejected", "repeated bytes")
     large = [
-        ("images", f"{len(gathered.sizes):,}"),
+        ("images", f"{records:,}"),
         ("classes", f"{len(manifest.classes):,}"),
-        ("shards", f"{len(files):,}"),
+        ("shards", f"{len(folder.shards):,}"),
         ("on disk", _bytes(on_disk)),
-        ("an image", _bytes(stored // max(1, len(gathered.sizes)))),
+        ("an image", _bytes(stored // max(1, records))),
         ("not images", f"{1 - stored / max(1, on_disk):.1%}"),
     ]
     return join([tiles(large), table("Splits", head, rows)])
@@ -205,11 +197,11 @@ def _bytes(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def _balance(gathered: Gathered) -> Html:
-    names = gathered.manifest.classes
+def _balance(manifest: Manifest) -> Html:
     charts = []
-    for split, info in gathered.manifest.splits.items():
-        counts = sorted(((count, names[label]) for label, count in enumerate(info.class_counts) if count), reverse=True)
+    for split, info in manifest.splits.items():
+        counted = zip(info.class_counts, manifest.classes, strict=True)
+        counts = sorted(((count, name) for count, name in counted if count), reverse=True)
         if not counts:
             charts.append(tag("p", f"{split}: no labels."))
             continue
@@ -228,9 +220,8 @@ def _balance(gathered: Gathered) -> Html:
 
 
 def _sizes(gathered: Gathered) -> Html:
-    widths, heights = gathered.widths.astype(np.float64), gathered.heights.astype(np.float64)
-    known = (widths > 0) & (heights > 0)
-    widths, heights = widths[known], heights[known]
+    sides = np.stack([gathered.widths, gathered.heights]).astype(np.float64)
+    widths, heights = sides[:, (sides > 0).all(axis=0)]
     charts = [
         histogram("Width", widths, unit=" px"),
         histogram("Height", heights, unit=" px"),
@@ -242,53 +233,48 @@ def _sizes(gathered: Gathered) -> Html:
 
 
 def _colours(gathered: Gathered) -> Html:
-    mean, deviation, own = gathered.colours.summary()
+    mean, deviation, own = gathered.channels()
     rows = [
-        (
-            name,
-            *(round(float(value), 4) for value in (mean[k], IMAGENET_MEAN[k], own[k], IMAGENET_STD[k], deviation[k])),
-        )
+        (name, *(round(float(value[k]), 4) for value in (mean, IMAGENET_MEAN, own, IMAGENET_STD, deviation)))
         for k, name in enumerate(("red", "green", "blue"))
     ]
     head = ("channel", "mean here", "mean of ImageNet", "std here", "std of ImageNet", "std of all pixels")
-    total = len(gathered.sizes)
-    which = "every image" if total <= MAX_COLOURS else f"{gathered.colours.images:,} images, evenly spaced"
+    few, bad = gathered.folder.records <= MAX_COLOURS, gathered.undecodable
+    which = "every image" if few else f"{len(gathered.colours):,} images, evenly spaced"
     said = f"Computed from {which}; 0 is black, 1 is full; each image counts alike. "
     said += "The std is the mean of the images' own deviations, as ImageNet's published one is."
-    bad = gathered.colours.undecodable
-    failed = (
-        tag("p", f"{bad:,} images did not decode: run imnet-prep verify --level decode.", class_="warn") if bad else ""
-    )
+    warning = f"{bad:,} images did not decode: run imnet-prep verify --level decode."
+    failed = tag("p", warning, class_="warn") if bad else ""
     return join([table("Channel mean and standard deviation", head, rows), tag("p", said, class_="faint"), failed])
 
 
-def _changes(records: Path, gathered: Gathered, pictures: _Pictures) -> Html:
-    splits = gathered.manifest.splits
+def _changes(gathered: Gathered, pictures: _Pictures) -> Html:
+    splits = gathered.folder.manifest.splits
     counted = {change: sum(split.changes.get(change, 0) for split in splits.values()) for change in _CHANGES}
     rows = [
         (_CHANGES[change], count, "converted" if change in CONVERTED else "noticed, stored as it was")
         for change, count in counted.items()
         if count
     ]
-    parts: list[object] = [tag("h3", "Kept, and converted or noticed")]
-    parts.append(table("What was done or noticed", ("what", "images", "then"), rows) if rows else tag("p", "Nothing."))
+    parts: list[object] = [
+        tag("h3", "Kept, and converted or noticed"),
+        table("What was done or noticed", ("what", "images", "then"), rows) if rows else tag("p", "Nothing."),
+    ]
     for change, shown in gathered.converted.items():
-        thumbs = [tag("li", pictures.of(item, item.name)) for item in shown]
-        parts += [tag("h3", f"{_CHANGES.get(change, change)}: as stored now"), tag("ul", *thumbs, class_="thumbs")]
+        thumbs = [tag("li", pictures.of(item, item.line.file_name)) for item in shown]
+        parts += [tag("h3", f"{_CHANGES[change]}: as stored now"), tag("ul", *thumbs, class_="thumbs")]
     parts.append(tag("h3", "Rejected"))
     reasons = sorted({reason for split in splits.values() for reason in split.rejected})
     if not reasons:
-        parts.append(tag("p", "Nothing was rejected."))
-        return join(parts)
+        return join([*parts, tag("p", "Nothing was rejected.")])
     counts = [(reason, *(split.rejected.get(reason, 0) for split in splits.values())) for reason in reasons]
     parts.append(table("Rejected by reason", ("reason", *splits), counts))
     parts.append(tag("p", "Shown as far as they decode; duplicates by the one that was kept.", class_="faint"))
-    twins = {f"{item.split}/{item.name}": item for shown in gathered.samples.values() for item in shown}
-    listed = list(_rejected(records, gathered))
+    twins = {f"{item.split}/{item.line.file_name}": item for shown in gathered.samples.values() for item in shown}
+    listed = list(gathered.folder.rejected())
     body = []
     for item in listed[:MAX_REJECTED_LISTED]:
-        name = f"{item.split}/{item.file_name}"
-        twin = twins.get(item.detail.partition(" as ")[2])
+        name, twin = f"{item.split}/{item.file_name}", twins.get(item.detail.partition(" as ")[2])
         seen = pictures.kept(item.thumbnail, name) if item.thumbnail else pictures.of(twin) if twin else ""
         body.append((name, item.reason.value, join([item.detail, seen])))
     more = f", the first {MAX_REJECTED_LISTED} of {len(listed):,}" if len(listed) > MAX_REJECTED_LISTED else ""
@@ -296,64 +282,36 @@ def _changes(records: Path, gathered: Gathered, pictures: _Pictures) -> Html:
     return join(parts)
 
 
-def _rejected(records: Path, gathered: Gathered) -> Iterator[Rejected]:
-    if not gathered.manifest.rejected:
-        return
-    try:
-        with (records / REJECTED).open("rb") as lines:
-            for line in lines:
-                yield Rejected.from_json(json.loads(line))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordsError(f"{records / REJECTED}: cannot be read", got=str(error)) from error
-
-
 def _duplicates(gathered: Gathered, pictures: _Pictures) -> Html:
-    parts: list[object] = [
-        tag("p", f"{len(gathered.exact):,} records have the same bytes as an earlier one."),
-    ]
-    pairs = [(first, second, "same bytes") for first, second in gathered.exact[: MAX_PAIRS // 2]]
-    if gathered.near is None:
+    near, pairs = gathered.near, [(*pair, "same bytes") for pair in gathered.exact[: MAX_PAIRS // 2]]
+    if near is None:
         said = f"With more than {MAX_PRINTS:,} records the same picture is looked for by verify --level decode only."
-        parts.append(tag("p", said))
     else:
-        found = len(gathered.near)
-        said = f"{found:,} show the same picture as an earlier one: encoded again, scaled or mirrored."
-        parts.append(tag("p", said))
+        said = f"{len(near):,} show the same picture as an earlier one: encoded again, scaled or mirrored."
         pairs += [
             (pair.first, pair.second, "same picture, mirrored" if pair.mirrored else "same picture")
-            for pair in gathered.near[:MAX_PAIRS]
+            for pair in near[:MAX_PAIRS]
         ]
+    same = f"{len(gathered.exact):,} records have the same bytes as an earlier one."
+    parts = [tag("p", same), tag("p", said)]
     for first, second, why in pairs:
         names = pictures.name(first), pictures.name(second)
         shown = [pictures.at(place, name, name) for place, name in zip((first, second), names, strict=True)]
-        parts.append(
-            tag("div", tag("p", why), *shown, class_="pair", role="group", aria_label=f"{why}: {' and '.join(names)}")
-        )
+        label = f"{why}: {' and '.join(names)}"
+        parts.append(tag("div", tag("p", why), *shown, class_="pair", role="group", aria_label=label))
     return join(parts)
 
 
 def _classes(gathered: Gathered, pictures: _Pictures) -> Html:
-    manifest = gathered.manifest
+    manifest = gathered.folder.manifest
     items = []
     for label, (name, words) in enumerate(zip(manifest.classes, manifest.class_words, strict=True)):
-        counts = ", ".join(
-            f"{split.class_counts[label]:,} {key}"
-            for key, split in manifest.splits.items()
-            if label < len(split.class_counts)
-        )
+        counts = ", ".join(f"{split.class_counts[label]:,} {key}" for key, split in manifest.splits.items())
         shown = gathered.samples.get(label, [])[: pictures.per_class]
         thumbs = tag("ul", *(tag("li", pictures.of(item)) for item in shown), class_="thumbs") if shown else ""
         heading = tag("h3", f"{label} ", tag("code", name), f" {words}")
-        items.append(
-            tag(
-                "article",
-                heading,
-                tag("p", counts),
-                thumbs,
-                class_="class",
-                data_text=f"{label} {name} {words}".lower(),
-            )
-        )
+        known = f"{label} {name} {words}".lower()
+        items.append(tag("article", heading, tag("p", counts), thumbs, class_="class", data_text=known))
     search = tag(
         "div",
         tag("label", "Search the classes by name, word or label", for_="class-search"),
@@ -367,35 +325,27 @@ def _classes(gathered: Gathered, pictures: _Pictures) -> Html:
 
 
 def _provenance(gathered: Gathered) -> Html:
-    manifest = gathered.manifest
+    manifest, shards = gathered.folder.manifest, gathered.folder.shards
     sources = [
         (source["kind"], source["name"] or "a folder", _bytes(source["size_bytes"]), source["images"] or "",
          "the official one" if source["official"] else "", tag("code", source["sha256"] or source["md5"]))
         for source in manifest.sources
     ]  # fmt: skip
-    shards = [
+    digests = [
         (shard.file, shard.rows, shard.size_bytes, tag("code", shard.sha256), tag("code", shard.index_sha256))
-        for split in manifest.splits.values()
-        for shard in split.shards
+        for _, _, shard in shards
     ]
-    options = {key: value for key, value in manifest.options.items() if value is not None}
-    parts: list[object] = [
-        facts(
-            [
-                ("label convention", manifest.label_convention),
-                ("seed", manifest.seed),
-                ("plan", tag("code", manifest.plan or "none: adopted files")),
-                ("manifest", tag("code", manifest.digest)),
-                *((f"option {key}", json.dumps(value)[:300]) for key, value in options.items()),
-                *((f"made with {key}", value) for key, value in manifest.made_with.items()),
-            ]
-        ),
-        table("Sources", ("kind", "name", "size", "images", "official", "digest"), sources),
+    known = [
+        ("label convention", manifest.label_convention),
+        ("seed", manifest.seed),
+        ("plan", tag("code", manifest.plan or "none: adopted files")),
+        ("manifest", tag("code", manifest.digest)),
+        *((f"option {key}", json.dumps(value)[:300]) for key, value in manifest.options.items() if value is not None),
+        *((f"made with {key}", value) for key, value in manifest.made_with.items()),
     ]
+    parts = [facts(known), table("Sources", ("kind", "name", "size", "images", "official", "digest"), sources)]
     if gathered.hosts:
-        hosts = gathered.hosts.most_common(20)
-        said = f"Downloaded: {sum(gathered.hosts.values()):,} records from {len(gathered.hosts):,} hosts"
-        parts.append(details(said, table("Hosts", ("host", "records"), hosts)))
+        said = f"Downloaded: {gathered.hosts.total():,} records from {len(gathered.hosts):,} hosts"
+        parts.append(details(said, table("Hosts", ("host", "records"), gathered.hosts.most_common(20))))
     head = ("file", "rows", "bytes", "SHA-256", "SHA-256 of the index")
-    parts.append(details(f"Digests of {len(shards):,} shards", table("Shards", head, shards)))
-    return text(join(parts))
+    return join([*parts, details(f"Digests of {len(shards):,} shards", table("Shards", head, digests))])

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from imnet_prep.errors import RecordsError
+from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.report import ReportOptions, write_report
+from imnet_prep.report import gather as gathering
 from imnet_prep.report.gather import gather
 from imnet_prep.report.html import Bar, Html, bars, join, picture, tag
 from tests.chromium import Chromium, needs_chromium
-from tests.imnet_prep.records_folder import make_records, quiet
+from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records
 from tests.synthetic import encode, jpeg
 from tests.synthetic import picture as drawn
 
@@ -76,7 +79,7 @@ def test_colours_are_those_of_the_pixels(records: Path) -> None:
                 pixels = cv2.imdecode(np.frombuffer(shard.image(row), np.uint8), 1)[:, :, ::-1].reshape(-1, 3) / 255
                 means.append(pixels.mean(axis=0))
                 squares.append((pixels**2).mean(axis=0))
-    mean, deviation, _ = gather(records, 1, quiet).colours.summary()
+    mean, deviation, _ = gather(records, 1, quiet).channels()
     expected = np.mean(means, axis=0)
     np.testing.assert_allclose(mean, expected, atol=1e-6)
     np.testing.assert_allclose(deviation, np.sqrt(np.mean(squares, axis=0) - expected**2), atol=1e-6)
@@ -111,6 +114,50 @@ def test_damaged_folder_and_bad_target_are_named_errors(records: Path, tmp_path:
         write_report(tmp_path / "none", tmp_path / "r.html", ReportOptions(workers=1), quiet)
     with pytest.raises(RecordsError, match="cannot be written"):
         write_report(records, tmp_path / "none" / "r.html", ReportOptions(workers=1), quiet)
+
+
+def test_a_record_list_that_no_writer_made_is_refused(records: Path, tmp_path: Path) -> None:
+    damaged = copy(records, tmp_path / "records")
+    split = load_manifest(records).splits["train"]
+    lines = [json.loads(line.to_json()) for line in read_records(records, split)]
+    for wrong in (
+        {"width": 10**12}, {"label": -2}, {"height": 4.0}, {"sha256": ""}, {"sha256": "a b " * 16}, {"sha256": 5},
+        {"url": 5}, {"file_name": None}, {"changes": 5}, {"changes": [["cmyk"]]}, {"row": 7}, {"shard": True},
+    ):  # fmt: skip
+        with gzip.open(damaged / "train" / "records.jsonl.gz", "wt") as packed:
+            packed.writelines(json.dumps(line) + "\n" for line in [{**lines[0], **wrong}, *lines[1:]])
+        with pytest.raises(RecordsError, match="line 1 is"):
+            write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
+    with gzip.open(damaged / "train" / "records.jsonl.gz", "wt") as packed:
+        packed.writelines(json.dumps(line | {"url": "http://["}) + "\n" for line in lines)
+    write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
+    assert f"{len(lines)} records from 1 hosts" in words(tmp_path / "r.html")
+
+
+def test_a_list_of_rejected_images_that_is_another_is_refused(records: Path, tmp_path: Path) -> None:
+    damaged = copy(records, tmp_path / "records")
+    with (damaged / "rejected.jsonl").open("a") as lines:
+        lines.write("{}\n")
+    with pytest.raises(IntegrityError, match="not the manifest's"):
+        write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("prints", [True, False])
+def test_a_row_that_is_not_there_is_named(
+    prints: bool, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where neither its colours nor its picture are asked for."""
+    if not prints:
+        monkeypatch.setattr(gathering, "MAX_PRINTS", 1)
+        monkeypatch.setattr(gathering, "MAX_COLOURS", 1)
+    damaged = copy(records, tmp_path / "records")
+    path = sorted(damaged.glob("train/*.mindrecord"))[-1]
+    with sqlite3.connect(f"{path}.db") as index:
+        index.execute("DELETE FROM INDEXES WHERE ROW_ID = (SELECT MAX(ROW_ID) FROM INDEXES)")
+    index.close()
+    with pytest.raises(RecordsError, match=re.escape(path.name)):
+        write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
 
 
 def test_every_text_is_escaped() -> None:
