@@ -13,7 +13,7 @@ import math
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imnet_prep import browse_pages as pages
 from imnet_prep.browse_data import Library
@@ -21,8 +21,11 @@ from imnet_prep.errors import ImnetError, PipelineError, RecordsError
 from imnet_prep.report.html import tag
 from imnet_prep.rng import MAX_EPOCH, MAX_SEED
 
-if TYPE_CHECKING:
-    from flask import Flask, Response
+try:
+    from flask import Flask, Response, abort, request
+    from werkzeug.serving import make_server
+except ImportError as missing:
+    raise RecordsError("browse: Flask is not installed", remedy="pip install 'imnet-prep[browse]'") from missing
 
 _ASSETS = {
     "style.css": "text/css",
@@ -52,13 +55,9 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
         host: The address that it will listen on; it decides which Host headers are answered.
 
     Raises:
-        RecordsError: The folder cannot be read, or Flask is not installed.
+        RecordsError: The folder cannot be read.
         IntegrityError: The manifest is damaged.
     """
-    try:
-        from flask import Flask, abort, request
-    except ImportError as error:
-        raise RecordsError("browse: Flask is not installed", remedy="pip install 'imnet-prep[browse]'") from error
     library = Library(records)
     app = Flask("imnet_prep.browse", static_folder=None)
 
@@ -67,6 +66,9 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
             abort(405)
         if not host_is_ours(request.host, host):
             abort(403, "This name is not one of this server's.")
+        asked = request.view_args or {}
+        if "position" in asked and asked["position"] >= len(library.tables.get(asked["split"], ())):
+            abort(404)
 
     def add_headers(response: Response) -> Response:
         response.headers.update(_HEADERS)
@@ -78,8 +80,8 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
     app.before_request(check_request)
     app.after_request(add_headers)
     app.register_error_handler(ImnetError, show_error)
-    _add_pages(app, library)
-    _add_images(app, library)
+    for rule, function in (_pages(library) | _images(library)).items():
+        app.add_url_rule(rule, function.__name__, function, methods=["GET"], provide_automatic_options=False)
     return app
 
 
@@ -103,20 +105,15 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _add_pages(app: Flask, library: Library) -> None:
-    from flask import abort, request
-
-    def get(rule: str, function: Callable[..., Any]) -> None:
-        app.add_url_rule(rule, function.__name__, function, methods=["GET"], provide_automatic_options=False)
-
+def _pages(library: Library) -> dict[str, Callable[..., Any]]:
     def index() -> str:
         return pages.index(library, request.args.get("q", "")[:200])
 
     def class_page(label: int) -> str:
         split = request.args.get("split") or next(
-            (name for name in library.tables if len(library.of_class(name, label))), next(iter(library.tables))
+            (name for name in library.tables if len(library.of_class(name, label))), next(iter(library.tables), "")
         )
-        number = _number("page", 0, 0, 1 << 31)
+        number = _number("page", 1 << 31)
         if not -1 <= label < len(library.manifest.classes) or split not in library.tables:
             abort(404)
         if number and number * pages.PAGE_IMAGES >= len(library.of_class(split, label)):
@@ -124,13 +121,9 @@ def _add_pages(app: Flask, library: Library) -> None:
         return pages.class_page(library, label, split, number)
 
     def record_page(split: str, position: int) -> str:
-        _there(library, split, position)
-        record = library.record(split, position)
         values = _train_values()
         pages.train_options(values)
-        return pages.record_page(
-            library, record, library.line(split, position), values, _number("seed", 0, 0, MAX_SEED)
-        )
+        return pages.record_page(library, split, position, values, _number("seed", MAX_SEED))
 
     def asset(name: str) -> Response:
         if name == "icon.svg":
@@ -139,70 +132,50 @@ def _add_pages(app: Flask, library: Library) -> None:
             abort(404)
         return _file((Path(__file__).parent / "report" / name).read_bytes(), _ASSETS[name])
 
-    get("/", index)
-    get("/class/<int(signed=True):label>", class_page)
-    get("/record/<split>/<int:position>", record_page)
-    get("/<name>", asset)
+    return {
+        "/": index,
+        "/class/<int(signed=True):label>": class_page,
+        "/record/<split>/<int:position>": record_page,
+        "/<name>": asset,
+    }
 
 
-def _add_images(app: Flask, library: Library) -> None:
-    from flask import request
-
+def _images(library: Library) -> dict[str, Callable[..., Any]]:
     def image(split: str, position: int) -> Response:
-        _there(library, split, position)
         return _file(*library.image(split, position))
 
     def thumb(split: str, position: int) -> Response:
-        _there(library, split, position)
         return _file(library.thumb(split, position), "image/jpeg")
 
     def view(split: str, position: int) -> Response:
-        _there(library, split, position)
         options = pages.eval_options() if request.args.get("eval") else pages.train_options(_train_values())
-        seed, epoch = _number("seed", 0, 0, MAX_SEED), _number("epoch", 0, 0, MAX_EPOCH)
+        seed, epoch = _number("seed", MAX_SEED), _number("epoch", MAX_EPOCH)
         return _file(library.view(split, position, options, seed, epoch), "image/jpeg")
 
-    for function in (image, thumb, view):
-        rule = f"/{function.__name__}/<split>/<int:position>"
-        app.add_url_rule(rule, function.__name__, function, methods=["GET"], provide_automatic_options=False)
-
-
-def _there(library: Library, split: str, position: int) -> None:
-    from flask import abort
-
-    if split not in library.tables or position >= len(library.tables[split]):
-        abort(404)
+    return {f"/{function.__name__}/<split>/<int:position>": function for function in (image, thumb, view)}
 
 
 def _file(data: bytes, kind: str) -> Response:
-    from flask import Response
-
     return Response(data, mimetype=kind, headers={"Cache-Control": "private, max-age=300"})
 
 
-def _number(name: str, default: int, low: int, high: int) -> int:
-    from flask import request
-
-    text = request.args.get(name, "")
-    if not text:
-        return default
-    if not text.isascii() or not text.isdecimal() or not low <= int(text[:24]) <= high:
-        raise PipelineError(f"{name} is out of range", expected=f"{low} to {high}", got=repr(text[:40]))
+def _number(name: str, high: int) -> int:
+    text = request.args.get(name) or "0"
+    if not text.isascii() or not text.isdecimal() or int(text[:24]) > high:
+        raise PipelineError(f"{name} is out of range", expected=f"0 to {high}", got=repr(text[:40]))
     return int(text[:24])
 
 
 def _train_values() -> dict[str, float]:
-    from flask import request
-
     values: dict[str, float] = {}
     for name, text, default in pages.TRAIN_FIELDS:
-        given = request.args.get(name, "")
+        given = request.args.get(name) or default
         try:
-            values[name] = float(given) if given else default
+            values[name] = float(given)
+            if not math.isfinite(values[name]):
+                raise ValueError(given)
         except ValueError as error:
-            raise PipelineError(f"{text} is not a number", got=repr(given[:40])) from error
-        if not math.isfinite(values[name]):
-            raise PipelineError(f"{text} is not a number", got=repr(given[:40]))
+            raise PipelineError(f"{text} is not a number", got=repr(given)[:40]) from error
     return values
 
 
@@ -216,12 +189,10 @@ def serve(records: Path, host: str, port: int, announce: Callable[[str], None]) 
         announce: Told the address once it answers.
 
     Raises:
-        RecordsError: The folder cannot be read, Flask is not installed, or the address cannot be taken.
+        RecordsError: The folder cannot be read, or the address cannot be taken.
         IntegrityError: The manifest is damaged.
     """
     app = create_app(records, host)
-    from werkzeug.serving import make_server
-
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line a picture
     if not 0 <= port < 1 << 16:
         raise RecordsError("--port is out of range", expected="0 to 65535", got=str(port))

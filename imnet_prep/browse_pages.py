@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import urlencode
 
 from imnet_prep.augment import EvalOptions, TrainOptions
-from imnet_prep.browse_data import VIEW_SIDE, Library, Record
+from imnet_prep.browse_data import VIEW_SIDE, Library
 from imnet_prep.report.html import Html, facts, join, table, tag
 
 PAGE_IMAGES = 60
@@ -18,10 +17,10 @@ TRAIN_FIELDS = (("crop", "smallest crop", 0.08), ("flip", "flip", 0.5), ("jitter
 
 
 def shell(title: str, records: Path, *content: object) -> str:
-    """Make a whole page around its content."""
+    """Return a whole page around its content."""
     assets = "".join(f'<link rel="stylesheet" href="/{name}">' for name in ("style.css", "browse.css"))
     scripts = "".join(f'<script src="/{name}" defer></script>' for name in ("script.js", "browse.js"))
-    return (
+    html = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="/icon.svg">'
@@ -33,23 +32,20 @@ def shell(title: str, records: Path, *content: object) -> str:
         "<footer><p>Read-only, from this machine. Arrow keys turn pages, / goes to the search.</p></footer>\n"
         "</body></html>\n"
     )
+    return html.encode("utf-8", "replace").decode()  # the folder's name need not be UTF-8
 
 
 def index(library: Library, words: str) -> str:
-    """Every class, or those that the words fit, with their counts."""
+    """Return the page of every class, or of those that the words fit, with their counts."""
     manifest = library.manifest
-    wanted = words.lower().split()
     items = []
     for label, (name, said) in enumerate(zip(manifest.classes, manifest.class_words, strict=True)):
         text = f"{label} {name} {said}".lower()
-        counts = {
-            key: split.class_counts[label] for key, split in manifest.splits.items() if label < len(split.class_counts)
-        }
-        if not all(word in text for word in wanted) or not (sum(counts.values()) or wanted):
-            continue
-        shown = ", ".join(f"{count:,} {key}" for key, count in counts.items())
-        link = tag("a", f"{label} ", tag("code", name), f" {said}", href=f"/class/{label}")
-        items.append(tag("li", link, tag("div", shown, class_="faint"), data_text=text))
+        counts = {key: split.class_counts[label] for key, split in manifest.splits.items()}
+        if all(word in text for word in words.lower().split()) and (any(counts.values()) or words.strip()):
+            shown = ", ".join(f"{count:,} {key}" for key, count in counts.items())
+            link = tag("a", f"{label} ", tag("code", name), f" {said}", href=f"/class/{label}")
+            items.append(tag("li", link, tag("div", shown, class_="faint"), data_text=text))
     unlabelled = [
         tag("p", tag("a", f"{name}: {len(table):,} images without labels", href=f"/class/-1?split={name}"))
         for name, table in library.tables.items()
@@ -66,22 +62,18 @@ def index(library: Library, words: str) -> str:
         role="search",
         data_filter=".list li",
     )
-    images = sum(split.images for split in manifest.splits.values())
-    lead = tag(
-        "p", f"{images:,} images in {len(manifest.classes):,} classes; {manifest.label_convention}.", class_="faint"
-    )
+    size = f"{library.folder.records:,} images in {len(manifest.classes):,} classes"
+    lead = tag("p", f"{size}; {manifest.label_convention}.", class_="faint")
     found = tag("ul", *items, class_="list") if items else tag("p", "No class fits.")
-    return shell("Classes", library.folder, lead, search, *unlabelled, found)
+    return shell("Classes", library.folder.path, lead, search, *unlabelled, found)
 
 
 def class_page(library: Library, label: int, split: str, number: int) -> str:
-    """The images of a class in a split, a page of them."""
-    manifest = library.manifest
-    name, words = (manifest.classes[label], manifest.class_words[label]) if label >= 0 else ("no label", "")
+    """Return a page of the images of a class in a split."""
     positions = library.of_class(split, label)
     pages = max(1, -(-len(positions) // PAGE_IMAGES))
     part = positions[number * PAGE_IMAGES : (number + 1) * PAGE_IMAGES].tolist()
-    items = [_card(library.record(split, position)) for position in part]
+    items = [_card(f"{split}/{position}", library.row(split, position).name) for position in part]
     splits = [
         tag("a", f"{key}: {len(library.of_class(key, label)):,}", href=f"/class/{label}?split={key}",
             aria_current="page" if key == split else None)
@@ -93,19 +85,22 @@ def class_page(library: Library, label: int, split: str, number: int) -> str:
 
     turns = _turns(url(number - 1) if number else None, url(number + 1) if number + 1 < pages else None,
                    f"page {number + 1:,} of {pages:,}")  # fmt: skip
-    title = f"{label} {name} {words}".strip()
     found = tag("ul", *items, class_="grid") if items else tag("p", "No image of it in this split.")
-    return shell(title, library.folder, tag("p", *_spaced(splits)), turns, found, turns if len(items) > 12 else "")
+    links = tag("p", *(piece for link in splits for piece in (link, " ")))
+    last = turns if len(items) > 12 else ""
+    return shell(_titled(library, label).strip(), library.folder.path, links, turns, found, last)
 
 
-def _spaced(parts: Sequence[Html]) -> list[object]:
-    return [piece for part in parts for piece in (part, " ")]
+def _titled(library: Library, label: int) -> str:
+    manifest = library.manifest
+    if not 0 <= label < len(manifest.classes):
+        return f"{label} no label "
+    return f"{label} {manifest.classes[label]} {manifest.class_words[label]}"
 
 
-def _card(record: Record) -> Html:
-    place = f"{record.split}/{record.position}"
-    image = Html(f'<img src="/thumb/{place}" alt="{escape(record.name)}" width="192" height="192" loading="lazy">')
-    return tag("li", tag("a", image, tag("span", record.name.rpartition("/")[2]), href=f"/record/{place}"))
+def _card(place: str, name: str) -> Html:
+    image = Html(f'<img src="/thumb/{place}" alt="{escape(name)}" width="192" height="192" loading="lazy">')
+    return tag("li", tag("a", image, tag("span", name.rpartition("/")[2]), href=f"/record/{place}"))
 
 
 def _turns(before: str | None, after: str | None, where: str) -> Html:
@@ -116,30 +111,27 @@ def _turns(before: str | None, after: str | None, where: str) -> Html:
     return tag("div", links[0], tag("span", where), links[1], class_="pages")
 
 
-def record_page(library: Library, record: Record, line: dict[str, object], values: dict[str, float], seed: int) -> str:
-    """A record: the image as stored, everything known of it, and what training and evaluation make of it."""
-    place = f"{record.split}/{record.position}"
-    manifest = library.manifest
-    siblings = library.of_class(record.split, record.label)
-    here = int(siblings.searchsorted(record.position))
-    urls = [
-        f"/record/{record.split}/{siblings[at]}" if 0 <= at < len(siblings) else None for at in (here - 1, here + 1)
-    ]
-    turns = _turns(urls[0], urls[1], f"image {here + 1:,} of {len(siblings):,} in its class")
-    class_name = manifest.classes[record.label] if record.label >= 0 else "no label"
-    words = manifest.class_words[record.label] if record.label >= 0 else ""
+def record_page(library: Library, split: str, position: int, values: dict[str, float], seed: int) -> str:
+    """Return the page of a record: the image, everything known of it, and what training and evaluation make of it."""
+    place, rows, row = f"{split}/{position}", library.tables[split], library.row(split, position)
+    fields, line, label = library.fields(split, position), library.line(split, position), int(rows.label[position])
+    siblings = library.of_class(split, label)
+    here = int(siblings.searchsorted(position))
+    before, after = (
+        f"/record/{split}/{siblings[at]}" if 0 <= at < len(siblings) else None for at in (here - 1, here + 1)
+    )
+    turns = _turns(before, after, f"image {here + 1:,} of {len(siblings):,} in its class")
     known: list[tuple[str, object]] = [
-        ("class", tag("a", f"{record.label} {class_name} {words}", href=f"/class/{record.label}?split={record.split}")),
-        ("file", tag("code", record.file)),
-        ("row", record.row),
-        ("record id", tag("code", f"{int(library.tables[record.split].ids[record.position]):016x}")),
+        ("class", tag("a", _titled(library, label), href=f"/class/{label}?split={split}")),
+        ("file", tag("code", row.file)),
+        ("row", row.row),
+        ("record id", tag("code", f"{int(rows.ids[position]):016x}")),
         *((name, tag("code", value) if "sha" in name else _shown(value)) for name, value in sorted(line.items())
           if name not in ("shard", "row", "file_name")),
     ]  # fmt: skip
-    fields = library.fields(record.split, record.position)
     image = Html(
-        f'<img src="/image/{place}" alt="{escape(record.name)}, as stored" width="{line.get("width")}" '
-        f'height="{line.get("height")}">'
+        f'<img src="/image/{place}" alt="{escape(row.name)}, as stored" width="{line["width"]}" '
+        f'height="{line["height"]}">'
     )
     parts = [
         turns,
@@ -153,7 +145,7 @@ def record_page(library: Library, record: Record, line: dict[str, object], value
         tag("ul", tag("li", Html(f'<img src="/view/{place}?eval=1" alt="The centre crop" width="{VIEW_SIDE}" '
             f'height="{VIEW_SIDE}">')), class_="grid"),
     ]  # fmt: skip
-    return shell(record.name, library.folder, *parts)
+    return shell(row.name, library.folder.path, *parts)
 
 
 def _shown(value: object) -> object:
@@ -174,9 +166,8 @@ def _options(place: str, values: dict[str, float], seed: int) -> Html:
 def _views(place: str, values: dict[str, float], seed: int) -> Html:
     items = []
     for epoch in range(VIEWS):
-        query = escape(
-            urlencode({**{name: f"{value:g}" for name, value in values.items()}, "seed": seed, "epoch": epoch})
-        )
+        asked = {name: f"{value:g}" for name, value in values.items()}
+        query = escape(urlencode({**asked, "seed": seed, "epoch": epoch}))
         image = Html(
             f'<img src="/view/{place}?{query}" alt="Its view in epoch {epoch}" width="{VIEW_SIDE}" '
             f'height="{VIEW_SIDE}" loading="lazy">'

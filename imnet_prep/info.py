@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.records.manifest import SplitInfo, load_manifest
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.manifest import SplitInfo
 
 
 def describe(records: Path) -> dict[str, Any]:
@@ -18,10 +19,11 @@ def describe(records: Path) -> dict[str, Any]:
         RecordsError: There is no such folder, or it has no manifest.
         IntegrityError: The manifest is damaged or was changed.
     """
-    manifest = load_manifest(records)
+    folder = RecordsFolder.open(records)
+    manifest = folder.manifest
     return {
         "records": str(records),
-        "images": sum(split.images for split in manifest.splits.values()),
+        "images": folder.records,
         "classes": len(manifest.classes),
         "first_classes": [
             f"{name} ({words})" if words else name

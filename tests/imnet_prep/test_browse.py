@@ -20,10 +20,11 @@ from imnet_prep.browse import create_app, host_is_ours, serve
 from imnet_prep.browse_data import Library
 from imnet_prep.errors import RecordsError
 from imnet_prep.pipeline import open_batches
-from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
+from imnet_prep.records.record_list import write_lines
 from tests.chromium import Chromium, needs_chromium
-from tests.imnet_prep.records_folder import copy, flip, make_records
+from tests.imnet_prep.records_folder import copy, flip, make_records, read_records
 from tests.synthetic import WNIDS
 
 pytest.importorskip("flask")
@@ -146,6 +147,25 @@ def test_an_undecodable_image_is_an_error_page(records: Path, tmp_path: Path) ->
     answer = create_app(damaged).test_client().get("/thumb/train/0")
     assert answer.status_code == 422
     assert "row 0" in answer.text
+
+
+def test_a_folder_whose_name_is_not_utf8_is_shown(records: Path, tmp_path: Path) -> None:
+    client = create_app(copy(records, tmp_path / os.fsdecode(b"r\xff"))).test_client()
+    for path in ("/", "/class/0", "/record/train/0"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "All classes of r?<" in answer.text
+
+
+def test_a_record_list_of_other_records_is_an_error_page(records: Path, tmp_path: Path) -> None:
+    damaged = copy(records, tmp_path / "records")
+    client = create_app(damaged).test_client()
+    lines = list(read_records(records, load_manifest(records).splits["train"]))
+    write_lines(damaged / "train" / "records.jsonl.gz", [line.to_json() for line in lines[1:9]])
+    for position, said in ((0, "row 1 here"), (200, "cannot be read")):
+        answer = client.get(f"/record/train/{position}")
+        assert answer.status_code == 422
+        assert said in answer.text
 
 
 def test_missing_folder_and_taken_port_are_named_errors(records: Path, tmp_path: Path) -> None:
