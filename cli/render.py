@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import signal
@@ -28,6 +29,9 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         try:
             return command(*args, **kwargs)
@@ -88,17 +92,15 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
 
     def update(progress: Progress) -> None:
         nonlocal last
-        extras = [f"{name} {count}" for name, count in progress.counts]
-        if progress.bytes_done:
-            extras.append(f"{progress.bytes_done / max(1e-9, time.monotonic() - started) / 1e6:.1f} MB/s")
-        if progress.note:
-            extras.append(progress.note)
+        now = time.monotonic()
+        pace = f"{progress.bytes_done / max(1e-9, now - started) / 1e6:.1f} MB/s" if progress.bytes_done else ""
+        counts = (f"{name} {count}" for name, count in progress.counts)
+        extras = [*filter(None, (*counts, pace, progress.note))]
         if live:
             bar.total, bar.unit = progress.total, f" {progress.unit}"
             bar.set_postfix_str(", ".join(extras), refresh=False)
             bar.update(progress.done - bar.n)
             return
-        now = time.monotonic()
         if now - last >= LOG_EVERY_S or (progress.done == progress.total and now - started >= LOG_EVERY_S):
             last = now
             rate = progress.done / (now - started)
