@@ -107,13 +107,12 @@ def adopt(folder: Path, options: AdoptOptions, progress: ProgressCallback) -> Ad
         if os.path.lexists(manifest_path) and not (options.force or own):
             raise RecordsError(f"{folder}: has a {MANIFEST} already", remedy="--force replaces it")
         files, notes = find_shards(folder, options.split or "train")
-        made = [index_path(file.path) for file in files if not file.indexed]
-        for file in files:
-            if not file.indexed:
-                write_index_of(file.path, change.stage(file.path))
+        bare = [file.path for file in files if not file.indexed]
+        for path in bare:
+            write_index_of(path, change.stage(path))
         manifest, undecodable, naming = _read_and_describe(change, files, options, progress)
         write_atomically(change.stage(manifest_path), manifest.to_bytes())
-        change.publish([*made, *(folder / name / RECORDS for name in manifest.splits), manifest_path])
+        change.publish([*map(index_path, bare), *(folder / name / RECORDS for name in manifest.splits), manifest_path])
     return AdoptResult(manifest, folder, len(undecodable), (*notes, *naming.notes))
 
 
@@ -121,8 +120,7 @@ def _read_and_describe(
     change: Change, files: Sequence[FoundShard], options: AdoptOptions, progress: ProgressCallback
 ) -> tuple[Manifest, list[str], Naming]:
     """Read all records, write their lists, and return the manifest, what does not decode, and the names."""
-    by_split = {name: [file for file in files if file.split == name] for name in SPLITS}
-    by_split = {name: mine for name, mine in by_split.items() if mine}
+    by_split = {name: mine for name in SPLITS if (mine := [file for file in files if file.split == name])}
     columns = files[0].header.fields
     nothing: dict[str, Any] = dict.fromkeys(("label_space", "label_convention", "plan"), "") | {"seed": 0}
     draft = describe(
@@ -143,11 +141,10 @@ def _read_and_describe(
         before: Digests = []
         for name, mine in by_split.items():
             splits[name], alike[name] = _describe_split(change, name, mine, texts, naming, before)
-    source = {"kind": "adopted", "name": "", "md5": "", "sha256": "", "official": False}
-    counts = {
-        "size_bytes": sum(file.info.size_bytes for file in files),
-        "images": sum(file.info.rows for file in files),
-    }
+    source = {
+        "kind": "adopted", "name": "", "md5": "", "sha256": "", "official": False,
+        "size_bytes": sum(file.info.size_bytes for file in files), "images": sum(file.info.rows for file in files),
+    }  # fmt: skip
     manifest = describe(
         splits,
         naming.classes,
@@ -155,7 +152,7 @@ def _read_and_describe(
         label_convention=naming.convention,
         seed=0,
         options={"names": alike} if "file_name" in columns else {},
-        sources=({**source, **counts},),
+        sources=(source,),
         plan="",
         columns=columns,
     )

@@ -119,24 +119,24 @@ def _repair(
         exact, detail = _make_index(change, path, info)
         return ShardRepair(info.file, REBUILT, info.rows, info.rows, exact, detail)
     first = sum(shard.rows for shard in split.shards[:number])
-    lines = [*islice(folder.lines(name), first, first + info.rows)] if list_is_whole(name) else None
+    lines = [*islice(folder.lines(name), first, first + info.rows)] if list_is_whole(name) else []
     ours = bool(folder.manifest.plan)
     shard = open_ordered(path, split, info, indexed=indexed)
-    places = find_images(path, split, lines or (), shard)
+    places = find_images(path, split, lines, shard)
     missing = [row for row in range(info.rows) if row not in places]
     if shard is not None and not (ours and lines and not missing):
         return _damaged(change, path, info, lines, missing, indexed=indexed)
     if not ours:
         return _clip(change, path, info)
     if not places:
-        none = "no image in it is whole"
-        return _lost(info, none if lines else f"{split.records['file']} is damaged too: restore it first")
+        why = f"{split.records['file']} is damaged too: restore it first"
+        return _lost(info, "no image in it is whole" if lines else why)
     made = change.stage(path)
-    write_again(path, made, split, lines or (), places)
+    write_again(path, made, split, lines, places)
     exact = (file_digest(made), file_digest(index_path(made))) == (info.sha256, info.index_sha256)
     detail = "" if exact else "every row is there, and the file is not the manifest's bit for bit"
     if missing:
-        detail = f"{_rows(missing, lines or ())} are lost; the damaged files are in {folder.path / DAMAGED_FOLDER}"
+        detail = f"{_rows(missing, lines)} are lost; the damaged files are in {folder.path / DAMAGED_FOLDER}"
     _publish(change, [path, index_path(path)], keep=not exact)
     return ShardRepair(info.file, RESTORED if exact else SALVAGED, len(places), info.rows, exact, detail)
 
@@ -179,7 +179,7 @@ def _make_index(change: Change, path: Path, info: ShardInfo) -> tuple[bool, str]
 
 
 def _damaged(
-    change: Change, path: Path, info: ShardInfo, lines: Sequence[RecordLine] | None, missing: Sequence[int], *,
+    change: Change, path: Path, info: ShardInfo, lines: Sequence[RecordLine], missing: Sequence[int], *,
     indexed: bool,
 ) -> ShardRepair:  # fmt: skip
     """Leave a data file as it is in which bytes changed, and every row still lies in its place."""

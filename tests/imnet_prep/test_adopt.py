@@ -402,7 +402,7 @@ def test_what_was_interrupted_is_finished_and_only_an_adoption_is_done_again(
         take(records)
         assert digests(records).keys() == before.keys() - {"rejected.jsonl"}
     else:
-        with pytest.raises(RecordsError, match="has a manifest[.]json already"):
+        with pytest.raises(RecordsError, match=r"has a manifest\.json already"):
             take(records)
         assert digests(records) == before
     assert file_digest(index) == before[index.relative_to(records).as_posix()]
