@@ -41,8 +41,7 @@ def _heart() -> Points:
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     x = 16.0 * np.sin(t) ** 3
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    points: Points = np.stack([x, -y], axis=1) / 17
-    return points
+    return np.asarray(np.stack([x, -y], axis=1) / 17)
 
 
 _PLUS = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)], float) / 3.2
@@ -126,8 +125,7 @@ def draw(class_name: str, rng: np.random.Generator) -> Rgb:
     canvas[rows, columns] = np.where(_PATTERNS[class_name](places[:, 0], places[:, 1])[:, None], ink, paper)
     canvas = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
     noise = rng.normal(0, rng.uniform(2, 10), canvas.shape)
-    noisy: Rgb = np.clip(canvas + noise, 0, 255).astype(np.uint8)
-    return noisy
+    return np.asarray(np.clip(canvas + noise, 0, 255), dtype=np.uint8)
 
 
 def _background(width: int, height: int, rng: np.random.Generator) -> Rgb:
@@ -161,5 +159,4 @@ def _pose(rng: np.random.Generator) -> NDArray[np.float64]:
     """Turn by any angle, squeeze one axis a little, mirror: a (2, 2) matrix."""
     angle, squeeze, mirror = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.0), rng.choice([-1.0, 1.0])
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    pose: NDArray[np.float64] = turn @ np.diag([1.0, squeeze * mirror])
-    return pose
+    return np.asarray(turn @ np.diag([1.0, squeeze * mirror]))

@@ -261,11 +261,8 @@ def curves(
         f'<svg viewBox="-4 -4 1008 408" preserveAspectRatio="none" role="img" aria-label="{escape(caption)}: '
         f'{escape(said)}">{join(drawn)}</svg>'
     )
-    by_x: dict[float, dict[str, float]] = {}
-    for line in lines:
-        for x, y in line.points:
-            by_x.setdefault(x, {})[line.name] = y
-    rows = [(f"{x:g}", *(row.get(line.name, "") for line in lines)) for x, row in sorted(by_x.items())]
+    columns = [dict(line.points) for line in lines]
+    rows = [(f"{x:g}", *(column.get(x, "") for column in columns)) for x in sorted({x for x, _ in points})]
     legend = join(tag("li", tag("span", "", class_=f"key line{line.style}"), line.name) for line in lines)
     return tag(
         "figure",
