@@ -53,7 +53,7 @@ def adopt(
     folder: Path, split: str | None, label_space: str | None, keep_undecodable: bool, force: bool, workers: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Give MindRecord files that others made a manifest, so that everything here works on them.
+    """Write a manifest for MindRecord files that others made, so that everything here works on them.
 
     DIR holds files of ImageNetToMR or of a script with an image (or data) and a label column, in it or in its train/
     and val/. Every record is decoded once; nothing in the files changes.

@@ -85,7 +85,7 @@ def _rows(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[ProgressCallback]:
-    """Give a callback that draws a bar on a terminal, or prints a line now and then elsewhere."""
+    """Yield a callback that draws a bar on a terminal, or prints a line now and then elsewhere."""
     live = sys.stderr.isatty()
     bar = tqdm(desc=label, unit="img", smoothing=0.05, dynamic_ncols=True, file=sys.stderr, disable=not live)
     started = last = time.monotonic()
@@ -117,7 +117,7 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether SIGINT or SIGTERM has come; a second signal stops at once."""
+    """Yield a function that says whether SIGINT or SIGTERM has come; a second signal stops at once."""
     hits: list[int] = []
 
     def note(signum: int, _frame: object) -> None:

@@ -86,7 +86,7 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
 
 
 def host_is_ours(header: str, host: str) -> bool:
-    """Whether a Host header names this server: loopback, the address it listens on, or any address where on all."""
+    """Check that a Host header names this server: loopback, its own address, or any address where it is on all."""
     name = header.rpartition(":")[0] if not header.endswith("]") and ":" in header else header
     name = name.strip("[]").lower()
     if name in {"localhost", host.strip("[]").lower()}:

@@ -195,5 +195,5 @@ def train_options(values: dict[str, float]) -> TrainOptions:
 
 
 def eval_options() -> EvalOptions:
-    """The pipeline's options for evaluation, at the size of the views."""
+    """Return the pipeline's options for evaluation, at the size of the views."""
     return EvalOptions(batch_size=1, image_size=VIEW_SIDE)

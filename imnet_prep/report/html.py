@@ -132,17 +132,17 @@ def _asset(name: str) -> str:
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> Html:
-    """A list of names and values."""
+    """Return a list of names and values."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows), class_="facts")
 
 
 def tiles(rows: Iterable[tuple[str, object]]) -> Html:
-    """A few large numbers."""
+    """Return a few large numbers."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows), class_="tiles")
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table that scrolls sideways inside itself; numbers (int, float) are set to the right."""
+    """Return a table that scrolls sideways inside itself; numbers (int, float) are set to the right."""
     body = join(tag("tr", *(_cell(value, first=place == 0) for place, value in enumerate(row))) for row in rows)
     columns = tag("tr", *(tag("th", name, scope="col") for name in head))
     made = tag("table", tag("caption", caption), tag("thead", columns), tag("tbody", body))
@@ -158,7 +158,7 @@ def _cell(value: object, *, first: bool) -> Html:
 
 
 def details(summary: str, *content: object) -> Html:
-    """Something to unfold."""
+    """Return something to unfold."""
     return tag("details", tag("summary", summary), *content)
 
 
@@ -171,7 +171,7 @@ class Bar:
 
 
 def bars(caption: str, bars: Sequence[Bar], ends: tuple[str, str, str], *, unit: str = "images") -> Html:
-    """A bar chart, with its numbers to unfold.
+    """Return a bar chart, with its numbers to unfold.
 
     Args:
         caption: What it shows.
@@ -240,7 +240,7 @@ def curves(
     high: float | None = None,
     x_name: str = "epoch",
 ) -> Html:
-    """Curves over a common x, with their numbers to unfold."""
+    """Return curves over a common x, with their numbers to unfold."""
     points = [point for line in lines for point in line.points]
     if not points:
         return tag("p", f"{caption}: nothing was recorded.")
@@ -288,7 +288,7 @@ def thumbnail(pixels: NDArray[np.uint8], side: int) -> bytes:
 
 
 def picture(data: bytes, alt: str, caption: object = "", *, side: int = 96) -> Html:
-    """A small picture with its text alternative and a caption."""
+    """Return a small picture with its text alternative and a caption."""
     source = "data:image/jpeg;base64," + base64.b64encode(data).decode()
     image = Html(f'<img src="{source}" alt="{escape(alt)}" width="{side}" height="{side}" loading="lazy">')
     return tag("figure", image, tag("figcaption", caption) if caption else "", class_="thumb")
