@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,7 +24,7 @@ from imnet_prep.duplicates import SIDE
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest, write_atomically
 from imnet_prep.jpeg import ImageFault
-from imnet_prep.records.discover import FoundShard, find_shards
+from imnet_prep.records.discover import find_records
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.index import write_index_of
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
@@ -106,28 +106,22 @@ def adopt(folder: Path, options: AdoptOptions, progress: ProgressCallback) -> Ad
         own = change.resumed and not had  # the manifest is of an adoption that was interrupted: do it again
         if os.path.lexists(manifest_path) and not (options.force or own):
             raise RecordsError(f"{folder}: has a {MANIFEST} already", remedy="--force replaces it")
-        files, notes = find_shards(folder, options.split or "train")
-        bare = [file.path for file in files if not file.indexed]
+        records, bare, notes = find_records(folder, options.split or "train")
         for path in bare:
             write_index_of(path, change.stage(path))
-        manifest, undecodable, naming = _read_and_describe(change, files, options, progress)
+        manifest, undecodable, naming = _read_and_describe(change, records, options, progress)
         write_atomically(change.stage(manifest_path), manifest.to_bytes())
-        change.publish([*map(index_path, bare), *(folder / name / RECORDS for name in manifest.splits), manifest_path])
+        lists = [folder / name / RECORDS for name in manifest.splits]
+        change.publish([*map(index_path, bare), *lists, manifest_path])
     return AdoptResult(manifest, folder, len(undecodable), (*notes, *naming.notes))
 
 
 def _read_and_describe(
-    change: Change, files: Sequence[FoundShard], options: AdoptOptions, progress: ProgressCallback
+    change: Change, records: RecordsFolder, options: AdoptOptions, progress: ProgressCallback
 ) -> tuple[Manifest, list[str], Naming]:
     """Read all records, write their lists, and return the manifest, what does not decode, and the names."""
-    by_split = {name: mine for name in SPLITS if (mine := [file for file in files if file.split == name])}
-    columns = files[0].header.fields
-    nothing: dict[str, Any] = dict.fromkeys(("label_space", "label_convention", "plan"), "") | {"seed": 0}
-    draft = describe(
-        {name: _draft(mine) for name, mine in by_split.items()}, (), options={}, sources=(), columns=columns, **nothing
-    )
     with (change.work / "lines.jsonl").open("w+", encoding="utf-8") as texts:
-        names, undecodable = _read(RecordsFolder(change.folder, draft), texts, options, progress)
+        names, undecodable = _read(records, texts, options, progress)
         if undecodable and not options.keep_undecodable:
             raise IntegrityError(
                 f"{change.folder}: {len(undecodable)} records do not decode",
@@ -139,12 +133,13 @@ def _read_and_describe(
         splits: dict[str, SplitInfo] = {}
         alike: dict[str, str] = {}
         before: Digests = []
-        for name, mine in by_split.items():
-            splits[name], alike[name] = _describe_split(change, name, mine, texts, naming, before)
+        for name, split in records.manifest.splits.items():
+            splits[name], alike[name] = _describe_split(change, name, split, texts, naming, before)
     source = {
-        "kind": "adopted", "name": "", "md5": "", "sha256": "", "official": False,
-        "size_bytes": sum(file.info.size_bytes for file in files), "images": sum(file.info.rows for file in files),
+        "kind": "adopted", "name": "", "md5": "", "sha256": "", "official": False, "images": records.records,
+        "size_bytes": sum(info.size_bytes for _, _, info in records.shards),
     }  # fmt: skip
+    columns = records.manifest.columns
     manifest = describe(
         splits,
         naming.classes,
@@ -157,13 +152,6 @@ def _read_and_describe(
         columns=columns,
     )
     return manifest, undecodable, naming
-
-
-def _draft(files: Sequence[FoundShard]) -> SplitInfo:
-    """Return what is known of a split before its records are read."""
-    rows, header = sum(file.info.rows for file in files), files[0].header
-    shards = tuple(file.info for file in files)
-    return SplitInfo(rows, rows, {}, {}, 0, (), header.header_size, header.page_size, {}, shards)
 
 
 def _read(
@@ -218,39 +206,40 @@ def read_row(row: Row) -> tuple[str, dict[str, Any], str]:
 
 
 def _describe_split(
-    change: Change, split: str, files: Sequence[FoundShard], texts: Iterable[str], naming: Naming, before: Digests
+    change: Change, name: str, split: SplitInfo, texts: Iterable[str], naming: Naming, before: Digests
 ) -> tuple[SplitInfo, str]:
     """Write the record list of a split from its next lines, and count it; ``before`` grows by its digests.
 
     Returns:
         The split, and how stored names go with the list's (:func:`~imnet_prep.verify_rows.names_agree`).
     """
-    ids = np.empty(sum(file.info.rows for file in files), np.uint64)
+    ids = np.empty(split.images, np.uint64)
     alike = END
 
     def lines() -> Iterator[str]:
         nonlocal alike
-        for place, text in enumerate(islice(texts, len(ids))):
+        for place, text in enumerate(islice(texts, split.images)):
             values = json.loads(text)
             stored = values["file_name"]
-            name = naming.file_name(split, files[values["shard"]].path.name, values)
-            if fault := name_fault(name):
-                raise RecordsError(f"{change.folder}: a record would be called {name!r}: {fault}")
-            if not names_agree(stored, name, END):
+            listed = naming.file_name(name, Path(split.shards[values["shard"]].file).name, values)
+            if fault := name_fault(listed):
+                raise RecordsError(f"{change.folder}: a record would be called {listed!r}: {fault}")
+            if not names_agree(stored, listed, END):
                 alike = BASE
-            ids[place] = record_id(split, name)
-            yield RecordLine(**{**values, "file_name": name, "changes": tuple(values["changes"])}).to_json()
+            ids[place] = record_id(name, listed)
+            yield RecordLine(**{**values, "file_name": listed, "changes": tuple(values["changes"])}).to_json()
 
-    layout = Layout(files[0].header.header_size, files[0].header.page_size)
-    path = change.stage(change.folder / split / RECORDS)
-    shards = [_shard_info(change, file) for file in files]
-    info = describe_split(path, split, lines(), shards, layout, len(naming.classes), {}, before)
+    path, layout = change.stage(change.folder / name / RECORDS), Layout(split.header_size, split.page_size)
+    shards = [_with_digests(change, shard) for shard in split.shards]
+    info = describe_split(path, name, lines(), shards, layout, len(naming.classes), {}, before)
     if len(np.unique(ids)) != len(ids):
-        raise RecordsError(f"{change.folder}: two records of split {split} have the same class and name")
+        raise RecordsError(f"{change.folder}: two records of split {name} have the same class and name")
     return info, alike
 
 
-def _shard_info(change: Change, file: FoundShard) -> ShardInfo:
-    index = index_path(file.path if file.indexed else change.stage(file.path))
+def _with_digests(change: Change, shard: ShardInfo) -> ShardInfo:
+    path = change.folder / shard.file
+    made = index_path(change.stage(path))
+    index = made if made.exists() else index_path(path)
     size = index.stat().st_size
-    return replace(file.info, sha256=file_digest(file.path), index_size_bytes=size, index_sha256=file_digest(index))
+    return replace(shard, sha256=file_digest(path), index_size_bytes=size, index_sha256=file_digest(index))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from imnet_prep.errors import RecordsError
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.manifest import Manifest, SplitInfo
 from imnet_prep.records.mindrecord import Header, Shard, index_from_data, index_path, read_header
 from imnet_prep.types import SPLITS, ShardInfo
 
@@ -17,24 +19,14 @@ _SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|t
 _OTHERS = frozenset({".db", ".json", ".jsonl", ".gz", ".txt", ".md", ".csv", ".html", ".png"})
 
 
-@dataclass(frozen=True, slots=True)
-class FoundShard:
-    """A data file.
-
-    Attributes:
-        split: Its split. path: The file. header: Its header.
-        info: As in a manifest, without digests and the size of the index.
-        indexed: It has an index.
-    """
-
+class _File(NamedTuple):
     split: str
     path: Path
     header: Header
     info: ShardInfo
-    indexed: bool
 
 
-def find_shards(folder: Path, split: str) -> tuple[list[FoundShard], list[str]]:
+def find_records(folder: Path, split: str) -> tuple[RecordsFolder, list[Path], list[str]]:
     """Find the data files in a folder and in its ``train``, ``val`` and ``test``.
 
     Args:
@@ -42,12 +34,14 @@ def find_shards(folder: Path, split: str) -> tuple[list[FoundShard], list[str]]:
         split: Of files for which neither their folder nor a name says it.
 
     Returns:
-        The files by split, in reading order, and notes on what was left out or is missing.
+        Their records, of a manifest with what is known before they are read; the data files without an index; and notes
+        on what was left out or is missing.
 
     Raises:
         RecordsError: There is none, a part is missing or damaged, or MindSpore would not read them together.
     """
-    found: list[FoundShard] = []
+    bare: list[Path] = []
+    found: list[_File] = []
     notes: list[str] = []
     for place in (folder, *(folder / name for name in SPLITS)):
         for path in sorted(place.iterdir() if place.is_dir() else [], key=_natural):
@@ -65,17 +59,22 @@ def find_shards(folder: Path, split: str) -> tuple[list[FoundShard], list[str]]:
                 continue
             if not (indexed := os.path.lexists(index_path(path))):
                 notes.append(f"{path.name}: its index was missing and is made again")
+                bare.append(path)
             rows = len(Shard(path) if indexed else index_from_data(path, header))
             info = ShardInfo(path.relative_to(folder).as_posix(), rows, path.stat().st_size, "", 0, "")
             mine = place.name if place != folder else _split_of(path, folder) or split
-            found.append(FoundShard(mine, path, header, info, indexed))
+            found.append(_File(mine, path, header, info))
     if not found:
         raise RecordsError(f"{folder}: no MindRecord file in it", expected="files written by MindSpore's FileWriter")
-    for shard in found:
-        if missing := [name for name in shard.header.addresses if not (shard.path.parent / name).is_file()]:
-            raise RecordsError(f"{shard.path}: belongs to files that are not there", expected=", ".join(missing[:5]))
-    _check_together(found)
-    return sorted(found, key=lambda shard: SPLITS.index(shard.split)), notes
+    columns = _check_together(found)
+    splits = {name: _draft(files) for name in SPLITS if (files := [file for file in found if file.split == name])}
+    return RecordsFolder(folder, Manifest((), (), "", "", 0, {}, (), {}, "", splits, columns)), bare, notes
+
+
+def _draft(files: Sequence[_File]) -> SplitInfo:
+    rows, header = sum(file.info.rows for file in files), files[0].header
+    shards = tuple(file.info for file in files)
+    return SplitInfo(rows, rows, {}, {}, 0, (), header.header_size, header.page_size, {}, shards)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -100,20 +99,22 @@ def _check_name(path: Path, header: Header) -> None:
         raise RecordsError(f"{path}: was renamed; MindSpore does not open it", expected=expected)
 
 
-def _check_together(found: Sequence[FoundShard]) -> None:
-    """Check that MindSpore reads the files together, and that there is what training needs."""
+def _check_together(found: Sequence[_File]) -> dict[str, str]:
+    """Check that MindSpore reads the files together, and that there is what training needs; return the columns."""
     first = found[0]
     columns = first.header.fields
-    for shard in found:
-        header = shard.header
+    for split, path, header, _ in found:
+        if missing := [name for name in header.addresses if not (path.parent / name).is_file()]:
+            raise RecordsError(f"{path}: belongs to files that are not there", expected=", ".join(missing[:5]))
         if (header.fields, header.blob_fields) != (columns, first.header.blob_fields):
-            other = f"{shard.path}: has other columns than {first.path.name}"
+            other = f"{path}: has other columns than {first.path.name}"
             raise RecordsError(other, expected=str(columns), got=str(header.fields))
-        same_split = next(other.header for other in found if other.split == shard.split)
+        same_split = next(other.header for other in found if other.split == split)
         wanted, got = ((other.header_size, other.page_size) for other in (same_split, header))
         if wanted != got:
-            raise RecordsError(f"{shard.path}: has other page sizes", expected=str(wanted), got=str(got))
+            raise RecordsError(f"{path}: has other page sizes", expected=str(wanted), got=str(got))
     if not first.header.blob_fields:
         raise RecordsError(f"{first.path}: no column of images", expected="a bytes column", got=str(columns))
     if not columns.get("label", "").startswith("int"):
         raise RecordsError(f"{first.path}: no column of labels", expected="an int column `label`", got=str(columns))
+    return columns

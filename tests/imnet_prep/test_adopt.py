@@ -335,6 +335,13 @@ def test_a_class_with_subfolders_is_adopted_under_the_same_names(tmp_path: Path,
     assert verify(records, "decode", 1, quiet).ok
 
 
+def test_a_test_split_may_have_labels_in_part(tmp_path: Path) -> None:
+    rows = [{"image": jpeg(0, k), "label": k % 2 - 1} for k in range(4)]
+    write(tmp_path / "r" / "test" / "a.mindrecord", {"image": "bytes", "label": "int32"}, rows)
+    take(tmp_path / "r")
+    assert load_manifest(tmp_path / "r").splits["test"].class_counts == (2,)
+
+
 def test_a_control_character_in_a_name_is_refused_with_its_place(tmp_path: Path) -> None:
     fields = {"image": "bytes", "label": "int32", "file_name": "string"}
     write(tmp_path / "r" / "a.mindrecord", fields, [{"image": jpeg(), "label": 0, "file_name": "a\nb.jpg"}])
