@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import RecordsError
+from imnet_prep.records.manifest import COLUMNS
 from imnet_prep.records.mindrecord import Header, RowIndex, Shard, index_from_data, read_header
 from imnet_prep.records.shards import write_index
 
@@ -33,7 +34,9 @@ def write_index_of(path: Path, to: Path) -> None:
     header = read_header(path)
     names = [name for name in header.index_fields if name in header.fields and _FIELD.fullmatch(name)]
     rows = _rows(path, header, index_from_data(path, header), names)
-    write_index(to, rows, [f"{name}_0 {_SQL_TYPES.get(header.fields[name], 'INTEGER')}" for name in names])
+    ours = header.fields == COLUMNS and header.index_fields == ("label",)
+    columns = [f"{name}_0 {_SQL_TYPES.get(header.fields[name], 'INTEGER')}" for name in names]
+    write_index(to, rows, None if ours else columns)
 
 
 def _rows(path: Path, header: Header, index: RowIndex, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:

@@ -295,31 +295,32 @@ def _write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: in
                 done += os.pwrite(descriptor, rest, offset + done)
 
 
-def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[str] = ("label_0 INTEGER",)) -> None:
-    """Write ``<path>.db``, the same bytes on every machine.
+def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[str] | None = None) -> None:
+    """Write ``<path>.db``, for a file of ours the same bytes on every machine.
 
     Args:
         path: The data file.
         rows: (row, raw page, raw start, raw end, group, blob page, blob start, blob end, *fields) in row order; starts
             and ends are bytes within their page.
-        fields: Columns of the indexed fields, as SQL.
+        fields: Columns of the indexed fields, as SQL, of a file that others wrote; None for ours.
 
     Raises:
         OSError: The disk is full or fails.
     """
     database = index_path(path)
     # FileWriter puts before each field the row's number within its schema, and there is one schema.
-    indexed = [part for number, field in enumerate(fields) for part in (f"INC_{number} INT", field)]
-    columns = ", ".join([*(f"{name} INT NOT NULL" for name in _PLACES), *indexed])
-    keys = ", ".join(["ROW_ID", *(f"INC_{number}" for number in range(len(fields)))])
-    marks = ",".join(["?"] * len(_PLACES) + ["0,?"] * len(fields))
+    columns = fields if fields is not None else ["label_0 INTEGER"]
+    indexed = [part for number, field in enumerate(columns) for part in (f"INC_{number} INT", field)]
+    keys = ["ROW_ID", *(f"INC_{number}" for number in range(len(columns)))]
+    parts = ", ".join([*(f"{name} INT NOT NULL" for name in _PLACES), *indexed, f"PRIMARY KEY({', '.join(keys)})"])
+    marks = ",".join(["?"] * len(_PLACES) + ["0,?"] * len(columns))
     connection = sqlite3.connect(database, isolation_level=None)
     try:
         connection.execute("PRAGMA page_size = 4096")
         connection.execute("PRAGMA journal_mode = OFF")
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
-        connection.execute(f"CREATE TABLE INDEXES({columns}, PRIMARY KEY({keys}))")
+        connection.execute(f"CREATE TABLE INDEXES({parts})")
         connection.executemany(f"INSERT INTO INDEXES VALUES({marks})", rows)
         connection.execute("CREATE TABLE SHARD_NAME(NAME TEXT NOT NULL)")
         connection.execute("INSERT INTO SHARD_NAME VALUES(?)", (path.name,))
@@ -329,7 +330,8 @@ def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[st
     finally:
         connection.close()
     with database.open("r+b", buffering=0) as file:
-        _write_all(file.fileno(), SQLITE_VERSION.to_bytes(4, "big"), SQLITE_VERSION_OFFSET)
+        if fields is None:
+            _write_all(file.fileno(), SQLITE_VERSION.to_bytes(4, "big"), SQLITE_VERSION_OFFSET)
         os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())
 
