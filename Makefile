@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.c
           imnet_prep/native/CMakeLists.txt imnet_prep/native/*.cc imnet_prep/native/*.h \
           imnet_prep/scan/CMakeLists.txt imnet_prep/scan/*.cc imnet_prep/scan/*.h)
 
-.PHONY: demo test check bench sanitize venv clean
+.PHONY: demo test test-long check bench sanitize venv clean
 
 venv: $(VENV)/.installed
 
@@ -21,6 +21,10 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Interrupts each command at every place where it changes a file: about half an hour.
+test-long: venv
+	$(BIN)/python -m pytest -n 2 -m long
 
 check: venv
 	$(BIN)/ruff format --check .
