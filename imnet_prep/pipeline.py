@@ -26,8 +26,8 @@ from imnet_prep.errors import PipelineError
 from imnet_prep.maker import CHECKS, CHUNK_ROWS, ON_ERROR, BatchMaker, Options, Pending, SkippedRow, StageTimes
 from imnet_prep.native import NativeDecoder, load
 from imnet_prep.order import ORDERS, Share, epoch_order
-from imnet_prep.records.manifest import load_manifest
-from imnet_prep.records.table import RowReader, load_rows
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.table import RowReader
 from imnet_prep.rng import MAX_EPOCH, MAX_SEED
 from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Batch
@@ -80,13 +80,13 @@ class Batches:
         _in_range("rank", rank, 0, ranks - 1)
         self.workers = cpu_count() if workers is None else workers
         _in_range("workers", self.workers, 1, 1024)
-        manifest = load_manifest(records)
-        table = load_rows(records, manifest, split)
+        folder = RecordsFolder.open(records)
+        table = folder.table(split)
         self._table, self._reader = table, RowReader(table)
         self._decoder = _choose_decoder(native)
         self.decoder = self._decoder.name
         self.split, self.options, self.seed = split, options, seed
-        self.images, self.class_names = len(table), manifest.classes
+        self.images, self.class_names = len(table), folder.manifest.classes
         self.batch_size = options.batch_size
         training = isinstance(options, TrainOptions)
         self._order = order if training else "sequential"

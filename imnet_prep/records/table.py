@@ -96,7 +96,7 @@ def load_rows(records: Path, manifest: Manifest, split: str) -> RowTable:
         expected, got = headers[0].blob_fields, header.blob_fields
         if got != expected:
             raise RecordsError(f"{path}: other columns than the first shard", expected=str(expected), got=str(got))
-        row = np.arange(len(index), dtype=np.int64)
+        row = np.arange(len(index), dtype=np.int32)
         parts.append((np.full_like(row, number), row, label, index.blob_start, index.blob_end - index.blob_start))
     shard_of, row, label, start, size = (np.concatenate(column) for column in zip(*parts, strict=True))
     numbers, ids, digest = _read_list(records / info.records["file"], split, np.stack([shard_of, row, label]))
@@ -104,7 +104,7 @@ def load_rows(records: Path, manifest: Manifest, split: str) -> RowTable:
     return RowTable(split, files, image_field, start, size, ids, digest, *numbers)
 
 
-def _read_shard(path: Path, info: ShardInfo) -> tuple[Header, RowIndex, NDArray[np.int64]]:
+def _read_shard(path: Path, info: ShardInfo) -> tuple[Header, RowIndex, NDArray[np.int32]]:
     """Header, index and labels (:data:`NO_LABEL` where not indexed) of a shard, checked against the manifest."""
     try:
         size = path.stat().st_size
@@ -129,13 +129,14 @@ def _read_shard(path: Path, info: ShardInfo) -> tuple[Header, RowIndex, NDArray[
             got=f"{len(index)} rows",
             remedy="run `imnet-prep repair-index`",
         )
-    return header, index, np.full(info.rows, NO_LABEL) if label is None else np.array(label, dtype=np.int64)
+    found = np.full(info.rows, NO_LABEL) if label is None else np.array(label, dtype=np.int64)
+    return header, index, found.astype(np.int32)
 
 
 def _read_list(
-    path: Path, split: str, expected: NDArray[np.int64]
+    path: Path, split: str, expected: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Read the record list, and check shard, row and label against int64 (3, N); no check where a label is unknown.
+    """Read the record list, and check shard, row and label against int32 (3, N); no check where a label is unknown.
 
     Returns:
         int32 (5, N): shard, row, label, width, height; uint64 (N,), ids; uint64 (N,), digests.
