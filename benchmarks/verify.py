@@ -37,7 +37,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.convert import ConvertOptions, convert
+from imnet_prep.build import ConvertOptions
+from imnet_prep.convert import convert
 from imnet_prep.errors import RecordsError
 from imnet_prep.plan import PlanOptions
 from imnet_prep.records.mindrecord import Shard

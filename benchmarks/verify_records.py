@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 
 from imnet_prep.files import file_digest
-from imnet_prep.records.manifest import MANIFEST, RECORDS, Manifest, RecordLine, SplitInfo, write_records
+from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
+from imnet_prep.records.record_list import RECORDS, RecordLine, write_lines
 from imnet_prep.records.shards import ShardWriter, choose_layout, read_back
 
 CLASSES, SHARD_ROWS = 100, 20_000
@@ -35,7 +36,7 @@ def main() -> None:
             lines.append(RecordLine(number, row, file_name, label, 32, 32, digest, digest).to_json())
         infos.append(read_back(folder / name, name, writer.finish()))
     listing = folder / "train" / RECORDS
-    write_records(listing, lines)
+    write_lines(listing, lines)
     counts = np.bincount(np.arange(count) % CLASSES, minlength=CLASSES).tolist()
     record = {"file": f"train/{RECORDS}", "size_bytes": listing.stat().st_size, "sha256": file_digest(listing)}
     split = SplitInfo(

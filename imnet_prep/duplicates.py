@@ -104,7 +104,7 @@ def _spectrum(small: int, full: int) -> Grey:
 
 
 def signature(grey: NDArray[np.uint8], width: int, height: int) -> Signatures:
-    """Give an image's bits, uint64 (2,): the signs of its lowest frequencies; zeros where there is nothing to see.
+    """Return an image's bits, uint64 (2,): the signs of its lowest frequencies; zeros where there is nothing to see.
 
     Args:
         grey: uint8 (H, W), perhaps decoded at a smaller scale, its short side 32 or more where the image has them.
@@ -119,7 +119,7 @@ def signature(grey: NDArray[np.uint8], width: int, height: int) -> Signatures:
 
 
 def make_print(grey: NDArray[np.uint8], width: int, height: int) -> Print:
-    """Make all that is compared; see :func:`signature` for the arguments."""
+    """Return all that is compared; see :func:`signature` for the arguments."""
     small = _weights(grey.shape[0], height) @ grey.astype(np.float32) @ _weights(grey.shape[1], width).T
     small -= small.mean()
     return Print(signature(grey, width, height), small, float(np.log(width / height)))
@@ -141,7 +141,7 @@ def _detail(grey: Grey) -> Grey:
 
 
 def candidates(signatures: Signatures) -> Iterator[Pair]:
-    """Give the pairs that differ in at most 24 bits, by sorting: n log n work, and not n squared.
+    """Yield the pairs that differ in at most 24 bits, by sorting: n log n work, and not n squared.
 
     Args:
         signatures: uint64 (N, 2); rows of zeros are left out.
@@ -221,7 +221,7 @@ class _Groups:
         self._up: dict[int, tuple[int, bool]] = {}  # another of the group, and mirrored against that
 
     def first(self, place: int) -> tuple[int, bool]:
-        """Give the first of a position's group, and whether the position is mirrored against it."""
+        """Return the first of a position's group, and whether the position is mirrored against it."""
         path = []
         while place in self._up:
             path.append(place)
@@ -238,7 +238,7 @@ class _Groups:
         self._up[max(one, two)] = min(one, two), turned ^ other ^ pair.mirrored
 
     def pairs(self) -> list[Pair]:
-        """Give each position with the first of its group, but for those that are the first."""
+        """Return each position with the first of its group, but for those that are the first."""
         return [Pair(first, place, mirrored) for place in sorted(self._up) for first, mirrored in [self.first(place)]]
 
 
@@ -247,7 +247,7 @@ def near_duplicates(signatures: Signatures, read: Callable[[int], bytes]) -> lis
 
     Args:
         signatures: uint64 (N, 2), see :class:`Print`.
-        read: Gives the bytes of an image by position; called for candidates alone.
+        read: Returns the bytes of an image by position; called for candidates alone.
 
     Returns:
         By position, each image that shows the same as an earlier one, with the earliest of its group.
@@ -272,7 +272,7 @@ def near_duplicates(signatures: Signatures, read: Callable[[int], bytes]) -> lis
 
 
 def print_of(data: bytes) -> Print:
-    """Make a print of an image's bytes.
+    """Return the print of an image's bytes.
 
     Raises:
         ImageFault: It does not decode.

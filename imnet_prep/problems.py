@@ -26,6 +26,6 @@ class Problem:
     name: str | None = None
 
     def to_line(self, before: str = "") -> str:
-        """Give it as a line: file, row, name, kind, detail."""
+        """Return it as a line: file, row, name, kind, detail."""
         where = self.file + ("" if self.row is None else f" row {self.row}") + (f" ({self.name})" if self.name else "")
         return f"{where}: {before}{self.kind}: {self.detail}"

@@ -19,13 +19,13 @@ from imnet_prep.build import ConvertOptions, ConvertResult, carry_out
 from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.plan import Plan, PlanOptions, read_names
 from imnet_prep.planner import make_plan
+from imnet_prep.records.check import check_shard
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.types import ImageRef, ProgressCallback, Rejected
 from imnet_prep.validate import ValidateOptions
-from imnet_prep.verify import check_shard
 from imnet_prep.workers import worker_count
 from imnet_prep.workspace import PLAN_FRESH, Workspace
 

@@ -1,58 +1,45 @@
-"""Do the numbers add up: manifest against itself, the list of rejected images, and ILSVRC2012 as published."""
+"""Do the numbers add up: those of the list of rejected images, and ILSVRC2012's as published."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 from imnet_prep import catalog
-from imnet_prep.errors import RecordsError
+from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.problems import Problem
+from imnet_prep.records.check import check_size
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
 
 EXPECTATIONS = ("ilsvrc2012",)
 
 
-def check_counts(name: str, split: SplitInfo) -> Iterator[Problem]:
-    """Compare the manifest's numbers for a split with each other."""
-    rows = sum(shard.rows for shard in split.shards)
-    if rows != split.images:
-        yield Problem("manifest", MANIFEST, f"split {name}: {split.images} images, but its shards have {rows} rows")
-    if split.found != split.images + sum(split.rejected.values()):
-        yield Problem("manifest", MANIFEST, f"split {name}: found {split.found} is not images + rejected")
-    labelled = sum(split.class_counts)
-    if labelled != split.images and not (name == "test" and labelled == 0):
-        yield Problem("manifest", MANIFEST, f"split {name}: {split.images} images, but class_counts add to {labelled}")
-
-
-def check_rejected(records: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Compare the list of rejected images with the manifest's numbers."""
-    if not manifest.rejected:
+def check_rejected(folder: RecordsFolder) -> Iterator[Problem]:
+    """Compare the list of rejected images with the manifest: its size, its digest, and the numbers by reason."""
+    entry, splits = folder.manifest.rejected, folder.manifest.splits
+    if not entry:
         return
-    file = str(manifest.rejected["file"])
-    found: dict[str, Counter[str]] = {}
-    number = 0
+    file = str(entry["file"])
+    if problem := check_size(folder.path, file, entry["size_bytes"]):
+        yield problem
+        return
+    found: dict[str, Counter[str]] = {name: Counter() for name in splits}
     try:
-        with (records / file).open("rb") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - named in the message
-                values = json.loads(line)
-                found.setdefault(str(values["split"]), Counter())[str(values["reason"])] += 1
-    except OSError:
-        return  # said as missing or of another size
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        yield Problem("rejected", file, f"line {number} is damaged: {error}")
+        for item in folder.rejected():
+            # A split whose images were all rejected is not in the manifest.
+            found.setdefault(item.split, Counter())[item.reason] += 1
+    except (IntegrityError, RecordsError) as error:
+        yield Problem("rejected", file, str(error))
         return
-    for name in sorted({*found, *manifest.splits}):
-        got = dict(found.get(name, Counter()))
-        expected = manifest.splits[name].rejected if name in manifest.splits else {}
-        # A split whose images were all rejected is not in the manifest.
-        if name in manifest.splits and got != expected:
-            yield Problem("rejected", file, f"split {name}: expected {_words(expected)}, got {_words(got)}")
+    for name, split in splits.items():
+        if found[name] != split.rejected:
+            yield Problem(
+                "rejected", file, f"split {name}: expected {_words(split.rejected)}, got {_words(found[name])}"
+            )
 
 
-def _words(counts: dict[str, int]) -> str:
+def _words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {number}" for reason, number in sorted(counts.items())) or "none"
 
 

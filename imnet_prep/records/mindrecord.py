@@ -149,9 +149,9 @@ def _parse_header(data: dict[str, Any], length: int) -> Header:
         header_size=int(data["header_size"]),
         page_size=int(data["page_size"]),
         fields=fields,
-        blob_fields=tuple(schema.get("blob_fields") or ()),
-        index_fields=tuple(entry["index_field"] for entry in data.get("index_fields") or ()),
-        addresses=tuple(data["shard_addresses"]),
+        blob_fields=tuple(map(str, schema.get("blob_fields") or ())),
+        index_fields=tuple(str(entry["index_field"]) for entry in data.get("index_fields") or ()),
+        addresses=tuple(map(str, data["shard_addresses"])),
         pages=tuple(
             Page(
                 int(page["page_id"]),

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from PIL import ImageOps
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.records.manifest import MANIFEST, load_manifest, read_records
+from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, read_header
 from imnet_prep.verify import VerifyResult, verify
-from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, reseal, shard_files
+from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal, shard_files
 from tests.imnet_prep.test_duplicates import scene
 from tests.synthetic import encode
 
@@ -203,13 +204,41 @@ def test_an_index_that_points_elsewhere_is_named_with_its_row(records: Path) -> 
     assert found[-1].row == 4
 
 
-def test_a_damaged_record_list_is_a_problem_and_the_rest_is_still_looked_at(records: Path) -> None:
+def cut(lines: list[bytes]) -> bytes:
+    return gzip.compress(b"".join(lines))[:-20]
+
+
+def garbled(lines: list[bytes]) -> bytes:
+    return gzip.compress(b"".join([*lines[:3], b'{"shard": []}\n', *lines[4:]]))
+
+
+def without_a_line(lines: list[bytes]) -> bytes:
+    return gzip.compress(b"".join([*lines[:3], *lines[4:]]))
+
+
+def too_short(lines: list[bytes]) -> bytes:
+    return gzip.compress(b"".join(lines[:-2]))
+
+
+def too_long(lines: list[bytes]) -> bytes:
+    return gzip.compress(b"".join([*lines, lines[0]]))
+
+
+@pytest.mark.parametrize("damage", [cut, garbled, without_a_line, too_short, too_long])
+def test_a_damaged_record_list_is_one_problem_and_the_rows_are_still_looked_at(
+    records: Path, damage: Callable[[list[bytes]], bytes]
+) -> None:
     path = records / "train" / "records.jsonl.gz"
-    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
-    path.write_bytes(gzip.compress(b"".join([*lines[:3], b'{"shard": []}\n', *lines[4:-1]])))
-    result = look(records)
-    assert "records" in kinds(result)
-    assert any(problem.row == 3 for problem in result.problems)
+    path.write_bytes(damage(gzip.decompress(path.read_bytes()).splitlines(keepends=True)))
+    shard, start, end = place_of_image(records, 3)
+    with shard.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(end - start))
+    found = [problem for problem in look(records, withhold=("shards",)).problems if problem.kind != "size"]
+    assert sorted((problem.kind, problem.file, problem.row) for problem in found) == [
+        ("image", "train/" + shard.name, 3),
+        ("records", "train/records.jsonl.gz", None),
+    ]
 
 
 def test_an_edited_manifest_shows(records: Path) -> None:
@@ -237,9 +266,18 @@ def test_the_list_of_rejected_images_is_covered(tmp_path: Path) -> None:
     path = records / "rejected.jsonl"
     text = path.read_text()
     path.write_text(text.replace("broken", "brokem"))
-    assert [problem.file for problem in look(records, "hash").problems] == ["rejected.jsonl"]
+    assert [(problem.kind, problem.file) for problem in look(records).problems] == [("rejected", "rejected.jsonl")]
     path.write_text(text + text)
-    assert {"rejected", "size"} <= kinds(look(records, "quick"))
+    assert [(problem.kind, problem.file) for problem in look(records).problems] == [("size", "rejected.jsonl")]
+
+    def relist(document: dict[str, Any]) -> None:
+        data = path.read_bytes()
+        document["rejected"].update(size_bytes=len(data), sha256=file_digest(path))
+
+    reseal(records, relist)  # whoever forges the digest, too
+    (problem,) = look(records, "quick").problems
+    assert problem.kind == "rejected"
+    assert "expected not_an_image 1, got not_an_image 2" in problem.detail
 
 
 def test_a_file_that_the_manifest_does_not_list_is_named(records: Path) -> None:

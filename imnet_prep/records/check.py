@@ -1,0 +1,160 @@
+"""The files of a records folder against its manifest and each other, without reading the records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imnet_prep.errors import RecordsError
+from imnet_prep.files import open_plain
+from imnet_prep.problems import Problem
+from imnet_prep.records.manifest import Manifest, SplitInfo
+from imnet_prep.records.mindrecord import (
+    Header,
+    RowIndex,
+    index_from_data,
+    index_path,
+    read_header,
+    read_index,
+    read_index_field,
+)
+from imnet_prep.records.table import NO_LABEL
+from imnet_prep.types import ShardInfo
+
+
+def listed_files(manifest: Manifest) -> Iterator[tuple[str, int, str]]:
+    """Yield name, size and digest of every shard, index and record list."""
+    for split in manifest.splits.values():
+        yield str(split.records["file"]), split.records["size_bytes"], split.records["sha256"]
+        for shard in split.shards:
+            yield shard.file, shard.size_bytes, shard.sha256
+            yield _index_of(shard), shard.index_size_bytes, shard.index_sha256
+
+
+def _index_of(shard: ShardInfo) -> str:
+    return index_path(Path(shard.file)).as_posix()
+
+
+def check_unlisted(records: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Find shards that the manifest does not list: whoever takes all files of the folder would read them."""
+    known = {name for name, _, _ in listed_files(manifest)}
+    for path in sorted([*records.glob("*/*"), *records.glob("*.mindrecord*")]):
+        name = path.relative_to(records).as_posix()
+        if name not in known and os.path.isfile(path) and not _has_no_rows(path):
+            yield Problem("unexpected", name, "is not in the manifest")
+
+
+def _has_no_rows(path: Path) -> bool:
+    """Tell a data file without a row, or the index of one, as ImageNetToMR leaves them."""
+    try:
+        return not read_header(path.with_suffix("") if path.suffix == ".db" else path).pages
+    except RecordsError:
+        return False
+
+
+def check_size(records: Path, name: str, size: int) -> Problem | None:
+    """Return what is wrong with a file's existence or size, if anything."""
+    try:
+        with open_plain(records / name) as file:
+            got = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return Problem("missing", name, "is not there")
+    except OSError as error:
+        return Problem("missing", name, f"cannot be read: {error.strerror}")
+    return None if got == size else Problem("size", name, f"expected {size} bytes, got {got}")
+
+
+def check_shard(records: Path, manifest: Manifest, split: SplitInfo, shard: ShardInfo) -> list[Problem]:
+    """Compare sizes, header and index of a shard with the manifest and with each other, without reading its rows.
+
+    Sizes first: a file of another size is not opened.
+    """
+    index = _index_of(shard)
+    data_size = check_size(records, shard.file, shard.size_bytes)
+    index_size = check_size(records, index, shard.index_size_bytes)
+    wrong = [problem for problem in (data_size, index_size) if problem]
+    if data_size:
+        return wrong
+    try:
+        header = read_header(records / shard.file)
+    except RecordsError as error:
+        return [*wrong, Problem("header", shard.file, str(error))]
+    wrong += _check_header(manifest, split, shard, header)
+    if index_size:
+        return wrong
+    try:
+        rows = read_index(records / shard.file, header)
+    except RecordsError as error:
+        return [*wrong, Problem("index", index, str(error))]
+    return [*wrong, *_check_index(shard, index, header, rows)]
+
+
+def _check_header(manifest: Manifest, split: SplitInfo, shard: ShardInfo, header: Header) -> Iterator[Problem]:
+    blobs = {name for name, kind in manifest.columns.items() if kind == "bytes"}
+    for what, expected, got in (
+        ("rows", shard.rows, header.rows),
+        ("header_size", split.header_size, header.header_size),
+        ("page_size", split.page_size, header.page_size),
+        ("columns", manifest.columns, header.fields),
+        ("bytes columns", blobs, set(header.blob_fields)),
+        ("indexed columns", True, set(header.index_fields) <= set(manifest.columns)),
+        ("file name", True, Path(shard.file).name in header.addresses),
+    ):
+        if expected != got:
+            yield Problem("header", shard.file, f"{what}: expected {expected}, got {got}")
+    end = max((header.offset(page.page_id) + page.used_bytes for page in header.pages), default=0)
+    if end != shard.size_bytes:
+        yield Problem("header", shard.file, f"pages end at byte {end}, the file at {shard.size_bytes}")
+
+
+def _check_index(shard: ShardInfo, index: str, header: Header, rows: RowIndex) -> Iterator[Problem]:
+    if len(rows) != shard.rows:
+        yield Problem("rows", index, f"expected {shard.rows} rows, got {len(rows)}")
+        return
+    for starts, ends in ((rows.raw_start, rows.raw_end), (rows.blob_start, rows.blob_end)):
+        pages = (starts - header.header_size) // header.page_size
+        first = np.flatnonzero(np.diff(pages, prepend=-1))
+        follows = starts == np.concatenate([[0], ends[:-1]])
+        follows[first] = (starts[first] - header.header_size) % header.page_size == 0
+        wrong = np.flatnonzero(~follows | (ends <= starts) | (ends > shard.size_bytes))
+        if len(wrong):
+            yield Problem("index", index, "does not lie where the row before it ends", int(wrong[0]))
+
+
+def check_rows_of_index(records: Path, shard: ShardInfo, labels: NDArray[np.int32]) -> Iterator[Problem]:
+    """Compare a shard's index with the pages of its data file and with the labels of its rows.
+
+    Args:
+        records: The folder.
+        shard: The shard. A header or index that cannot be read is for :func:`check_shard` to say.
+        labels: int32 (rows,), as stored; :data:`NO_LABEL` where there is none.
+    """
+    path, index = records / shard.file, _index_of(shard)
+    try:
+        header = read_header(path)
+        listed, indexed = read_index(path, header), read_index_field(path, "label")
+    except RecordsError:
+        return
+    try:
+        walked = index_from_data(path, header)
+    except RecordsError as error:
+        yield Problem("record", shard.file, str(error))
+    else:
+        rows = min(len(listed), len(walked))
+        pairs = ((getattr(listed, name)[:rows], getattr(walked, name)[:rows]) for name in RowIndex.__slots__)
+        differ = np.flatnonzero(np.logical_or.reduce([one != other for one, other in pairs]))
+        if len(differ):
+            yield Problem("index", index, "does not agree with the data file", int(differ[0]))
+        elif len(listed) != len(walked):
+            detail = f"has {len(listed)} rows, the pages of the data file {len(walked)}"
+            yield Problem("index", index, detail)
+    said = zip(indexed or (), labels.tolist(), strict=False)
+    wrong = [(row, *pair) for row, pair in enumerate(said) if pair[1] not in (pair[0], NO_LABEL)]
+    if wrong:
+        row, got, label = wrong[0]
+        more = f", and {len(wrong) - 1} more such rows" if len(wrong) > 1 else ""
+        yield Problem("index", index, f"the index says label {got!r}, the row {label}{more}", row)
