@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Progress, ProgressCallback
 
@@ -91,7 +91,7 @@ def bench(records: Path, options: BenchOptions, progress: ProgressCallback | Non
     """
     from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches  # OpenCV: not for `--help`
 
-    splits = load_manifest(records).splits
+    splits = RecordsFolder.open(records).manifest.splits
     wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")
     split = next((name for name in wanted if name in splits and splits[name].images), wanted[0])
     kind = TrainOptions if options.mode == "train" else EvalOptions

@@ -20,7 +20,8 @@ from typing import Any
 from imnet_prep.errors import ImnetError, IntegrityError, PlanError
 from imnet_prep.files import exclusive_lock, sync, write_atomically
 from imnet_prep.plan import Plan
-from imnet_prep.records.manifest import MANIFEST, Manifest, load_manifest
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.manifest import MANIFEST, Manifest
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.publish import (
     BUILD_WORK,
@@ -82,7 +83,7 @@ class Workspace:
             note: dict[str, Any] = json.loads(self.note.read_bytes())
         except (OSError, ValueError):
             try:
-                return {"plan": load_manifest(self.partial).plan, "inputs": None}
+                return {"plan": RecordsFolder.open(self.partial).manifest.plan, "inputs": None}
             except ImnetError:
                 return None
         return note
@@ -172,12 +173,12 @@ def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | 
     """
     there = (space.out / MANIFEST).exists()
     waiting = _manifest_of(space.partial, plan)  # stopped before it got its name
-    if waiting is not None and (force or not there or load_manifest(space.out).plan == plan.digest):
+    if waiting is not None and (force or not there or RecordsFolder.open(space.out).manifest.plan == plan.digest):
         publish_folder(space)
         return waiting
     if force or not there:
         return None
-    manifest = load_manifest(space.out)
+    manifest = RecordsFolder.open(space.out).manifest
     if manifest.plan != plan.digest:
         raise PlanError(
             f"{space.out}: holds the result of another plan (other images, options or version)",
@@ -196,7 +197,7 @@ def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | 
 def _manifest_of(folder: Path, plan: Plan) -> Manifest | None:
     """Return the manifest of a whole folder of this plan, or None."""
     try:
-        manifest = load_manifest(folder)
+        manifest = RecordsFolder.open(folder).manifest
     except ImnetError:
         return None
     return manifest if manifest.plan == plan.digest and not _missing(folder, manifest) else None

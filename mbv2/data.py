@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches
-from imnet_prep.records.manifest import Manifest, load_manifest
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch
 from mbv2.features import FeatureBatch
 from mbv2.recipe import Recipe
@@ -74,7 +75,7 @@ def open_run_data(
     Raises:
         RecordsError: No manifest, an empty split, or fewer training images than one batch.
     """
-    manifest = load_manifest(records)
+    manifest = RecordsFolder.open(records).manifest
     images = split_images(manifest, records, "train")
     if images < recipe.batch_size * ranks:
         expected, got = f"at least one batch of {recipe.batch_size * ranks} images", f"{images}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.pipeline import open_batches
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.manifest import Manifest, load_manifest
+from imnet_prep.records.manifest import Manifest
 from imnet_prep.runtime import runtime, start_mindspore
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
@@ -225,7 +225,7 @@ def evaluate_checkpoint(
         RecordsError: No manifest, no such split, or an empty one.
         CheckpointError: Unreadable, foreign, damaged, or for other classes.
     """
-    manifest = load_manifest(records)
+    manifest = RecordsFolder.open(records).manifest
     total = split_images(manifest, records, split)
     real = None
     if real_labels is not None:

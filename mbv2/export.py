@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import TrainError
 from imnet_prep.pipeline import open_batches
-from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import ProgressCallback
@@ -113,7 +113,7 @@ def export_checkpoint(
     if kind == "mindir" and out.suffix != ".mindir":
         raise TrainError(f"MindSpore reads back only files named .mindir, not {out.name}", remedy="name it so")
     if calibrate is not None:
-        load_manifest(calibrate)  # a folder that is none is said before anything is written
+        RecordsFolder.open(calibrate)  # a folder that is none is said before anything is written
     if not out.parent.is_dir():
         raise TrainError(f"cannot write {out}", expected="an existing folder", got=f"no {out.parent}")
     start_mindspore()
@@ -152,7 +152,7 @@ def _score(
     progress: ProgressCallback | None,
 ) -> tuple[int, int]:
     """Give images and correct guesses."""
-    manifest, meta = load_manifest(records), loaded.meta
+    manifest, meta = RecordsFolder.open(records).manifest, loaded.meta
     total = split_images(manifest, records, split)
     check_classes(meta, manifest, loaded.path)
     options = eval_options(meta.batch_size, meta.image_size, meta.eval_crop)
@@ -345,7 +345,7 @@ def _quantise(path: Path, loaded: Checkpoint, records: Path, split: str) -> None
 def _spread_images(records: Path, split: str, loaded: Checkpoint, most: int) -> Iterator[NDArray[np.uint8]]:
     """Give up to ``most`` images, one a batch, spread over the split."""
     meta = loaded.meta
-    manifest = load_manifest(records)
+    manifest = RecordsFolder.open(records).manifest
     total = split_images(manifest, records, split)
     every = max(1, total // most)
     given = 0

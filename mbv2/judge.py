@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import TrainError
 from imnet_prep.pipeline import open_batches
-from imnet_prep.records.manifest import Manifest, load_manifest
+from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.manifest import Manifest
 from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import Batch, ProgressCallback
 from mbv2.checkpoint import build_network, read_checkpoint
@@ -51,7 +52,7 @@ def judge(run: Path, records: Path, split: str, device_target: str, progress: Pr
     checkpoint = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
     if checkpoint is None:
         raise TrainError(f"{run}: no checkpoint in it", expected=f"{BEST} or {LAST}")
-    manifest = load_manifest(records)
+    manifest = RecordsFolder.open(records).manifest
     total = split_images(manifest, records, split)
     start_mindspore(device_target)
     loaded = read_checkpoint(checkpoint)

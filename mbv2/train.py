@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.records.manifest import load_manifest
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.runtime import runtime, start_mindspore, versions
 from imnet_prep.types import Batch, Progress, ProgressCallback
@@ -85,7 +85,7 @@ def train(
         raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
     with ExitStack() as stack:
         if data is None:
-            load_manifest(options.records)  # a folder that is none is said before MindSpore is started
+            RecordsFolder.open(options.records)  # a folder that is none is said before MindSpore is started
             here = start_mindspore(options.device_target)
             data = open_run_data(options.records, options.recipe, options.seed, stack, rank=here.rank, ranks=here.ranks)
         start_mindspore(options.device_target)
