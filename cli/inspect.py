@@ -23,9 +23,9 @@ FORCE = click.option("--force", is_flag=True, help="Replace a file that no repor
 def repair_index(records: Path, as_json: bool) -> None:
     """Make lost or damaged indexes (.db) again, and what else of a shard can be made again.
 
-    An index ends in the manifest's own digest. A data file that was cut or does not open comes back bit for bit where
-    all its images are whole; else its whole rows go into a new file, the damaged one is kept in DIR/.damaged, and the
-    exit code is 3.
+    Every byte is read. A shard comes back bit for bit where all its images are whole, whatever else was damaged. Of one
+    that was cut, the whole rows go into a new file, and the damaged one is kept in DIR/.damaged. Damage inside images is
+    named and left alone. The exit code is 3 where something is lost or damaged.
 
     Example: imnet-prep repair-index records
     """
