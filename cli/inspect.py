@@ -24,8 +24,8 @@ def repair_index(records: Path, as_json: bool) -> None:
     """Make lost or damaged indexes (.db) again, and what else of a shard can be made again.
 
     Every byte is read. A shard comes back bit for bit where all its images are whole, whatever else was damaged. Of one
-    that was cut, the whole rows go into a new file, and the damaged one is kept in DIR/.damaged. Damage inside images is
-    named and left alone. The exit code is 3 where something is lost or damaged.
+    that was cut, the whole rows go into a new file, and the damaged one is kept in DIR/.damaged. Damage inside images
+    is named and left alone. The exit code is 3 where something is lost or damaged.
 
     Example: imnet-prep repair-index records
     """
