@@ -8,9 +8,8 @@ cannot be read is a problem like any other.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,7 +22,14 @@ from numpy.typing import NDArray
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.problems import Problem
-from imnet_prep.records.check import check_rows_of_index, check_shard, check_size, check_unlisted, listed_files
+from imnet_prep.records.check import (
+    check_list,
+    check_rows_of_index,
+    check_shard,
+    check_size,
+    check_unlisted,
+    listed_files,
+)
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, MIN_ROW_BYTES
 from imnet_prep.records.scan import map_rows
@@ -163,6 +169,7 @@ def _check_rows(
     names = {name: EQUAL if manifest.plan else str(adopted.get(name, BASE)) for name in manifest.splits}
     prints = np.zeros((folder.records, 4), np.uint64)
     labels = np.zeros(folder.records, np.int32)
+    listed = np.zeros(folder.records, bool)
     problems: list[Problem] = []
     number = 0
 
@@ -172,7 +179,7 @@ def _check_rows(
     check = partial(check_row, classes=manifest.classes, names=names)
     with closing(map_rows(folder, check, workers, report, lines=lines)) as rows:
         for position, row in enumerate(rows):
-            labels[position], prints[position] = row.label, row.prints
+            labels[position], prints[position], listed[position] = row.label, row.prints, row.listed
             number += len(row.problems)
             problems += row.problems[: max(0, MAX_PROBLEMS - len(problems))]
     hidden = number - len(problems)
@@ -189,30 +196,28 @@ def _check_rows(
             detail = f"split {name}: {len(wrong)} class counts are not those of the records; label {label}: "
             detail += f"expected {split.class_counts[label]}, got {counts[label]}"
             problems.append(Problem("counts", MANIFEST, detail))
-        try:
-            deque(folder.lines(name) if lines else (), maxlen=0)
-        except RecordsError as error:
-            problems.append(Problem("records", str(split.records["file"]), str(error)))
+        if lines:
+            problems += check_list(folder, name, looked_at=bool(listed[folder.span(name)].all()))
     return prints, problems, hidden
 
 
 def _check_digests(folder: RecordsFolder, workers: int, progress: ProgressCallback) -> list[Problem]:
     files = [file for file in listed_files(folder.manifest) if os.path.isfile(folder.path / file[0])]
-    total = sum(size for _, size, _ in files)
+    done, total = 0, sum(size for _, size, _ in files)
     problems: list[Problem] = []
-    done = 0
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(_digest_problem, folder.path, name, digest): size for name, size, digest in files}
-        for job in as_completed(jobs):
-            done += jobs[job]
+        found = pool.map(partial(_digest_problem, folder.path), files)
+        for (_, size, _), problem in zip(files, found, strict=True):
+            problems += filter(None, [problem])
+            done += size
             progress(Progress(done, total, "bytes"))
-            problems += job.result()
-    return sorted(problems, key=lambda problem: problem.file)
+    return problems
 
 
-def _digest_problem(records: Path, name: str, expected: str) -> list[Problem]:
+def _digest_problem(records: Path, file: tuple[str, int, str]) -> Problem | None:
+    name, _, expected = file
     try:
         got = file_digest(records / name)
     except OSError as error:
-        return [Problem("digest", name, f"cannot be read: {error.strerror}")]
-    return [] if got == expected else [Problem("digest", name, f"expected SHA-256 {expected[:12]}, got {got[:12]}")]
+        return Problem("digest", name, f"cannot be read: {error.strerror}")
+    return None if got == expected else Problem("digest", name, f"expected SHA-256 {expected[:12]}, got {got[:12]}")

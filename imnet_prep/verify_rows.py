@@ -33,11 +33,13 @@ class Checked(NamedTuple):
         label: As stored; :data:`~imnet_prep.records.table.NO_LABEL` where there is none to read.
         prints: Four uint64: record id, first 8 bytes of the image's SHA-256, and its 128 perceptual bits; zeros for
             what cannot be read.
+        listed: Whether it has a line of the record list that can be read and is its own.
     """
 
     problems: tuple[Problem, ...]
     label: int = NO_LABEL
     prints: tuple[int, int, int, int] = (0, *_NOTHING)
+    listed: bool = False
 
 
 def names_agree(stored: str, listed: str, how: str) -> bool:
@@ -72,7 +74,10 @@ def check_row(row: Row, classes: Sequence[str], names: Mapping[str, str]) -> Che
     if row.row >= rows:
         detail = "neither this row nor one after it is there"
         return Checked((Problem("record", row.file, detail, row.row),) if row.row == rows else ())
-    line = _line(row)
+    try:
+        line = row.line()
+    except ValueError:  # said once for the whole list
+        line = None
     faults: list[_Fault] = []
     fields: dict[str, Any] = {}
     try:
@@ -92,14 +97,7 @@ def check_row(row: Row, classes: Sequence[str], names: Mapping[str, str]) -> Che
     label = fields.get("label")
     problems = tuple(Problem(kind, row.file, " ".join(detail.split()), row.row, name) for kind, detail in faults)
     identity = record_id(row.split, name) if name else 0
-    return Checked(problems, label if _is_label(label, classes) else NO_LABEL, (identity, *prints))
-
-
-def _line(row: Row) -> RecordLine | None:
-    try:
-        return row.line()
-    except ValueError:  # said once for the whole list
-        return None
+    return Checked(problems, label if _is_label(label, classes) else NO_LABEL, (identity, *prints), line is not None)
 
 
 def _is_label(label: object, classes: Sequence[str]) -> TypeGuard[int]:

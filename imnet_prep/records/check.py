@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import open_plain
 from imnet_prep.problems import Problem
+from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest, SplitInfo
 from imnet_prep.records.mindrecord import (
     Header,
@@ -22,6 +24,7 @@ from imnet_prep.records.mindrecord import (
     read_index,
     read_index_field,
 )
+from imnet_prep.records.record_list import opened_list
 from imnet_prep.records.table import NO_LABEL
 from imnet_prep.types import ShardInfo
 
@@ -73,24 +76,21 @@ def check_shard(records: Path, manifest: Manifest, split: SplitInfo, shard: Shar
 
     Sizes first: a file of another size is not opened.
     """
-    index = _index_of(shard)
-    data_size = check_size(records, shard.file, shard.size_bytes)
-    index_size = check_size(records, index, shard.index_size_bytes)
-    wrong = [problem for problem in (data_size, index_size) if problem]
-    if data_size:
-        return wrong
+    path, index = records / shard.file, _index_of(shard)
+    sizes = ((shard.file, shard.size_bytes), (index, shard.index_size_bytes))
+    wrong = [problem for file in sizes if (problem := check_size(records, *file))]
+    damaged = {problem.file for problem in wrong}
+    kind, file = "header", shard.file
     try:
-        header = read_header(records / shard.file)
+        if file not in damaged:
+            header = read_header(path)
+            wrong += _check_header(manifest, split, shard, header)
+            kind, file = "index", index
+            if file not in damaged:
+                wrong += _check_index(shard, index, header, read_index(path, header))
     except RecordsError as error:
-        return [*wrong, Problem("header", shard.file, str(error))]
-    wrong += _check_header(manifest, split, shard, header)
-    if index_size:
-        return wrong
-    try:
-        rows = read_index(records / shard.file, header)
-    except RecordsError as error:
-        return [*wrong, Problem("index", index, str(error))]
-    return [*wrong, *_check_index(shard, index, header, rows)]
+        wrong.append(Problem(kind, file, str(error)))
+    return wrong
 
 
 def _check_header(manifest: Manifest, split: SplitInfo, shard: ShardInfo, header: Header) -> Iterator[Problem]:
@@ -158,3 +158,15 @@ def check_rows_of_index(records: Path, shard: ShardInfo, labels: NDArray[np.int3
         row, got, label = wrong[0]
         more = f", and {len(wrong) - 1} more such rows" if len(wrong) > 1 else ""
         yield Problem("index", index, f"the index says label {got!r}, the row {label}{more}", row)
+
+
+def check_list(folder: RecordsFolder, split: str, *, looked_at: bool) -> Iterator[Problem]:
+    """Check the record list of a split; of one whose lines were all looked at only whether more follow them."""
+    info = folder.manifest.splits[split]
+    try:
+        with opened_list(folder.list_path(split)) as lines:
+            if looked_at and sum(1 for _ in lines) == info.images:
+                return
+        deque(folder.lines(split), maxlen=0)
+    except RecordsError as error:
+        yield Problem("records", str(info.records["file"]), str(error))

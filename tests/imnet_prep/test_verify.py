@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import re
 import shutil
-from collections.abc import Callable
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import ImageOps
 
+from imnet_prep.adopt import AdoptOptions, adopt
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, read_header
+from imnet_prep.types import Progress
 from imnet_prep.verify import VerifyResult, verify
+from tests.imnet_prep.obstacles import shared_folder, unprivileged
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal, shard_files
 from tests.imnet_prep.test_duplicates import scene
 from tests.synthetic import encode
@@ -192,16 +201,16 @@ def test_rows_are_read_by_their_pages_where_the_index_is_gone(records: Path) -> 
 
 
 def test_an_index_that_points_elsewhere_is_named_with_its_row(records: Path) -> None:
-    import sqlite3
-
     path = sorted(records.glob("train/*.db"))[0]
-    connection = sqlite3.connect(path)
-    connection.execute("UPDATE INDEXES SET label_0 = (label_0 + 1) % 3 WHERE ROW_ID = 4")
-    connection.commit()
-    connection.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE INDEXES SET label_0 = (label_0 + 1) % 3 WHERE ROW_ID IN (4, 6)")
     found = [problem for problem in look(records, withhold=("shards",)).problems if problem.kind == "index"]
-    assert found
-    assert found[-1].row == 4
+    assert [(problem.file, problem.row) for problem in found] == [("train/" + path.name, 4)]
+    assert found[0].detail.endswith("and 1 more such rows")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = PAGE_OFFSET_BLOB_END - 1 WHERE ROW_ID = 2")
+    found = [problem for problem in look(records, withhold=("shards",)).problems if problem.kind == "index"]
+    assert {(problem.row, problem.detail) for problem in found} >= {(2, "does not agree with the data file")}
 
 
 def cut(lines: list[bytes]) -> bytes:
@@ -338,3 +347,239 @@ def test_digest_of_a_file_is_its_sha256(whole: Path) -> None:
 
     assert file_digest(whole / MANIFEST) == hashlib.sha256((whole / MANIFEST).read_bytes()).hexdigest()
     assert json.loads((whole / MANIFEST).read_bytes())["rejected"]["file"] == "rejected.jsonl"
+
+
+# --- what is accepted once is accepted everywhere --------------------------------------------------------------------
+
+ODD_NAMES = (
+    "sub/a.jpg",
+    "sub/deeper/a.jpg",
+    "Screenshot 2024-01-01 at 9.41.00\u202fAM.jpg",
+    "wide\u3000blank.jpg",
+    "no\u00a0break.jpg",
+    "\U0001f469\u200d\U0001f4bb.jpg",
+)
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """Records of which some lie in folders below their class, or have names that Python calls unprintable."""
+
+    def add(source: Path) -> None:
+        folder = sorted((source / "train").iterdir())[0]
+        (folder / "sub" / "deeper").mkdir(parents=True)
+        for number, name in enumerate(ODD_NAMES):
+            (folder / name).write_bytes(encode(scene(number, 64, 48)))
+
+    return make_records(tmp_path, add=add)
+
+
+@pytest.mark.parametrize("withheld", [(), ("shards", "records")])
+def test_folders_below_a_class_and_names_called_unprintable_are_no_damage(odd: Path, withheld: tuple[str, ...]) -> None:
+    manifest = load_manifest(odd)
+    names = {line.file_name for line in read_records(odd, manifest.splits["train"])}
+    assert {f"{manifest.classes[0]}/{name}" for name in ODD_NAMES} <= names
+    assert look(odd, withhold=withheld).to_json()["problems"] == []
+
+
+def test_a_wrong_label_below_a_class_is_found_by_its_name_alone(odd: Path) -> None:
+    line = next(
+        line
+        for line in read_records(odd, load_manifest(odd).splits["train"])
+        if line.file_name.endswith("sub/deeper/a.jpg")
+    )
+    path = sorted(odd.glob("train/*.mindrecord"))[line.shard]
+    with Shard(path) as shard:
+        start, end = int(shard.index.raw_start[line.row]), int(shard.index.raw_end[line.row])
+    data = path.read_bytes()
+    place = data.index(b"\xa5label", start, end) + 6
+    assert data[place] == 0
+    path.write_bytes(data[:place] + b"\x01" + data[place + 1 :])
+    found = [(problem.kind, problem.row) for problem in look(odd, withhold=("shards", "records")).problems]
+    assert ("label", line.row) in found
+
+
+def test_a_class_name_may_hold_slashes(records: Path) -> None:
+    for path in [records / MANIFEST, records / "rejected.jsonl", *records.glob("*/records.jsonl.gz")]:
+        path.unlink()
+    names = records.parent / "classes.txt"
+    names.write_text("pets/cat\npets/dog/large\nbird\n")
+    adopt(records, AdoptOptions(label_space=str(names)), quiet)
+    assert load_manifest(records).classes == ("pets/cat", "pets/dog/large", "bird")
+    assert look(records).to_json()["problems"] == []
+    path = records / "train" / "records.jsonl.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"pets/dog/large/", b"pets/dog/small/")))
+    wrong = [problem for problem in look(records, withhold=("shards",)).problems if problem.kind == "name"]
+    assert len(wrong) == 6  # every image of that class
+
+
+# --- nothing makes it fall over --------------------------------------------------------------------------------------
+
+PLACES = ("manifest.json", "rejected.jsonl", "train/records.jsonl.gz", "train/{}", "train/{}.db")
+
+
+def place(records: Path, name: str) -> Path:
+    return records / name.format(sorted(records.glob("train/*.mindrecord"))[0].name)
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def brackets(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000)
+
+
+def a_length_and_brackets(path: Path) -> None:
+    path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+
+
+def packed_brackets(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"[" * 100_000 + b"\n"))
+
+
+def a_newline(path: Path) -> None:
+    path.write_bytes(b"\n")
+
+
+DAMAGES = (fifo, a_folder, a_link_to_itself, brackets, a_length_and_brackets, packed_brackets, a_newline)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("level", ["quick", "decode"])
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", PLACES)
+def test_whatever_stands_in_place_of_a_file_is_a_problem_with_it(
+    records: Path, name: str, damage: Callable[[Path], None], level: str
+) -> None:
+    path = place(records, name)
+    damage(path)
+    found = {problem.file for problem in look(records, level).problems}
+    data_file = path.suffix == ".mindrecord"  # of which the rows are gone as well
+    assert found == {path.relative_to(records).as_posix()} | ({MANIFEST} if data_file and level == "decode" else set())
+
+
+@pytest.fixture
+def public(whole: Path) -> Iterator[Path]:
+    """Records that an unprivileged user may read; what a verification imports is imported."""
+    look(whole)
+    with shared_folder() as folder:
+        yield copy(whole, folder / "records")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rejected.jsonl", "train", "train/records.jsonl.gz", "train/{}"])
+def test_what_may_not_be_read_is_a_problem(public: Path, name: str) -> None:
+    path = place(public, name)
+    path.chmod(0)
+    try:
+        with unprivileged():
+            found = look(public).problems
+    finally:
+        path.chmod(0o755)
+    assert any(problem.file.startswith(path.relative_to(public).as_posix()) for problem in found)
+    assert any("Permission denied" in problem.detail for problem in found)
+    assert look(public).ok
+
+
+def test_a_folder_that_may_not_be_read_is_a_named_error(public: Path) -> None:
+    public.chmod(0)
+    try:
+        with unprivileged(), pytest.raises(RecordsError, match="Permission denied"):
+            look(public)
+    finally:
+        public.chmod(0o755)
+
+
+def test_the_command_ends_with_a_line_and_an_exit_code(records: Path) -> None:
+    def command(*arguments: str) -> tuple[int, list[str]]:
+        call = [sys.executable, "-c", "from cli.prep import main; main()", "verify", str(records), *arguments]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout.splitlines() or done.stderr.splitlines()
+
+    brackets(records / MANIFEST)
+    code, lines = command("--level", "decode")
+    assert (code, len(lines)) == (3, 2)
+    assert lines[0].startswith("manifest.json: manifest: ")
+    (records / MANIFEST).unlink()
+    code, lines = command()
+    assert (code, len(lines)) == (1, 1)
+    assert lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize("level", ["quick", "decode"])
+def test_a_forged_number_of_rows_ends_in_problems_at_once(records: Path, level: str) -> None:
+    def forge(document: dict[str, Any]) -> None:
+        split = document["splits"]["train"]
+        split["shards"][0].update(rows=10**18, size_bytes=10**20)
+        more = 10**18 + split["shards"][1]["rows"]
+        split.update(found=more, images=more, class_counts=[more, 0, 0])
+
+    reseal(records, forge)
+    load_manifest(records)  # it does not contradict itself
+    assert {"size"} <= kinds(look(records, level))
+
+
+def test_forged_options_names_and_lines_are_problems(records: Path) -> None:
+    def forge(document: dict[str, Any]) -> None:
+        document["plan"], document["options"] = "", {"names": [1]}
+
+    reseal(records, forge)
+    path = records / "train" / "records.jsonl.gz"
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    for number, name in enumerate((b"\\ud800/a.jpg", b"a/\\u0000b.jpg", b"")):
+        before, after = re.split(rb'(?<="file_name":")[^"]*(?=")', lines[number])
+        lines[number] = before + name + after
+    path.write_bytes(gzip.compress(b"".join(lines)))
+    found = {problem.row for problem in look(records, withhold=("shards",)).problems if problem.kind == "name"}
+    assert found == {0, 1, 2}
+
+
+def test_a_shard_that_does_not_open_is_one_problem_beside_its_file_s(records: Path) -> None:
+    path = place(records, "train/{}")
+    a_length_and_brackets(path)
+    file = "train/" + path.name
+    found = [(problem.kind, problem.file) for problem in look(records, withhold=("shards",)).problems]
+    assert sorted(found) == [("counts", MANIFEST), ("record", file), ("size", file)]
+
+
+def test_rows_that_the_index_lacks_are_one_problem_of_the_first(records: Path) -> None:
+    path = place(records, "train/{}.db")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM INDEXES WHERE ROW_ID >= 4")
+    found = look(records, withhold=("shards",)).problems
+    assert [problem.row for problem in found if problem.kind == "record"] == [4]
+    assert {"rows", "index"} & {problem.kind for problem in found if problem.file == "train/" + path.name}
+
+
+def test_problems_are_counted_while_it_runs_and_bounded_at_the_end(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in records.glob("*/*.mindrecord"):
+        with Shard(path) as shard:
+            places = [(int(shard.index.blob_start[row]) + 8, int(shard.index.blob_end[row])) for row in range(9)]
+        with path.open("r+b") as file:
+            for start, end in places:
+                file.seek(start)
+                file.write(bytes(end - start))
+    states: list[Progress] = []
+    result = verify(records, "decode", 1, states.append, withhold=("shards",))
+    assert [problem.kind for problem in result.problems] == ["image"] * 36
+    counts = [dict(state.counts)["problems"] for state in states]
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
+    monkeypatch.setattr("imnet_prep.verify.MAX_PROBLEMS", 10)
+    bounded = look(records, withhold=("shards",)).problems
+    assert bounded[:10] == result.problems[:10]
+    assert [problem.detail for problem in bounded[10:]] == ["26 more problems are not listed"]
