@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep.records.manifest import load_manifest, read_records
+from imnet_prep.records.manifest import load_manifest
 from imnet_prep.types import ProgressCallback
 from mbv2 import demo
+from tests.imnet_prep.records_folder import read_records
 
 
 @pytest.mark.slow
