@@ -11,8 +11,9 @@ import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,11 @@ def verify(
     if level == "decode" and _can_hold_its_rows(folder):
         from imnet_prep.verify_duplicates import find_duplicates  # with OpenCV, which the other levels do without
 
-        prints, found, hidden = _check_rows(folder, width, progress, lines="records" not in withhold)
-        twice, warnings = find_duplicates(folder, prints)
-        problems += [*found, *twice]
+        lines = "records" not in withhold
+        rows = _check_rows(folder, width, progress, lines=lines)
+        twice, warnings = find_duplicates(folder, rows.prints)
+        problems += [*_check_agreement(folder, rows, lines=lines), *twice, *rows.problems]
+        hidden = rows.number - len(rows.problems)
     return VerifyResult(level, len(folder.shards), folder.records, _bounded(problems, hidden), tuple(warnings))
 
 
@@ -152,53 +155,62 @@ def _can_hold_its_rows(folder: RecordsFolder) -> bool:
     return folder.records * MIN_ROW_BYTES <= there
 
 
-def _check_rows(
-    folder: RecordsFolder, workers: int, progress: ProgressCallback, *, lines: bool
-) -> tuple[NDArray[np.uint64], list[Problem], int]:
-    """Look at every record, in worker processes.
+@dataclass(slots=True)
+class _Rows:
+    """What was found in the rows.
 
-    Returns:
-        The prints of the records, uint64 (records, 4), see :class:`~imnet_prep.verify_rows.Checked`; the problems, in
-        stored order; and how many more there were.
+    Attributes:
+        prints: uint64 (records, 4), see :class:`~imnet_prep.verify_rows.Checked`.
+        labels: int32 (records,). listed: bool (records,), likewise.
+        problems: In stored order, the first 10,000. number: Of all of them.
     """
+
+    prints: NDArray[np.uint64]
+    labels: NDArray[np.int32]
+    listed: NDArray[np.bool_]
+    problems: list[Problem] = field(default_factory=list)
+    number: int = 0
+
+
+def _check_rows(folder: RecordsFolder, workers: int, progress: ProgressCallback, *, lines: bool) -> _Rows:
+    """Look at every record, in worker processes."""
     from imnet_prep.verify_rows import BASE, EQUAL, check_row
 
-    manifest = folder.manifest
-    adopted = manifest.options.get("names")
-    adopted = adopted if isinstance(adopted, dict) else {}
-    names = {name: EQUAL if manifest.plan else str(adopted.get(name, BASE)) for name in manifest.splits}
-    prints = np.zeros((folder.records, 4), np.uint64)
-    labels = np.zeros(folder.records, np.int32)
-    listed = np.zeros(folder.records, bool)
-    problems: list[Problem] = []
-    number = 0
+    manifest, total = folder.manifest, folder.records
+    names = dict.fromkeys(manifest.splits, EQUAL if manifest.plan else BASE)
+    if isinstance(adopted := manifest.options.get("names"), dict):
+        names |= adopted
+    check = partial(check_row, classes=manifest.classes, names=names)
+    found = _Rows(np.zeros((total, 4), np.uint64), np.zeros(total, np.int32), np.zeros(total, bool))
 
     def report(state: Progress) -> None:
-        progress(replace(state, counts=(("problems", number),)))
+        progress(replace(state, counts=(("problems", found.number),)))
 
-    check = partial(check_row, classes=manifest.classes, names=names)
     with closing(map_rows(folder, check, workers, report, lines=lines)) as rows:
-        for position, row in enumerate(rows):
-            labels[position], prints[position], listed[position] = row.label, row.prints, row.listed
-            number += len(row.problems)
-            problems += row.problems[: max(0, MAX_PROBLEMS - len(problems))]
-    hidden = number - len(problems)
-    first = 0
-    for _, _, shard in folder.shards:
-        problems += check_rows_of_index(folder.path, shard, labels[first : first + shard.rows])
-        first += shard.rows
-    for name, split in manifest.splits.items():
-        stored = labels[folder.span(name)]
-        counts = np.bincount(stored[stored >= 0], minlength=len(manifest.classes))
-        wrong = np.flatnonzero(counts != np.array(split.class_counts, np.int64))
+        for place, row in enumerate(rows):
+            found.labels[place], found.prints[place], found.listed[place] = row.label, row.prints, row.listed
+            found.number += len(row.problems)
+            found.problems += row.problems[: max(0, MAX_PROBLEMS - len(found.problems))]
+    return found
+
+
+def _check_agreement(folder: RecordsFolder, rows: _Rows, *, lines: bool) -> Iterator[Problem]:
+    """Compare the rows with the indexes, the manifest's counts and the record lists."""
+    places = accumulate((shard.rows for _, _, shard in folder.shards), initial=0)
+    for first, (_, _, shard) in zip(places, folder.shards, strict=False):
+        yield from check_rows_of_index(folder.path, shard, rows.labels[first : first + shard.rows])
+    for name, split in folder.manifest.splits.items():
+        span = folder.span(name)
+        labels = rows.labels[span]
+        counts = np.bincount(labels[labels >= 0], minlength=len(split.class_counts))
+        wrong = np.flatnonzero(counts != split.class_counts)
         if len(wrong):
             label = int(wrong[0])
             detail = f"split {name}: {len(wrong)} class counts are not those of the records; label {label}: "
             detail += f"expected {split.class_counts[label]}, got {counts[label]}"
-            problems.append(Problem("counts", MANIFEST, detail))
+            yield Problem("counts", MANIFEST, detail)
         if lines:
-            problems += check_list(folder, name, looked_at=bool(listed[folder.span(name)].all()))
-    return prints, problems, hidden
+            yield from check_list(folder, name, looked_at=bool(rows.listed[span].all()))
 
 
 def _check_digests(folder: RecordsFolder, workers: int, progress: ProgressCallback) -> list[Problem]:
