@@ -104,11 +104,14 @@ def preload() -> None:
 def carry_out(request: dict[str, Any]) -> dict[str, Any]:
     """Run one command in a fork, under ``strace`` where its options are given, and tell how it ended."""
     gate, opener = os.pipe()
+    ready, teller = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(opener)
+        os.close(ready)
         for number, name in enumerate((os.devnull, request["stdout"], request["stderr"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        os.close(teller)  # what came before is not to be counted
         os.read(gate, 1)
         os.close(gate)
         rng = random.Random(request["seed"])  # random names would hide a call from strace -P
@@ -116,6 +119,9 @@ def carry_out(request: dict[str, Any]) -> dict[str, Any]:
         sys.argv = ["imnet-prep", *request["arguments"]]
         importlib.import_module("cli.prep").main(request["arguments"], "imnet-prep")  # raises SystemExit
     os.close(gate)
+    os.close(teller)
+    os.read(ready, 1)
+    os.close(ready)
     tracer = None
     if request["strace"]:
         call = ["strace", "-y", "-o", request["trace"], *request["strace"], "-p", str(child)]
