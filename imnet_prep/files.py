@@ -30,7 +30,8 @@ def write_atomically(path: Path, data: bytes, *, stage: Path | None = None) -> N
     """
     temporary = path.with_name(f".{path.name}.tmp") if stage is None else stage / f"{uuid.uuid4().hex}.tmp"
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link, or into a FIFO, that someone put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
