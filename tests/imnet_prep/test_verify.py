@@ -295,6 +295,11 @@ def test_a_file_that_the_manifest_does_not_list_is_named(records: Path) -> None:
     assert [(problem.kind, problem.file) for problem in look(records, "quick").problems] == [
         ("unexpected", "train/" + extra.name)
     ]
+    os.rename(extra, os.fsencode(records) + b"/train/\xff.mindrecord")
+    call = [sys.executable, "-c", "from cli.prep import main; main()", "verify", str(records)]
+    done = subprocess.run(call, capture_output=True, check=False)
+    assert done.returncode == 3
+    assert done.stdout.startswith(b"train/\\udcff.mindrecord: unexpected: ")
 
 
 def test_duplicates_inside_and_across_splits_are_warnings(tmp_path: Path) -> None:
