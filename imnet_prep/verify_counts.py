@@ -74,19 +74,17 @@ def _official_and_whole(manifest: Manifest, split: str) -> bool:
 
 
 def _check_published(name: str, split: SplitInfo, *, asked: bool) -> Iterator[Problem]:
-    counts = catalog.counts()
-    total = counts.train if name == "train" else counts.val
-    duplicates = split.rejected.get("duplicate", 0)
+    known = catalog.counts()
+    total, low, high = {
+        "train": (known.train, known.train_per_class_min, known.train_per_class_max),
+        "val": (known.val, known.val_per_class, known.val_per_class),
+    }[name]
     # Asked for, every image must be there; else those that were rejected, under a budget, are accounted for.
-    got = split.images if asked else split.found
-    if got != total:
+    if total != (split.images if asked else split.found):
+        duplicates = split.rejected.get("duplicate", 0)
         detail = f"split {name}: ILSVRC2012 has {total:,} images, here are {split.images:,}"
         yield Problem("counts", MANIFEST, detail + (f" ({duplicates} rejected as duplicates)" if duplicates else ""))
-    low, high = counts.train_per_class_min, counts.train_per_class_max
-    if name == "val":
-        low = high = counts.val_per_class
-    if not asked and any(split.rejected.values()):
-        low = 0
+    low = 0 if not asked and any(split.rejected.values()) else low
     wrong = [label for label, count in enumerate(split.class_counts) if not low <= count <= high]
     if wrong:
         between = f"{low}" if low == high else f"{low} to {high}"
