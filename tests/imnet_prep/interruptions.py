@@ -76,6 +76,7 @@ _TRACED = _WRITES | _FLUSHES | _RENAMES | _OPENS | _OTHERS
 _CALL = re.compile(r"(\d+) +(\w+)\((.*)$")
 _RESUMED = re.compile(r"(\d+) +<\.\.\. (\w+) resumed>(.*)$")
 _DESCRIPTOR = re.compile(r"\d+<([^>]*)>")
+_SEMAPHORE = re.compile(r"(\d+) +/dev/shm/sem\.")  # its inode, in /proc/PID/maps
 _QUOTED = re.compile(r'(?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"')
 
 
@@ -652,8 +653,13 @@ def _kill_group(stage: Stage, wait_s: float) -> bool:
     try:
         process.wait(wait_s)
     except subprocess.TimeoutExpired:
+        semaphores = set(_SEMAPHORE.findall(Path(f"/proc/{process.pid}/maps").read_text()))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        for path in MEMORY_DISK.glob("sem.mp-*"):  # of multiprocessing, whose own tracker was killed as well
+            with suppress(FileNotFoundError):
+                if str(path.stat().st_ino) in semaphores:
+                    path.unlink()
         return True
     return False
 
