@@ -7,6 +7,7 @@ whatever stops the work, at most the shards in hand are lost, and the same comma
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,14 +16,14 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from imnet_prep import executors
 from imnet_prep.commit import assemble
-from imnet_prep.errors import BudgetError, ImnetError, Interrupted, PlanError
+from imnet_prep.errors import BudgetError, Interrupted, PlanError
 from imnet_prep.files import write_atomically
 from imnet_prep.plan import Plan, PlanOptions, load_plan
 from imnet_prep.records.manifest import MANIFEST, Manifest
@@ -31,6 +32,7 @@ from imnet_prep.records.record_list import REJECTED, rejected_bytes
 from imnet_prep.records.shards import Layout
 from imnet_prep.shard_task import ShardResult, ShardTask, finished, tasks_of
 from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
+from imnet_prep.workers import process_count
 from imnet_prep.workspace import (
     Workspace,
     begin,
@@ -38,7 +40,6 @@ from imnet_prep.workspace import (
     check_out,
     finished_before,
     hold,
-    is_full,
     publish_folder,
 )
 
@@ -68,15 +69,13 @@ class ConvertOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise PlanError("--workers is out of range", expected="1 or more", got=str(self.workers))
+        process_count(self.workers)  # raises where it is out of range
         if not _BUDGET.fullmatch(self.max_rejected):
             raise PlanError(
                 "--max-rejected is not a budget", expected="a number or a share as 1%", got=self.max_rejected
             )
         if self.executor not in executors.EXECUTORS:
-            choices = " or ".join(executors.EXECUTORS)
-            raise PlanError("unknown --executor", expected=choices, got=self.executor)
+            raise PlanError("unknown --executor", expected=" or ".join(executors.EXECUTORS), got=self.executor)
         if (self.executor == "dask") != (self.scheduler is not None):
             raise PlanError("--executor dask and --scheduler go together", expected="both, or neither")
 
@@ -110,13 +109,10 @@ class ConvertResult:
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints."""
         splits = self.manifest.splits.values()
-        rejected: Counter[str] = Counter()
-        for split in splits:
-            rejected.update(split.rejected)
         shards = [shard for split in splits for shard in split.shards]
         return {
             "images": sum(split.images for split in splits),
-            "rejected": dict(rejected),
+            "rejected": dict(sum((Counter(split.rejected) for split in splits), Counter())),
             "shards": len(shards),
             "bytes": sum(shard.size_bytes + shard.index_size_bytes for shard in shards),
             "seconds": round(self.seconds, 3),
@@ -186,25 +182,24 @@ def named_failures(space: Workspace) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not is_full(error):
-            where = error.filename or space.partial
-            raise PlanError(
-                f"{where if isinstance(where, str | Path) else os.fsdecode(where)}: cannot be written or read",
-                got=error.strerror or str(error),
-                remedy="mend that and run the same command again: finished shards are kept",
-            ) from error
-        plan = None
-        with suppress(ImnetError):
-            plan = load_plan(space.database, PlanOptions())
-        raise _disk_full(space, plan) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(space, load_plan(space.database, PlanOptions())) from error
+        raise PlanError(
+            f"{os.fsdecode(error.filename or space.partial)}: cannot be written or read",
+            got=error.strerror or str(error),
+            remedy="mend that and run the same command again: finished shards are kept",
+        ) from error
+
+
+def _stored_bytes(space: Workspace, plan: Plan) -> int:
+    return sum(file.stat().st_size for split in plan.splits for file in (space.partial / split).glob("*"))
 
 
 def _disk_full(space: Workspace, plan: Plan | None) -> PlanError:
     missing = 1 << 20
     if plan is not None:
-        there = sum(file.stat().st_size for split in plan.splits for file in (space.partial / split).glob("*"))
-        needed = sum(part.stored_bytes for part in plan.splits.values())
-        missing = max(missing, needed - there - shutil.disk_usage(space.out.parent).free)
+        needed = sum(part.stored_bytes for part in plan.splits.values()) - _stored_bytes(space, plan)
+        missing = max(missing, needed - shutil.disk_usage(space.out.parent).free)
     return PlanError(
         f"{space.partial}: the disk is full",
         expected=f"about {missing:,} more bytes free",
@@ -214,8 +209,8 @@ def _disk_full(space: Workspace, plan: Plan | None) -> PlanError:
 
 def _check_space(space: Workspace, plan: Plan) -> None:
     """Refuse to begin what cannot end; not for images to be shrunk, as their stored size is not known."""
-    there = sum(file.stat().st_size for split in plan.splits for file in (space.partial / split).glob("*"))
-    if plan.options.store.short_side is None and plan.bytes - there > shutil.disk_usage(space.partial).free:
+    free = shutil.disk_usage(space.partial).free
+    if plan.options.store.short_side is None and plan.bytes - _stored_bytes(space, plan) > free:
         raise _disk_full(space, plan)
 
 
@@ -235,8 +230,7 @@ def _run(
     images_now = 0
     while True:
         layouts = {split: part.layout.grown(doubled.get(split, 0)) for split, part in plan.splits.items()}
-        tasks = tasks_of(plan, space.partial, layouts)
-        results, more, images = _run_tasks(space, plan, tasks, options, progress, stop)
+        results, more, images = _run_tasks(space, plan, tasks_of(plan, space.partial, layouts), options, progress, stop)
         images_now += images
         if not more:
             return results, layouts, images_now
@@ -266,8 +260,8 @@ def _run_tasks(
     more: dict[str, int] = {}
 
     def report(images: int, size: int, rejected: int) -> None:
-        counts = (("rejected", kept_rejected + rejected),)
-        progress(Progress(min(plan.images, kept_images + images), plan.images, "images", size, counts))
+        done, counts = min(plan.images, kept_images + images), (("rejected", kept_rejected + rejected),)
+        progress(Progress(done, plan.images, "images", size, counts))
 
     todo = [task for task in tasks if task.name not in results]
     work = executors.run(todo, options.workers, options.scheduler, report, lambda: stop() or bool(more))

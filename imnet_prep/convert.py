@@ -55,18 +55,13 @@ class _Sources:
     """Archives and folders to be converted; see :class:`Job`."""
 
     def __init__(self, paths: Sequence[Path], split: str | None, options: PlanOptions) -> None:
-        self.paths, self._split, self._options = paths, split, options
+        self.paths, self._options = paths, options
         self._sources = detect(paths, split)
-        self._key = self._archive_key()
-
-    def _archive_key(self) -> str | None:
-        """Return what a plan of archives depends on; None where there is a folder, which must be listed again."""
+        self._key = None  # what a plan of archives depends on; of a folder nothing is known, and it is listed again
         states = [_file_state(source.path) for source in self._sources]
-        if None in states:
-            return None
-        options = self._options
-        depends = [PLAN_VERSION, states, self._split, options.content(), options.seed, options.label_names()]
-        return json.dumps(depends, sort_keys=True)
+        if None not in states:
+            depends = [PLAN_VERSION, states, split, options.content(), options.seed, options.label_names()]
+            self._key = json.dumps(depends, sort_keys=True)
 
     def plan(self, space: Workspace, progress: ProgressCallback) -> Plan:
         begun = space.begun()

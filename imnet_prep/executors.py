@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError
 
 from imnet_prep.errors import PlanError
@@ -32,11 +32,9 @@ def run(
         PlanError: A worker process was killed, or Dask cannot be reached.
         OSError: A task met a disk that is full or fails.
     """
-    if not tasks:
-        return
-    if scheduler is None:
+    if tasks and scheduler is None:
         yield from run_processes(run_task, tasks, min(process_count(workers), len(tasks)), report, stop)
-    else:
+    elif tasks and scheduler is not None:
         yield from _run_dask(tasks, scheduler, report, stop)
 
 
@@ -62,18 +60,12 @@ def _run_dask(
         width = sum(client.nthreads().values())
         if not width:
             raise PlanError(f"--scheduler {scheduler}: has no workers", remedy="start `dask worker` processes")
-        done = [0, 0]
-
-        def told(results: Iterator[ShardResult]) -> Generator[ShardResult, None, None]:
-            for result in results:
-                done[0] += result.images + len(result.rejected)
-                done[1] += len(result.rejected)
-                report(done[0], 0, done[1])
-                yield result
-
-        pool = client.get_executor(pure=False)
+        pool, images, rejected = client.get_executor(pure=False), 0, 0
         try:
-            yield from told(drive(pool, _run_uncounted, [0] * (3 * width), iter(tasks), lambda *_: None, stop))
+            for result in drive(pool, _run_uncounted, [0] * (3 * width), iter(tasks), lambda *_: None, stop):
+                images, rejected = images + result.images, rejected + len(result.rejected)
+                report(images + rejected, 0, rejected)
+                yield result
         except KilledWorker as error:
             raise PlanError("Dask workers died again and again on one shard", got=str(error), remedy=again) from error
         except CancelledError as error:

@@ -13,7 +13,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -87,10 +87,8 @@ class PlanOptions:
         if self.label_space in LABEL_SPACES:
             return self.label_space
         if "/" not in self.label_space and not Path(self.label_space).exists():
-            choices = ", ".join(LABEL_SPACES)
-            raise PlanError(
-                f"unknown label space {self.label_space!r}", expected=f"{choices}, or a file of class names"
-            )
+            choices = f"{', '.join(LABEL_SPACES)}, or a file of class names"
+            raise PlanError(f"unknown label space {self.label_space!r}", expected=choices)
         return list(read_names(Path(self.label_space)))
 
 
@@ -142,10 +140,6 @@ class Plan:
     rejected: tuple[Rejected, ...] = field(repr=False)
     digest: str
 
-    def at(self, database: Path) -> Plan:
-        """Give the same plan, its database moved."""
-        return replace(self, database=database)
-
     @property
     def label_convention(self) -> str:
         """What the labels mean, in words."""
@@ -188,15 +182,15 @@ def load_plan(database: Path, options: PlanOptions) -> Plan | None:
     try:
         with closing(_read_only(database)) as connection:
             head = json.loads(connection.execute("SELECT json FROM head").fetchone()[0])
-            rejected = [json.loads(row[0]) for row in connection.execute("SELECT item FROM rejected ORDER BY rowid")]
-    except (sqlite3.Error, ValueError, TypeError):
+            items = [json.loads(row[0]) for row in connection.execute("SELECT item FROM rejected ORDER BY rowid")]
+        splits = {
+            name: SplitPlan(**{**part, "bounds": tuple(part["bounds"]), "layout": Layout(**part["layout"])})
+            for name, part in head["splits"].items()
+        }
+        rejected = tuple(map(Rejected.from_json, items))
+    except (sqlite3.Error, ValueError, TypeError, KeyError, PlanError):
         return None
-    splits = {
-        name: SplitPlan(**{**part, "bounds": tuple(part["bounds"]), "layout": Layout(**part["layout"])})
-        for name, part in head["splits"].items()
-    }
-    items = tuple(Rejected.from_json(item) for item in rejected)
-    return Plan(database, options, tuple(head["classes"]), head["label_space"], splits, items, head["digest"])
+    return Plan(database, options, tuple(head["classes"]), head["label_space"], splits, rejected, head["digest"])
 
 
 def _read_only(database: Path) -> sqlite3.Connection:
@@ -221,7 +215,6 @@ def shard_refs(database: Path, first: int, last: int) -> Iterator[ImageRef]:
         first: Place of the first image in the plan (:attr:`SplitPlan.first` plus a bound).
         last: Place after the last.
     """
+    query = SELECT.format("image") + " WHERE place >= ? AND place < ? ORDER BY place"
     with closing(_read_only(database)) as connection:
-        query = SELECT.format("image") + " WHERE place >= ? AND place < ? ORDER BY place"
-        for row in connection.execute(query, (first, last)):
-            yield ref_of(row)
+        yield from map(ref_of, connection.execute(query, (first, last)))

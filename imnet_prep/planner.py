@@ -38,8 +38,9 @@ def _connected(database: Path) -> Iterator[sqlite3.Connection]:
     """Open a file for writing, without a journal: what is not finished is thrown away; its errors become OSError."""
     try:
         with closing(sqlite3.connect(database, isolation_level=None)) as connection:
-            for setting in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE"):
-                connection.execute(f"PRAGMA {setting}")
+            connection.executescript(
+                "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE"
+            )
             yield connection
     except sqlite3.Error as error:
         raise sqlite_failure(error, database) from error
@@ -67,9 +68,7 @@ def make_plan(
             path.unlink(missing_ok=True)
         with _connected(database) as connection:
             connection.execute("ATTACH ? AS staging", (os.fsencode(staging),))
-            connection.execute("PRAGMA staging.journal_mode = OFF")
-            connection.execute("PRAGMA staging.synchronous = OFF")
-            connection.execute("BEGIN")
+            connection.executescript("PRAGMA staging.journal_mode = OFF; PRAGMA staging.synchronous = OFF; BEGIN")
             rejected = _ingest(connection, refs, options, progress)
             _check_records(connection)
             if options.max_per_class is not None:
@@ -77,15 +76,16 @@ def make_plan(
             if options.duplicates == "reject":
                 rejected += _reject_duplicates(connection, progress)
             # From here on the rows lie in their order: place is the row number.
-            connection.execute(f"CREATE TABLE image(place INTEGER PRIMARY KEY, {_COLUMNS})")
-            connection.execute("INSERT INTO image SELECT NULL, * FROM found ORDER BY split, rank, record")
-            connection.execute("COMMIT")
+            connection.executescript(
+                f"CREATE TABLE image(place INTEGER PRIMARY KEY, {_COLUMNS});"
+                "INSERT INTO image SELECT NULL, * FROM found ORDER BY split, rank, record"
+            )
             classes, label_space = _label_space(connection, options)
             splits = _split_plans(connection, options)
-            digest = _digest(connection, options, classes, label_space)
-            rejected.sort(key=lambda item: (SPLITS.index(item.split), item.file_name, item.reason))
             if not splits and not rejected:
                 raise SourceError("no images were found", remedy="check the source, --split and --keep-classes")
+            rejected.sort(key=lambda item: (SPLITS.index(item.split), item.file_name, item.reason))
+            digest = _digest(connection, options, classes, label_space)
             plan = Plan(database, options, classes, label_space, splits, tuple(rejected), digest)
             _store(connection, plan)
         return plan
@@ -95,19 +95,17 @@ def make_plan(
 
 def _store(connection: sqlite3.Connection, plan: Plan) -> None:
     """Keep the rest of the plan beside its rows, for :func:`load_plan`."""
-    connection.execute("CREATE TABLE rejected(item TEXT)")
-    rows = ((json.dumps(asdict(item)),) for item in plan.rejected)
-    connection.execute("BEGIN")
-    connection.executemany("INSERT INTO rejected VALUES(?)", rows)
-    connection.execute("COMMIT")
     head = {
         "classes": plan.classes,
         "label_space": plan.label_space,
         "digest": plan.digest,
         "splits": {name: asdict(part) for name, part in plan.splits.items()},
     }
-    connection.execute("CREATE TABLE head(json TEXT)")
+    connection.executescript("CREATE TABLE rejected(item TEXT); CREATE TABLE head(json TEXT); BEGIN")
+    rows = ((json.dumps(asdict(item)),) for item in plan.rejected)
+    connection.executemany("INSERT INTO rejected VALUES(?)", rows)
     connection.execute("INSERT INTO head VALUES(?)", (json.dumps(head),))
+    connection.execute("COMMIT")
 
 
 def _ingest(
@@ -118,13 +116,14 @@ def _ingest(
 ) -> list[Rejected]:
     connection.execute(f"CREATE TABLE staging.found({_COLUMNS})")
     connection.execute("CREATE TABLE path(id INTEGER PRIMARY KEY, path BLOB)")
-    paths = _Paths()
+    here = os.fsencode(os.getcwd())
     keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
     seen: set[str] = set()
     rejected: list[Rejected] = []
     done = 0
 
     def rows() -> Iterator[tuple[object, ...]]:
+        path, number = "", 0  # only the last is kept: an archive stands behind many images in a row, a file behind one
         for ref in refs:
             if isinstance(ref, Rejected):
                 if keep is None or ref.reason is Reason.UNLABELLED or ref.file_name.split("/")[0] in keep:
@@ -132,12 +131,15 @@ def _ingest(
                 continue
             seen.add(ref.class_name)
             if keep is None or ref.class_name in keep or not ref.class_name:
-                yield _row(ref, options.seed, paths)
+                if ref.path != path:
+                    path, number = ref.path, number + 1
+                    full = os.path.join(here, os.fsencode(path))
+                    connection.execute("INSERT INTO path VALUES(?, ?)", (number, full))
+                yield _row(ref, options.seed, number)
 
     source = rows()
     while batch := list(islice(source, BATCH_ROWS)):
         connection.executemany(f"INSERT INTO found VALUES({','.join('?' * len(batch[0]))})", batch)
-        connection.executemany("INSERT INTO path VALUES(?, ?)", paths.taken())
         done += len(batch)
         progress(Progress(done, None, "found"))
     if keep is not None and (unknown := sorted(keep - seen)):
@@ -153,48 +155,22 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
-class _Paths:
-    """Numbers for paths; only the last is kept: an archive stands behind many images in a row, a file behind one."""
-
-    def __init__(self) -> None:
-        self._here = os.fsencode(os.getcwd())
-        self._last = ""
-        self._count = 0
-        self._new: list[tuple[int, bytes]] = []
-
-    def number(self, path: str) -> int:
-        if path != self._last:
-            self._last = path
-            self._count += 1
-            self._new.append((self._count, os.path.join(self._here, os.fsencode(path))))
-        return self._count
-
-    def taken(self) -> list[tuple[int, bytes]]:
-        """Give the numbered paths that were not given yet, absolute."""
-        new, self._new = self._new, []
-        return new
-
-
-def _row(ref: ImageRef, seed: int, paths: _Paths) -> tuple[object, ...]:
+def _row(ref: ImageRef, seed: int, path: int) -> tuple[object, ...]:
     name = f"{ref.split}/{ref.file_name}".encode()
     rank = hashlib.blake2b(name, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return (
         SPLITS.index(ref.split),
-        _signed(record_id(ref.split, ref.file_name)),
+        (record_id(ref.split, ref.file_name) ^ 1 << 63) - (1 << 63),  # signed, as SQLite's integers are
         int.from_bytes(rank, "little", signed=True),
         ref.class_name,
         ref.file_name,
-        paths.number(ref.path),
+        path,
         ref.offset,
         ref.size_bytes,
         ref.url,
         ref.status,
         ref.line,
     )
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _check_records(connection: sqlite3.Connection) -> None:
@@ -249,8 +225,7 @@ def _label_space(connection: sqlite3.Connection, options: PlanOptions) -> tuple[
         names, kind = tuple(wnid for wnid, _ in catalog.synsets()), "imagenet1k"
     else:
         names, kind = tuple(options.label_names()), "file"
-    foreign = sorted(set(found) - set(names))
-    if foreign:
+    if foreign := sorted(set(found) - set(names)):
         raise SourceError(
             f"{len(foreign)} of {len(found)} classes have no label in label space {options.label_space!r}",
             expected=f"classes among its {len(names)} names",
@@ -266,8 +241,8 @@ def _split_plans(connection: sqlite3.Connection, options: PlanOptions) -> dict[s
     stored = "CASE WHEN lower(file_name) LIKE '%.jpg' OR lower(file_name) LIKE '%.jpeg' THEN size ELSE 4 * size END"
     query = f"SELECT split, COUNT(*), SUM(size), MAX({stored}), MIN(place) FROM image GROUP BY split ORDER BY split"
     for number, images, total, largest_found, first in connection.execute(query):
-        count = options.shards or min(MAX_SHARDS, max(-(-total // SHARD_BYTES), -(-images // SHARD_IMAGES)))
-        count = max(1, min(count, images))
+        usual = min(MAX_SHARDS, max(1, -(-total // SHARD_BYTES), -(-images // SHARD_IMAGES)))
+        count = min(options.shards or usual, images)
         bounds = tuple(images * shard // count for shard in range(count + 1))
         total_stored, largest = total, largest_found
         if options.store.short_side is not None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,12 +26,12 @@ from imnet_prep.records.shards import Layout, LayoutTooSmall, ShardWriter, Writt
 from imnet_prep.sources import read
 from imnet_prep.types import ImageRef, RawImage, Rejected, ShardInfo
 from imnet_prep.validate import ValidateOptions, validate
+from imnet_prep.workers import Advance
 
 PLAN_NOTE, PLAN_DATABASE = "plan.json", "plan.sqlite"
 UNLABELLED = -1  # the label of the test split
 MAX_GLIMPSES = 16  # of a shard's rejected images: a broken source must not fill rejected.jsonl with pictures
 REPORT_EVERY = 16  # images between two reports to the bar
-Advance = Callable[[int, int, int], None]  # images, bytes, rejected since the last call
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +124,16 @@ def finished(task: ShardTask) -> ShardResult | None:
         if note.pop("plan") != task.plan or Layout(**note.pop("layout")) != task.layout:
             return None
         info = ShardInfo(**note["info"]) if note["info"] is not None else None
-        rejected = tuple(Rejected.from_json(item) for item in note["rejected"])
-        result = ShardResult(**{**note, "info": info, "rejected": rejected})
-        there: list[tuple[Path, int | None]] = [(lines_path(task.folder, task.name), None)]
+        rejected = tuple(map(Rejected.from_json, note["rejected"]))
+        lines_path(task.folder, task.name).stat()
         if info is not None:
             data = task.folder / info.file
-            there += [(data, info.size_bytes), (index_path(data), info.index_size_bytes)]
-        if any(size not in (None, path.stat().st_size) for path, size in there):
-            return None
+            sizes = data.stat().st_size, index_path(data).stat().st_size
+            if sizes != (info.size_bytes, info.index_size_bytes):
+                return None
+        return ShardResult(**{**note, "info": info, "rejected": rejected})
     except (OSError, ValueError, KeyError, TypeError, PlanError):
         return None
-    return result
 
 
 def run_task(task: ShardTask, advance: Advance) -> ShardResult:
@@ -150,10 +148,8 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
         IntegrityError: Reading back gave something else, or a record of another folder is not what was stored.
         PlanError: Another plan has the folder now.
     """
-    temporary = task.folder / BUILD_WORK / "tmp" / uuid.uuid4().hex
-    temporary.mkdir()
-    try:
-        path, lines = temporary / Path(task.name).name, temporary / "lines"
+    with tempfile.TemporaryDirectory(dir=task.folder / BUILD_WORK / "tmp", ignore_cleanup_errors=True) as temporary:
+        path, lines = Path(temporary, Path(task.name).name), Path(temporary, "lines")
         try:
             written, rejected = _write(task, path, lines, advance)
         except LayoutTooSmall as small:
@@ -172,11 +168,9 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
             sync(task.folder / task.split)
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
         note = {**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}
-        place = _note_path(task.folder, task.name)
-        write_atomically(place, json.dumps(note, sort_keys=True).encode(), stage=temporary)
+        data = json.dumps(note, sort_keys=True).encode()
+        write_atomically(_note_path(task.folder, task.name), data, stage=Path(temporary))
         return result
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_plan(folder: Path, plan: str) -> None:
@@ -193,9 +187,8 @@ def check_plan(folder: Path, plan: str) -> None:
 def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[Written | None, list[Rejected]]:
     """Write the data file, its index and its record lines; gives None where there is no row, and no data file."""
     rejected: list[Rejected] = []
-    pending = [0, 0, 0]
-    writer = ShardWriter(path, task.layout)
-    try:
+    images, size, bad = 0, 0, 0  # since the last report
+    with closing(ShardWriter(path, task.layout)) as writer:
         with lines.open("w", encoding="utf-8", newline="\n") as text:
             for ref in shard_refs(task.folder / BUILD_WORK / PLAN_DATABASE, task.first, task.last):
                 label = task.labels[ref.class_name] if ref.class_name else UNLABELLED
@@ -206,16 +199,14 @@ def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[
                     image, line = stored
                     text.write(line.to_json() + "\n")
                     writer.add(image, label, ref.file_name)
-                pending = [pending[0] + 1, pending[1] + ref.size_bytes, pending[2] + isinstance(stored, Rejected)]
-                if pending[0] == REPORT_EVERY:
-                    advance(*pending)
-                    pending = [0, 0, 0]
-            advance(*pending)
+                images, size, bad = images + 1, size + ref.size_bytes, bad + isinstance(stored, Rejected)
+                if images == REPORT_EVERY:
+                    advance(images, size, bad)
+                    images, size, bad = 0, 0, 0
+            advance(images, size, bad)
             text.flush()
             os.fsync(text.fileno())
         return (writer.finish() if len(writer) else None), rejected
-    finally:
-        writer.close()
 
 
 def _store(

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from imnet_prep.errors import PlanError
 from imnet_prep.runtime import cpu_count
@@ -76,7 +76,7 @@ def run_processes(
     pool = ProcessPoolExecutor(width, context, _begin_worker, (live, os.getpid()))
     finished = False
     try:
-        yield from drive(pool, _Counted(function), live, iter(tasks), report, stop)
+        yield from drive(pool, partial(_counted, function), live, iter(tasks), report, stop)
         finished = True
     except BrokenProcessPool as error:
         raise PlanError(
@@ -119,18 +119,14 @@ def _begin_worker(live: Any, parent: int) -> None:
     cv2.setNumThreads(1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Counted(Generic[Task, Result]):
-    """A function whose word on how far it is goes to the slot shared with the parent."""
+def _counted(function: Callable[[Task, Advance], Result], task: Task, slot: int) -> Result:
+    """Carry out a task that reports its progress through the memory shared with the parent."""
 
-    function: Callable[[Task, Advance], Result]
+    def advance(images: int, size: int, bad: int) -> None:
+        for position, value in enumerate((images, size, bad), 3 * slot):
+            _live[position] += value
 
-    def __call__(self, task: Task, slot: int) -> Result:
-        def advance(images: int, size: int, bad: int) -> None:
-            for position, value in enumerate((images, size, bad)):
-                _live[3 * slot + position] += value
-
-        return self.function(task, advance)
+    return function(task, advance)
 
 
 def drive(
@@ -158,5 +154,4 @@ def drive(
             total = [total[part] + live[3 * slot + part] for part in range(3)]
             free.append(slot)
         report(*(total[part] + sum(live[3 * slot + part] for slot in in_hand.values()) for part in range(3)))
-        for future in done:
-            yield future.result()
+        yield from (future.result() for future in done)

@@ -7,13 +7,12 @@ lacks its name, and gets it by the protocol of :mod:`imnet_prep.records.publish`
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,52 +40,36 @@ DIGESTS = "digests.json"  # in .work: of archives, so that resuming does not rea
 _OURS = frozenset({MANIFEST, REJECTED, BUILD_WORK, *SPLITS})  # what a records folder holds
 
 
-@dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where a conversion works and where its result goes; absolute paths."""
+    """Where a conversion works and where its result goes; absolute paths.
 
-    out: Path
+    Attributes:
+        out: The finished folder.
+        partial: The folder while it is not whole.
+        work: What is needed until it is whole.
+        database: The plan that was begun.
+        note: Which plan was begun; a ``.partial`` without it holds nothing worth keeping.
+        lock: Held by the process at work.
+        journal: Notes how the finished folder gets its name.
+        old: A finished folder that was replaced, while it is being deleted.
+    """
 
-    @property
-    def partial(self) -> Path:
-        """The folder while it is not whole."""
-        return self.out.with_name(self.out.name + ".partial")
-
-    @property
-    def work(self) -> Path:
-        """What is needed until it is whole."""
-        return self.partial / BUILD_WORK
-
-    @property
-    def database(self) -> Path:
-        """The plan that was begun."""
-        return self.work / PLAN_DATABASE
-
-    @property
-    def note(self) -> Path:
-        """Which plan was begun; a ``.partial`` without it holds nothing worth keeping."""
-        return self.work / PLAN_NOTE
-
-    @property
-    def journal(self) -> Path:
-        """Notes how the finished folder gets its name."""
-        return self.out.with_name(self.out.name + ".partial.publish")
-
-    @property
-    def old(self) -> Path:
-        """A finished folder that was replaced, while it is being deleted."""
-        return self.out.with_name(self.out.name + ".partial.replaced")
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.partial, self.lock, self.journal, self.old = (
+            out.with_name(out.name + ending)
+            for ending in (".partial", ".partial.lock", ".partial.publish", ".partial.replaced")
+        )
+        self.work = self.partial / BUILD_WORK
+        self.database, self.note = self.work / PLAN_DATABASE, self.work / PLAN_NOTE
 
     def begun(self) -> dict[str, Any] | None:
         """Return the note of the plan that was begun (or carried out, and only the name is missing), or None."""
-        try:
-            note: dict[str, Any] = json.loads(self.note.read_bytes())
-        except (OSError, ValueError):
-            try:
-                return {"plan": RecordsFolder.open(self.partial).manifest.plan, "inputs": None}
-            except ImnetError:
-                return None
-        return note
+        with suppress(OSError, ValueError):
+            return dict(json.loads(self.note.read_bytes()))
+        with suppress(ImnetError):
+            return {"plan": RecordsFolder.open(self.partial).manifest.plan, "inputs": None}
+        return None
 
 
 def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
@@ -115,10 +98,9 @@ def _checked(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
             raise PlanError(
                 f"{out}: is a mount point", remedy="choose a folder inside it, as it gets its name at the end"
             )
-        return Workspace(target)
-    if not target.is_dir() or not (target / MANIFEST).is_file():
+    elif not target.is_dir() or not (target / MANIFEST).is_file():
         raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out")
-    if force and not is_records_folder(target) and not {item.name for item in target.iterdir()} <= _OURS:
+    elif force and not is_records_folder(target) and _foreign(target):
         raise PlanError(
             f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
         )
@@ -138,7 +120,7 @@ def hold(space: Workspace) -> Iterator[bool]:
     made = [folder for folder in space.out.parents if not folder.exists()]
     try:
         space.out.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(space.partial.with_name(space.partial.name + ".lock")):
+        with exclusive_lock(space.lock):
             published = finish(space.journal)
             if not space.work.exists() and not (space.partial / MANIFEST).exists() and _foreign(space.partial):
                 raise PlanError(f"{space.partial}: holds files that no conversion made", remedy="choose another --out")
@@ -160,8 +142,8 @@ def hold(space: Workspace) -> Iterator[bool]:
                 folder.rmdir()
 
 
-def _foreign(partial: Path) -> bool:
-    return partial.exists() and not (partial.is_dir() and {item.name for item in partial.iterdir()} <= _OURS)
+def _foreign(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and {item.name for item in folder.iterdir()} <= _OURS)
 
 
 def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | None:
@@ -196,11 +178,10 @@ def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | 
 
 def _manifest_of(folder: Path, plan: Plan) -> Manifest | None:
     """Return the manifest of a whole folder of this plan, or None."""
-    try:
+    with suppress(ImnetError):
         manifest = RecordsFolder.open(folder).manifest
-    except ImnetError:
-        return None
-    return manifest if manifest.plan == plan.digest and not _missing(folder, manifest) else None
+        return manifest if manifest.plan == plan.digest and not _missing(folder, manifest) else None
+    return None
 
 
 def _missing(folder: Path, manifest: Manifest) -> str:
@@ -267,7 +248,7 @@ def begin(space: Workspace, plan: Plan, state: dict[str, Any], *, force: bool) -
         folder.mkdir(exist_ok=True)
     if begun is None:
         write_atomically(space.note, json.dumps({"plan": plan.digest, **state}).encode())
-    return plan.at(space.database)
+    return replace(plan, database=space.database)
 
 
 def _forget(space: Workspace, plan: Plan) -> None:
@@ -284,8 +265,3 @@ def publish_folder(space: Workspace) -> None:
     sync(space.partial)
     remove(space.old)
     publish(space.journal, [Move(space.partial, space.out, aside=space.old)], discard=[space.old])
-
-
-def is_full(error: OSError) -> bool:
-    """Tell a full disk or quota from other failures."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
