@@ -152,11 +152,41 @@ def crop_draws(seed: int, epoch: int, ids: NDArray[np.uint64]) -> NDArray[np.flo
     return uniforms(seed, epoch, ids, (Stream.FLIP, *range(Stream.CROP, Stream.CROP + CROP_ATTEMPTS)))
 
 
+def _boxes(
+    draws: NDArray[np.float64],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    width: NDArray[np.float64],
+    height: NDArray[np.float64],
+    margin: int,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Draw a box in each image: the area uniform, the aspect log-uniform; the first that fits is placed uniformly.
+
+    Args:
+        draws: float64 (N, attempts, 4).
+        scale: Range of the area as a fraction of the image's. ratio: Range of the width / height.
+        width: float64 (N,), pixels. height: Likewise.
+        margin: Pixels by which a box must be smaller than the image.
+
+    Returns:
+        Left, top, width and height in whole pixels, float64 (4, N), and bool (N,), whether any attempt fitted.
+    """
+    area = (width * height)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * draws[..., 1])
+    wide, tall = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (wide > 0) & (wide <= width[:, None] - margin) & (tall > 0) & (tall <= height[:, None] - margin)
+    pick = np.arange(len(draws)), fits.argmax(axis=1)
+    wide, tall = wide[pick], tall[pick]
+    left = np.floor(draws[..., 2][pick] * (width - wide + 1))
+    top = np.floor(draws[..., 3][pick] * (height - tall + 1))
+    return np.stack([left, top, wide, tall]), fits[pick]
+
+
 def train_geometry(options: TrainOptions, sizes: NDArray[np.int32], draws: NDArray[np.float64]) -> Geometry:
     """Place RandomResizedCrop and the flip.
 
-    Ten attempts: the area a uniform fraction of the image's in ``scale``, the aspect log-uniform in ``ratio``; the
-    first that fits is placed uniformly. If none fits, the largest central crop with an allowed aspect.
+    Ten attempts; if none fits, the largest central crop with an allowed aspect.
 
     Args:
         options: The ranges.
@@ -168,27 +198,12 @@ def train_geometry(options: TrainOptions, sizes: NDArray[np.int32], draws: NDArr
 
     Source: Szegedy et al., "Going deeper with convolutions", 2014, section 6; torchvision's RandomResizedCrop.
     """
-    drawn = draws[:, 1:]
-    width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
-    low, high = options.scale
-    area = width * height * (low + (high - low) * drawn[..., 0])
-    log_low, log_high = np.log(options.ratio)
-    ratio = np.exp(log_low + (log_high - log_low) * drawn[..., 1])
-    wide, tall = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = fits.argmax(axis=1)
-    pick = np.arange(len(sizes)), first
-    wide, tall = wide[pick], tall[pick]
-    width, height = width[:, 0], height[:, 0]
-    left = np.floor(drawn[..., 2][pick] * (width - wide + 1))
-    top = np.floor(drawn[..., 3][pick] * (height - tall + 1))
-    none = ~fits[pick]
-    if none.any():
-        central_wide = np.minimum(width, np.maximum(1, np.rint(height * options.ratio[1])))
-        central_tall = np.minimum(height, np.maximum(1, np.rint(width / options.ratio[0])))
-        wide, tall = np.where(none, central_wide, wide), np.where(none, central_tall, tall)
-        left = np.where(none, (width - wide) // 2, left)
-        top = np.where(none, (height - tall) // 2, top)
+    width, height = sizes.T.astype(np.float64)
+    (left, top, wide, tall), fits = _boxes(draws[:, 1:], options.scale, options.ratio, width, height, margin=0)
+    if not fits.all():
+        wide = np.where(fits, wide, np.minimum(width, np.maximum(1, np.rint(height * options.ratio[1]))))
+        tall = np.where(fits, tall, np.minimum(height, np.maximum(1, np.rint(width / options.ratio[0]))))
+        left, top = np.where(fits, left, (width - wide) // 2), np.where(fits, top, (height - tall) // 2)
     limits = np.stack([left, top, left + wide, top + tall], axis=1)
     return Geometry(sizes, limits.astype(np.int32), limits, draws[:, 0, 0] < options.flip_prob)
 
@@ -224,19 +239,10 @@ def erase_boxes(options: TrainOptions, seed: int, epoch: int, ids: NDArray[np.ui
 
     Source: Zhong et al., "Random erasing data augmentation", 2017.
     """
-    size = options.image_size
-    drawn = uniforms(seed, epoch, ids, np.arange(Stream.ERASE_BOX, Stream.ERASE_BOX + ERASE_ATTEMPTS))
-    low, high = options.erasing_scale
-    area = size * size * (low + (high - low) * drawn[..., 0])
-    log_low, log_high = np.log(options.erasing_ratio)
-    ratio = np.exp(log_low + (log_high - log_low) * drawn[..., 1])
-    wide, tall = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (wide > 0) & (wide < size) & (tall > 0) & (tall < size)
-    pick = np.arange(len(ids)), fits.argmax(axis=1)
-    wide, tall = wide[pick], tall[pick]
-    left = np.floor(drawn[..., 2][pick] * (size - wide + 1))
-    top = np.floor(drawn[..., 3][pick] * (size - tall + 1))
-    erased = fits[pick] & (uniforms(seed, epoch, ids, Stream.ERASE)[:, 0] < options.erasing_prob)
+    side = np.full(len(ids), float(options.image_size))
+    draws = uniforms(seed, epoch, ids, np.arange(Stream.ERASE_BOX, Stream.ERASE_BOX + ERASE_ATTEMPTS))
+    (left, top, wide, tall), fits = _boxes(draws, options.erasing_scale, options.erasing_ratio, side, side, margin=1)
+    erased = fits & (uniforms(seed, epoch, ids, Stream.ERASE)[:, 0] < options.erasing_prob)
     boxes = np.stack([left, top, left + wide, top + tall], axis=1)
     return np.where(erased[:, None], boxes, 0).astype(np.int32)
 

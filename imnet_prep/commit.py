@@ -53,12 +53,12 @@ def assemble(
     splits: dict[str, SplitInfo] = {}
     digests: Digests = []
     for split in plan.splits:
-        stored = [result for result in results if result.split == split and result.info is not None]
+        stored = {result.name: result.info for result in results if result.split == split and result.info is not None}
         splits[split] = describe_split(
             partial / split / RECORDS,
             split,
             _lines(partial, stored),
-            [result.info for result in stored if result.info is not None],
+            list(stored.values()),
             layouts[split],
             len(plan.classes),
             Counter(item.reason.value for item in rejected if item.split == split),
@@ -80,7 +80,7 @@ def assemble(
 
 def describe(splits: dict[str, SplitInfo], classes: tuple[str, ...], **rest: Any) -> Manifest:
     """Return the manifest of finished splits: with the classes' words, and the versions of what made the images."""
-    words = tuple(catalog.class_words(name) for name in classes)
+    words = tuple(map(catalog.class_words, classes))
     made_with = library_versions("imnet-prep", "opencv", "pillow")
     return Manifest(classes=classes, class_words=words, made_with=made_with, splits=splits, **rest)
 
@@ -90,10 +90,10 @@ def _file_entry(path: Path, name: str) -> dict[str, Any]:
     return {"file": name, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
-def _lines(partial: Path, stored: Sequence[ShardResult]) -> Iterator[str]:
+def _lines(partial: Path, shards: Iterable[str]) -> Iterator[str]:
     """Join the record lines of a split's shards, which do not know their own number."""
-    for number, result in enumerate(stored):
-        with lines_path(partial, result.name).open(encoding="utf-8", newline="\n") as text:
+    for number, name in enumerate(shards):
+        with lines_path(partial, name).open(encoding="utf-8", newline="\n") as text:
             for line in text:
                 # No quote stands unescaped in a name, so this is the field.
                 yield line.rstrip("\n").replace(',"shard":0,', f',"shard":{number},', 1)

@@ -80,21 +80,23 @@ class BatchMaker:
     """Makes batches in any threads; what they share is counted under a lock.
 
     Args:
-        reader: Of the split's rows. decoder: Bytes to pixels. options: What is done to an image.
-        seed: Of every draw. on_error: One of :data:`ON_ERROR`. check: One of :data:`CHECKS`.
+        on_error: One of :data:`ON_ERROR`. check: One of :data:`CHECKS`.
+
+    Attributes:
+        reader: Of the split's rows. decoder: Bytes to pixels. options: What is done to an image. seed: Of every draw.
+        skipped: Rows left out so far. times: Worker time by stage so far.
     """
 
     def __init__(
         self, reader: RowReader, decoder: PortableDecoder, options: Options, seed: int, on_error: str, check: str
     ) -> None:
-        self._reader, self._table, self._decoder = reader, reader.table, decoder
-        self._options, self._seed = options, seed
+        self.reader, self._table, self.decoder = reader, reader.table, decoder
+        self.options, self.seed = options, seed
         self._on_error, self._check = on_error, check
-        self._checked = np.zeros(len(reader.table), dtype=np.bool_)
+        self._checked = np.full(len(reader.table), check == "never")
         self._lock = threading.Lock()
-        self._times = StageTimes()
         self._skipped: dict[int, SkippedRow] = {}
-        self.skipped = 0
+        self.skipped, self.times = 0, StageTimes()
 
     @property
     def skipped_rows(self) -> tuple[SkippedRow, ...]:
@@ -102,15 +104,9 @@ class BatchMaker:
         with self._lock:
             return tuple(self._skipped.values())
 
-    @property
-    def times(self) -> StageTimes:
-        """Worker time by stage so far."""
-        with self._lock:
-            return self._times
-
     def begin(self, epoch: int, positions: NDArray[np.int64]) -> tuple[Pending, range]:
         """Set up a batch; return it and the first rows of its chunks, each to be passed to :meth:`work` once."""
-        size = self._options.image_size
+        size = self.options.image_size
         image = np.empty((len(positions), size, size, 3), dtype=np.uint8)
         starts = range(0, len(positions), CHUNK_ROWS)
         sizes = np.stack([self._table.width[positions], self._table.height[positions]], axis=1)
@@ -148,7 +144,7 @@ class BatchMaker:
         times.append(time.perf_counter())
         read_s, check_s, parse_s, decode_s, augment_s = np.diff(times).tolist()
         with self._lock:
-            self._times += StageTimes(read_s, check_s, parse_s + decode_s, augment_s, len(images))
+            self.times += StageTimes(read_s, check_s, parse_s + decode_s, augment_s, len(images))
         return faults
 
     def _read(self, pending: Pending, images: Images) -> Faults:
@@ -156,7 +152,7 @@ class BatchMaker:
         faults: Faults = {}
         for row in images:
             try:
-                images[row] = self._reader.image(int(pending.positions[row]))
+                images[row] = self.reader.image(int(pending.positions[row]))
             except PipelineError as error:
                 faults[row] = str(error)
         return faults
@@ -166,11 +162,10 @@ class BatchMaker:
         faults: Faults = {}
         for row, image in images.items():
             position = int(pending.positions[row])
-            if self._check == "never" or (self._check == "first" and self._checked[position]):
-                continue
-            self._checked[position] = self._reader.matches(position, image)
-            if not self._checked[position]:
-                faults[row] = "the image's bytes changed since conversion: its SHA-256 is another"
+            if self._check == "always" or not self._checked[position]:
+                self._checked[position] = self.reader.matches(position, image)
+                if not self._checked[position]:
+                    faults[row] = "the image's bytes changed since conversion: its SHA-256 is another"
         return faults
 
     def _parse(self, pending: Pending, images: Images) -> Faults:
@@ -186,7 +181,7 @@ class BatchMaker:
         known = {row for row, image in images.items() if pending.pixels[row] and image.startswith(SOI)}
         parse = [row for row in images if row not in known and row not in faults]
         if parse:
-            pending.sizes[parse], found = self._decoder.sizes([images[row] for row in parse])
+            pending.sizes[parse], found = self.decoder.sizes([images[row] for row in parse])
             faults |= {parse[place]: why for place, why in found}
         return faults
 
@@ -198,44 +193,40 @@ class BatchMaker:
         whole = rows[-1] - rows[0] + 1 == len(rows)  # then the decoder writes straight into the batch
         out = pending.image[rows[0] : rows[-1] + 1] if whole else np.empty_like(pending.image[: len(rows)])
         geometry = self._geometry(pending, rows)
-        found = self._decoder.decode(list(images.values()), geometry, self._options.interpolation, out)
+        found = self.decoder.decode(list(images.values()), geometry, self.options.interpolation, out)
         if not whole:
             pending.image[rows] = out
         return {rows[place]: why for place, why in found}
 
     def _geometry(self, pending: Pending, rows: list[int]) -> Geometry:
         sizes = pending.sizes[rows]
-        if not isinstance(self._options, TrainOptions):
-            return eval_geometry(self._options, sizes)
+        if not isinstance(self.options, TrainOptions):
+            return eval_geometry(self.options, sizes)
         with pending.lock:  # one call for the batch costs what one for a chunk does
             if pending.draws is None:
-                pending.draws = crop_draws(self._seed, pending.epoch, self._table.ids[pending.positions])
-        return train_geometry(self._options, sizes, pending.draws[rows])
+                pending.draws = crop_draws(self.seed, pending.epoch, self._table.ids[pending.positions])
+        return train_geometry(self.options, sizes, pending.draws[rows])
 
     def _augment(self, pending: Pending, rows: list[int]) -> None:
-        options = self._options
+        options = self.options
         if not rows or not isinstance(options, TrainOptions):
             return
         ids = self._table.ids[pending.positions[rows]]
         if options.randaugment_ops or any(options.color_jitter):
             from imnet_prep.colour import augment_colours
 
-            augment_colours(options, pending.image, rows, self._seed, pending.epoch, ids)
+            augment_colours(options, pending.image, rows, self.seed, pending.epoch, ids)
         if options.erasing_prob:
-            boxes = erase_boxes(options, self._seed, pending.epoch, ids).tolist()
+            boxes = erase_boxes(options, self.seed, pending.epoch, ids).tolist()
             for row, (left, top, right, bottom) in zip(rows, boxes, strict=True):
                 pending.image[row, top:bottom, left:right] = ERASE_FILL
 
     def _finish(self, pending: Pending) -> Batch:
         """Deal with bad rows, then mix."""
-        image, positions = pending.image, pending.positions
-        if pending.faults:
-            image, positions = self._skip(pending)
-        ids = self._table.ids[positions]
-        label = self._table.label[positions]
-        options = self._options
+        image, positions = self._skip(pending) if pending.faults else (pending.image, pending.positions)
+        ids, label, options = self._table.ids[positions], self._table.label[positions], self.options
         if isinstance(options, TrainOptions) and (options.mixup_alpha or options.cutmix_alpha):
-            mixed, share = mix(options, image, self._seed, pending.epoch, ids)
+            mixed, share = mix(options, image, self.seed, pending.epoch, ids)
             return Batch(mixed, label, ids, label[::-1].copy(), share)
         return Batch(image, label, ids)
 
@@ -252,9 +243,9 @@ class BatchMaker:
             for row in bad:
                 position = int(pending.positions[row])
                 if position not in self._skipped and len(self._skipped) < SKIPPED_KEPT:
-                    self._skipped[position] = SkippedRow(self._reader.where(position), pending.faults[row])
+                    self._skipped[position] = SkippedRow(self.reader.where(position), pending.faults[row])
         good = [row for row in range(len(pending.positions)) if row not in pending.faults]
-        if isinstance(self._options, EvalOptions):
+        if isinstance(self.options, EvalOptions):
             return np.ascontiguousarray(pending.image[good]), pending.positions[good]
         if not good:
             raise self._error(pending)
@@ -264,6 +255,6 @@ class BatchMaker:
 
     def _error(self, pending: Pending) -> PipelineError:
         row = min(pending.faults)
-        where = self._reader.where(int(pending.positions[row]))
+        where = self.reader.where(int(pending.positions[row]))
         remedy = 'restore the shard, or go on without such rows with on_error="skip"'
         return PipelineError(f"{where}: the record is bad", got=pending.faults[row], remedy=remedy)

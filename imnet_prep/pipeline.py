@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,58 +55,17 @@ class Batches:
     """
 
     def __init__(
-        self,
-        records: Path,
-        split: str,
-        options: Options,
-        seed: int,
-        *,
-        workers: int | None,
-        rank: int,
-        ranks: int,
-        on_error: str,
-        order: str,
-        native: str,
-        check: str,
-        prefetch: int | None,
+        self, folder: RecordsFolder, share: Share, maker: BatchMaker, order: str, workers: int, prefetch: int
     ) -> None:
-        _one_of("on_error", on_error, ON_ERROR)
-        _one_of("order", order, ORDERS)
-        _one_of("native", native, NATIVE)
-        _one_of("check", check, CHECKS)
-        _in_range("seed", seed, 0, MAX_SEED)
-        _in_range("ranks", ranks, 1, 1 << 20)
-        _in_range("rank", rank, 0, ranks - 1)
-        self.workers = cpu_count() if workers is None else workers
-        _in_range("workers", self.workers, 1, 1024)
-        folder = RecordsFolder.open(records)
-        table = folder.table(split)
-        self._table, self._reader = table, RowReader(table)
-        self._decoder = _choose_decoder(native)
-        self.decoder = self._decoder.name
-        self.split, self.options, self.seed = split, options, seed
-        self.images, self.class_names = len(table), folder.manifest.classes
-        self.batch_size = options.batch_size
-        training = isinstance(options, TrainOptions)
-        self._order = order if training else "sequential"
-        drop_last = isinstance(options, TrainOptions) and options.drop_last
-        self._share = Share(len(table), options.batch_size, rank, ranks, drop_last)
-        self.steps_per_epoch = self._share.steps
-        if training and not self.steps_per_epoch:
-            raise PipelineError(
-                f"{records}: split {split!r} does not fill one batch",
-                expected=f"at least {options.batch_size * ranks} images",
-                got=f"{len(table)}",
-                remedy="lower the batch size or the number of ranks",
-            )
-        ahead = -(-2 * self.workers * CHUNK_ROWS // options.batch_size) + 1
-        self.prefetch = max(2, ahead) if prefetch is None else prefetch
-        _in_range("prefetch", self.prefetch, 1, 1 << 16)
-        self._maker = BatchMaker(self._reader, self._decoder, options, seed, on_error, check)
+        self._share, self._maker, self._order = share, maker, order
+        self.workers, self.prefetch = workers, prefetch
+        self._reader, self._decoder, self._table = maker.reader, maker.decoder, maker.reader.table
+        self.split, self.options, self.seed = self._table.split, maker.options, maker.seed
+        self.images, self.class_names, self.decoder = len(self._table), folder.manifest.classes, self._decoder.name
+        self.batch_size, self.steps_per_epoch = share.batch_size, share.steps
         self._next_epoch = 0
-        self._process = os.getpid()
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="imnet-decode")
-        self._closed = False
+        self._process: int | None = os.getpid()  # None once it is closed
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="imnet-decode")
 
     @property
     def skipped(self) -> int:
@@ -145,18 +103,15 @@ class Batches:
     def __enter__(self) -> Batches:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Stop the threads and close the files; closing twice is fine."""
-        if self._closed or os.getpid() != self._process:
-            return
-        self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
+        if self._process == os.getpid():
+            self._process = None
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._reader.close()
 
     def epoch(self, number: int, start_step: int = 0) -> EpochIterator:
         """Start an epoch at any step, in the same time; decoding begins at once.
@@ -171,7 +126,7 @@ class Batches:
         Raises:
             PipelineError: The pipeline is closed, or a number is out of range.
         """
-        if self._closed or os.getpid() != self._process:
+        if self._process != os.getpid():
             raise PipelineError("the pipeline is closed, or was opened in another process")
         _in_range("epoch", number, 0, MAX_EPOCH)
         _in_range("start_step", start_step, 0, self.steps_per_epoch)
@@ -189,25 +144,21 @@ class Batches:
         return pending
 
 
-class EpochIterator:
+class EpochIterator(Iterator[Batch]):
     """The batches of one epoch, made ahead; see :meth:`Batches.epoch`."""
 
     def __init__(self, batches: Batches, number: int, start_step: int) -> None:
-        self._batches, self._number = batches, number
-        self._order = batches.order(number)
-        self._next = start_step
         self._ahead: deque[Pending] = deque()
+        self._batches, self._number, self._next = batches, number, start_step
+        self._order = batches.order(number)
         self._fill()
-
-    def __iter__(self) -> EpochIterator:
-        return self
 
     def __len__(self) -> int:
         """Batches still to come."""
         return self._batches.steps_per_epoch - self._next + len(self._ahead)
 
     def __next__(self) -> Batch:
-        if self._batches._closed or os.getpid() != self._batches._process:
+        if self._batches._process != os.getpid():
             raise PipelineError("the pipeline was closed during an epoch, or belongs to another process")
         while self._ahead:
             try:
@@ -228,21 +179,14 @@ class EpochIterator:
             self._ahead.pop().future.cancel()
 
     def __del__(self) -> None:
-        if hasattr(self, "_ahead"):
-            self.close()
+        self.close()
 
     def _fill(self) -> None:
         batches = self._batches
         while len(self._ahead) < batches.prefetch and self._next < batches.steps_per_epoch:
-            start, end = batches._share.span(self._next)
+            positions = self._order[slice(*batches._share.span(self._next))]
             self._next += 1
-            positions = self._order[start:end]
             self._ahead.append(batches._submit(self._number, positions))
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise PipelineError(f"unknown {name}", expected=f"one of {', '.join(choices)}", got=repr(value))
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> None:
@@ -251,13 +195,12 @@ def _in_range(name: str, value: int, low: int, high: int) -> None:
 
 
 def _choose_decoder(native: str) -> PortableDecoder:
-    if native == "off":
-        return PortableDecoder()
-    library, text = load()
-    if library is None and native == "auto":
-        _logger.info("%s; decoding with OpenCV", text)
-        return PortableDecoder()
-    return NativeDecoder()
+    if native == "auto":
+        library, text = load()
+        if library is None:
+            _logger.info("%s; decoding with OpenCV", text)
+            return PortableDecoder()
+    return PortableDecoder() if native == "off" else NativeDecoder()
 
 
 def open_batches(
@@ -294,20 +237,34 @@ def open_batches(
         RecordsError: The folder, the split, a shard or an index is missing or damaged.
         PipelineError: An argument is out of range, or the split does not fill one batch.
     """
-    return Batches(
-        Path(records),
-        split,
-        options,
-        seed,
-        workers=workers,
-        rank=rank,
-        ranks=ranks,
-        on_error=on_error,
-        order=order,
-        native=native,
-        check=check,
-        prefetch=prefetch,
-    )
+    for name, chosen, known in (
+        ("on_error", on_error, ON_ERROR),
+        ("order", order, ORDERS),
+        ("native", native, NATIVE),
+        ("check", check, CHECKS),
+    ):
+        if chosen not in known:
+            raise PipelineError(f"unknown {name}", expected=f"one of {', '.join(known)}", got=repr(chosen))
+    workers = cpu_count() if workers is None else workers
+    ahead = max(2, -(-2 * workers * CHUNK_ROWS // options.batch_size) + 1) if prefetch is None else prefetch
+    _in_range("seed", seed, 0, MAX_SEED)
+    _in_range("ranks", ranks, 1, 1 << 20)
+    _in_range("rank", rank, 0, ranks - 1)
+    _in_range("workers", workers, 1, 1024)
+    _in_range("prefetch", ahead, 1, 1 << 16)
+    folder = RecordsFolder.open(Path(records))
+    table = folder.table(split)
+    drop_last = isinstance(options, TrainOptions) and options.drop_last
+    share = Share(len(table), options.batch_size, rank, ranks, drop_last)
+    if isinstance(options, TrainOptions) and not share.steps:
+        raise PipelineError(
+            f"{records}: split {split!r} does not fill one batch",
+            expected=f"at least {options.batch_size * ranks} images",
+            got=f"{len(table)}",
+            remedy="lower the batch size or the number of ranks",
+        )
+    maker = BatchMaker(RowReader(table), _choose_decoder(native), options, seed, on_error, check)
+    return Batches(folder, share, maker, order if isinstance(options, TrainOptions) else "sequential", workers, ahead)
 
 
 def to_dataset(batches: Batches, *, first_epoch: int = 0) -> Dataset:
@@ -337,7 +294,6 @@ class _Source:
         return self._batches.steps_per_epoch
 
     def __iter__(self) -> Iterator[tuple[NDArray[Any], ...]]:
-        number = self._epoch
-        self._epoch += 1
+        number, self._epoch = self._epoch, self._epoch + 1
         for batch in self._batches.epoch(number):
             yield tuple(getattr(batch, name) for name in self.columns)

@@ -131,13 +131,9 @@ def reshard(
     built = carry_out(job, out, how, progress, stop)
     if built.already_done:
         job.prove(out, built.manifest)
-    after = _labels(built.manifest)
-    unchanged = all(_labels(item.manifest).items() <= after.items() for item in job.inputs)
+    after = built.manifest.classes
+    unchanged = all(after[: len(item.manifest.classes)] == item.manifest.classes for item in job.inputs)
     return ReshardResult(built, job.proof, unchanged)
-
-
-def _labels(manifest: Manifest) -> dict[str, int]:
-    return {name: label for label, name in enumerate(manifest.classes)}
 
 
 class _Records:
@@ -147,10 +143,10 @@ class _Records:
         self.paths = folders
         self.inputs = [RecordsFolder.open(folder) for folder in sorted(folders)]
         self.proof = Proof()  # of what there is to be written
+        self._manifests = [item.manifest for item in self.inputs]
         self._options, self._progress = options, progress
         self._renames = read_renames(options.rename_classes)
-        keep = options.keep_classes
-        self._keep = None if keep is None else frozenset(read_names(keep))
+        self._keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
 
     def plan(self, space: Workspace, progress: ProgressCallback) -> Plan:
         """Make the plan, and take the proof of what is in it."""
@@ -170,15 +166,14 @@ class _Records:
 
     def state(self, space: Workspace, progress: ProgressCallback) -> dict[str, Any]:
         """Describe where the records came from first."""
-        sources = (source for item in self.inputs for source in item.manifest.sources)
+        sources = (source for manifest in self._manifests for source in manifest.sources)
         infos = {json.dumps(source, sort_keys=True): source for source in sources}
         return {"inputs": None, "infos": list(infos.values()), "notes": []}
 
     def seal(self, space: Workspace, manifest: Manifest) -> Manifest:
         """Prove that every record arrived; what the inputs' manifests agree in stays as it was."""
         self.prove(space.partial, manifest)
-        manifests = [item.manifest for item in self.inputs]
-        first = manifests[0]
+        manifests, first = self._manifests, self._manifests[0]
         agreed = {
             name: value
             for name, value in first.options.items()
@@ -206,10 +201,8 @@ class _Records:
         Raises:
             IntegrityError: They differ.
         """
-        folder = RecordsFolder(out, manifest)
-        rows = map_rows(
-            folder, partial(proof_of, manifest.classes), self._options.workers, self._progress, unit="proved"
-        )
+        prove = partial(proof_of, manifest.classes)
+        rows = map_rows(RecordsFolder(out, manifest), prove, self._options.workers, self._progress, unit="proved")
         after = sum(rows, Proof())
         if after != self.proof:
             raise IntegrityError(
@@ -221,15 +214,11 @@ class _Records:
 
     def _plan_options(self, names: Path) -> PlanOptions:
         """Choose the label space so that labels stay where they can, and the options that shaped the images."""
-        options, renames = self._options, self._renames
-        manifests = [item.manifest for item in self.inputs]
+        options, renames, manifests = self._options, self._renames, self._manifests
         first = manifests[0]
         same = all(manifest.classes == first.classes for manifest in manifests)
-        splits = [split for manifest in manifests for split in manifest.splits.values()]
-        counted = same and all(
-            any(split.class_counts[label] for split in splits) for label in range(len(first.classes))
-        )
-        found = counted and list(first.classes) == sorted(first.classes)
+        counts = [split.class_counts for manifest in manifests for split in manifest.splits.values()]
+        found = same and list(first.classes) == sorted(first.classes) and all(map(any, zip(*counts, strict=True)))
         if unknown := sorted(set(renames) - {name for manifest in manifests for name in manifest.classes}):
             raise PlanError(f"{options.rename_classes}: classes that are not there", got=", ".join(unknown[:5]))
         if all(manifest.label_space == "imagenet1k" for manifest in manifests):
@@ -306,12 +295,8 @@ def records_of(folder: RecordsFolder, renames: dict[str, str]) -> Iterator[tuple
                 )
             renamed = renames.get(class_name, class_name)
             name = f"{renamed}/{line.file_name.removeprefix(prefix)}" if class_name else line.file_name
-            start, size = row.opened.image_place(row.row)
-            listed = replace(line, file_name=name).to_json()
-            yield (
-                line,
-                ImageRef(split, renamed, name, str(row.opened.path), start, size, line.url, line.status, listed),
-            )
+            place, listed = row.opened.image_place(row.row), replace(line, file_name=name).to_json()
+            yield line, ImageRef(split, renamed, name, str(row.opened.path), *place, line.url, line.status, listed)
 
 
 def _damaged(folder: RecordsFolder, got: str) -> IntegrityError:
