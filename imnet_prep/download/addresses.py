@@ -7,11 +7,12 @@ its answer between check and use (DNS rebinding) gains nothing.
 from __future__ import annotations
 
 import ipaddress
-import queue
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _POSITIVE_TTL_S, _NEGATIVE_TTL_S = 300.0, 30.0
@@ -40,7 +41,7 @@ class Address:
     scope: int = 0
 
     def sockaddr(self, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-        """Give what ``socket.connect`` takes."""
+        """Return what ``socket.connect`` takes."""
         return (self.ip, port) if self.family == socket.AF_INET else (self.ip, port, 0, self.scope)
 
 
@@ -48,90 +49,54 @@ def is_public(ip: str) -> bool:
     """Say whether an address is on the open Internet; IPv4 inside IPv6 (mapped, 6to4, NAT64, Teredo) is judged too."""
     address = ipaddress.ip_address(ip.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-        if address in _NAT64:
-            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        embedded = [one for one in inner if one is not None]
-        if embedded:
-            return all(one.is_global and not one.is_multicast for one in embedded)
+        nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ()), nat64]
+        if any(inner):
+            return all(one.is_global and not one.is_multicast for one in inner if one)
         if int(address) >> 32 == 0:  # ::/96, IPv4-compatible, long deprecated
             return False
     return address.is_global and not address.is_multicast
-
-
-@dataclass(slots=True)
-class _Lookup:
-    done: threading.Event = field(default_factory=threading.Event)
-    addresses: tuple[Address, ...] = ()
-    error: NameFailed | None = None
-    expires: float = float("inf")
 
 
 class Resolver:
     """A caching resolver with a deadline: ``getaddrinfo`` cannot be interrupted, so it runs in threads of its own."""
 
     def __init__(self) -> None:
-        self._cache: dict[str, _Lookup] = {}
+        self._cache: dict[str, Future[tuple[tuple[Address, ...] | NameFailed, float]]] = {}
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[tuple[str, _Lookup]] = queue.SimpleQueue()
-        self._threads = 0
-        self._idle = 0
+        self._pool = ThreadPoolExecutor(_LOOKUPS, "resolver")
 
     def resolve(self, host: str, deadline: float) -> tuple[Address, ...]:
-        """Give a name's addresses in the system's order.
+        """Return a name's addresses in the system's order.
 
         Raises:
             NameFailed: there is none, or the resolver failed.
             TimeoutError: no answer by ``deadline`` (of ``time.monotonic``).
         """
-        literal = _literal(host)
-        if literal:
-            return (literal,)
+        with suppress(ValueError):
+            literal = ipaddress.ip_address(host)
+            return (Address(socket.AF_INET if literal.version == 4 else socket.AF_INET6, host),)
         with self._lock:
             lookup = self._cache.get(host)
-            if lookup is None or lookup.expires < time.monotonic():
-                lookup = self._start(host)
-        if not lookup.done.wait(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError("no answer from the name server in time")
-        if lookup.error:
-            raise NameFailed(str(lookup.error), transient=lookup.error.transient)
-        return lookup.addresses
-
-    def _start(self, host: str) -> _Lookup:
-        if len(self._cache) >= _MAX_CACHED:
-            self._cache.clear()
-        lookup = self._cache[host] = _Lookup()
-        self._queue.put((host, lookup))
-        if self._idle == 0 and self._threads < _LOOKUPS:
-            self._threads += 1
-            threading.Thread(target=self._serve, daemon=True, name="resolver").start()
-        return lookup
-
-    def _serve(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-            host, lookup = self._queue.get()
-            with self._lock:
-                self._idle -= 1
-            try:
-                lookup.addresses = _getaddrinfo(host)
-                lookup.expires = time.monotonic() + _POSITIVE_TTL_S
-            except NameFailed as error:
-                lookup.error = error
-                lookup.expires = time.monotonic() + _NEGATIVE_TTL_S
-            lookup.done.set()
+            if lookup is None or (lookup.done() and lookup.result()[1] < time.monotonic()):
+                if len(self._cache) >= _MAX_CACHED:
+                    self._cache.clear()
+                lookup = self._cache[host] = self._pool.submit(_look_up, host)
+        try:
+            found, _ = lookup.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise TimeoutError("no answer from the name server in time") from None
+        if isinstance(found, NameFailed):
+            raise NameFailed(str(found), transient=found.transient)
+        return found
 
 
-def _literal(host: str) -> Address | None:
-    if host[:1].isdigit() or ":" in host:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            try:
-                socket.inet_pton(family, host)
-            except (OSError, ValueError):
-                continue
-            return Address(family, host)
-    return None
+def _look_up(host: str) -> tuple[tuple[Address, ...] | NameFailed, float]:
+    """Ask the system for a name; the answer holds until the second value, of ``time.monotonic``."""
+    try:
+        return _getaddrinfo(host), time.monotonic() + _POSITIVE_TTL_S
+    except NameFailed as error:
+        return error, time.monotonic() + _NEGATIVE_TTL_S
 
 
 def _getaddrinfo(host: str) -> tuple[Address, ...]:

@@ -39,17 +39,13 @@ class Budget(threading.local):
     """The limits of the attempt that this thread is making; sockets consult it at every read."""
 
     deadline: float = 0.0
-    read_timeout_s: float = 20.0
-    min_bytes_per_s: float = 0.0
-    slow_grace_s: float = 10.0
+    options: FetchOptions
     body_started: float = 0.0
     received: int = 0
 
     def start(self, options: FetchOptions, deadline: float) -> None:
         """Begin an exchange that ends at ``deadline`` (of ``time.monotonic``)."""
-        self.deadline = deadline
-        self.read_timeout_s = options.read_timeout_s
-        self.min_bytes_per_s, self.slow_grace_s = options.min_bytes_per_s, options.slow_grace_s
+        self.deadline, self.options = deadline, options
         self.body_started, self.received = 0.0, 0
 
     def body(self) -> None:
@@ -57,7 +53,7 @@ class Budget(threading.local):
         self.body_started, self.received = time.monotonic(), 0
 
     def left(self) -> float:
-        """Give the seconds left.
+        """Return the seconds left.
 
         Raises:
             TimeoutError: none. TooSlow: none, or too few bytes so far, while a body is flowing.
@@ -66,8 +62,8 @@ class Budget(threading.local):
         left = self.deadline - now
         if self.body_started:
             spent = now - self.body_started
-            slow = self.received < spent * self.min_bytes_per_s
-            if slow and (spent > self.slow_grace_s or (left <= 0 and self.received)):
+            slow = self.received < spent * self.options.min_bytes_per_s
+            if slow and (spent > self.options.slow_grace_s or (left <= 0 and self.received)):
                 raise TooSlow(f"{self.received} bytes in {spent:.1f} s")
         if left <= 0:
             raise TimeoutError("total time limit")
@@ -78,10 +74,8 @@ BUDGET = Budget()
 
 
 def _read_into(sock: Any, plain_recv_into: Any, buffer: Any, nbytes: int | None, flags: int) -> int:
-    left = BUDGET.left()
-    silence = BUDGET.read_timeout_s
+    sock.settimeout(min(BUDGET.left(), BUDGET.options.read_timeout_s))
     try:
-        sock.settimeout(min(left, silence))
         count: int = plain_recv_into(buffer, nbytes or 0, flags)
     except TimeoutError:
         BUDGET.left()  # raises where it was the total limit or the speed
@@ -104,38 +98,30 @@ class _TlsSocket(ssl.SSLSocket):
         return _read_into(self, super().recv_into, buffer, nbytes or len(memoryview(buffer)), flags)
 
 
-def _connect(connection: Any) -> socket.socket:
-    """Resolve, check, connect: the only place where connections are made."""
-    adapter: SafeAdapter = connection.safe_adapter
-    addresses = adapter.resolver.resolve(connection.host.strip("[]"), BUDGET.deadline)
-    error: OSError = OSError("no address")
-    for address in allowed(addresses, adapter.options.allow_private)[:_MAX_ADDRESSES]:
-        sock = _Socket(address.family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(min(BUDGET.left(), adapter.options.connect_timeout_s))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect(address.sockaddr(connection.port))
-            # The TLS handshake that may follow is bounded as a whole by the socket's time-out.
-            sock.settimeout(min(BUDGET.left(), adapter.options.connect_timeout_s))
-            return sock
-        except OSError as failure:
-            sock.close()
-            error = failure
-    raise error
+class _Checked:
+    """Mixed into a connection class: resolve, check, connect, in the only place where connections are made."""
 
-
-class _PlainConnection(HTTPConnection):
     safe_adapter: SafeAdapter
+    host: str
+    port: int
 
     def _new_conn(self) -> socket.socket:
-        return _connect(self)
-
-
-class _TlsConnection(HTTPSConnection):
-    safe_adapter: SafeAdapter
-
-    def _new_conn(self) -> socket.socket:
-        return _connect(self)
+        options = self.safe_adapter.options
+        addresses = self.safe_adapter.resolver.resolve(self.host.strip("[]"), BUDGET.deadline)
+        error: OSError = OSError("no address")
+        for address in allowed(addresses, options.allow_private)[:_MAX_ADDRESSES]:
+            sock = _Socket(address.family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(min(BUDGET.left(), options.connect_timeout_s))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.connect(address.sockaddr(self.port))
+                # The TLS handshake that may follow is bounded as a whole by the socket's time-out.
+                sock.settimeout(min(BUDGET.left(), options.connect_timeout_s))
+                return sock
+            except OSError as failure:
+                sock.close()
+                error = failure
+        raise error
 
 
 class SafeAdapter(HTTPAdapter):
@@ -147,8 +133,8 @@ class SafeAdapter(HTTPAdapter):
 
     def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **_kwargs: Any) -> None:
         """Make the pools out of connections that belong to this adapter."""
-        plain = type("Plain", (_PlainConnection,), {"safe_adapter": self})
-        tls = type("Tls", (_TlsConnection,), {"safe_adapter": self})
+        plain = type("Plain", (_Checked, HTTPConnection), {"safe_adapter": self})
+        tls = type("Tls", (_Checked, HTTPSConnection), {"safe_adapter": self})
         self.poolmanager = urllib3.PoolManager(
             num_pools=connections, maxsize=maxsize, block=block, ssl_context=_tls_context(), retries=False
         )
@@ -158,18 +144,16 @@ class SafeAdapter(HTTPAdapter):
         }
 
     def get_connection_with_tls_context(self, request: Any, *_args: Any, **_kwargs: Any) -> Any:
-        """Give the host's pool; the TLS context is the manager's, whatever the call says, and there are no proxies."""
+        """Return the host's pool; whatever the call says, the TLS context is the manager's and there are no proxies."""
         return self.poolmanager.connection_from_url(request.url)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Leave verification to the shared TLS context, which always asks for it."""
 
     def build_response(self, req: Any, resp: Any) -> requests.Response:
-        """Wrap the answer without a cookie jar or an encoding guess, neither of which an image needs."""
+        """Wrap status and answer: an image needs no cookie jar, no encoding guess, and ``raw`` has the headers."""
         response = requests.Response()
-        response.status_code = resp.status
-        response.headers = CaseInsensitiveDict(resp.headers)
-        response.raw, response.url, response.request = resp, req.url, req
+        response.status_code, response.raw = resp.status, resp
         return response
 
 
@@ -180,13 +164,14 @@ def _tls_context() -> ssl.SSLContext:
 
 
 def make_session(options: FetchOptions, resolver: Resolver, per_host: int, user_agent: str) -> requests.Session:
-    """Give a worker's session. Only ``http`` and ``https`` have a transport."""
+    """Return a worker's session. Only ``http`` and ``https`` have a transport."""
     session = requests.Session()
     session.trust_env = False  # no proxies, no netrc: the connection goes where we checked, with nobody's password
     session.adapters.clear()
     adapter = SafeAdapter(options, resolver, per_host)
     session.mount("http://", adapter)
     session.mount("https://", adapter)
-    session.headers.clear()
-    session.headers.update({"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"})
+    session.headers = CaseInsensitiveDict(
+        {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+    )
     return session

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from imnet_prep.errors import DownloadError
 from imnet_prep.runtime import cpu_count
-
-MIB = 1 << 20
 
 
 class FailReason(enum.StrEnum):
@@ -54,7 +53,7 @@ class FetchOptions:
     read_timeout_s: float = 20.0
     min_bytes_per_s: float = 1024.0
     slow_grace_s: float = 10.0
-    max_bytes: int = 20 * MIB  # the largest ILSVRC2012 photograph has 15 MB
+    max_bytes: int = 20 << 20  # the largest ILSVRC2012 photograph has 15 MB
     max_redirects: int = 8  # browsers take 20; a photograph host needs one or two
     allow_private: bool = False
     honour_opt_out: bool = True
@@ -94,9 +93,8 @@ class PoliteOptions:
     def __post_init__(self) -> None:
         _positive("--concurrency", self.concurrency)
         _positive("--per-host", self.per_host)
-        for name, value in (("--rate-per-host", self.rate_per_host), ("--retries", self.retries)):
-            if not 0 <= value < float("inf"):
-                raise DownloadError(f"{name} is out of range", expected="zero or more", got=str(value))
+        _check("--rate-per-host", 0 <= self.rate_per_host < math.inf, "zero or more", self.rate_per_host)
+        _check("--retries", 0 <= self.retries < math.inf, "zero or more", self.retries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +117,9 @@ class ContentOptions:
     quality: int = 90
 
     def __post_init__(self) -> None:
-        if self.short_side is not None and not 8 <= self.short_side <= 8192:
-            raise DownloadError("--short-side is out of range", expected="8 to 8192 pixels", got=str(self.short_side))
-        if not 1 <= self.quality <= 100:
-            raise DownloadError("--quality is out of range", expected="1 to 100", got=str(self.quality))
+        fits = self.short_side is None or 8 <= self.short_side <= 8192
+        _check("--short-side", fits, "8 to 8192 pixels", self.short_side)
+        _check("--quality", 1 <= self.quality <= 100, "1 to 100", self.quality)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +148,18 @@ class DownloadOptions:
     content: ContentOptions = field(default_factory=ContentOptions)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_failed_frac <= 1:
-            raise DownloadError(
-                "--max-failed is out of range", expected="a share from 0% to 100%", got=f"{self.max_failed_frac:.4g}"
-            )
+        share = self.max_failed_frac
+        _check("--max-failed", 0 <= share <= 1, "a share from 0% to 100%", f"{share:.4g}")
 
     def process_count(self) -> int:
-        """Give the number of worker processes: as asked, else the cores that this process may use."""
-        wanted = self.processes or cpu_count()
-        return max(1, min(wanted, self.polite.concurrency))
+        """Return the number of worker processes: as asked, else the cores that this process may use."""
+        return max(1, min(self.processes or cpu_count(), self.polite.concurrency))
 
 
 def _positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise DownloadError(f"{name} is out of range", expected="more than zero", got=str(value))
+    _check(name, 0 < value < math.inf, "more than zero", value)
+
+
+def _check(name: str, fits: bool, expected: str, got: object) -> None:
+    if not fits:
+        raise DownloadError(f"{name} is out of range", expected=expected, got=str(got))

@@ -17,6 +17,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -29,6 +30,7 @@ _CHUNK = 1 << 20
 _ID = re.compile(rb"(n\d{8})_[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
 _TAB_ID = re.compile(rb"([A-Za-z0-9][A-Za-z0-9._-]{0,99})_[0-9]{1,20}")
 _NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_BLANK = re.compile(rb"([ \t])")
 _URL_START = re.compile(rb"[A-Za-z][A-Za-z0-9+.\-]*:/?/?", re.IGNORECASE)
 _BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -69,17 +71,17 @@ def parse_line(raw: bytes, wnid: str | None) -> Line | Malformed | None:
         return None
     if b"\x00" in raw:
         return Malformed("NUL byte")
-    cut = _first_blank(raw)
-    head = raw[:cut] if cut >= 0 else raw
-    if _URL_START.match(head):
-        return _plain(raw, wnid)
-    if cut < 0:
-        return Malformed("no URL")
+    head, *more = _BLANK.split(raw, maxsplit=1)
     try:
-        url = normalise_url(raw[cut + 1 :].lstrip())
+        if _URL_START.match(head):
+            url = normalise_url(raw)
+            return Malformed("no class (give --wnid)") if wnid is None else _named(wnid, url)
+        if not more:
+            return Malformed("no URL")
+        url = normalise_url(more[1])
     except BadUrl as error:
         return Malformed(str(error))
-    match = _ID.fullmatch(head) or (_TAB_ID.fullmatch(head) if raw[cut] == 0x09 else None)
+    match = _ID.fullmatch(head) or (_TAB_ID.fullmatch(head) if more[0] == b"\t" else None)
     if match:
         return Line(match[1].decode("ascii"), head.decode("ascii"), url)
     if _NAME.fullmatch(head):
@@ -87,22 +89,22 @@ def parse_line(raw: bytes, wnid: str | None) -> Line | Malformed | None:
     return Malformed("neither an id nor a class before the URL")
 
 
-def _first_blank(raw: bytes) -> int:
-    space, tab = raw.find(b" "), raw.find(b"\t")
-    return max(space, tab) if space < 0 or tab < 0 else min(space, tab)
-
-
-def _plain(raw: bytes, wnid: str | None) -> Line | Malformed:
-    try:
-        url = normalise_url(raw)
-    except BadUrl as error:
-        return Malformed(str(error))
-    return Malformed("no class (give --wnid)") if wnid is None else _named(wnid, url)
-
-
 def _named(wnid: str, url: str) -> Line:
-    """Give a URL without an id a stable one: it does not depend on the line's place in the list."""
+    """Make a stable id for a URL without one: it does not depend on the line's place in the list."""
     return Line(wnid, f"{wnid}_{hashlib.sha256(url.encode()).hexdigest()[:16]}", url)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError of reading a URL list into the user's error.
+
+    Raises:
+        DownloadError: the list cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DownloadError(f"cannot read URL list {path}", got=error.strerror or str(error)) from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -120,23 +122,17 @@ def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         DownloadError: the list is not there, not readable, UTF-16, or damaged gzip.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(2)
-            file.seek(0)
-            if magic in _BOMS_16:
-                raise DownloadError(f"URL list {path} is UTF-16", remedy="convert it: iconv -f UTF-16 -t UTF-8")
-            if magic == b"\x1f\x8b":
-                with gzip.open(file, "rb") as unzipped:
-                    yield from _blocks(unzipped)
-            else:
-                yield from _blocks(file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DownloadError(
-            f"URL list {path} is damaged gzip", got=str(error), remedy="fetch it again; its lines were not taken in"
-        ) from error
-    except OSError as error:
-        raise DownloadError(f"cannot read URL list {path}", got=error.strerror or str(error)) from error
+    with readable(path), path.open("rb") as file:
+        magic = file.read(2)
+        file.seek(0)
+        if magic in _BOMS_16:
+            raise DownloadError(f"URL list {path} is UTF-16", remedy="convert it: iconv -f UTF-16 -t UTF-8")
+        try:
+            yield from _blocks(gzip.GzipFile(fileobj=file) if magic == b"\x1f\x8b" else file)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DownloadError(
+                f"URL list {path} is damaged gzip", got=str(error), remedy="fetch it again; its lines were not taken in"
+            ) from error
 
 
 def _blocks(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:

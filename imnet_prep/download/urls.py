@@ -8,32 +8,27 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from urllib.parse import urljoin
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import idna
 
 SCHEMES = ("http", "https")
 DEFAULT_PORT = {"http": 80, "https": 443}
 MAX_URL_BYTES = 16384
-# Printable ASCII that may stand in a path or query as it is; '%' is handled apart.
-_KEEP = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~:/?[]@!$&'()*+,;=")
-_QUOTED = {byte: f"%{byte:02X}" for byte in range(256) if byte not in _KEEP}
 _CLEAN_TAIL = re.compile(rb"[A-Za-z0-9\-._~:/?@!$&'()*+,;=]*")
 _SPLIT = re.compile(rb"([A-Za-z][A-Za-z0-9+.\-]*):(?://)?([^/?#\\]*)([^#]*)", re.DOTALL)
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9_\-.]*[a-z0-9_])?\.?")
 _HEX = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+# Flickr answers a lost photograph with 302 to one of these: photo_unavailable.png, _l.png, _en-us.png, ...
+_PLACEHOLDER_NAME = re.compile(r"photo_unavailable[^/]*", re.IGNORECASE)
 
 
 class BadUrl(ValueError):
-    """A URL that cannot be fetched as it stands; the message says why. ``scheme`` tells a refused scheme apart."""
-
-    def __init__(self, why: str, *, scheme: bool = False) -> None:
-        self.scheme = scheme
-        super().__init__(why)
+    """A URL that cannot be fetched as it stands; the message says why."""
 
 
 def normalise_url(raw: bytes) -> str:
-    """Give the ASCII form that is stored and requested.
+    """Return the ASCII form that is stored and requested.
 
     Scheme and host lower-case, IDN as punycode, spaces and other bytes outside RFC 3986 percent-encoded as they are
     (whatever their encoding), fragment and credentials dropped, a default port dropped, an empty path made ``/``.
@@ -49,19 +44,17 @@ def normalise_url(raw: bytes) -> str:
         raise BadUrl("no scheme")
     scheme = parts[1].decode("ascii").lower()
     if scheme not in SCHEMES:
-        raise BadUrl(f"scheme {scheme} is not http or https", scheme=True)
+        raise BadUrl(f"scheme {scheme} is not http or https")
     if raw[len(scheme) : len(scheme) + 3] != b"://":
         raise BadUrl("no // after the scheme")
     host, port = _authority(parts[2])
-    tail = parts[3]
-    if not _CLEAN_TAIL.fullmatch(tail):
-        tail = _HEX.sub(b"%25", tail)
-        tail = "".join(chr(byte) if byte == 0x25 or byte in _KEEP else _QUOTED[byte] for byte in tail).encode()
-    text = tail.decode("ascii")
-    if not text.startswith("/"):
-        text = "/" + text
+    tail = parts[3] if parts[3].startswith(b"/") else b"/" + parts[3]
+    if _CLEAN_TAIL.fullmatch(tail):
+        path = tail.decode("ascii")
+    else:
+        path = quote(_HEX.sub(b"%25", tail), safe="-._~:/?[]@!$&'()*+,;=%")
     suffix = "" if port in (None, DEFAULT_PORT[scheme]) else f":{port}"
-    return f"{scheme}://{host}{suffix}{text}"
+    return f"{scheme}://{host}{suffix}{path}"
 
 
 def _authority(raw: bytes) -> tuple[str, int | None]:
@@ -113,22 +106,29 @@ def join_redirect(base: str, location: bytes) -> str:
     Raises:
         BadUrl: as :func:`normalise_url`, and for an empty header.
     """
-    location = location.strip()
-    if not location:
+    if not location.strip():
         raise BadUrl("empty Location")
     # Latin-1 keeps every byte as one character through urljoin; file: and friends must not be joined away.
     try:
-        joined = urljoin(base, location.decode("latin-1"))
+        joined = urljoin(base, location.strip().decode("latin-1"))
     except ValueError as error:
         raise BadUrl("Location is not a URL") from error
     return normalise_url(joined.encode("latin-1"))
 
 
+def is_placeholder_url(url: str) -> bool:
+    """Say whether a URL is a host's stand-in for a lost photograph, by its file name."""
+    if "%" not in url and "unavailable" not in url.lower():  # the common case, without taking the URL apart
+        return False
+    name = unquote(urlsplit(url).path).rpartition("/")[2]
+    return bool(_PLACEHOLDER_NAME.fullmatch(name))
+
+
 def host_of(url: str) -> str:
-    """Give the politeness key of a normalised URL: ``name`` or ``name:port``; http and https of a name are one host."""
+    """Return the politeness key of a normalised URL, ``name`` or ``name:port``; http and https are one host."""
     return url.split("/", 3)[2]
 
 
 def host_key(host: str) -> int:
-    """Give a stable positive 63-bit key of a host, as stored in the journal."""
+    """Return a stable positive 63-bit key of a host, as stored in the journal."""
     return int.from_bytes(hashlib.blake2b(host.encode(), digest_size=8).digest(), "little") >> 1
