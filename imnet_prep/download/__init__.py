@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from imnet_prep.download.journal import JOURNAL_NAME, Finished, Totals, is_download_folder, read_finished
+from imnet_prep.download.journal import JOURNAL_NAME, Finished, Totals, read_finished
 from imnet_prep.download.options import ContentOptions, DownloadOptions, FailReason, FetchOptions, PoliteOptions
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ __all__ = [
     "PoliteOptions",
     "Totals",
     "download",
-    "is_download_folder",
     "read_finished",
 ]
 

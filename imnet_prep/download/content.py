@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from imnet_prep import imaging
+from imnet_prep.download.fetch import Body, Failure
 from imnet_prep.download.options import ContentOptions, FailReason
 from imnet_prep.formats import sniff
 from imnet_prep.types import ImageRef, RawImage, Reason, Sample
 from imnet_prep.validate import ValidateOptions, validate
 
-# Flickr answers a lost photograph with 302 to one of these: photo_unavailable.png, _l.png, _en-us.png, ...
-# Source: ../shared/FACTS.md section 5.
-_PLACEHOLDER_NAME = re.compile(r"photo_unavailable[^/]*", re.IGNORECASE)
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 _FAIL = {
     Reason.EMPTY: FailReason.NOT_AN_IMAGE,
@@ -38,71 +34,38 @@ class Image:
     """An image that passed.
 
     Attributes:
+        sample: What the check found; its ``sha256`` is that of ``data`` where that was re-encoded.
         ext: Extension of the stored bytes' real format.
-        data: What to store. reencoded: Whether that differs from what came.
-        sha256: Digest of what came. stored_sha256: Digest of ``data``.
-        width, height: Of ``data``, in pixels.
+        data: What to store: the bytes as they came, or re-encoded ones.
         flat: A picture with one dominant colour, such as a sign.
     """
 
+    sample: Sample
     ext: str
     data: bytes
-    reencoded: bool
-    sha256: bytes
-    stored_sha256: bytes
-    width: int
-    height: int
     flat: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """An answer that is no image to keep."""
-
-    reason: FailReason
-    detail: str
-
-
-def is_placeholder_url(url: str) -> bool:
-    """Say whether a URL is a host's stand-in for a lost photograph, by its file name."""
-    if "%" not in url and "unavailable" not in url.lower():  # the common case, without taking the URL apart
-        return False
-    name = unquote(urlsplit(url).path).rpartition("/")[2]
-    return bool(_PLACEHOLDER_NAME.fullmatch(name))
-
-
-def judge(data: bytes, options: ContentOptions) -> Image | Refused:
+def judge(body: Body, options: ContentOptions) -> Image | Failure:
     """Read every compressed bit of an answer and say what it is.
 
     Args:
-        data: The whole body, decompressed.
+        body: The answer.
         options: Limits and storage.
     """
     checks = ValidateOptions(short_side=options.short_side, quality=options.quality, max_bytes=_MAX_STORED)
-    raw = RawImage(ImageRef("train", "", "download", "", 0, len(data)), data)
-    sample = validate(raw, checks)
+    sample = validate(RawImage(ImageRef("train", "", "download", "", 0, len(body.data)), body.data), checks)
     if not isinstance(sample, Sample):
-        return Refused(_FAIL.get(sample.reason, FailReason.NOT_AN_IMAGE), sample.detail)
+        return Failure(_FAIL.get(sample.reason, FailReason.NOT_AN_IMAGE), sample.detail, body.status)
     if min(sample.width, sample.height) < options.min_side:
-        return Refused(FailReason.PLACEHOLDER, f"tiny: {sample.width} x {sample.height} pixels")
-    kind = sniff(data)
-    flat = False
-    if _may_be_flat(sample):
-        one_colour, flat = _colours(sample)
-        if one_colour:
-            return Refused(FailReason.PLACEHOLDER, "an image of one colour")
-    keeps = options.short_side is None
-    source = bytes.fromhex(sample.source_sha256)
-    return Image(
-        ext=_EXTENSION[kind] if keeps else "jpg",
-        data=data if keeps else sample.image,
-        reencoded=not keeps and sample.image is not data,
-        sha256=source,
-        stored_sha256=source if keeps else bytes.fromhex(sample.sha256),
-        width=sample.width,
-        height=sample.height,
-        flat=flat,
-    )
+        tiny = f"tiny: {sample.width} x {sample.height} pixels"
+        return Failure(FailReason.PLACEHOLDER, tiny, body.status)
+    one_colour, flat = _colours(sample) if _may_be_flat(sample) else (False, False)
+    if one_colour:
+        return Failure(FailReason.PLACEHOLDER, "an image of one colour", body.status)
+    if options.short_side is None:
+        return Image(sample, _EXTENSION[sniff(body.data)], body.data, flat)
+    return Image(sample, "jpg", sample.image, flat)
 
 
 def _may_be_flat(sample: Sample) -> bool:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import email.utils
 import http.client
-import socket
 import ssl
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,18 @@ import urllib3
 from requests.structures import CaseInsensitiveDict
 
 from imnet_prep.download.addresses import AddressRefused, NameFailed
-from imnet_prep.download.content import is_placeholder_url
 from imnet_prep.download.net import BUDGET, TooSlow
 from imnet_prep.download.options import FailReason, FetchOptions
-from imnet_prep.download.urls import BadUrl, join_redirect
+from imnet_prep.download.urls import BadUrl, is_placeholder_url, join_redirect
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAIN_BYTES = 65536  # a rest up to this size is read so that the connection can be used again
 _CHUNK = 65536
 _OPT_OUT = frozenset({"noai", "noimageai"})
 _AGENT = "imnet-prep"  # our name in X-Robots-Tag
-_RETRIED_4XX = frozenset({408, 421, 425})  # they say "not now" or "not on this connection"
+_REASONS = {404: FailReason.GONE, 410: FailReason.GONE, 429: FailReason.RATE_LIMITED}
+_PASSING_4XX = frozenset({408, 421, 425, 429})  # they say "not now" or "not on this connection"
+_NETWORK_ERRORS = (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,11 @@ class Failure:
     retry_after_s: float | None = None
     aborted: bool = False
 
+    @property
+    def limited(self) -> bool:
+        """Whether the host asked to be left alone for a while."""
+        return self.retry_after_s is not None or self.status == 429
+
 
 class Fetcher:
     """Makes requests through a worker's session."""
@@ -84,6 +90,8 @@ class Fetcher:
             url: Normalised.
             spent_s: Seconds that earlier hops of this attempt took; they count against the total.
         """
+        if is_placeholder_url(url):
+            return Failure(FailReason.PLACEHOLDER, "the host's placeholder, by its URL")
         BUDGET.start(self._options, time.monotonic() + max(0.1, self._options.timeout_s - spent_s))
         request = requests.PreparedRequest()
         request.method, request.url, request.hooks = "GET", url, {}
@@ -93,32 +101,27 @@ class Fetcher:
         try:
             response = self._session.get_adapter(url).send(request, stream=True, timeout=timeout)
             status = response.status_code
-            raw = response.raw
             try:
-                return self._answer(url, status, raw)
+                return self._answer(url, status, response.raw)
             finally:
-                _let_go(raw)
-        except (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException, ValueError) as error:
+                _let_go(response.raw)
+        except _NETWORK_ERRORS as error:
             return _failed(error, status)
 
     def _answer(self, url: str, status: int, raw: Any) -> Body | Hop | Failure:
-        headers = raw.headers
         if 300 <= status < 400:
-            return _redirect(url, status, headers)
-        if status == 429 or (status == 503 and "Retry-After" in headers):
-            reason = FailReason.RATE_LIMITED if status == 429 else FailReason.HTTP_5XX
-            wait = parse_retry_after(headers.get("Retry-After"), time.time())
-            return Failure(reason, f"HTTP {status}", status, transient=True, retry_after_s=wait)
-        if 400 <= status < 500 or status >= 600:
-            reason = FailReason.GONE if status in (404, 410) else FailReason.HTTP_4XX
-            return Failure(reason, f"HTTP {status}", status, transient=status in _RETRIED_4XX)
-        if status >= 500:
-            return Failure(FailReason.HTTP_5XX, f"HTTP {status}", status, transient=True)
+            return _redirect(url, status, raw.headers.get("Location"))
+        if status >= 400:
+            server_error = 500 <= status < 600
+            reason = _REASONS.get(status, FailReason.HTTP_5XX if server_error else FailReason.HTTP_4XX)
+            asked = raw.headers.get("Retry-After") if status in (429, 503) else None
+            wait = parse_retry_after(asked, time.time())
+            return Failure(reason, f"HTTP {status}", status, server_error or status in _PASSING_4XX, retry_after_s=wait)
         if status == 206:
             return Failure(FailReason.TRUNCATED, "HTTP 206: a part of the image, unasked", status)
         if status not in (200, 203):
             return Failure(FailReason.NOT_AN_IMAGE, f"HTTP {status} holds no image", status)
-        if self._options.honour_opt_out and opted_out(headers.getlist("X-Robots-Tag")):
+        if self._options.honour_opt_out and opted_out(raw.headers.getlist("X-Robots-Tag")):
             return Failure(FailReason.OPTED_OUT, "X-Robots-Tag", status)
         return self._read(status, raw)
 
@@ -134,56 +137,44 @@ class Fetcher:
                 short = f"the body ended after {len(data)} of {declared} bytes"
                 return Failure(FailReason.TRUNCATED, short, status, transient=True)
         else:
-            parts, size = [], 0
+            whole = bytearray()
             for part in _parts(raw):
-                parts.append(part)
-                size += len(part)
-                if size > limit:
+                whole += part
+                if len(whole) > limit:
                     return Failure(FailReason.TOO_LARGE, f"more than {limit} bytes", status, aborted=True)
-            data = b"".join(parts)
+            data = bytes(whole)
         encoding = raw.headers.get("Content-Encoding", "").strip().lower()
-        if encoding not in ("", "identity"):
-            unpacked = unpack(data, encoding, limit)
-            if isinstance(unpacked, Failure):
-                return unpacked
-            data = unpacked
-        return Body(status, data)
+        unpacked = data if encoding in ("", "identity") else unpack(data, encoding, limit)
+        return unpacked if isinstance(unpacked, Failure) else Body(status, unpacked)
 
 
 def _parts(raw: Any) -> Iterator[bytes]:
-    """Give a body of unknown length piece by piece, chunked or up to the connection's end."""
+    """Yield a body of unknown length piece by piece, chunked or up to the connection's end."""
     if raw.chunked and raw.supports_chunked_reads():
         yield from raw.read_chunked(_CHUNK, decode_content=False)
-        return
-    while part := raw.read(_CHUNK, decode_content=False):
-        yield part
+    else:
+        yield from iter(lambda: raw.read(_CHUNK, decode_content=False), b"")
 
 
 def _let_go(raw: Any) -> None:
-    """Give the connection back where the answer was read to its end or soon will be, else close it."""
-    left = raw.length_remaining
-    try:
+    """Return the connection to its pool where the answer was read to its end or soon will be, else close it."""
+    with suppress(*_NETWORK_ERRORS):
         if raw._connection is None:
             return
-        if left is not None and left <= _DRAIN_BYTES and not raw.chunked:
-            if left:
-                raw.read(left, decode_content=False)
+        if raw.chunked:
+            parts = enumerate(raw.read_chunked(_CHUNK, decode_content=False))
+            at_end = all(number == 0 and len(part) <= _DRAIN_BYTES for number, part in parts)
+        else:
+            at_end = raw.length_remaining is not None and raw.length_remaining <= _DRAIN_BYTES
+            if at_end and raw.length_remaining:
+                raw.read(raw.length_remaining, decode_content=False)
+        if at_end:
             raw.release_conn()
             return
-        if raw.chunked:
-            for size, part in enumerate(raw.read_chunked(_CHUNK, decode_content=False)):
-                if size or len(part) > _DRAIN_BYTES:
-                    break
-            else:
-                raw.release_conn()
-                return
-    except (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException, ValueError):
-        pass
     raw.close()
 
 
-def _redirect(url: str, status: int, headers: Any) -> Hop | Failure:
-    location = headers.get("Location")
+def _redirect(url: str, status: int, location: str | None) -> Hop | Failure:
     if status not in _REDIRECTS or location is None:
         return Failure(FailReason.REDIRECT_REFUSED, f"HTTP {status} without a place to go", status)
     try:
@@ -241,60 +232,46 @@ def unpack(data: bytes, encoding: str, limit: int) -> bytes | Failure:
     return Failure(FailReason.NOT_AN_IMAGE, "the compressed body is damaged", 200)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Walk an exception's causes: the libraries wrap the one that says what happened."""
-    seen: set[int] = set()
-    queue: list[Any] = [error]
-    while queue:
-        one = queue.pop(0)
-        if not isinstance(one, BaseException) or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        queue += [getattr(one, "reason", None), one.__cause__, one.__context__, *one.args]
+def _causes(error: BaseException) -> list[BaseException]:
+    """List an exception and its causes, outermost first: the libraries wrap the one that says what happened."""
+    found = [error]
+    for one in found:  # which grows
+        named = (getattr(one, "reason", None), one.__cause__, one.__context__, *one.args)
+        inner = dict.fromkeys(item for item in named if isinstance(item, BaseException))
+        found += [item for item in inner if item not in found]
+    return found
 
 
 def _failed(error: BaseException, status: int | None) -> Failure:
     """Turn what the network or the libraries raised into a reason."""
     answered = status is not None
-    for one in _causes(error):
-        if isinstance(one, NameFailed):
-            return Failure(FailReason.DNS, str(one), transient=one.transient, answered=False)
-        if isinstance(one, AddressRefused):
-            return Failure(FailReason.ADDRESS_REFUSED, str(one))
-        if isinstance(one, TooSlow):
-            return Failure(FailReason.TOO_SLOW, str(one), status, transient=True, aborted=True)
-        if (
-            isinstance(one, ssl.SSLError)
-            and not isinstance(one, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-            and not answered
-        ):
-            if isinstance(one, TimeoutError):
-                break
-            if isinstance(one, ssl.SSLCertVerificationError):
-                return Failure(FailReason.TLS, one.verify_message, transient=False)
-            return Failure(FailReason.TLS, one.reason or str(one), transient=True, answered=False)
-        if isinstance(one, ssl.CertificateError):
-            return Failure(FailReason.TLS, str(one), transient=False)
-    for one in _causes(error):
-        if isinstance(one, TimeoutError | socket.timeout | urllib3.exceptions.TimeoutError):
+    causes = _causes(error)
+    for one in causes:
+        match one:
+            case NameFailed():
+                return Failure(FailReason.DNS, str(one), transient=one.transient, answered=False)
+            case AddressRefused():
+                return Failure(FailReason.ADDRESS_REFUSED, str(one))
+            case TooSlow():
+                return Failure(FailReason.TOO_SLOW, str(one), status, transient=True, aborted=True)
+            case ssl.SSLCertVerificationError():
+                return Failure(FailReason.TLS, one.verify_message)
+            case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
+                continue  # a closed connection, not a fault of TLS
+            case ssl.SSLError() if not answered:
+                return Failure(FailReason.TLS, one.reason or str(one), transient=True, answered=False)
+    for one in causes:
+        if isinstance(one, TimeoutError | urllib3.exceptions.TimeoutError):
             where = "while reading the body" if answered else "before an answer"
             return Failure(FailReason.TIMEOUT, where, status, transient=True, answered=answered, aborted=True)
         if isinstance(one, http.client.HTTPException) and ("header" in str(one) or "status line" in str(one)):
             return Failure(FailReason.TOO_LARGE, f"header: {one}", status, aborted=True)
-    words = _words(error)
+    # The innermost cause's own words, without the objects and URLs that the wrappers print.
+    last = causes[-1]
+    plain = next((one.strerror for one in reversed(causes) if isinstance(one, OSError) and one.strerror), None)
+    words = plain or f"{type(last).__name__}: {str(last) or type(last).__name__}"[:200]
     if answered:
         return Failure(FailReason.TRUNCATED, words, status, transient=True)
-    heard = any(isinstance(one, http.client.BadStatusLine) and not isinstance(one, http.client.RemoteDisconnected)
-                for one in _causes(error))  # fmt: skip
+    statuses = [one for one in causes if isinstance(one, http.client.BadStatusLine)]
+    heard = not all(isinstance(one, http.client.RemoteDisconnected) for one in statuses)
     return Failure(FailReason.CONNECT, "not HTTP" if heard else words, transient=True, answered=heard)
-
-
-def _words(error: BaseException) -> str:
-    """Give the innermost cause's own words, without the objects and URLs that the wrappers print."""
-    causes = list(_causes(error))
-    for one in reversed(causes):
-        if isinstance(one, OSError) and one.strerror:
-            return one.strerror
-    text = str(causes[-1]) or type(causes[-1]).__name__
-    return f"{type(causes[-1]).__name__}: {text}"[:200]

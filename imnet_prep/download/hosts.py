@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
-from collections.abc import Callable, Container, Iterator, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator, MutableSequence, Sequence
+from dataclasses import dataclass, field, replace
 
 from imnet_prep.download.fetch import Failure
+from imnet_prep.download.journal import Outcome
 from imnet_prep.download.options import FailReason, PoliteOptions
 from imnet_prep.download.urls import host_key, host_of
 from imnet_prep.download.worker import Lane, Task, backoff_s
@@ -25,6 +26,7 @@ _HOSTS_AT_WORK = 256  # hosts with work at hand; paused ones do not count
 _CAP_UP_EVERY = 20  # good answers after which a host that said 429 gets a lane back
 
 ReadMore = Callable[[int, int, int], list[tuple[int, str, int]]]  # (host key, after row, limit) -> (row, url, attempts)
+GiveUp = Callable[[int, Failure, Sequence[Task]], None]  # (host key, why, tasks at hand)
 
 
 @dataclass(slots=True, eq=False)
@@ -33,8 +35,8 @@ class Host:
 
     Attributes:
         slot: Its place in the array that workers consult before each request.
+        quota: Most lanes, by process. lanes: Lanes at work, by process. cap: Most lanes now, lowered by 429.
         queue: URLs at hand. cursor: Last row read from the journal. more: Whether the journal may hold more.
-        lanes: Lanes at work, by process. quota: Most lanes, by process. cap: Most lanes now, lowered by 429.
         held: Tasks at work or waiting for a retry. blocked_until: No request before.
         streak: Attempts in a row without any HTTP answer. probes: Failed probes of the open breaker, -1 while closed.
         task_s: Moving average of seconds a URL.
@@ -42,7 +44,7 @@ class Host:
 
     key: int
     slot: int
-    quota: list[int]
+    quota: Counter[int]
     lanes: list[int]
     cap: int
     queue: deque[Task] = field(default_factory=deque)
@@ -58,8 +60,16 @@ class Host:
     served: int = 0
 
     def at_work(self) -> int:
-        """Give the number of lanes at work."""
+        """Return the number of lanes at work."""
         return sum(self.lanes)
+
+    def is_willing(self, process: int, now: float) -> bool:
+        """Say whether a process may have another lane of this host now."""
+        return (
+            self.lanes[process] < self.quota[process]
+            and max(self.blocked_until, self.next_at) <= now
+            and self.at_work() < (1 if self.probes >= 0 else self.cap)
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -71,16 +81,6 @@ class _LaneState:
     tasks: dict[int, Task]
 
 
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """A host that is given up: ``tasks`` at hand and whatever the journal still has of it fail with ``reason``."""
-
-    host: int
-    reason: FailReason
-    detail: str
-    tasks: tuple[Task, ...]
-
-
 class Scheduler:
     """Holds hosts, lanes and retries; the caller tells it what happened and when, and asks for lanes.
 
@@ -89,6 +89,7 @@ class Scheduler:
         processes: Number of worker processes. threads: Threads in each.
         hosts: Keys of hosts with pending URLs, in the order of their turn.
         read_more: Reads a host's next pending URLs from the journal.
+        give_up: Fails the tasks at hand of a host that is given up, and whatever the journal still has of it.
         ended: Rows that have ended without the journal knowing yet.
         blocked_until: Shared array by host slot; the scheduler writes pauses into it, workers read it.
     """
@@ -98,23 +99,24 @@ class Scheduler:
         options: PoliteOptions,
         processes: int,
         threads: int,
-        hosts: Sequence[int],
+        hosts: Iterable[int],
         read_more: ReadMore,
+        give_up: GiveUp,
         ended: Container[int],
         blocked_until: MutableSequence[float],
     ) -> None:
-        self._options, self._processes = options, processes
-        self._threads = threads
+        self._options, self._threads = options, threads
         self._free = [0] * processes  # none before the process says that it is ready
         self._left = options.concurrency
         self._backlog = iter(hosts)
-        self._read_more, self._ended, self._shared = read_more, ended, blocked_until
+        self._read_more, self._give_up = read_more, give_up
+        self._ended, self._shared = ended, blocked_until
         self._slots = list(range(len(blocked_until) - 1, -1, -1))
         self._hosts: dict[int, Host] = {}
         self._queued: dict[int, Host] = {}  # those of them with URLs at hand; many others may wait for a retry
         self._lanes: dict[int, _LaneState] = {}
         self._rows: dict[int, int] = {}  # rows in memory -> their lane, 0 while queued or waiting
-        self._gone: dict[int, tuple[FailReason, str]] = {}  # hosts that were given up, and why
+        self._gone: dict[int, Failure] = {}  # hosts that were given up, and why
         self._delayed: list[tuple[float, int, Host, Task]] = []
         self._numbers = itertools.count(1)
 
@@ -125,60 +127,41 @@ class Scheduler:
         return not self._hosts
 
     def in_flight(self) -> int:
-        """Give the number of lanes at work."""
+        """Return the number of lanes at work."""
         return len(self._lanes)
 
     def next_event(self, now: float) -> float:
-        """Give the seconds until a pause or a retry ends, at most one."""
-        soonest = self._delayed[0][0] if self._delayed else now + 1.0
-        for host in self._queued.values():
-            due = max(host.blocked_until, host.next_at)
-            if due > now:
-                soonest = min(soonest, due)
-        return max(0.0, min(1.0, soonest - now))
+        """Return the seconds until a pause or a retry ends, at most one."""
+        pauses = (max(host.blocked_until, host.next_at) for host in self._queued.values())
+        retries = (item[0] for item in self._delayed[:1])
+        soonest = min([now + 1.0, *(due for due in pauses if due > now), *retries])
+        return max(0.0, soonest - now)
 
     def assign(self, now: float) -> Iterator[tuple[int, Lane]]:
         """Yield (process, lane) as long as a thread and a willing host are free."""
         self._wake(now)
         self._activate(now)
-        for process in sorted(range(self._processes), key=lambda one: -self._free[one]):
+        for process in sorted(range(len(self._free)), key=lambda one: -self._free[one]):
             while self._free[process] > 0 and self._left > 0:
-                host = self._choose(process, now)
+                willing = (host for host in self._queued.values() if host.is_willing(process, now))
+                host = min(willing, key=lambda host: (host.at_work(), host.served), default=None)
                 if host is None:
                     break
                 yield process, self._make_lane(host, process, now)
 
-    def _choose(self, process: int, now: float) -> Host | None:
-        best: Host | None = None
-        best_rank = (0, 0)
-        for host in self._queued.values():
-            if host.lanes[process] >= host.quota[process]:
-                continue
-            at_work = sum(host.lanes)
-            if host.blocked_until > now or host.next_at > now or at_work >= (1 if host.probes >= 0 else host.cap):
-                continue
-            rank = (at_work, host.served)
-            if best is None or rank < best_rank:
-                best, best_rank = host, rank
-        return best
-
     def _make_lane(self, host: Host, process: int, now: float) -> Lane:
         number = next(self._numbers)
-        count = self._lane_length(host)
-        tasks = tuple(host.queue.popleft() for _ in range(count))
+        tasks = tuple(host.queue.popleft() for _ in range(self._lane_length(host)))
         if self._options.rate_per_host:
             host.next_at = max(now, host.next_at) + 1.0 / self._options.rate_per_host
         host.lanes[process] += 1
-        host.held += count
+        host.held += len(tasks)
         host.served = number
         self._free[process] -= 1
         self._left -= 1
-        self._lanes[number] = _LaneState(host, process, now, count, {task.row: task for task in tasks})
-        for task in tasks:
-            self._rows[task.row] = number
+        self._lanes[number] = _LaneState(host, process, now, len(tasks), {task.row: task for task in tasks})
+        self._rows |= dict.fromkeys(self._lanes[number].tasks, number)
         self._refill(host)
-        if not host.queue:
-            self._queued.pop(host.key, None)
         return Lane(number, host.slot, tasks)
 
     def _lane_length(self, host: Host) -> int:
@@ -193,190 +176,180 @@ class Scheduler:
         """Take note that a process has started: until then a lane given to it would only wait, and spoil the pace."""
         self._free[process] = self._threads
 
-    def ended(self, row: int, answered: bool, reason: FailReason | None, detail: str, now: float) -> Abandoned | None:
-        """Take note that a URL has ended; ``answered`` says whether its host gave any HTTP answer."""
-        host = self._take(row)
-        if host is None:
-            return None
-        del self._rows[row]
-        host.held -= 1
-        return self._judge(host, answered, reason or FailReason.CONNECT, detail, now)
+    def ended(self, outcome: Outcome, now: float) -> None:
+        """Take note that a URL has ended."""
+        host = self._take(outcome.row)
+        if host:
+            del self._rows[outcome.row]
+            host.held -= 1
+            failure = Failure(outcome.reason or FailReason.CONNECT, outcome.detail, answered=outcome.answered)
+            self._judge(host, failure, now)
 
-    def retry(self, task: Task, failure: Failure, now: float) -> Abandoned | None:
+    def retry(self, task: Task, failure: Failure, now: float) -> None:
         """Take a task back for another attempt, after a pause."""
         host = self._take(task.row)
         if host is None:
-            return None
+            return
+        if host.key in self._gone:
+            host.held -= 1
+            self._refuse(host.key, (task,))
+            return
         options = self._options
         pause = backoff_s(options.backoff_s, options.max_backoff_s, task.attempts - 1)
-        if host.key in self._gone:
-            return self._refuse(host, (task,))
-        self._rows[task.row] = 0
-        if failure.retry_after_s is not None or failure.status == 429:
-            pause = failure.retry_after_s if failure.retry_after_s is not None else pause * 4
-            host.cap = max(1, host.at_work() // 2)
-            host.good = 0
+        if failure.limited:
+            pause = pause * 4 if failure.retry_after_s is None else failure.retry_after_s
+            host.cap, host.good = max(1, host.at_work() // 2), 0
             if pause > options.max_retry_after_s:
-                host.queue.append(task)
                 host.held -= 1
-                return self._abandon(host, failure.reason, f"Retry-After {pause:.0f} s is longer than we wait")
+                self._push(host, task)
+                self._abandon(host, replace(failure, detail=f"Retry-After {pause:.0f} s is longer than we wait"))
+                return
             self._block(host, now + pause)
-        heapq.heappush(self._delayed, (now + pause, next(self._numbers), host, task))
-        return self._judge(host, failure.answered, failure.reason, failure.detail, now)
+        self._delay(host, task, now + pause)
+        self._judge(host, failure, now)
 
-    def redirect(self, task: Task, now: float) -> Abandoned | None:
+    def redirect(self, task: Task, now: float) -> None:
         """Hand a task on to the host that its redirect names."""
         host = self._take(task.row)
         if host is None:
-            return None
-        self._judge(host, True, FailReason.CONNECT, "", now)
+            return
+        self._heard(host)
         key = host_key(host_of(task.url))
         if key in self._gone:
             host.held -= 1
-            self._rows.pop(task.row, None)
-            return Abandoned(key, *self._gone[key], (task,))
-        self._rows[task.row] = 0
-        target = self._host(key)
-        if target is None:  # no slot is free: it waits at the host it came from
-            heapq.heappush(self._delayed, (now + 1.0, next(self._numbers), host, task))
+            self._refuse(key, (task,))
         else:
-            host.held -= 1
-            self._push(target, task)
-        return None
+            self._move(host, key, task, now)
 
-    def lane_done(self, number: int, returned: Sequence[Task], now: float) -> Abandoned | None:
+    def lane_done(self, number: int, returned: Sequence[Task], now: float) -> None:
         """Take a lane back, with the tasks that it did not start."""
-        lane = self._lanes.pop(number, None)
-        if lane is None:
-            return None
-        host = lane.host
-        done = lane.count - len(returned)
+        if number not in self._lanes:
+            return
+        lane = self._close(number)
+        host, done = lane.host, lane.count - len(returned)
         if done:
             host.task_s += 0.3 * ((now - lane.begun) / done - host.task_s)
-        host.lanes[lane.process] -= 1
-        self._free[lane.process] += 1
-        self._left += 1
-        abandoned = None
+        host.held -= len(returned)
         if host.key in self._gone and returned:
-            abandoned = self._refuse(host, returned)
+            self._refuse(host.key, returned)
         else:
             for task in reversed(returned):
                 self._push(host, task)
-                host.held -= 1
-                self._rows[task.row] = 0
             # The worker that hears a Retry-After pauses the host for all workers before it tells us.
             host.blocked_until = max(host.blocked_until, self._shared[host.slot])
         self._retire(host)
-        return abandoned
 
-    def lost(self, process: int, now: float) -> list[Task]:
-        """Take note that a process has died, and give the tasks whose end is not known; each is to be told of next."""
-        tasks = []
-        self._free[process] = 0
-        for number, lane in [item for item in self._lanes.items() if item[1].process == process]:
-            tasks += list(lane.tasks.values())
-            del self._lanes[number]
-            lane.host.lanes[process] -= 1
-            self._left += 1
+    def lost(self, process: int) -> list[Task]:
+        """Take note that a process has died, and return the tasks whose end is not known: they are queued again."""
+        tasks: list[Task] = []
+        for number in [number for number, lane in self._lanes.items() if lane.process == process]:
+            lane = self._close(number)
+            lane.host.held -= len(lane.tasks)
             for task in lane.tasks.values():
-                self._rows[task.row] = 0
-                lane.host.held -= 1
                 self._push(lane.host, task)
+            tasks += lane.tasks.values()
+            self._retire(lane.host)
+        self._free[process] = 0
         return tasks
 
-    def drop(self, row: int) -> None:
+    def drop(self, task: Task) -> None:
         """Forget a queued task: its URL has ended by other means."""
-        for host in list(self._hosts.values()):
-            for task in host.queue:
-                if task.row == row:
-                    host.queue.remove(task)
-                    if not host.queue:
-                        self._queued.pop(host.key, None)
-                    self._rows.pop(row, None)
-                    self._retire(host)
-                    return
+        host = self._hosts[host_key(host_of(task.url))]
+        host.queue.remove(task)
+        del self._rows[task.row]
+        self._retire(host)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _take(self, row: int) -> Host | None:
         lane = self._lanes.get(self._rows.get(row, 0))
-        if lane is None:
-            return None
-        lane.tasks.pop(row, None)
-        return lane.host
+        if lane:
+            lane.tasks.pop(row, None)
+        return lane.host if lane else None
 
-    def _judge(self, host: Host, answered: bool, reason: FailReason, detail: str, now: float) -> Abandoned | None:
+    def _close(self, number: int) -> _LaneState:
+        lane = self._lanes.pop(number)
+        lane.host.lanes[lane.process] -= 1
+        self._free[lane.process] += 1
+        self._left += 1
+        return lane
+
+    def _judge(self, host: Host, failure: Failure, now: float) -> None:
         """The circuit breaker: many attempts in a row without an answer pause a host, failed probes end it."""
-        if answered:
-            host.streak, host.probes = 0, -1
-            host.good += 1
-            if host.good % _CAP_UP_EVERY == 0 and host.cap < self._options.per_host:
-                host.cap += 1
-            return None
+        if failure.answered:
+            self._heard(host)
+            return
         host.streak += 1
         options = self._options
         if host.probes < 0:
             if host.streak >= options.dead_after:
                 host.probes = 0
                 self._block(host, now + options.probe_pause_s)
-            return None
-        if host.at_work() > 1 or host.blocked_until > now:  # a straggler from before the pause, not a probe
-            return None
-        host.probes += 1
-        if host.probes >= options.dead_probes:
-            return self._abandon(
-                host, reason, f"host given up after {host.streak} attempts without an answer: {detail}"
-            )
-        self._block(host, now + options.probe_pause_s * 2.0**host.probes)
-        return None
+        elif host.at_work() <= 1 and host.blocked_until <= now:  # else a straggler from before the pause, no probe
+            host.probes += 1
+            if host.probes < options.dead_probes:
+                self._block(host, now + options.probe_pause_s * 2.0**host.probes)
+            else:
+                detail = f"host given up after {host.streak} attempts without an answer: {failure.detail}"
+                self._abandon(host, replace(failure, detail=detail))
+
+    def _heard(self, host: Host) -> None:
+        host.streak, host.probes = 0, -1
+        host.good += 1
+        if host.good % _CAP_UP_EVERY == 0 and host.cap < self._options.per_host:
+            host.cap += 1
 
     def _block(self, host: Host, until: float) -> None:
         host.blocked_until = max(host.blocked_until, until)
         self._shared[host.slot] = max(self._shared[host.slot], until)
 
-    def _refuse(self, host: Host, tasks: Sequence[Task]) -> Abandoned:
-        """Fail tasks that come back to a host which was given up meanwhile."""
-        host.held -= len(tasks)
+    def _refuse(self, key: int, tasks: Sequence[Task]) -> None:
+        """Fail tasks of a host which was given up."""
         for task in tasks:
             self._rows.pop(task.row, None)
-        return Abandoned(host.key, *self._gone[host.key], tuple(tasks))
+        self._give_up(key, self._gone[key], tasks)
 
-    def _abandon(self, host: Host, reason: FailReason, detail: str) -> Abandoned:
-        self._gone[host.key] = (reason, detail)
-        waiting = [item for item in self._delayed if item[2] is host]
+    def _abandon(self, host: Host, failure: Failure) -> None:
+        self._gone[host.key] = failure
+        waiting = [item[3] for item in self._delayed if item[2] is host]
         self._delayed = [item for item in self._delayed if item[2] is not host]
         heapq.heapify(self._delayed)
-        tasks = (*host.queue, *(item[3] for item in waiting))
+        tasks = (*host.queue, *waiting)
         host.held -= len(waiting)
         host.queue.clear()
-        self._queued.pop(host.key, None)
         host.more = False
-        for task in tasks:
-            self._rows.pop(task.row, None)
         self._retire(host)
-        return Abandoned(host.key, reason, detail, tasks)
+        self._refuse(host.key, tasks)
 
     def _wake(self, now: float) -> None:
         while self._delayed and self._delayed[0][0] <= now:
             _, _, host, task = heapq.heappop(self._delayed)
-            host.held -= 1
-            if host_key(host_of(task.url)) != host.key:
-                target = self._host(host_key(host_of(task.url)))
-                if target is None:
-                    host.held += 1
-                    heapq.heappush(self._delayed, (now + 1.0, next(self._numbers), host, task))
-                    return
-                self._push(target, task)
-                self._retire(host)
-            else:
-                self._push(host, task)
+            if not self._move(host, host_key(host_of(task.url)), task, now):
+                return
+
+    def _delay(self, host: Host, task: Task, until: float) -> None:
+        self._rows[task.row] = 0
+        heapq.heappush(self._delayed, (until, next(self._numbers), host, task))
+
+    def _move(self, host: Host, key: int, task: Task, now: float) -> bool:
+        """Queue a task that a host holds at the host of its URL; where no slot is free, it waits where it came from."""
+        self._rows[task.row] = 0  # known before the target reads its rows
+        target = self._host(key)
+        if target is None:
+            self._delay(host, task, now + 1.0)
+            return False
+        host.held -= 1
+        self._push(target, task)
+        self._retire(host)
+        return True
 
     def _push(self, host: Host, task: Task) -> None:
+        self._rows[task.row] = 0
         host.queue.appendleft(task)
         self._queued[host.key] = host
 
     def _activate(self, now: float) -> None:
-        at_work = sum(1 for host in self._queued.values() if host.blocked_until <= now)
+        at_work = sum(host.blocked_until <= now for host in self._queued.values())
         while at_work < _HOSTS_AT_WORK and self._slots:
             key = next(self._backlog, None)
             if key is None:
@@ -390,13 +363,10 @@ class Scheduler:
     def _host(self, key: int) -> Host | None:
         host = self._hosts.get(key)
         if host is None and self._slots:
-            per_host, processes = self._options.per_host, self._processes
-            quota = [0] * processes
-            for lane in range(per_host):
-                quota[(key + lane) % processes] += 1
-            host = Host(key, self._slots.pop(), quota, [0] * processes, per_host)
+            per_host, processes = self._options.per_host, len(self._free)
+            quota = Counter((key + lane) % processes for lane in range(per_host))
+            host = self._hosts[key] = Host(key, self._slots.pop(), quota, [0] * processes, per_host)
             self._shared[host.slot] = 0.0
-            self._hosts[key] = host
             self._refill(host)
         return host
 
@@ -409,14 +379,17 @@ class Scheduler:
                 if row not in self._rows and row not in self._ended:
                     self._rows[row] = 0
                     host.queue.append(Task(row, url, attempts))
+        self._note_queue(host)
+
+    def _note_queue(self, host: Host) -> None:
         if host.queue:
             self._queued[host.key] = host
+        else:
+            self._queued.pop(host.key, None)
 
-    def _retire(self, host: Host) -> bool:
-        """Let go of a host without work; True if it went."""
-        if host.queue or host.held or host.more or host.at_work():
-            return False
-        if self._hosts.get(host.key) is host:
+    def _retire(self, host: Host) -> None:
+        """Let go of a host without work."""
+        self._note_queue(host)
+        if not (host.queue or host.held or host.more or host.at_work()) and self._hosts.get(host.key) is host:
             del self._hosts[host.key]
             self._slots.append(host.slot)
-        return True

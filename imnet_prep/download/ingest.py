@@ -16,15 +16,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.download.journal import Journal
-from imnet_prep.download.urllist import MAX_LINE_BYTES, Malformed, parse_line, read_blocks
+from imnet_prep.download.urllist import MAX_LINE_BYTES, Malformed, parse_line, read_blocks, readable
 from imnet_prep.download.urls import host_key, host_of
 from imnet_prep.errors import DownloadError
+from imnet_prep.files import file_digest
 from imnet_prep.types import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
@@ -55,33 +56,29 @@ def take_in(
         DownloadError: a list that cannot be read; what it had brought is taken out again.
     """
     _drop_unfinished(journal)
-    shape = json.dumps(
-        [wnid, hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() if wnids is not None else None]
-    )
-    loaded = False
+    classes = hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() if wnids is not None else None
+    shape = json.dumps([wnid, classes])
     for path in lists:
-        try:
+        with readable(path):
             stat = path.stat()
-        except OSError as error:
-            raise DownloadError(f"cannot read URL list {path}", got=error.strerror or str(error)) from error
-        key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, shape)
+        place = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
         if journal.db.execute(
-            "SELECT 1 FROM lists WHERE path = ? AND size = ? AND mtime_ns = ? AND options = ? AND loaded = 1", key
+            "SELECT 1 FROM lists WHERE path = ? AND size = ? AND mtime_ns = ? AND options = ? AND loaded = 1",
+            (*place, shape),
         ).fetchone():
             continue
-        digest = _digest(path)
-        known = journal.db.execute(
-            "SELECT id FROM lists WHERE sha256 = ? AND options = ? AND loaded = 1", (digest, shape)
-        ).fetchone()
-        if known:
-            journal.db.execute("UPDATE lists SET path = ?, size = ?, mtime_ns = ? WHERE id = ?", (*key[:3], known[0]))
+        with readable(path):
+            content = (file_digest(path), shape)
+        if journal.db.execute(
+            "UPDATE lists SET path = ?, size = ?, mtime_ns = ? WHERE sha256 = ? AND options = ? AND loaded = 1"
+            " RETURNING id",
+            (*place, *content),
+        ).fetchall():
             continue
         log.info("reading %s", path)
-        if not loaded:
-            journal.drop_pending_index()
-            loaded = True
+        journal.drop_pending_index()
         try:
-            _Load(journal, path, wnid, wnids, progress).run(key, digest)
+            _Load(journal, path, wnid, wnids, progress).run((*place, *content))
         except DownloadError:
             _drop_unfinished(journal)
             journal.build_indexes()
@@ -89,23 +86,12 @@ def take_in(
     journal.build_indexes()
 
 
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DownloadError(f"cannot read URL list {path}", got=error.strerror or str(error)) from error
-
-
 def _drop_unfinished(journal: Journal) -> None:
     """Take out a list whose load was cut short: none of its rows was ever handed out."""
-    found = journal.db.execute("SELECT id, first_row FROM lists WHERE loaded = 0").fetchall()
-    for number, first_row in found:
-        journal.db.execute("BEGIN IMMEDIATE")
-        journal.db.execute("DELETE FROM urls WHERE row >= ?", (first_row,))
-        journal.db.execute("DELETE FROM bad_lines WHERE list = ?", (number,))
-        journal.db.execute("DELETE FROM lists WHERE id = ?", (number,))
-        journal.db.execute("COMMIT")
+    with journal.transaction():
+        journal.db.execute("DELETE FROM urls WHERE row >= (SELECT min(first_row) FROM lists WHERE loaded = 0)")
+        journal.db.execute("DELETE FROM bad_lines WHERE list IN (SELECT id FROM lists WHERE loaded = 0)")
+        journal.db.execute("DELETE FROM lists WHERE loaded = 0")
 
 
 @dataclass(slots=True)
@@ -118,17 +104,14 @@ class _Load:
     wnids: frozenset[str] | None
     progress: ProgressCallback | None
 
-    def run(self, key: tuple[str, int, int, str], digest: str) -> None:
+    def run(self, key: tuple[str, int, int, str, str]) -> None:
         db = self.journal.db
-        last_row, last_line = db.execute("SELECT coalesce(max(row), 0), 0 FROM urls").fetchone()
-        last_line = db.execute("SELECT coalesce(max(first_row + lines), 1) FROM lists").fetchone()[0]
-        first_row = max(last_row + 1, last_line)
-        path, size, mtime_ns, shape = key
-        number = db.execute(
-            "INSERT INTO lists (path, size, mtime_ns, sha256, options, first_row) VALUES (?, ?, ?, ?, ?, ?)"
-            " RETURNING id",
-            (path, size, mtime_ns, digest, shape, first_row),
-        ).fetchone()[0]
+        number, first_row = db.execute(
+            "INSERT INTO lists (path, size, mtime_ns, sha256, options, first_row) VALUES (?, ?, ?, ?, ?,"
+            " max((SELECT coalesce(max(row), 0) + 1 FROM urls),"
+            " (SELECT coalesce(max(first_row + lines), 1) FROM lists))) RETURNING id, first_row",
+            key,
+        ).fetchone()
         db.execute("PRAGMA synchronous = NORMAL")
         try:
             with tempfile.TemporaryDirectory(prefix=".loading-", dir=self.journal.folder) as scratch:
@@ -137,28 +120,23 @@ class _Load:
                     _remember(db, finder)
                 lines, kept, malformed, unwanted = self._insert(number, first_row, finder)
                 repeated = finder.repeated(first_row)
-            taken_out = self._list_repeats(number, first_row, repeated)
+            self._list_repeats(number, first_row, repeated)
         finally:
             db.execute("PRAGMA synchronous = FULL")
-        db.execute("BEGIN IMMEDIATE")
-        db.execute(
-            "UPDATE lists SET loaded = 1, lines = ?, malformed = ?, repeated = ?, unwanted = ? WHERE id = ?",
-            (lines, malformed, taken_out, unwanted, number),
-        )
-        db.execute(
-            "INSERT INTO counts VALUES ('requested', ?) ON CONFLICT (key) DO UPDATE SET n = n + excluded.n",
-            (kept - taken_out,),
-        )
-        db.execute("COMMIT")
+        with self.journal.transaction():
+            db.execute(
+                "UPDATE lists SET loaded = 1, lines = ?, malformed = ?, repeated = ?, unwanted = ? WHERE id = ?",
+                (lines, malformed, len(repeated), unwanted, number),
+            )
+            self.journal.count({"requested": kept - len(repeated)})
 
     def _insert(self, number: int, first_row: int, finder: RepeatFinder) -> tuple[int, int, int, int]:
         db = self.journal.db
         line_no = kept = malformed = unwanted = 0
         for batch, bad, line_no, skipped in self._batches(number, first_row):
-            db.execute("BEGIN IMMEDIATE")
-            db.executemany("INSERT INTO urls (row, wnid, name, url, host) VALUES (?, ?, ?, ?, ?)", batch)
-            db.executemany("INSERT INTO bad_lines VALUES (?, ?, 'malformed', ?, ?)", bad)
-            db.execute("COMMIT")
+            with self.journal.transaction():
+                db.executemany("INSERT INTO urls (row, wnid, name, url, host) VALUES (?, ?, ?, ?, ?)", batch)
+                db.executemany("INSERT INTO bad_lines VALUES (?, ?, 'malformed', ?, ?)", bad)
             finder.add([item[0] for item in batch], [item[2] for item in batch], [item[3] for item in batch])
             kept, malformed, unwanted = kept + len(batch), malformed + len(bad), unwanted + skipped
             if self.progress:
@@ -172,9 +150,10 @@ class _Load:
         for first_line, block in read_blocks(self.path):
             rows: list[tuple[int, str, str, str, int]] = []
             bad: list[tuple[int, int, str, str]] = []
-            unwanted, row = 0, first_row + first_line - 2
-            for name, wnid, url, host, other in _LINES.findall(block.decode("latin-1")):
-                row += 1
+            unwanted = 0
+            for line_no, (name, wnid, url, host, other) in enumerate(
+                _LINES.findall(block.decode("latin-1")), first_line
+            ):
                 key = hosts.get(host)
                 if key is None or len(url) > _FAST_URL:
                     if len(hosts) >= _HOST_CACHE:
@@ -182,35 +161,32 @@ class _Load:
                     raw = other.encode("latin-1") if other or not url else f"{name} {url}".encode("latin-1")
                     parsed = Malformed("line too long") if len(raw) > MAX_LINE_BYTES else parse_line(raw, self.wnid)
                     if isinstance(parsed, Malformed):
-                        bad.append((number, row - first_row + 1, parsed.why, _shown(raw)))
+                        bad.append((number, line_no, parsed.why, _shown(raw)))
                         continue
                     if parsed is None:
                         continue
+                    key = host_key(host_of(parsed.url))
                     if host and parsed.url == url:
-                        key = hosts[host] = host_key(host)
-                    else:
-                        key = host_key(host_of(parsed.url))
+                        hosts[host] = key
                     name, wnid, url = parsed.name, parsed.wnid, parsed.url  # noqa: PLW2901
                 if wnids is not None and wnid not in wnids:
                     unwanted += 1
                     continue
-                rows.append((row, wnid, name, url, key))
-            yield rows, bad, row - first_row + 1, unwanted
+                rows.append((first_row + line_no - 1, wnid, name, url, key))
+            yield rows, bad, line_no, unwanted
 
-    def _list_repeats(self, number: int, first_row: int, repeated: NDArray[np.int64]) -> int:
-        """Move repeated lines out of ``urls`` into ``bad_lines`` and give their number."""
+    def _list_repeats(self, number: int, first_row: int, repeated: NDArray[np.int64]) -> None:
+        """Move repeated lines out of ``urls`` into ``bad_lines``."""
         db = self.journal.db
         for start in range(0, len(repeated), _BATCH):
-            rows = [(int(row),) for row in repeated[start : start + _BATCH]]
-            db.execute("BEGIN IMMEDIATE")
-            db.executemany(
-                f"INSERT INTO bad_lines SELECT {number}, row - {first_row} + 1, 'repeated',"
-                " 'URL or id in an earlier line', name || ' ' || url FROM urls WHERE row = ?",
-                rows,
-            )
-            db.executemany("DELETE FROM urls WHERE row = ?", rows)
-            db.execute("COMMIT")
-        return len(repeated)
+            rows = [(row,) for row in repeated[start : start + _BATCH].tolist()]
+            with self.journal.transaction():
+                db.executemany(
+                    f"INSERT INTO bad_lines SELECT {number}, row - {first_row} + 1, 'repeated',"
+                    " 'URL or id in an earlier line', name || ' ' || url FROM urls WHERE row = ?",
+                    rows,
+                )
+                db.executemany("DELETE FROM urls WHERE row = ?", rows)
 
 
 def _remember(db: Any, finder: RepeatFinder) -> None:
@@ -221,7 +197,7 @@ def _remember(db: Any, finder: RepeatFinder) -> None:
 
 
 def _shown(raw: bytes) -> str:
-    """Give a bad line for the listing: printable, bounded, and without credentials."""
+    """Return a bad line for the listing: printable, bounded, and without credentials."""
     raw = re.sub(rb"(//)[^/\s@]*@", rb"\1***@", raw[:_SHOWN_BYTES])
     return raw.decode("utf-8", "backslashreplace").strip()
 
@@ -244,7 +220,7 @@ class RepeatFinder:
         self._by_url.write(pairs)
 
     def repeated(self, first_row: int) -> NDArray[np.int64]:
-        """Give the repeated rows from ``first_row`` on, ascending, int64 (N,)."""
+        """Return the repeated rows from ``first_row`` on, ascending, int64 (N,)."""
         flagged: list[NDArray[np.int64]] = []
         shared: list[NDArray[Any]] = []
         for part in self._by_url.read():
@@ -259,8 +235,7 @@ class RepeatFinder:
         for part in self._by_name.read():
             pairs = part[np.argsort(part["name"], kind="stable")]
             shared.append(pairs[_in_run(pairs["name"])])
-        flagged.append(_replay(np.concatenate(shared)) if shared else np.empty(0, np.int64))
-        rows = np.concatenate(flagged)
+        rows = np.concatenate([*flagged, _replay(np.concatenate(shared))])
         return np.sort(rows[rows >= first_row])
 
 
@@ -276,11 +251,10 @@ def _in_run(keys: NDArray[np.int64]) -> NDArray[np.bool_]:
 def _replay(pairs: NDArray[Any]) -> NDArray[np.int64]:
     """Walk the rows that share one key with another in order: first come, first kept."""
     pairs = np.unique(pairs)
-    pairs = pairs[np.argsort(pairs["row"], kind="stable")]
     urls: set[int] = set()
     names: set[int] = set()
     out: list[int] = []
-    for url, name, row in pairs.tolist():
+    for url, name, row in pairs[np.argsort(pairs["row"], kind="stable")].tolist():
         if url in urls or name in names:
             out.append(row)
         else:
@@ -294,12 +268,9 @@ class _Partitions:
 
     def __init__(self, scratch: Path, key: str) -> None:
         self._key = key
-        self._paths = [scratch / f"{key}-{part:02d}" for part in range(_PARTS)]
-        self._files: list[IO[bytes]] = []
+        self._files = [(scratch / f"{key}-{part:02d}").open("wb") for part in range(_PARTS)]
 
     def write(self, pairs: NDArray[Any]) -> None:
-        if not self._files:
-            self._files = [path.open("wb") for path in self._paths]
         part = pairs[self._key].view(np.uint64) >> np.uint64(64 - 6)
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(_PARTS + 1, dtype=np.uint64))
@@ -308,7 +279,8 @@ class _Partitions:
             file.write(pairs[bounds[index] : bounds[index + 1]].tobytes())
 
     def read(self) -> Iterator[NDArray[Any]]:
-        for file, path in zip(self._files, self._paths, strict=False):
+        for file in self._files:
             file.close()
+            path = Path(file.name)
             yield np.frombuffer(path.read_bytes(), _PAIR)
             path.unlink()

@@ -6,9 +6,12 @@ committed first (WAL, synchronous FULL), renamed after. See docs/journal.md for 
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,10 +42,12 @@ CREATE TABLE IF NOT EXISTS counts (key TEXT PRIMARY KEY, n INTEGER NOT NULL) WIT
 CREATE TABLE IF NOT EXISTS placeholders (sha256 BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS doomed (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
-_INDEXES = {
-    "pending_by_host": "CREATE INDEX IF NOT EXISTS pending_by_host ON urls (host) WHERE state = 0",
-    "by_digest": "CREATE INDEX IF NOT EXISTS by_digest ON urls (sha256) WHERE state = 1",
-}
+_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS pending_by_host ON urls (host) WHERE state = 0;"
+    " CREATE INDEX IF NOT EXISTS by_digest ON urls (sha256) WHERE state = 1;"
+)
+_PLACE = "wnid || '/' || name || '.' || ext"  # of an image in the folder
+_DIGEST = "lower(hex(coalesce(stored_sha256, sha256)))"  # of its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class Outcome(NamedTuple):
         final_url: URL of the last answer.
         detail: One line for a person.
         ext, size_bytes, sha256, width, height, flat: The image as it came.
+        answered: Whether there was an HTTP answer (the circuit breaker's question).
         stored_bytes, stored_sha256: The file, where it was re-encoded; else None.
         temp: File name in the incoming folder that waits for its rename.
         time_s: Unix time of the end.
@@ -105,6 +111,7 @@ class Outcome(NamedTuple):
     stored_sha256: bytes | None = None
     temp: str = ""
     time_s: float = 0.0
+    answered: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +126,10 @@ class Totals:
     repeated: int
     bytes: int
 
-
-def is_download_folder(folder: Path) -> bool:
-    """Say whether ``imnet-prep download`` made this folder."""
-    return (folder / JOURNAL_NAME).is_file()
+    def failed_frac(self) -> float:
+        """Return the share of the finished URLs that failed, 0-1."""
+        failed = sum(self.failed.values())
+        return failed / max(1, self.ok + failed)
 
 
 def read_finished(folder: Path) -> Iterator[Finished]:
@@ -131,36 +138,18 @@ def read_finished(folder: Path) -> Iterator[Finished]:
     Raises:
         DownloadError: no journal, or not ours.
     """
-    connection = _open_to_read(folder / JOURNAL_NAME)
-    try:
-        _check_version(connection, folder / JOURNAL_NAME)
-        rows = connection.execute(
-            "SELECT wnid, name, ext, url, final_url, status, sha256, bytes, stored_sha256, stored_bytes, width, height"
-            " FROM urls WHERE state = 1 ORDER BY row"
-        )
-        for wnid, name, ext, url, final_url, status, sha256, size, stored, stored_size, width, height in rows:
-            yield Finished(
-                path=file_path(wnid, name, ext),
-                wnid=wnid,
-                name=name,
-                url=url,
-                final_url=final_url or url,
-                status=status,
-                sha256=(stored or sha256).hex(),
-                size_bytes=size if stored_size is None else stored_size,
-                width=width,
-                height=height,
-                source_sha256=sha256.hex(),
+    path = folder / JOURNAL_NAME
+    with closing(_open_to_read(path)) as connection:
+        try:
+            _check_version(connection, path)
+            rows = connection.execute(
+                f"SELECT {_PLACE}, wnid, name, url, coalesce(final_url, url), status, {_DIGEST},"
+                " coalesce(stored_bytes, bytes), width, height, lower(hex(sha256))"
+                " FROM urls WHERE state = 1 ORDER BY row"
             )
-    except sqlite3.DatabaseError as error:
-        raise _damaged(folder / JOURNAL_NAME, error) from error
-    finally:
-        connection.close()
-
-
-def file_path(wnid: str, name: str, ext: str) -> str:
-    """Give an image's place in the folder."""
-    return f"{wnid}/{name}.{ext}"
+            yield from itertools.starmap(Finished, rows)
+        except sqlite3.DatabaseError as error:
+            raise _damaged(path, error) from error
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:
@@ -178,11 +167,8 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:
     found = connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
     if found is None or found[0] != FORMAT_VERSION:
-        raise DownloadError(
-            f"journal {path} has another format",
-            expected=f"version {FORMAT_VERSION}",
-            got=found[0] if found else "none",
-        )
+        got = found[0] if found else "none"
+        raise DownloadError(f"journal {path} has another format", expected=f"version {FORMAT_VERSION}", got=got)
 
 
 def _damaged(path: Path, error: Exception) -> DownloadError:
@@ -200,10 +186,9 @@ class Journal:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = FULL")
             self.db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-            fresh = self.db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None
-            if fresh:
+            if self.db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None:
                 version = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT_VERSION}');"
-                self.db.executescript(f"BEGIN; {_SCHEMA} {version} {'; '.join(_INDEXES.values())}; COMMIT;")
+                self.db.executescript(f"BEGIN; {_SCHEMA} {version} {_INDEXES} COMMIT;")
             _check_version(self.db, self.path)
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from error
@@ -218,34 +203,33 @@ class Journal:
 
     def build_indexes(self) -> None:
         """Build what is missing, by one external sort."""
-        for statement in _INDEXES.values():
-            self.db.execute(statement)
+        self.db.executescript(_INDEXES)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def hosts_with_pending(self) -> list[tuple[int, int]]:
-        """Give (host key, pending URLs), largest first: the longest queues start earliest."""
+        """Return (host key, pending URLs), largest first: the longest queues start earliest."""
         found = self.db.execute("SELECT host, count(*) FROM urls WHERE state = 0 GROUP BY host").fetchall()
         return sorted(found, key=lambda item: (-item[1], item[0]))
 
     def pending_of(self, host: int, after_row: int, limit: int) -> list[tuple[int, str, int]]:
-        """Give the next (row, URL, attempts) of a host, in row order."""
+        """Return the next (row, URL, attempts) of a host, in row order."""
         return self.db.execute(
             "SELECT row, url, attempts FROM urls INDEXED BY pending_by_host"
             " WHERE state = 0 AND host = ? AND row > ? ORDER BY row LIMIT ?",
             (host, after_row, limit),
         ).fetchall()
 
-    def place_of(self, row: int) -> tuple[int, str, str, str, bytes] | None:
-        """Give (state, wnid, name, ext, digest of the file) of a row, or None."""
-        found: tuple[int, str, str, str, bytes] | None = self.db.execute(
-            "SELECT state, wnid, name, coalesce(ext, ''), coalesce(stored_sha256, sha256, x'') FROM urls WHERE row = ?",
+    def place_of(self, row: int) -> tuple[str, str] | None:
+        """Return (relative path, hex digest of the file) of a row that says ok, else None."""
+        found: tuple[str, str] | None = self.db.execute(
+            f"SELECT {_PLACE}, {_DIGEST} FROM urls WHERE row = ? AND state = 1",
             (row,),
         ).fetchone()
         return found
 
     def totals(self) -> Totals:
-        """Give the standing of all URLs, from counters kept in the same transactions as the rows."""
+        """Return the standing of all URLs, from counters kept in the same transactions as the rows."""
         counts: dict[str, int] = dict(self.db.execute("SELECT key, n FROM counts"))
         failed = {
             key.removeprefix("failed:"): n for key, n in sorted(counts.items()) if key.startswith("failed:") and n
@@ -259,6 +243,13 @@ class Journal:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit all that is written inside, or nothing."""
+        with self.db:
+            self.db.execute("BEGIN IMMEDIATE")
+            yield
+
     def commit(self, outcomes: Sequence[Outcome], attempts: Iterable[tuple[int, int]] = ()) -> list[tuple[str, str]]:
         """Make outcomes durable in one transaction.
 
@@ -269,34 +260,26 @@ class Journal:
             (temporary file name, final relative path) of each image, to be renamed now. A row that has already ended
             (it was found again after a crash) is left as it is.
         """
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            moves: list[tuple[str, str]] = []
-            added: dict[str, int] = {}
+        moves: list[tuple[str, str]] = []
+        added: Counter[str] = Counter()
+        with self.transaction():
             for outcome in outcomes:
-                place = self._finish(outcome)
-                if place is None:
-                    continue
-                if outcome.reason is None:
-                    moves.append((outcome.temp, place))
-                    added["bytes"] = added.get("bytes", 0) + outcome.size_bytes
-                key = "ok" if outcome.reason is None else f"failed:{outcome.reason}"
-                added[key] = added.get(key, 0) + 1
+                found = self._finish(outcome)
+                if found and outcome.reason is None:
+                    moves.append((outcome.temp, found[0]))
+                    added["bytes"] += outcome.size_bytes
+                if found:
+                    added[f"failed:{outcome.reason}" if outcome.reason else "ok"] += 1
             self.db.executemany("UPDATE urls SET attempts = ?2 WHERE row = ?1 AND state = 0", attempts)
-            self._add(added)
-            self.db.execute("COMMIT")
-        except BaseException:
-            if self.db.in_transaction:  # a full disk makes SQLite roll back by itself
-                self.db.execute("ROLLBACK")
-            raise
+            self.count(added)
         return moves
 
-    def _finish(self, outcome: Outcome) -> str | None:
+    def _finish(self, outcome: Outcome) -> tuple[str] | None:
         good = outcome.reason is None
-        found = self.db.execute(
+        found: tuple[str] | None = self.db.execute(
             "UPDATE urls SET state = ?, attempts = ?, status = ?, final_url = nullif(?, url), ext = ?, bytes = ?,"
             " sha256 = ?, stored_bytes = ?, stored_sha256 = ?, width = ?, height = ?, flat = ?, reason = ?,"
-            " transient = ?, detail = ?, time = ? WHERE row = ? AND state = 0 RETURNING wnid, name",
+            f" transient = ?, detail = ?, time = ? WHERE row = ? AND state = 0 RETURNING {_PLACE}",
             (
                 OK if good else FAILED,
                 outcome.attempts,
@@ -310,47 +293,45 @@ class Journal:
                 outcome.width or None,
                 outcome.height or None,
                 int(outcome.flat) if good else None,
-                None if good else str(outcome.reason),
+                outcome.reason,
                 None if good else int(outcome.transient),
                 outcome.detail or None,
                 outcome.time_s,
                 outcome.row,
             ),
         ).fetchone()
-        return file_path(found[0], found[1], outcome.ext) if found else None
+        return found
 
-    def _add(self, counts: dict[str, int]) -> None:
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to the counters, within a transaction that changes the rows."""
         self.db.executemany(
-            "INSERT INTO counts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET n = n + excluded.n", list(counts.items())
+            "INSERT INTO counts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET n = n + excluded.n", counts.items()
         )
 
     def fail_host(self, host: int, reason: FailReason, detail: str) -> int:
-        """Fail all that is pending at a dead host, transiently, and give the number of URLs."""
-        self.db.execute("BEGIN IMMEDIATE")
-        changed = self.db.execute(
-            "UPDATE urls SET state = 2, reason = ?, transient = 1, detail = ?, time = ? WHERE state = 0 AND host = ?",
-            (str(reason), detail, time.time(), host),
-        ).rowcount
-        self._add({f"failed:{reason}": changed})
-        self.db.execute("COMMIT")
+        """Fail all that is pending at a dead host, transiently, and return the number of URLs."""
+        with self.transaction():
+            changed = self.db.execute(
+                "UPDATE urls SET state = 2, reason = ?, transient = 1, detail = ?, time = ?"
+                " WHERE state = 0 AND host = ?",
+                (reason, detail, time.time(), host),
+            ).rowcount
+            self.count({f"failed:{reason}": changed})
         return changed
 
     def reset_transient(self) -> int:
-        """Make the transiently failed URLs pending again, with fresh attempts, and give their number."""
-        self.db.execute("BEGIN IMMEDIATE")
-        for reason, count in self.db.execute(
-            "SELECT reason, count(*) FROM urls WHERE state = 2 AND transient = 1 GROUP BY reason"
-        ).fetchall():
-            self._add({f"failed:{reason}": -count})
-        changed = self.db.execute(
-            "UPDATE urls SET state = 0, attempts = 0, status = NULL, final_url = NULL, bytes = NULL, sha256 = NULL,"
-            " reason = NULL, transient = NULL, detail = NULL, time = NULL WHERE state = 2 AND transient = 1"
-        ).rowcount
-        self.db.execute("COMMIT")
-        return changed
+        """Make the transiently failed URLs pending again, with fresh attempts, and return their number."""
+        failed = "state = 2 AND transient = 1"
+        with self.transaction():
+            lost = self.db.execute(f"SELECT 'failed:' || reason, -count(*) FROM urls WHERE {failed} GROUP BY reason")
+            self.count(dict(lost))
+            return self.db.execute(
+                "UPDATE urls SET state = 0, attempts = 0, status = NULL, final_url = NULL, bytes = NULL, sha256 = NULL,"
+                f" reason = NULL, transient = NULL, detail = NULL, time = NULL WHERE {failed}"
+            ).rowcount
 
     def retract_repeats(self, options: ContentOptions) -> int:
-        """Turn images that too many URLs share, byte for byte, into placeholders, and give the number of URLs.
+        """Turn images that too many URLs share, byte for byte, into placeholders, and return the number of URLs.
 
         Decided on the finished folder, so that the order of arrival does not matter. The files are listed in ``doomed``
         in the same transaction; :meth:`doomed` and :meth:`buried` see them off.
@@ -369,46 +350,35 @@ class Journal:
             (min(options.repeats_flat, options.repeats_photo),),
         ).fetchall()
         for sha256, count, flat in groups:
-            if count < usual * (options.repeats_flat if flat else options.repeats_photo):
-                continue
-            total += self._retract(sha256, f"the same bytes from {count} URLs")
+            if count >= usual * (options.repeats_flat if flat else options.repeats_photo):
+                total += self._retract(sha256, f"the same bytes from {count} URLs")
         return total
 
     def _usual_multiplicity(self) -> int:
-        """Give the median number of URLs that share a photograph's bytes: 1 but for lists that repeat themselves."""
+        """Return the median number of URLs that share a photograph's bytes: 1 but for lists that repeat themselves."""
         histogram = self.db.execute(
             "SELECT c, count(*) FROM"
             " (SELECT count(*) AS c, max(flat) AS flat FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256)"
             " WHERE flat = 0 GROUP BY c ORDER BY c"
         ).fetchall()
-        half, seen = sum(n for _, n in histogram) / 2, 0
-        for multiplicity, n in histogram:
-            seen += n
-            if seen >= half:
-                return int(multiplicity)
-        return 1
+        seen = list(itertools.accumulate(n for _, n in histogram))
+        return next((int(c) for (c, _), upto in zip(histogram, seen, strict=True) if 2 * upto >= seen[-1]), 1)
 
     def _retract(self, sha256: bytes, detail: str) -> int:
-        rows = self.db.execute(
-            "SELECT row, wnid, name, ext, bytes FROM urls WHERE state = 1 AND sha256 = ?", (sha256,)
-        ).fetchall()
-        self.db.execute("BEGIN IMMEDIATE")
-        self.db.execute("INSERT OR IGNORE INTO placeholders VALUES (?)", (sha256,))
-        self.db.executemany(
-            "INSERT OR IGNORE INTO doomed VALUES (?)", [(file_path(w, n, e),) for _, w, n, e, _ in rows]
-        )
-        self.db.executemany(
-            "UPDATE urls SET state = 2, reason = ?, transient = 0, detail = ? WHERE row = ?",
-            [(str(FailReason.PLACEHOLDER), detail, row) for row, *_ in rows],
-        )
-        self._add(
-            {"ok": -len(rows), "bytes": -sum(row[4] for row in rows), f"failed:{FailReason.PLACEHOLDER}": len(rows)}
-        )
-        self.db.execute("COMMIT")
-        return len(rows)
+        shares = "FROM urls WHERE state = 1 AND sha256 = ?"
+        with self.transaction():
+            self.db.execute("INSERT OR IGNORE INTO placeholders VALUES (?)", (sha256,))
+            self.db.execute(f"INSERT OR IGNORE INTO doomed SELECT {_PLACE} {shares}", (sha256,))
+            urls, size_bytes = self.db.execute(f"SELECT count(*), sum(bytes) {shares}", (sha256,)).fetchone()
+            self.db.execute(
+                "UPDATE urls SET state = 2, reason = ?, transient = 0, detail = ? WHERE state = 1 AND sha256 = ?",
+                (FailReason.PLACEHOLDER, detail, sha256),
+            )
+            self.count({"ok": -urls, "bytes": -size_bytes, f"failed:{FailReason.PLACEHOLDER}": urls})
+        return int(urls)
 
     def doomed(self) -> list[str]:
-        """Give files that are to be deleted: their rows no longer say ok."""
+        """Return files that are to be deleted: their rows no longer say ok."""
         return [path for (path,) in self.db.execute("SELECT path FROM doomed")]
 
     def buried(self) -> None:

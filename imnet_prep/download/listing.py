@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +25,28 @@ def write_listings(journal: Journal) -> tuple[tuple[str, int], ...]:
         (host, failed URLs) of the hosts with the most failures.
     """
     hosts: Counter[str] = Counter()
-    rows = journal.db.execute(
-        "SELECT wnid, name, url, reason, transient, status, final_url, attempts, detail, time"
-        " FROM urls WHERE state = 2 ORDER BY row"
+    failures = journal.db.execute(
+        "SELECT wnid, name AS id, url, reason, transient, status, coalesce(final_url, url) AS final_url, attempts,"
+        " coalesce(detail, '') AS detail, time FROM urls WHERE state = 2 ORDER BY row"
     )
-    _write(journal.folder / FAILURES_NAME, (_failure(row, hosts) for row in rows))
+    _write(journal.folder / FAILURES_NAME, (_failure(item, hosts) for item in _items(failures)))
     bad = journal.db.execute(
-        "SELECT lists.path, line, kind, why, text FROM bad_lines JOIN lists ON lists.id = bad_lines.list"
-        " ORDER BY list, line"
+        "SELECT lists.path AS list, line, kind, why, text FROM bad_lines JOIN lists ON lists.id = bad_lines.list"
+        " ORDER BY bad_lines.list, line"
     )
-    keys = ("list", "line", "kind", "why", "text")
-    _write(
-        journal.folder / BAD_LINES_NAME, (dict(zip(keys, (Path(row[0]).name, *row[1:]), strict=True)) for row in bad)
-    )
+    _write(journal.folder / BAD_LINES_NAME, (item | {"list": Path(item["list"]).name} for item in _items(bad)))
     return tuple(hosts.most_common(_TOP))
 
 
-def _failure(row: tuple[Any, ...], hosts: Counter[str]) -> dict[str, Any]:
-    wnid, name, url, reason, transient, status, final_url, attempts, detail, time_s = row
-    host = host_of(url)
+def _items(rows: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
+    names = [column[0] for column in rows.description]
+    return (dict(zip(names, row, strict=True)) for row in rows)
+
+
+def _failure(item: dict[str, Any], hosts: Counter[str]) -> dict[str, Any]:
+    host = host_of(item["url"])
     hosts[host] += 1
-    return {
-        "wnid": wnid,
-        "id": name,
-        "url": url,
-        "host": host,
-        "reason": reason,
-        "transient": bool(transient),
-        "status": status,
-        "final_url": final_url or url,
-        "attempts": attempts,
-        "detail": detail or "",
-        "time": time_s,
-    }
+    return item | {"host": host, "transient": bool(item["transient"])}
 
 
 def _write(path: Path, items: Iterable[dict[str, Any]]) -> None:

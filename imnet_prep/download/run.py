@@ -1,38 +1,32 @@
 """The run: lists in, workers out, results into the journal, images under their names.
 
-The parent alone writes the journal and renames files. Order of events for an image: whole and fsynced in the incoming
-folder, a line in the worker's spool, a committed row, its final name. What a crash leaves between any two of them,
-:func:`recover` mends.
+The parent alone writes the journal and renames files; see :mod:`imnet_prep.download.folder` for the order of events.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
+import math
 import multiprocessing
-import os
 import shutil
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
-from imnet_prep.download.hosts import Abandoned, Scheduler
+from imnet_prep.download.fetch import Failure
+from imnet_prep.download.folder import INCOMING, bury, land, opened, read_spool, recover
+from imnet_prep.download.hosts import Scheduler
 from imnet_prep.download.ingest import take_in
-from imnet_prep.download.journal import OK, Journal, Outcome, Totals, file_path
+from imnet_prep.download.journal import Journal, Outcome, Totals
 from imnet_prep.download.listing import write_listings
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.download.urllist import is_class_name, read_wnids
 from imnet_prep.download.worker import (
-    INCOMING,
-    USERS_LOCK,
-    Answered,
     Broken,
     Lane,
     LaneDone,
@@ -42,20 +36,19 @@ from imnet_prep.download.worker import (
     Retry,
     Rotated,
     Task,
-    read_spool_line,
+    failed_outcome,
     worker_main,
 )
 from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted
+from imnet_prep.files import sync
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
-LOCK_NAME = "download.lock"
 _COMMIT_EVERY_S, _COMMIT_ROWS = 0.25, 256
 _PROGRESS_EVERY_S = 0.2
 _HOST_SLOTS = 8192
 _JUDGE_AFTER = 1000  # finished URLs before --max-failed may stop a run early
-_STRAGGLERS_S = 20.0  # how long the workers of a killed run may take to notice
 _CRASHES = 2  # of a worker under the same URL, then the URL is internal
 
 
@@ -99,7 +92,19 @@ def download(
         raise DownloadError("--wnid cannot be a folder name", expected="letters, digits, . _ -", got=repr(options.wnid))
     wnids = read_wnids(options.wnids) if options.wnids else None
     try:
-        return _download(options, wnids, progress, stop, begun)
+        with opened(options.out) as journal:
+            recover(journal)
+            take_in(journal, options.urls, options.wnid, wnids, progress)
+            if options.retry_failed:
+                log.info("%d failed URLs will be tried again", journal.reset_transient())
+            verdict = _fetch(options, journal, progress, stop)
+            if journal.totals().pending == 0:
+                if count := journal.retract_repeats(options.content):
+                    log.info("%d images were placeholders by repetition", count)
+                bury(journal)
+            totals = journal.totals()
+            verdict = verdict or _too_many(totals, options.max_failed_frac)
+            return DownloadResult(totals, time.monotonic() - begun, write_listings(journal), verdict)
     except (sqlite3.Error, OSError) as error:
         free = shutil.disk_usage(options.out).free
         raise DownloadError(
@@ -107,295 +112,181 @@ def download(
         ) from error
 
 
-def _download(
-    options: DownloadOptions,
-    wnids: frozenset[str] | None,
-    progress: ProgressCallback | None,
-    stop: Callable[[], bool],
-    begun: float,
-) -> DownloadResult:
-    with _folder(options.out) as journal:
-        recover(journal)
-        take_in(journal, options.urls, options.wnid, wnids, progress)
-        if options.retry_failed:
-            log.info("%d failed URLs will be tried again", journal.reset_transient())
-        verdict = _Run(options, journal, progress, stop).run()
-        totals = journal.totals()
-        if totals.pending == 0:
-            _retract(journal, options)
-            totals = journal.totals()
-        finished = totals.ok + sum(totals.failed.values())
-        if verdict is None and finished and sum(totals.failed.values()) / finished > options.max_failed_frac:
-            verdict = _too_many(totals, options.max_failed_frac, stopped=False)
-        top_hosts = write_listings(journal)
-        return DownloadResult(totals, time.monotonic() - begun, top_hosts, verdict)
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Journal]:
-    """Open the folder for this process alone."""
-    try:
-        (out / INCOMING).mkdir(parents=True, exist_ok=True)
-        lock = (out / INCOMING / LOCK_NAME).open("ab")
-    except OSError as error:
-        raise DownloadError(f"cannot write to {out}", got=error.strerror or str(error)) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DownloadError(f"{out} is in use by another download", remedy="wait for it, or stop it") from error
-        _wait_for_stragglers(out)
-        journal = Journal(out)
-        try:
-            yield journal
-        finally:
-            journal.close()
-
-
-def _wait_for_stragglers(out: Path) -> None:
-    """Let the workers of a killed run die first: they notice at once, but may be inside a write."""
-    with (out / INCOMING / USERS_LOCK).open("ab") as users:
-        until = time.monotonic() + _STRAGGLERS_S
-        while True:
-            try:
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                if time.monotonic() > until:
-                    raise DownloadError(f"workers of an earlier run still use {out}", remedy="stop them") from None
-                time.sleep(0.05)
-
-
-def recover(journal: Journal) -> None:
-    """Mend what a crash left: spooled results, images without their name, files without their row.
-
-    Every result that a worker had finished is taken over, provided that its file is whole by its digest.
-    """
-    incoming = journal.folder / INCOMING
-    outcomes: list[Outcome] = []
-    spools = sorted(incoming.glob("spool-*"))
-    for spool in spools:
-        outcomes += [one for one in spooled(spool) if one.reason is not None or _is_whole(incoming / one.temp, one)]
-        if len(outcomes) > 10_000:
-            _land(journal, journal.commit(outcomes))
-            outcomes = []
-    _land(journal, journal.commit(outcomes))
-    for path in incoming.iterdir():
-        row = path.name.partition("-")[0]
-        if not row.isdigit():
-            continue
-        place = journal.place_of(int(row))
-        if place and place[0] == OK and hashlib.sha256(path.read_bytes()).digest() == place[4]:
-            _land(journal, [(path.name, file_path(*place[1:4]))])
-        else:
-            path.unlink()
-    for spool in spools:
-        spool.unlink()
-    for scratch in journal.folder.glob(".loading-*"):
-        shutil.rmtree(scratch, ignore_errors=True)
-    _bury(journal)
-
-
-def spooled(spool: Path) -> list[Outcome]:
-    """Read the results of a spool; a line that a crash cut is left out."""
-    found = (read_spool_line(line) for line in spool.read_bytes().splitlines())
-    return [outcome for outcome in found if outcome is not None]
-
-
-def _is_whole(path: Path, outcome: Outcome) -> bool:
-    try:
-        return hashlib.sha256(path.read_bytes()).digest() == (outcome.stored_sha256 or outcome.sha256)
-    except OSError:
-        return False
-
-
-def _land(journal: Journal, moves: list[tuple[str, str]]) -> None:
-    """Give committed images their names."""
-    for temp, place in moves:
-        source, target = journal.folder / INCOMING / temp, journal.folder / place
-        try:
-            source.rename(target)
-        except FileNotFoundError:
-            target.parent.mkdir(exist_ok=True)
-            source.rename(target)
-
-
-def _retract(journal: Journal, options: DownloadOptions) -> None:
-    count = journal.retract_repeats(options.content)
-    if count:
-        log.info("%d images were placeholders by repetition", count)
-    _bury(journal)
-
-
-def _bury(journal: Journal) -> None:
-    doomed = journal.doomed()
-    for path in doomed:
-        (journal.folder / path).unlink(missing_ok=True)
-    if doomed:
-        journal.buried()
-
-
-def _too_many(totals: Totals, allowed_frac: float, *, stopped: bool) -> BudgetError:
+def _too_many(totals: Totals, allowed_frac: float, *, stopped: bool = False) -> BudgetError | None:
+    """Return the verdict on more failures than allowed, or None."""
+    share = totals.failed_frac()
+    if share <= allowed_frac:
+        return None
     failed = sum(totals.failed.values())
-    finished = totals.ok + failed
-    worst = sorted(totals.failed.items(), key=lambda item: -item[1])[:3]
-    mostly = ", ".join(f"{count} {reason}" for reason, count in worst)
+    mostly = ", ".join(f"{count} {reason}" for reason, count in Counter(totals.failed).most_common(3))
     return BudgetError(
-        f"{'stopped: ' if stopped else ''}{failed} of {finished} URLs failed, mostly {mostly}",
+        f"{'stopped: ' if stopped else ''}{failed} of {totals.ok + failed} URLs failed, mostly {mostly}",
         expected=f"at most {allowed_frac:.0%} (--max-failed)",
-        got=f"{failed / max(1, finished):.1%}",
+        got=f"{share:.1%}",
         remedy="see failures.jsonl" if not stopped else "the rest is pending; raise --max-failed to go on",
     )
 
 
-@dataclass(slots=True)
+def _fetch(
+    options: DownloadOptions, journal: Journal, progress: ProgressCallback | None, stop: Callable[[], bool]
+) -> ImnetError | None:
+    """Fetch until nothing is pending, the user stops it, or too much fails; return the verdict."""
+    pending = journal.hosts_with_pending()
+    if not pending:
+        return None
+    run = _Run(options, journal, progress, stop, pending)
+    try:
+        run.start()
+        verdict = run.loop()
+        run.commit()
+    finally:
+        run.end_workers()
+    for spool in run.incoming.glob("spool-*"):  # after a failure the next run takes over what is in them
+        spool.unlink(missing_ok=True)
+    return verdict
+
+
 class _Worker:
-    process: Any
-    inbox: Connection
-    outbox: Connection
+    """A process that fetches, as the parent sees it."""
+
+    def __init__(self, index: int, options: DownloadOptions, threads: int, *shared: Any) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        their_in, self.inbox = spawn.Pipe(duplex=False)
+        self.outbox, their_out = spawn.Pipe(duplex=False)
+        self.process = spawn.Process(
+            target=worker_main,
+            args=(options, threads, their_in, their_out, *shared, index),
+            daemon=True,
+            name=f"download-{index}",
+        )
+        self.process.start()
+        their_in.close()
+        their_out.close()
+
+    def close(self) -> None:
+        self.inbox.close()
+        self.outbox.close()
 
 
-@dataclass(slots=True)
 class _Run:
     """The state of a run: the scheduler, the workers, and what is not committed yet."""
 
-    options: DownloadOptions
-    journal: Journal
-    progress: ProgressCallback | None
-    stop: Callable[[], bool]
-    ended: dict[int, Outcome] = field(default_factory=dict)
-    tried: dict[int, int] = field(default_factory=dict)
-    old_spools: list[str] = field(default_factory=list)
-    crashes: Counter[int] = field(default_factory=Counter)
-    counts: Counter[str] = field(default_factory=Counter)
-    bytes_done: int = 0
-    committed_at: float = 0.0
-    reported_at: float = 0.0
-    broken: str = ""
-    clean: bool = False
-    called_off: bool = False
-    workers: list[_Worker] = field(default_factory=list)
-    threads: int = 0
-    blocked_until: Any = None
-    started: Any = None
-
-    def run(self) -> ImnetError | None:
-        """Fetch until nothing is pending, the user stops it, or too much fails; give the verdict."""
-        hosts = self.journal.hosts_with_pending()
-        total = sum(count for _, count in hosts)
-        if not total:
-            return None
-        count = self.options.process_count()
-        self.threads = -(-self.options.polite.concurrency // count)
+    def __init__(
+        self,
+        options: DownloadOptions,
+        journal: Journal,
+        progress: ProgressCallback | None,
+        stop: Callable[[], bool],
+        pending: Sequence[tuple[int, int]],
+    ) -> None:
+        self.options, self.journal, self.progress, self.stop = options, journal, progress, stop
+        self.incoming = journal.folder / INCOMING
+        self.total = sum(count for _, count in pending)
+        self.processes = options.process_count()
+        self.threads = -(-options.polite.concurrency // self.processes)
         spawn = multiprocessing.get_context("spawn")
-        self.blocked_until = spawn.RawArray("d", _HOST_SLOTS)
-        self.started = spawn.RawArray("q", count * self.threads)
-        scheduler = Scheduler(
-            self.options.polite,
-            count,
+        self.blocked_until: Any = spawn.RawArray("d", _HOST_SLOTS)
+        self.started: Any = spawn.RawArray("q", self.processes * self.threads)
+        self.workers: list[_Worker] = []
+        self.ended: dict[int, Outcome] = {}
+        self.tried: dict[int, int] = {}
+        self.old_spools: list[str] = []
+        self.crashes: Counter[int] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.bytes_done = 0
+        self.committed_at = self.reported_at = 0.0
+        self.broken = ""
+        self.scheduler = Scheduler(
+            options.polite,
+            self.processes,
             self.threads,
-            [key for key, _ in hosts],
-            self.journal.pending_of,
+            [key for key, _ in pending],
+            journal.pending_of,
+            self._abandon,
             self.ended,
             self.blocked_until,
         )
-        incoming = os.open(self.journal.folder / INCOMING, os.O_RDONLY)
-        try:
-            self.workers = [self._start(index) for index in range(count)]
-            verdict = self._loop(scheduler, total, incoming)
-            self._commit(incoming)
-            self.clean = True
-            return verdict
-        finally:
-            self._end_workers()
-            os.close(incoming)
 
-    def _loop(self, scheduler: Scheduler, total: int, incoming: int) -> ImnetError | None:
+    def start(self) -> None:
+        self.workers = [self._worker(index) for index in range(self.processes)]
+
+    def _worker(self, index: int) -> _Worker:
+        return _Worker(index, self.options, self.threads, self.blocked_until, self.started)
+
+    def loop(self) -> ImnetError | None:
+        scheduler = self.scheduler
         verdict: ImnetError | None = None
         while True:
             now = time.monotonic()
+            verdict = verdict or self._verdict()
             if verdict is None:
-                verdict = self._verdict(total)
-            if verdict is None:
-                self._hand_out(scheduler, now)
+                self._hand_out(now)
             elif scheduler.in_flight():
-                self._call_off()
-            if not scheduler.in_flight() and (verdict is not None or scheduler.idle()):
+                self.blocked_until[:] = [math.inf] * _HOST_SLOTS  # every lane stops after the URL in hand
+            if not scheduler.in_flight() and (verdict or scheduler.idle()):
                 return verdict
-            self._report(total, now)
+            self._report(now)
             due = self.committed_at + _COMMIT_EVERY_S - now if self.ended or self.tried else 1.0
-            timeout = max(0.0, min(due, scheduler.next_event(now) if verdict is None else 0.1))
-            self._listen(scheduler, timeout)
-            now = time.monotonic()
-            if len(self.ended) >= _COMMIT_ROWS or (
-                now - self.committed_at >= _COMMIT_EVERY_S and (self.ended or self.tried)
-            ):
-                self._commit(incoming)
+            self._listen(max(0.0, min(due, 0.1 if verdict else scheduler.next_event(now))))
+            late = time.monotonic() - self.committed_at >= _COMMIT_EVERY_S
+            if len(self.ended) >= _COMMIT_ROWS or (late and (self.ended or self.tried)):
+                self.commit()
 
-    def _verdict(self, total: int) -> ImnetError | None:
+    def _verdict(self) -> ImnetError | None:
         if self.broken:
             free = shutil.disk_usage(self.options.out).free
-            raise_ = f"{free} bytes are free; free more and run the same command again"
-            return DownloadError(f"cannot store images in {self.options.out}", got=self.broken, remedy=raise_)
+            remedy = f"{free} bytes are free; free more and run the same command again"
+            return DownloadError(f"cannot store images in {self.options.out}", got=self.broken, remedy=remedy)
         if self.stop():
             return Interrupted("interrupted; what was in hand is finished", remedy="run the same command to go on")
         limit = self.options.max_failed_frac
-        finished = sum(self.counts.values())
-        if limit < 1 and _JUDGE_AFTER <= finished < total and 1 - self.counts["ok"] / finished > limit:
-            totals = self.journal.totals()
-            if sum(totals.failed.values()) / max(1, totals.ok + sum(totals.failed.values())) > limit:
-                return _too_many(totals, limit, stopped=True)
+        finished = self.counts.total()
+        if limit < 1 and _JUDGE_AFTER <= finished < self.total and 1 - self.counts["ok"] / finished > limit:
+            return _too_many(self.journal.totals(), limit, stopped=True)
         return None
 
-    def _hand_out(self, scheduler: Scheduler, now: float) -> None:
+    def _hand_out(self, now: float) -> None:
         parcels: dict[int, list[Lane]] = {}
-        for index, lane in scheduler.assign(now):
+        for index, lane in self.scheduler.assign(now):
             parcels.setdefault(index, []).append(lane)
         for index, lanes in parcels.items():
-            try:
+            with suppress(OSError):  # it has died: its sentinel will say so
                 self.workers[index].inbox.send(lanes)
-            except OSError:  # it has died: its sentinel will say so
-                log.debug("worker %d does not listen", index)
 
-    def _call_off(self) -> None:
-        """Make every lane stop after the URL in hand."""
-        if not self.called_off:
-            self.called_off = True
-            self.blocked_until[:] = [float("inf")] * _HOST_SLOTS
+    def _listen(self, timeout: float) -> None:
+        sources = [source for worker in self.workers for source in (worker.outbox, worker.process.sentinel)]
+        ready = wait(sources, timeout)
+        for index, worker in enumerate(self.workers):
+            if worker.outbox in ready:
+                self._receive(worker.outbox)
+            if worker.process.sentinel in ready:
+                self._replace_worker(index)
 
-    def _listen(self, scheduler: Scheduler, timeout: float) -> None:
-        sources: dict[Any, int] = {worker.outbox: index for index, worker in enumerate(self.workers)}
-        sources |= {worker.process.sentinel: index for index, worker in enumerate(self.workers)}
-        ready = wait(list(sources), timeout)
-        for source in ready:
-            if isinstance(source, Connection):
-                self._receive(scheduler, source)
-        for index in {sources[source] for source in ready if not isinstance(source, Connection)}:
-            self._bury_worker(scheduler, index)
-
-    def _receive(self, scheduler: Scheduler, outbox: Connection) -> None:
+    def _receive(self, outbox: Connection) -> bool:
+        """Take what a worker reports; False where it has died."""
         try:
             messages: list[Message] = outbox.recv()
         except (EOFError, OSError):
-            return
+            return False
         now = time.monotonic()
         for message in messages:
-            self._take(scheduler, message, now)
+            self._take(message, now)
+        return True
 
-    def _take(self, scheduler: Scheduler, message: Message, now: float) -> None:
+    def _take(self, message: Message, now: float) -> None:
         match message:
-            case Answered(outcome, answered):
-                self._end(outcome)
-                self._abandon(scheduler.ended(outcome.row, answered, outcome.reason, outcome.detail, now))
+            case Outcome():
+                self._end(message)
+                self.scheduler.ended(message, now)
             case LaneDone(number, returned):
-                self._abandon(scheduler.lane_done(number, returned, now))
+                self.scheduler.lane_done(number, returned, now)
             case Redirect(task):
-                self._abandon(scheduler.redirect(task, now))
+                self.scheduler.redirect(task, now)
             case Retry(task, failure):
                 self.tried[task.row] = task.attempts
-                self._abandon(scheduler.retry(task, failure, now))
+                self.scheduler.retry(task, failure, now)
             case Ready(worker):
-                scheduler.ready(worker)
+                self.scheduler.ready(worker)
             case Rotated(spool):
                 self.old_spools.append(spool)
             case Broken(detail):
@@ -404,108 +295,72 @@ class _Run:
     def _end(self, outcome: Outcome) -> None:
         self.ended[outcome.row] = outcome
         self.tried.pop(outcome.row, None)
-        self.counts["ok" if outcome.reason is None else str(outcome.reason)] += 1
+        self.counts[outcome.reason or "ok"] += 1
         self.bytes_done += outcome.size_bytes
 
-    def _abandon(self, abandoned: Abandoned | None) -> None:
+    def _abandon(self, host: int, failure: Failure, tasks: Sequence[Task]) -> None:
         """Fail what is left of a dead host, at hand and in the journal, without asking it again."""
-        if abandoned is None:
-            return
-        log.info("%s (%s)", abandoned.detail, abandoned.reason)
-        for task in abandoned.tasks:
-            self._end(_failed(task, abandoned.reason, abandoned.detail))
-        self._commit(None)
-        self.counts[str(abandoned.reason)] += self.journal.fail_host(abandoned.host, abandoned.reason, abandoned.detail)
+        log.info("%s (%s)", failure.detail, failure.reason)
+        for task in tasks:
+            self._end(failed_outcome(task, Failure(failure.reason, failure.detail, transient=True)))
+        self.commit()
+        self.counts[failure.reason] += self.journal.fail_host(host, failure.reason, failure.detail)
 
-    def _commit(self, incoming: int | None) -> None:
-        outcomes = list(self.ended.values())
-        if incoming is not None and any(outcome.temp for outcome in outcomes):
-            os.fsync(incoming)  # the files' names in the incoming folder
-        moves = self.journal.commit(outcomes, list(self.tried.items()))
-        _land(self.journal, moves)
-        moved = {temp for temp, _ in moves}
-        for outcome in outcomes:
-            if outcome.temp and outcome.temp not in moved:  # its row had ended meanwhile
-                (self.journal.folder / INCOMING / outcome.temp).unlink(missing_ok=True)
-        for spool in self.old_spools:
-            (self.journal.folder / INCOMING / spool).unlink(missing_ok=True)
+    def commit(self) -> None:
+        temps = {outcome.temp for outcome in self.ended.values() if outcome.temp}
+        if temps:
+            sync(self.incoming)  # the files' names
+        moves = self.journal.commit(list(self.ended.values()), self.tried.items())
+        land(self.journal, moves)
+        unmoved = temps.difference(temp for temp, _ in moves)  # their rows had ended meanwhile
+        for name in (*unmoved, *self.old_spools):
+            (self.incoming / name).unlink(missing_ok=True)
         self.ended.clear()
         self.tried.clear()
         self.old_spools.clear()
         self.committed_at = time.monotonic()
 
-    def _report(self, total: int, now: float) -> None:
+    def _report(self, now: float) -> None:
         if self.progress and now - self.reported_at >= _PROGRESS_EVERY_S:
             self.reported_at = now
             counts = (("ok", self.counts["ok"]), *((k, n) for k, n in self.counts.most_common(6) if k != "ok"))
-            self.progress(Progress(sum(self.counts.values()), total, "URLs", self.bytes_done, counts))
+            self.progress(Progress(self.counts.total(), self.total, "URLs", self.bytes_done, counts))
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
-    def _start(self, index: int) -> _Worker:
-        spawn = multiprocessing.get_context("spawn")
-        their_in, our_in = spawn.Pipe(duplex=False)
-        our_out, their_out = spawn.Pipe(duplex=False)
-        process = spawn.Process(
-            target=worker_main,
-            args=(self.options, self.threads, their_in, their_out, self.blocked_until, self.started, index),
-            daemon=True,
-            name=f"download-{index}",
-        )
-        process.start()
-        their_in.close()
-        their_out.close()
-        return _Worker(process, our_in, our_out)
-
-    def _bury_worker(self, scheduler: Scheduler, index: int) -> None:
+    def _replace_worker(self, index: int) -> None:
         """Take over what a dead worker had finished, blame the URLs in its hands, and start another."""
         worker = self.workers[index]
-        while worker.outbox.poll():
-            try:
-                messages: list[Message] = worker.outbox.recv()
-            except (EOFError, OSError):
-                break
-            for message in messages:
-                self._take(scheduler, message, time.monotonic())
+        while worker.outbox.poll() and self._receive(worker.outbox):
+            pass
         log.warning("a worker died (exit code %s); its URLs are tried again", worker.process.exitcode)
         own = slice(index * self.threads, (index + 1) * self.threads)
         in_hand = set(self.started[own])
         self.started[own] = [0] * self.threads
-        lost = {task.row: task for task in scheduler.lost(index, time.monotonic())}
-        for spool in (self.journal.folder / INCOMING).glob(f"spool-{worker.process.pid}-*"):
-            for outcome in spooled(spool):
+        lost = {task.row: task for task in self.scheduler.lost(index)}
+        for spool in self.incoming.glob(f"spool-{worker.process.pid}-*"):
+            for outcome in read_spool(spool):
                 if outcome.row in lost and outcome.row not in self.ended:
                     self._end(outcome)
-                    scheduler.drop(outcome.row)
-                    lost.pop(outcome.row)
+                    self.scheduler.drop(lost.pop(outcome.row))
             self.old_spools.append(spool.name)
         for row in in_hand & lost.keys():
             self.crashes[row] += 1
             if self.crashes[row] >= _CRASHES:
-                self._end(_failed(lost[row], FailReason.INTERNAL, "a worker died while fetching or checking it, twice"))
-                scheduler.drop(row)
-        worker.inbox.close()
-        worker.outbox.close()
-        self.workers[index] = self._start(index)
+                twice = Failure(
+                    FailReason.INTERNAL, "a worker died while fetching or checking it, twice", transient=True
+                )
+                self._end(failed_outcome(lost[row], twice))
+                self.scheduler.drop(lost[row])
+        worker.close()
+        self.workers[index] = self._worker(index)
 
-    def _end_workers(self) -> None:
+    def end_workers(self) -> None:
         for worker in self.workers:
-            try:
+            with suppress(OSError):
                 worker.inbox.send(None)
-            except OSError:
-                continue
         for worker in self.workers:
             worker.process.join(5.0)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.inbox.close()
-            worker.outbox.close()
-        for spool in (self.journal.folder / INCOMING).glob("spool-*"):
-            if self.clean:  # else the next run takes over what is in them
-                spool.unlink(missing_ok=True)
-
-
-def _failed(task: Task, reason: FailReason, detail: str) -> Outcome:
-    now = time.time()
-    return Outcome(task.row, reason, True, attempts=task.attempts, final_url=task.url, detail=detail, time_s=now)
+            worker.process.kill()
+            worker.process.join()
+            worker.close()
