@@ -221,8 +221,7 @@ def eval_geometry(options: EvalOptions, sizes: NDArray[np.int32]) -> Geometry:
     Source: torchvision's Resize (the long side is rounded down) and CenterCrop (the margin is rounded to even).
     """
     sides = sizes.astype(np.int64)
-    short = sides.min(axis=1, keepdims=True)
-    resized = options.short_side * sides // short
+    resized = options.short_side * sides // sides.min(axis=1, keepdims=True)
     start = np.rint((resized - options.image_size) / 2.0)
     scale = sides / resized
     box = np.concatenate([start * scale, (start + options.image_size) * scale], axis=1)
@@ -243,8 +242,7 @@ def erase_boxes(options: TrainOptions, seed: int, epoch: int, ids: NDArray[np.ui
     draws = uniforms(seed, epoch, ids, np.arange(Stream.ERASE_BOX, Stream.ERASE_BOX + ERASE_ATTEMPTS))
     (left, top, wide, tall), fits = _boxes(draws, options.erasing_scale, options.erasing_ratio, side, side, margin=1)
     erased = fits & (uniforms(seed, epoch, ids, Stream.ERASE)[:, 0] < options.erasing_prob)
-    boxes = np.stack([left, top, left + wide, top + tall], axis=1)
-    return np.where(erased[:, None], boxes, 0).astype(np.int32)
+    return np.where(erased[:, None], np.stack([left, top, left + wide, top + tall], axis=1), 0).astype(np.int32)
 
 
 def mix(
@@ -268,8 +266,7 @@ def mix(
     cut = options.cutmix_alpha > 0 and (options.mixup_alpha == 0 or drawn[0, 3] < 0.5)
     alpha = options.cutmix_alpha if cut else options.mixup_alpha
     share = np.clip(betaincinv(alpha, alpha, drawn[:, 0]), 0.0, 1.0)
-    mixed = _cut(image, share, drawn) if cut else _blend(image, share)
-    return mixed, share.astype(np.float32)
+    return _cut(image, share, drawn) if cut else _blend(image, share), share.astype(np.float32)
 
 
 def _blend(image: NDArray[np.uint8], share: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import logging
 import math
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ try:
 except ImportError as missing:
     raise RecordsError("browse: Flask is not installed", remedy="pip install 'imnet-prep[browse]'") from missing
 
+Route = Callable[[str], Callable[[Callable[..., Any]], object]]
 _ASSETS = {
     "style.css": "text/css",
     "browse.css": "text/css",
@@ -80,8 +82,9 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
     app.before_request(check_request)
     app.after_request(add_headers)
     app.register_error_handler(ImnetError, show_error)
-    for rule, function in (_pages(library) | _images(library)).items():
-        app.add_url_rule(rule, function.__name__, function, methods=["GET"], provide_automatic_options=False)
+    get = partial(app.get, provide_automatic_options=False)
+    _add_pages(get, library)
+    _add_images(get, library)
     return app
 
 
@@ -105,10 +108,12 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _pages(library: Library) -> dict[str, Callable[..., Any]]:
+def _add_pages(get: Route, library: Library) -> None:
+    @get("/")
     def index() -> str:
         return pages.index(library, request.args.get("q", "")[:200])
 
+    @get("/class/<int(signed=True):label>")
     def class_page(label: int) -> str:
         split = request.args.get("split") or next(
             (name for name in library.tables if len(library.of_class(name, label))), next(iter(library.tables), "")
@@ -120,11 +125,13 @@ def _pages(library: Library) -> dict[str, Callable[..., Any]]:
             abort(404)
         return pages.class_page(library, label, split, number)
 
+    @get("/record/<split>/<int:position>")
     def record_page(split: str, position: int) -> str:
         values = _train_values()
         pages.train_options(values)
         return pages.record_page(library, split, position, values, _number("seed", MAX_SEED))
 
+    @get("/<name>")
     def asset(name: str) -> Response:
         if name == "icon.svg":
             return _file(_ICON.encode(), "image/svg+xml")
@@ -132,27 +139,21 @@ def _pages(library: Library) -> dict[str, Callable[..., Any]]:
             abort(404)
         return _file((Path(__file__).parent / "report" / name).read_bytes(), _ASSETS[name])
 
-    return {
-        "/": index,
-        "/class/<int(signed=True):label>": class_page,
-        "/record/<split>/<int:position>": record_page,
-        "/<name>": asset,
-    }
 
-
-def _images(library: Library) -> dict[str, Callable[..., Any]]:
+def _add_images(get: Route, library: Library) -> None:
+    @get("/image/<split>/<int:position>")
     def image(split: str, position: int) -> Response:
         return _file(*library.image(split, position))
 
+    @get("/thumb/<split>/<int:position>")
     def thumb(split: str, position: int) -> Response:
         return _file(library.thumb(split, position), "image/jpeg")
 
+    @get("/view/<split>/<int:position>")
     def view(split: str, position: int) -> Response:
         options = pages.eval_options() if request.args.get("eval") else pages.train_options(_train_values())
         seed, epoch = _number("seed", MAX_SEED), _number("epoch", MAX_EPOCH)
         return _file(library.view(split, position, options, seed, epoch), "image/jpeg")
-
-    return {f"/{function.__name__}/<split>/<int:position>": function for function in (image, thumb, view)}
 
 
 def _file(data: bytes, kind: str) -> Response:
@@ -196,18 +197,16 @@ def serve(records: Path, host: str, port: int, announce: Callable[[str], None]) 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line a picture
     if not 0 <= port < 1 << 16:
         raise RecordsError("--port is out of range", expected="0 to 65535", got=str(port))
+    address = host.strip("[]")
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host.strip("[]"), port))  # make_server would print and exit
-        server = make_server(host.strip("[]"), port, app, threaded=True)
+            probe.bind((address, port))  # make_server would print and exit
+        server = make_server(address, port, app, threaded=True)
     except OSError as error:
         raise RecordsError(
             f"cannot listen on {host} port {port}", got=error.strerror or str(error), remedy="choose another --port"
         ) from error
-    shown = f"[{host.strip('[]')}]" if ":" in host else host
-    announce(f"http://{shown}:{server.server_port}/")
-    try:
+    with server:
+        announce(f"http://{f'[{address}]' if ':' in host else host}:{server.server_port}/")
         server.serve_forever()
-    finally:
-        server.server_close()

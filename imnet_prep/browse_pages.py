@@ -18,13 +18,13 @@ TRAIN_FIELDS = (("crop", "smallest crop", 0.08), ("flip", "flip", 0.5), ("jitter
 
 def shell(title: str, records: Path, *content: object) -> str:
     """Return a whole page around its content."""
-    assets = "".join(f'<link rel="stylesheet" href="/{name}">' for name in ("style.css", "browse.css"))
-    scripts = "".join(f'<script src="/{name}" defer></script>' for name in ("script.js", "browse.js"))
     html = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="/icon.svg">'
-        f"<title>{escape(title)}</title>{assets}{scripts}</head><body>\n"
+        f'<title>{escape(title)}</title><link rel="stylesheet" href="/style.css">'
+        '<link rel="stylesheet" href="/browse.css"><script src="/script.js" defer></script>'
+        '<script src="/browse.js" defer></script></head><body>\n'
         '<a class="skip" href="#main">Skip to the content</a>\n'
         f'<header><h1>{escape(title)}</h1></header>\n<nav aria-label="Site"><ul><li><a href="/">All classes of '
         f"{escape(records.resolve().name)}</a></li></ul></nav>\n"
@@ -62,10 +62,9 @@ def index(library: Library, words: str) -> str:
         role="search",
         data_filter=".list li",
     )
-    size = f"{library.folder.records:,} images in {len(manifest.classes):,} classes"
-    lead = tag("p", f"{size}; {manifest.label_convention}.", class_="faint")
+    size = f"{library.folder.records:,} images in {len(manifest.classes):,} classes; {manifest.label_convention}."
     found = tag("ul", *items, class_="list") if items else tag("p", "No class fits.")
-    return shell("Classes", library.folder.path, lead, search, *unlabelled, found)
+    return shell("Classes", library.folder.path, tag("p", size, class_="faint"), search, *unlabelled, found)
 
 
 def class_page(library: Library, label: int, split: str, number: int) -> str:
@@ -165,8 +164,8 @@ def _options(place: str, values: dict[str, float], seed: int) -> Html:
 
 def _views(place: str, values: dict[str, float], seed: int) -> Html:
     items = []
+    asked = {name: f"{value:g}" for name, value in values.items()}
     for epoch in range(VIEWS):
-        asked = {name: f"{value:g}" for name, value in values.items()}
         query = escape(urlencode({**asked, "seed": seed, "epoch": epoch}))
         image = Html(
             f'<img src="/view/{place}?{query}" alt="Its view in epoch {epoch}" width="{VIEW_SIDE}" '

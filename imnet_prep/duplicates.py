@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import cv2
 import numpy as np
@@ -129,8 +129,7 @@ def same_picture(first: Print, second: Print, mirrored: bool) -> bool:
     """Compare two images by their pixels: the correlation of what is finer than a few pixels."""
     if abs(first.aspect - second.aspect) > _MAX_ASPECT:
         return False
-    one = _detail(first.grey)
-    other = _detail(second.grey[:, ::-1] if mirrored else second.grey)
+    one, other = _detail(first.grey), _detail(second.grey[:, ::-1] if mirrored else second.grey)
     norm = float(np.sqrt((one * one).sum() * (other * other).sum()))
     return norm > 0 and float((one * other).sum()) / norm >= MIN_CORRELATION
 
@@ -253,20 +252,17 @@ def near_duplicates(signatures: Signatures, read: Callable[[int], bytes]) -> lis
         By position, each image that shows the same as an earlier one, with the earliest of its group.
     """
     groups = _Groups()
-    looked: set[Pair] = set()
-    prints: dict[int, Print] = {}
+
+    @lru_cache(MAX_PRINTS)
+    def print_at(place: int) -> Print:
+        return print_of(read(place))
+
+    @lru_cache(MAX_LOOKED)
+    def same(pair: Pair) -> bool:
+        return same_picture(print_at(pair.first), print_at(pair.second), pair.mirrored)
+
     for pair in candidates(signatures):
-        if pair in looked or groups.first(pair.first)[0] == groups.first(pair.second)[0]:
-            continue
-        if len(looked) >= MAX_LOOKED:
-            looked.clear()
-        looked.add(pair)
-        if len(prints) >= MAX_PRINTS:
-            prints.clear()
-        for place in (pair.first, pair.second):
-            if place not in prints:
-                prints[place] = print_of(read(place))
-        if same_picture(prints[pair.first], prints[pair.second], pair.mirrored):
+        if groups.first(pair.first)[0] != groups.first(pair.second)[0] and same(pair):
             groups.join(pair)
     return groups.pairs()
 

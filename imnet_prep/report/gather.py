@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -96,10 +97,9 @@ def gather(records: Path, workers: int | None, progress: ProgressCallback) -> Ga
     """
     folder = RecordsFolder.open(records)
     gathered, digests = _read_lists(folder)
-    total = folder.records
+    total, colours = folder.records, []
     prints = np.zeros((total, 4), np.uint64)
     prints[:, 1] = digests
-    colours = []
     look = partial(look_at, every=-(-total // MAX_COLOURS), prints=total <= MAX_PRINTS)
     for position, seen in enumerate(map_rows(folder, look, workers, progress)):
         gathered.sizes[position] = seen.size_bytes
@@ -139,10 +139,9 @@ def _read_lists(folder: RecordsFolder) -> tuple[Gathered, NDArray[np.uint64]]:
 
 
 def _host(url: str) -> str:
-    try:
+    with suppress(ValueError):
         return urlsplit(url).hostname or "?"
-    except ValueError:
-        return "?"
+    return "?"
 
 
 def look_at(row: Row, every: int, prints: bool) -> Look:
@@ -166,9 +165,7 @@ def look_at(row: Row, every: int, prints: bool) -> Look:
 
 def decode(data: bytes) -> NDArray[np.uint8] | None:
     """Decode an image to BGR, uint8 (H, W, 3), upright as stored; None where it does not decode."""
-    with captured_stderr():
-        try:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        except cv2.error:
-            return None
-    return None if pixels is None else np.asarray(pixels, dtype=np.uint8)
+    with captured_stderr(), suppress(cv2.error):
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        return None if pixels is None else np.asarray(pixels, dtype=np.uint8)
+    return None

@@ -152,9 +152,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -
 def _cell(value: object, *, first: bool) -> Html:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     shown = f"{value:,}" if isinstance(value, int) and number else f"{value:,.4g}" if number else value
-    if first:
-        return tag("th", shown, scope="row")
-    return tag("td", shown, class_="number" if number else None)
+    return tag("th", shown, scope="row") if first else tag("td", shown, class_="number" if number else None)
 
 
 def details(summary: str, *content: object) -> Html:
@@ -215,8 +213,8 @@ def histogram(caption: str, values: NDArray[np.float64], *, unit: str = "", log:
         Bar(f"{_short(a)} to {_short(b)}{unit}", float(count))
         for a, b, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
-    middle = edges[len(edges) // 2]
-    return bars(caption, named, (_short(edges[0]) + unit, _short(middle) + unit, _short(edges[-1]) + unit))
+    left, middle, right = (_short(edge) + unit for edge in edges[[0, len(edges) // 2, -1]])
+    return bars(caption, named, (left, middle, right))
 
 
 def _short(value: float) -> str:
@@ -289,6 +287,8 @@ def thumbnail(pixels: NDArray[np.uint8], side: int) -> bytes:
 
 def picture(data: bytes, alt: str, caption: object = "", *, side: int = 96) -> Html:
     """Return a small picture with its text alternative and a caption."""
-    source = "data:image/jpeg;base64," + base64.b64encode(data).decode()
-    image = Html(f'<img src="{source}" alt="{escape(alt)}" width="{side}" height="{side}" loading="lazy">')
+    image = Html(
+        f'<img src="data:image/jpeg;base64,{base64.b64encode(data).decode()}" alt="{escape(alt)}" width="{side}" '
+        f'height="{side}" loading="lazy">'
+    )
     return tag("figure", image, tag("figcaption", caption) if caption else "", class_="thumb")

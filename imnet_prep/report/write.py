@@ -80,8 +80,7 @@ class _Pictures:
     def of(self, shown: Shown, caption: object = "") -> Html:
         """Show a record."""
         line = shown.line
-        what = f"{shown.split}/{line.file_name}, {line.width} by {line.height} pixels"
-        return self.at(shown.position, what, caption)
+        return self.at(shown.position, f"{shown.split}/{line.file_name}, {line.width} by {line.height} pixels", caption)
 
     def at(self, position: int, alt: str, caption: object = "") -> Html:
         """Show the record at a position; a text in its place where there is no picture."""
@@ -206,13 +205,12 @@ def _balance(manifest: Manifest) -> Html:
             charts.append(tag("p", f"{split}: no labels."))
             continue
         step = -(-len(counts) // MAX_BARS)
-        groups = [counts[start : start + step] for start in range(0, len(counts), step)]
         shown = [
             Bar(
                 group[0][1] if len(group) == 1 else f"{group[0][1]} and {len(group) - 1} more, mean",
                 float(np.mean([count for count, _ in group])),
             )
-            for group in groups
+            for group in (counts[start : start + step] for start in range(0, len(counts), step))
         ]
         ends = (f"{counts[0][0]:,}", f"{len(counts):,} classes, the largest first", f"{counts[-1][0]:,}")
         charts.append(bars(f"{split}: images a class", shown, ends))
@@ -241,8 +239,10 @@ def _colours(gathered: Gathered) -> Html:
     head = ("channel", "mean here", "mean of ImageNet", "std here", "std of ImageNet", "std of all pixels")
     few, bad = gathered.folder.records <= MAX_COLOURS, gathered.undecodable
     which = "every image" if few else f"{len(gathered.colours):,} images, evenly spaced"
-    said = f"Computed from {which}; 0 is black, 1 is full; each image counts alike. "
-    said += "The std is the mean of the images' own deviations, as ImageNet's published one is."
+    said = (
+        f"Computed from {which}; 0 is black, 1 is full; each image counts alike. "
+        "The std is the mean of the images' own deviations, as ImageNet's published one is."
+    )
     warning = f"{bad:,} images did not decode: run imnet-prep verify --level decode."
     failed = tag("p", warning, class_="warn") if bad else ""
     return join([table("Channel mean and standard deviation", head, rows), tag("p", said, class_="faint"), failed])
@@ -250,11 +250,10 @@ def _colours(gathered: Gathered) -> Html:
 
 def _changes(gathered: Gathered, pictures: _Pictures) -> Html:
     splits = gathered.folder.manifest.splits
-    counted = {change: sum(split.changes.get(change, 0) for split in splits.values()) for change in _CHANGES}
     rows = [
-        (_CHANGES[change], count, "converted" if change in CONVERTED else "noticed, stored as it was")
-        for change, count in counted.items()
-        if count
+        (words, count, "converted" if change in CONVERTED else "noticed, stored as it was")
+        for change, words in _CHANGES.items()
+        if (count := sum(split.changes.get(change, 0) for split in splits.values()))
     ]
     parts: list[object] = [
         tag("h3", "Kept, and converted or noticed"),
@@ -268,8 +267,10 @@ def _changes(gathered: Gathered, pictures: _Pictures) -> Html:
     if not reasons:
         return join([*parts, tag("p", "Nothing was rejected.")])
     counts = [(reason, *(split.rejected.get(reason, 0) for split in splits.values())) for reason in reasons]
-    parts.append(table("Rejected by reason", ("reason", *splits), counts))
-    parts.append(tag("p", "Shown as far as they decode; duplicates by the one that was kept.", class_="faint"))
+    parts += [
+        table("Rejected by reason", ("reason", *splits), counts),
+        tag("p", "Shown as far as they decode; duplicates by the one that was kept.", class_="faint"),
+    ]
     twins = {f"{item.split}/{item.line.file_name}": item for shown in gathered.samples.values() for item in shown}
     listed = list(gathered.folder.rejected())
     body = []
@@ -278,8 +279,8 @@ def _changes(gathered: Gathered, pictures: _Pictures) -> Html:
         seen = pictures.kept(item.thumbnail, name) if item.thumbnail else pictures.of(twin) if twin else ""
         body.append((name, item.reason.value, join([item.detail, seen])))
     more = f", the first {MAX_REJECTED_LISTED} of {len(listed):,}" if len(listed) > MAX_REJECTED_LISTED else ""
-    parts.append(details(f"By name{more}", table("Rejected images", ("name", "reason", "detail"), body)))
-    return join(parts)
+    named = details(f"By name{more}", table("Rejected images", ("name", "reason", "detail"), body))
+    return join([*parts, named])
 
 
 def _duplicates(gathered: Gathered, pictures: _Pictures) -> Html:
@@ -292,8 +293,7 @@ def _duplicates(gathered: Gathered, pictures: _Pictures) -> Html:
             (pair.first, pair.second, "same picture, mirrored" if pair.mirrored else "same picture")
             for pair in near[:MAX_PAIRS]
         ]
-    same = f"{len(gathered.exact):,} records have the same bytes as an earlier one."
-    parts = [tag("p", same), tag("p", said)]
+    parts = [tag("p", f"{len(gathered.exact):,} records have the same bytes as an earlier one."), tag("p", said)]
     for first, second, why in pairs:
         names = pictures.name(first), pictures.name(second)
         shown = [pictures.at(place, name, name) for place, name in zip((first, second), names, strict=True)]
