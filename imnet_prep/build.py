@@ -136,6 +136,7 @@ class Job(Protocol):
 
     def seal(self, space: Workspace, manifest: Manifest) -> Manifest:
         """Check what was written against what was read, and return the manifest as it is to be written."""
+        return manifest
 
 
 def carry_out(job: Job, out: Path, options: ConvertOptions, progress: ProgressCallback, stop: Stop) -> ConvertResult:
@@ -226,16 +227,15 @@ def _run(
         The results of all shards in the order of the plan, the layout of each split, and the images read now.
     """
     path = space.work / LAYOUTS
-    doubled: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
-    images_now = 0
+    doubled, images_now = Counter[str](json.loads(path.read_bytes()) if path.exists() else {}), 0
     while True:
-        layouts = {split: part.layout.grown(doubled.get(split, 0)) for split, part in plan.splits.items()}
+        layouts = {split: part.layout.grown(doubled[split]) for split, part in plan.splits.items()}
         results, more, images = _run_tasks(space, plan, tasks_of(plan, space.partial, layouts), options, progress, stop)
         images_now += images
         if not more:
             return results, layouts, images_now
-        for split, doublings in more.items():
-            doubled[split] = doubled.get(split, 0) + doublings
+        doubled.update(more)
+        for split in more:
             if plan.splits[split].layout.grown(doubled[split]) == layouts[split]:
                 raise PlanError(f"a shard of {split} cannot be laid out", remedy="use more shards (--shards)")
         LOG.info("larger pages are needed: writing the shards of %s again", ", ".join(more))
@@ -249,15 +249,14 @@ def _run_tasks(
     options: ConvertOptions,
     progress: ProgressCallback,
     stop: Stop,
-) -> tuple[list[ShardResult], dict[str, int], int]:
+) -> tuple[list[ShardResult], Counter[str], int]:
     """Carry out the tasks that are not finished; also gives the doublings needed by split, and the images read."""
     results = {task.name: result for task in tasks if (result := finished(task)) is not None}
     budget = _Budget(space, plan, options)
     for result in results.values():
         budget.spend(result.rejected)
     kept_images = sum(result.images + len(result.rejected) for result in results.values())
-    kept_rejected = len(budget.rejected)
-    more: dict[str, int] = {}
+    kept_rejected, more = len(budget.rejected), Counter[str]()
 
     def report(images: int, size: int, rejected: int) -> None:
         done, counts = min(plan.images, kept_images + images), (("rejected", kept_rejected + rejected),)
@@ -269,7 +268,7 @@ def _run_tasks(
         with closing(work):
             for result in work:
                 if result.doublings:
-                    more[result.split] = max(more.get(result.split, 0), result.doublings)
+                    more[result.split] = max(more[result.split], result.doublings)
                 else:
                     results[result.name] = result
                     budget.spend(result.rejected)

@@ -22,10 +22,9 @@ from imnet_prep.records.publish import BUILD_WORK
 from imnet_prep.records.record_list import RECORDS, REJECTED, rejected_bytes, write_lines
 from imnet_prep.records.shards import Layout
 from imnet_prep.runtime import library_versions
-from imnet_prep.shard_task import ShardResult, lines_path
+from imnet_prep.shard_task import ShardResult, done_path
 from imnet_prep.types import ShardInfo
 
-_CHUNK_ROWS = 1 << 16
 Digests = list[NDArray[np.uint64]]  # the first 8 bytes of each record's source digest, sorted, an array a split
 
 
@@ -80,8 +79,7 @@ def assemble(
 
 def describe(splits: dict[str, SplitInfo], classes: tuple[str, ...], **rest: Any) -> Manifest:
     """Return the manifest of finished splits: with the classes' words, and the versions of what made the images."""
-    words = tuple(map(catalog.class_words, classes))
-    made_with = library_versions("imnet-prep", "opencv", "pillow")
+    words, made_with = tuple(map(catalog.class_words, classes)), library_versions("imnet-prep", "opencv", "pillow")
     return Manifest(classes=classes, class_words=words, made_with=made_with, splits=splits, **rest)
 
 
@@ -93,7 +91,7 @@ def _file_entry(path: Path, name: str) -> dict[str, Any]:
 def _lines(partial: Path, shards: Iterable[str]) -> Iterator[str]:
     """Join the record lines of a split's shards, which do not know their own number."""
     for number, name in enumerate(shards):
-        with lines_path(partial, name).open(encoding="utf-8", newline="\n") as text:
+        with done_path(partial, name, ".jsonl").open(encoding="utf-8", newline="\n") as text:
             for line in text:
                 # No quote stands unescaped in a name, so this is the field.
                 yield line.rstrip("\n").replace(',"shard":0,', f',"shard":{number},', 1)
@@ -156,16 +154,10 @@ def describe_split(
 def _new_digests(digests: NDArray[np.uint64], before: Digests) -> int:
     """Count the different digests that no split before has; sorts them in place, as a million need not be copied."""
     digests.sort()
-    fresh = 0
-    for start in range(0, len(digests), _CHUNK_ROWS):
-        chunk = np.unique(digests[start : start + _CHUNK_ROWS])
-        if start and chunk[0] == digests[start - 1]:
-            chunk = chunk[1:]
-        known = np.zeros(len(chunk), bool)
-        for other in before:
-            place = np.minimum(np.searchsorted(other, chunk), len(other) - 1)
-            known |= other[place] == chunk
-        fresh += int(np.count_nonzero(~known))
+    fresh = np.ones(len(digests), bool)
+    fresh[1:] = digests[1:] != digests[:-1]
+    for other in before:
+        fresh &= other[np.minimum(np.searchsorted(other, digests), len(other) - 1)] != digests
     if len(digests):
         before.append(digests)
-    return fresh
+    return int(np.count_nonzero(fresh))

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build import ConvertOptions, ConvertResult, Stop, carry_out
+from imnet_prep.build import ConvertOptions, ConvertResult, Job, Stop, carry_out
 from imnet_prep.files import write_atomically
 from imnet_prep.plan import PLAN_VERSION, Plan, PlanOptions, load_plan
 from imnet_prep.planner import make_plan
-from imnet_prep.records.manifest import Manifest
 from imnet_prep.sources import detect, merge
 from imnet_prep.types import ProgressCallback
 from imnet_prep.workspace import DIGESTS, PLAN_FRESH, Workspace
@@ -51,7 +50,7 @@ def convert(
     return carry_out(_Sources(paths, split, plan_options), out, options, progress, stop)
 
 
-class _Sources:
+class _Sources(Job):
     """Archives and folders to be converted; see :class:`Job`."""
 
     def __init__(self, paths: Sequence[Path], split: str | None, options: PlanOptions) -> None:
@@ -89,13 +88,8 @@ class _Sources:
             LOG.warning("%s", note)
         return {"inputs": infos, "infos": infos, "key": self._key, "notes": notes}
 
-    def seal(self, space: Workspace, manifest: Manifest) -> Manifest:
-        return manifest
-
 
 def _file_state(path: Path) -> list[Any] | None:
     """Return a fingerprint of a file that detects a replaced one; None for a folder."""
-    if path.is_dir():
-        return None
     state = path.stat()
-    return [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
+    return None if path.is_dir() else [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]

@@ -112,8 +112,7 @@ def signature(grey: NDArray[np.uint8], width: int, height: int) -> Signatures:
     """
     tall, wide = grey.shape
     lowest = (_spectrum(tall, height) @ grey.astype(np.float32) @ _spectrum(wide, width).T).ravel()
-    energy = float(np.dot(lowest, lowest)) - float(lowest[0]) ** 2  # without the mean
-    if energy < (_FEATURELESS * SIDE) ** 2:
+    if float(np.dot(lowest, lowest)) - float(lowest[0]) ** 2 < (_FEATURELESS * SIDE) ** 2:  # without the mean
         return np.zeros(2, np.uint64)
     return _pack(lowest[_frequencies()[0]] > 0)
 
@@ -178,8 +177,7 @@ def _neighbours(
     mirrored: NDArray[np.bool_],
 ) -> Iterator[Pair]:
     """Compare the images of each group; in a crowded one, those whose bits sort close together."""
-    first = signatures[rows, 0] ^ np.where(mirrored, odd[0], np.uint64(0))
-    second = signatures[rows, 1] ^ np.where(mirrored, odd[1], np.uint64(0))
+    first, second = (signatures[rows] ^ np.where(mirrored[:, None], odd, np.uint64(0))).T
     order = np.lexsort((first, keys))
     keys, rows, mirrored, first, second = (a[order] for a in (keys, rows, mirrored, first, second))
     active = np.arange(len(keys))
@@ -204,8 +202,7 @@ def _neighbours(
 @cache
 def _ones() -> NDArray[np.uint8]:
     """Set bits of every 16-bit number."""
-    numbers = np.arange(1 << 16, dtype=np.uint16)
-    return np.asarray(np.unpackbits(numbers.view(np.uint8).reshape(-1, 2), axis=1).sum(axis=1), dtype=np.uint8)
+    return np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
 
 
 def _differing(bits: NDArray[np.uint64]) -> NDArray[np.uint8]:

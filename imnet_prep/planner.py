@@ -63,9 +63,9 @@ def make_plan(
         OSError: The disk is full or fails.
     """
     staging = database.with_name(database.name + ".found")
+    database.unlink(missing_ok=True)
+    staging.unlink(missing_ok=True)
     try:
-        for path in (database, staging):
-            path.unlink(missing_ok=True)
         with _connected(database) as connection:
             connection.execute("ATTACH ? AS staging", (os.fsencode(staging),))
             connection.executescript("PRAGMA staging.journal_mode = OFF; PRAGMA staging.synchronous = OFF; BEGIN")
@@ -120,7 +120,6 @@ def _ingest(
     keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
     seen: set[str] = set()
     rejected: list[Rejected] = []
-    done = 0
 
     def rows() -> Iterator[tuple[object, ...]]:
         path, number = "", 0  # only the last is kept: an archive stands behind many images in a row, a file behind one
@@ -137,7 +136,7 @@ def _ingest(
                     connection.execute("INSERT INTO path VALUES(?, ?)", (number, full))
                 yield _row(ref, options.seed, number)
 
-    source = rows()
+    source, done = rows(), 0
     while batch := list(islice(source, BATCH_ROWS)):
         connection.executemany(f"INSERT INTO found VALUES({','.join('?' * len(batch[0]))})", batch)
         done += len(batch)
@@ -156,12 +155,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _row(ref: ImageRef, seed: int, path: int) -> tuple[object, ...]:
-    name = f"{ref.split}/{ref.file_name}".encode()
-    rank = hashlib.blake2b(name, digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    name, key = f"{ref.split}/{ref.file_name}".encode(), seed.to_bytes(8, "little")
     return (
         SPLITS.index(ref.split),
         (record_id(ref.split, ref.file_name) ^ 1 << 63) - (1 << 63),  # signed, as SQLite's integers are
-        int.from_bytes(rank, "little", signed=True),
+        int.from_bytes(hashlib.blake2b(name, digest_size=8, key=key).digest(), "little", signed=True),  # its rank
         ref.class_name,
         ref.file_name,
         path,
@@ -203,12 +201,12 @@ def _reject_duplicates(connection: sqlite3.Connection, progress: ProgressCallbac
             connection.execute("INSERT INTO digest VALUES(?, ?)", (row[-1], hashlib.sha256(raw.data).digest()))
         if done % 1000 == 0 or done == total:
             progress(Progress(done, total, "hashed"))
-    val = SPLITS.index("val")
     twice = connection.execute(
         "SELECT record, split, file_name, first_split, first_name FROM (SELECT record, split, file_name, "
         "FIRST_VALUE(record) OVER same AS first, FIRST_VALUE(split) OVER same AS first_split, "
         "FIRST_VALUE(file_name) OVER same AS first_name FROM found JOIN digest USING (record) "
-        f"WINDOW same AS (PARTITION BY sha256 ORDER BY split != {val}, -split, file_name)) WHERE record != first"
+        "WINDOW same AS (PARTITION BY sha256 ORDER BY split != ?, -split, file_name)) WHERE record != first",
+        (SPLITS.index("val"),),
     ).fetchall()
     connection.executemany("DELETE FROM found WHERE record = ?", [(row[0],) for row in twice])
     return [

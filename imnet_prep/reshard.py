@@ -94,12 +94,11 @@ class ReshardResult:
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints."""
         told = self.built.to_json()
-        kept = ("shards", "bytes", "seconds", "manifest", "already_done")
         return {
             "images": self.proof.records,
             "proof": self.proof.digest,
             "labels_unchanged": self.labels_unchanged,
-            **{name: told[name] for name in kept},
+            **{name: told[name] for name in ("shards", "bytes", "seconds", "manifest", "already_done")},
         }
 
 
@@ -166,8 +165,7 @@ class _Records:
 
     def state(self, space: Workspace, progress: ProgressCallback) -> dict[str, Any]:
         """Describe where the records came from first."""
-        sources = (source for manifest in self._manifests for source in manifest.sources)
-        infos = {json.dumps(source, sort_keys=True): source for source in sources}
+        infos = {json.dumps(source, sort_keys=True): source for item in self._manifests for source in item.sources}
         return {"inputs": None, "infos": list(infos.values()), "notes": []}
 
     def seal(self, space: Workspace, manifest: Manifest) -> Manifest:
@@ -184,8 +182,8 @@ class _Records:
             agreed["keep_classes"] = manifest.options["keep_classes"]
         words = {name: word for m in manifests for name, word in zip(m.classes, m.class_words, strict=True)}
         named = zip(manifest.classes, manifest.class_words, strict=True)
-        same_labels = manifest.classes == first.classes and len({m.label_space for m in manifests}) == 1
-        labels = first if same_labels else manifest
+        same_space = len({m.label_space for m in manifests}) == 1
+        labels = first if same_space and manifest.classes == first.classes else manifest
         return replace(
             manifest,
             options={**manifest.options, **agreed},
@@ -227,8 +225,8 @@ class _Records:
             label_space = "found"
         else:
             label_space = str(names)
-            renamed = dict.fromkeys(renames.get(name, name) for name in first.classes)
-            names.write_text("".join(f"{name}\n" for name in renamed), encoding="utf-8", newline="\n")
+            lines = dict.fromkeys(f"{renames.get(name, name)}\n" for name in first.classes)
+            names.write_text("".join(lines), encoding="utf-8", newline="\n")
         sides = {manifest.options.get("short_side") for manifest in manifests}
         store = ValidateOptions(short_side=sides.pop() if len(sides) == 1 else None)
         if store.short_side is not None and first.options.get("quality"):

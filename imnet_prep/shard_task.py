@@ -108,28 +108,23 @@ class ShardResult:
     doublings: int = 0
 
 
-def lines_path(folder: Path, name: str) -> Path:
-    """Where the record lines of a finished shard wait for the commit."""
-    return folder / BUILD_WORK / "done" / (Path(name).name + ".jsonl")
-
-
-def _note_path(folder: Path, name: str) -> Path:
-    return folder / BUILD_WORK / "done" / (Path(name).name + ".json")
+def done_path(folder: Path, name: str, ending: str) -> Path:
+    """Return where the note (``.json``) or the record lines (``.jsonl``) of a finished shard wait for the commit."""
+    return folder / BUILD_WORK / "done" / (Path(name).name + ending)
 
 
 def finished(task: ShardTask) -> ShardResult | None:
     """Return the result of a shard that is in place, or None."""
     try:
-        note = json.loads(_note_path(task.folder, task.name).read_bytes())
+        note = json.loads(done_path(task.folder, task.name, ".json").read_bytes())
         if note.pop("plan") != task.plan or Layout(**note.pop("layout")) != task.layout:
             return None
         info = ShardInfo(**note["info"]) if note["info"] is not None else None
         rejected = tuple(map(Rejected.from_json, note["rejected"]))
-        lines_path(task.folder, task.name).stat()
+        done_path(task.folder, task.name, ".jsonl").stat()
         if info is not None:
             data = task.folder / info.file
-            sizes = data.stat().st_size, index_path(data).stat().st_size
-            if sizes != (info.size_bytes, info.index_size_bytes):
+            if (data.stat().st_size, index_path(data).stat().st_size) != (info.size_bytes, info.index_size_bytes):
                 return None
         return ShardResult(**{**note, "info": info, "rejected": rejected})
     except (OSError, ValueError, KeyError, TypeError, PlanError):
@@ -161,15 +156,15 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
                 info = read_back(path, task.name, written)
                 synced.result()
         check_plan(task.folder, task.plan)
-        os.replace(lines, lines_path(task.folder, task.name))
+        os.replace(lines, done_path(task.folder, task.name, ".jsonl"))
         if info is not None:
             for source in (path, index_path(path)):  # another folder, the same base name: MindRecord allows that
                 os.replace(source, task.folder / task.split / source.name)
             sync(task.folder / task.split)
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
         note = {**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}
-        data = json.dumps(note, sort_keys=True).encode()
-        write_atomically(_note_path(task.folder, task.name), data, stage=Path(temporary))
+        place = done_path(task.folder, task.name, ".json")
+        write_atomically(place, json.dumps(note, sort_keys=True).encode(), stage=Path(temporary))
         return result
 
 

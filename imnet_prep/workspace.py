@@ -19,9 +19,9 @@ from typing import Any
 from imnet_prep.errors import ImnetError, IntegrityError, PlanError
 from imnet_prep.files import exclusive_lock, sync, write_atomically
 from imnet_prep.plan import Plan
+from imnet_prep.records.check import check_size, listed_files
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, Manifest
-from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.publish import (
     BUILD_WORK,
     Move,
@@ -185,16 +185,8 @@ def _manifest_of(folder: Path, plan: Plan) -> Manifest | None:
 
 
 def _missing(folder: Path, manifest: Manifest) -> str:
-    """Name the first file that is not there in its size, or give an empty string."""
-    for split in manifest.splits.values():
-        files = [(split.records["file"], split.records["size_bytes"])]
-        for shard in split.shards:
-            files += [(shard.file, shard.size_bytes), (str(index_path(Path(shard.file))), shard.index_size_bytes)]
-        for name, size in files:
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                return str(name)
-    return ""
+    """Return the name of the first file that is not there in its size, or an empty string."""
+    return next((name for name, size, _ in listed_files(manifest) if check_size(folder, name, size)), "")
 
 
 def check_begun(space: Workspace, plan: Plan, *, force: bool) -> None:
