@@ -119,9 +119,8 @@ def _add_pages(get: Route, library: Library) -> None:
             (name for name in library.tables if len(library.of_class(name, label))), next(iter(library.tables), "")
         )
         number = _number("page", 1 << 31)
-        if not -1 <= label < len(library.manifest.classes) or split not in library.tables:
-            abort(404)
-        if number and number * pages.PAGE_IMAGES >= len(library.of_class(split, label)):
+        known = -1 <= label < len(library.manifest.classes) and split in library.tables
+        if not known or (number and number * pages.PAGE_IMAGES >= len(library.of_class(split, label))):
             abort(404)
         return pages.class_page(library, label, split, number)
 

@@ -93,8 +93,7 @@ class Library:
         Raises:
             RecordsError: The list cannot be read.
         """
-        found: dict[str, Any] = json.loads(self.folder.line(self.row(split, position).position).to_json())
-        return found
+        return dict(json.loads(self.folder.line(self.row(split, position).position).to_json()))
 
     def view(self, split: str, position: int, options: TrainOptions | EvalOptions, seed: int, epoch: int) -> bytes:
         """Make what the training or evaluation pipeline makes of a record, as a JPEG.

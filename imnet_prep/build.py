@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from imnet_prep.records.publish import BUILD_WORK
 from imnet_prep.records.record_list import REJECTED, rejected_bytes
 from imnet_prep.records.shards import Layout
 from imnet_prep.shard_task import ShardResult, ShardTask, finished, tasks_of
-from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected
+from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected, Stop
 from imnet_prep.workers import process_count
 from imnet_prep.workspace import (
     Workspace,
@@ -46,7 +46,6 @@ from imnet_prep.workspace import (
 LOG = logging.getLogger(__name__)
 LAYOUTS = "layouts.json"  # in .work: how often each split's layout was doubled, where it had to be
 _BUDGET = re.compile(r"(\d+)|(\d+(?:\.\d+)?)%")
-Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)

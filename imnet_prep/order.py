@@ -44,9 +44,7 @@ def epoch_order(
     place = np.empty(blocks, dtype=np.int64)
     place[np.argsort(keys[::block_rows], kind="stable")] = np.arange(blocks)  # a block's key is its first row's
     group = place[np.arange(rows) // block_rows] // window
-    inner = order_keys(seed, epoch, ids, Stream.WINDOW)
-    order: NDArray[np.int64] = np.lexsort((inner, group)).astype(np.int64)
-    return order
+    return np.asarray(np.lexsort((order_keys(seed, epoch, ids, Stream.WINDOW), group)), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

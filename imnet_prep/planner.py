@@ -71,8 +71,13 @@ def make_plan(
             connection.executescript("PRAGMA staging.journal_mode = OFF; PRAGMA staging.synchronous = OFF; BEGIN")
             rejected = _ingest(connection, refs, options, progress)
             _check_records(connection)
-            if options.max_per_class is not None:
-                _limit_classes(connection, options.max_per_class)
+            if options.max_per_class is not None:  # the first of each class by rank; those without a class all stay
+                connection.execute(
+                    "DELETE FROM found WHERE record IN (SELECT record FROM (SELECT record, ROW_NUMBER() OVER "
+                    "(PARTITION BY split, class ORDER BY rank, record) AS place FROM found WHERE class != '') "
+                    "WHERE place > ?)",
+                    (options.max_per_class,),
+                )
             if options.duplicates == "reject":
                 rejected += _reject_duplicates(connection, progress)
             # From here on the rows lie in their order: place is the row number.
@@ -177,15 +182,6 @@ def _check_records(connection: sqlite3.Connection) -> None:
         connection.execute("CREATE UNIQUE INDEX staging.by_record ON found(record)")
     except sqlite3.IntegrityError as error:
         raise PlanError("two images have the same record id", remedy="rename one, or take them in two runs") from error
-
-
-def _limit_classes(connection: sqlite3.Connection, limit: int) -> None:
-    """Keep the first of each class by rank; images without a class (the test split) all stay."""
-    connection.execute(
-        "DELETE FROM found WHERE record IN (SELECT record FROM (SELECT record, ROW_NUMBER() OVER "
-        "(PARTITION BY split, class ORDER BY rank, record) AS place FROM found WHERE class != '') WHERE place > ?)",
-        (limit,),
-    )
 
 
 def _reject_duplicates(connection: sqlite3.Connection, progress: ProgressCallback) -> list[Rejected]:

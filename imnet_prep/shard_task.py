@@ -40,8 +40,7 @@ class ShardTask:
 
     Attributes:
         folder: The ``.partial`` folder; the plan lies in its ``.work``.
-        split: The split. number: Which of its shards, from 0.
-        name: Path of the data file relative to ``folder``.
+        split: The split. name: Path of the data file relative to ``folder``.
         first: Place of its first image in the plan. last: Place after its last.
         layout: Sizes of the split's files.
         plan: Digest of the plan: a worker that was left behind must not touch the folder of another one.
@@ -51,7 +50,6 @@ class ShardTask:
 
     folder: Path
     split: str
-    number: int
     name: str
     first: int
     last: int
@@ -74,7 +72,6 @@ def tasks_of(plan: Plan, folder: Path, layouts: dict[str, Layout]) -> list[Shard
         ShardTask(
             folder=folder,
             split=split,
-            number=number,
             name=plan.shard_name(split, number),
             first=part.first + part.bounds[number],
             last=part.first + part.bounds[number + 1],

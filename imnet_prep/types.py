@@ -224,3 +224,4 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+Stop = Callable[[], bool]  # whether to leave as soon as what is in hand is finished

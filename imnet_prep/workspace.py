@@ -80,31 +80,27 @@ def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
         RecordsError: It lies in another records folder.
     """
     try:
-        return _checked(out, sources, force=force)
+        target = out.resolve()
+        if not target.name:
+            raise PlanError(f"{out}: cannot be the records folder", expected="the name of a folder to be made")
+        for source in sources:
+            if source.exists() and (target == source.resolve() or target in source.resolve().parents):
+                raise PlanError(f"{out}: the source {source} lies there", remedy="choose another --out")
+        refuse_inside_records(target)
+        if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+            if os.path.ismount(target):
+                raise PlanError(
+                    f"{out}: is a mount point", remedy="choose a folder inside it, as it gets its name at the end"
+                )
+        elif not target.is_dir() or not (target / MANIFEST).is_file():
+            raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out")
+        elif force and not is_records_folder(target) and _foreign(target):
+            raise PlanError(
+                f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
+            )
+        return Workspace(target)
     except (OSError, RuntimeError) as error:  # not to be listed, or a link that leads to itself
         raise PlanError(f"{out}: cannot be the records folder", got=str(error)) from error
-
-
-def _checked(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
-    target = out.resolve()
-    if not target.name:
-        raise PlanError(f"{out}: cannot be the records folder", expected="the name of a folder to be made")
-    for source in sources:
-        if source.exists() and (target == source.resolve() or target in source.resolve().parents):
-            raise PlanError(f"{out}: the source {source} lies there", remedy="choose another --out")
-    refuse_inside_records(target)
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        if os.path.ismount(target):
-            raise PlanError(
-                f"{out}: is a mount point", remedy="choose a folder inside it, as it gets its name at the end"
-            )
-    elif not target.is_dir() or not (target / MANIFEST).is_file():
-        raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out")
-    elif force and not is_records_folder(target) and _foreign(target):
-        raise PlanError(
-            f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
-        )
-    return Workspace(target)
 
 
 @contextmanager

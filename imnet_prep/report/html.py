@@ -75,7 +75,7 @@ def page(title: str, sections: Sequence[tuple[str, str, Html]], lead: Html, *, f
         )
         for anchor, heading, content in sections
     )
-    style, script = (_asset(name) for name in ("style.css", "script.js"))
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     return (
         f'{_OPENING}<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
@@ -125,10 +125,6 @@ def write_page(out: Path, html: str) -> int:
     except OSError as error:
         raise RecordsError(f"{out}: cannot be written", got=error.strerror or str(error)) from error
     return len(data)
-
-
-def _asset(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> Html:
@@ -184,19 +180,15 @@ def bars(caption: str, bars: Sequence[Bar], ends: tuple[str, str, str], *, unit:
     )
     largest = max(bars, key=lambda bar: bar.value, default=Bar("", 0))
     label = f"{caption}. {len(bars)} bars; the highest is {largest.name} with {largest.value:,.6g} {unit}."
-    numbers = table(caption, ("range", unit), [(bar.name, _whole(bar.value)) for bar in bars])
+    counted = [(bar.name, int(bar.value) if float(bar.value).is_integer() else bar.value) for bar in bars]
     return tag(
         "figure",
         tag("figcaption", caption),
         tag("div", drawn, class_="bars", role="img", aria_label=label),
         tag("div", *(tag("span", end) for end in ends), class_="axis", aria_hidden="true"),
-        details("As a table", numbers),
+        details("As a table", table(caption, ("range", unit), counted)),
         class_="chart",
     )
-
-
-def _whole(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
 
 
 def histogram(caption: str, values: NDArray[np.float64], *, unit: str = "", log: bool = False, bins: int = 32) -> Html:
