@@ -63,8 +63,6 @@ class StageTimes:
 class Pending:
     """A batch in the making; ``sizes`` are the listed widths and heights, int32 (N, 2), ``pixels`` their products."""
 
-    __slots__ = ("chunks", "draws", "epoch", "faults", "future", "image", "lock", "pixels", "positions", "sizes")
-
     def __init__(
         self, positions: NDArray[np.int64], epoch: int, image: NDArray[np.uint8], sizes: NDArray[np.int32], chunks: int
     ) -> None:
@@ -106,9 +104,8 @@ class BatchMaker:
 
     def begin(self, epoch: int, positions: NDArray[np.int64]) -> tuple[Pending, range]:
         """Set up a batch; return it and the first rows of its chunks, each to be passed to :meth:`work` once."""
-        size = self.options.image_size
+        size, starts = self.options.image_size, range(0, len(positions), CHUNK_ROWS)
         image = np.empty((len(positions), size, size, 3), dtype=np.uint8)
-        starts = range(0, len(positions), CHUNK_ROWS)
         sizes = np.stack([self._table.width[positions], self._table.height[positions]], axis=1)
         return Pending(positions, epoch, image, sizes, len(starts)), starts
 
@@ -179,8 +176,7 @@ class BatchMaker:
             if pending.pixels[row] > MAX_PIXELS
         }
         known = {row for row, image in images.items() if pending.pixels[row] and image.startswith(SOI)}
-        parse = [row for row in images if row not in known and row not in faults]
-        if parse:
+        if parse := [row for row in images if row not in known and row not in faults]:
             pending.sizes[parse], found = self.decoder.sizes([images[row] for row in parse])
             faults |= {parse[place]: why for place, why in found}
         return faults
@@ -255,6 +251,8 @@ class BatchMaker:
 
     def _error(self, pending: Pending) -> PipelineError:
         row = min(pending.faults)
-        where = self.reader.where(int(pending.positions[row]))
-        remedy = 'restore the shard, or go on without such rows with on_error="skip"'
-        return PipelineError(f"{where}: the record is bad", got=pending.faults[row], remedy=remedy)
+        return PipelineError(
+            f"{self.reader.where(int(pending.positions[row]))}: the record is bad",
+            got=pending.faults[row],
+            remedy='restore the shard, or go on without such rows with on_error="skip"',
+        )
