@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
 from array import array
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
-from imnet_prep.sources.base import (
-    Found,
-    Source,
-    SourceInfo,
-    ignored_note,
-    is_hidden,
-    is_image_name,
-    make_ref,
-    printable,
-    suffix_of,
-)
+from imnet_prep.sources.base import Found, Source, SourceInfo, is_hidden, is_image_name, make_ref, printable, suffix_of
 from imnet_prep.sources.digests import check_official, digests
-from imnet_prep.sources.labels import TEST_NAME, VAL_NAME, WNID, Labels, tiny_labels
-from imnet_prep.sources.tar import Damage, Kind, Member, clean_parts, member_fault, walk
-from imnet_prep.types import ProgressCallback, Reason, Rejected
+from imnet_prep.sources.labels import TEST_NAME, VAL_NAME, WNID, Labels, class_of, tiny_labels
+from imnet_prep.sources.tar import Damage, Kind, Member, walk
+from imnet_prep.types import SPLITS, ProgressCallback, Reason, Rejected
 
-END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
+_END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
+_MAX_ANNOTATIONS = 64 << 20  # bytes; Tiny-ImageNet's have half a MB
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
 }  # fmt: skip
+_Row = tuple[str, int, int]  # name, offset, size in bytes
 
 
 class TarSource(Source):
@@ -52,187 +43,122 @@ class TarSource(Source):
         return SourceInfo(self.kind, self.path.name, size, md5, sha256, official, images)
 
     def _images(self) -> int | None:
-        return sum(self._counted().images.values())
+        return self._counted().images.total()
 
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[int, int]]:
-        """Give a descriptor and the size; errors of the file system become a :class:`SourceError`."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise SourceError(f"{self.path} cannot be opened", got=exc.strerror or str(exc)) from exc
-        try:
-            yield descriptor, os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+    def _members(self, file: PlainFile, suffix: bytes = b"") -> Iterator[Member | Damage]:
+        """Walk the archive; ``suffix`` is that of the archives in it, where it holds such.
+
+        Raises:
+            SourceError: It is cut: nothing can be read after the damage, and no zero blocks end it.
+        """
+        for found in walk(file.descriptor, 0, os.fstat(file.descriptor).st_size, suffix=suffix):
+            # Zeros at the end prove nothing where there are inner tars: every one of them has them.
+            if isinstance(found, Damage) and found.last and (suffix or not ends_in_zeros(file)):
+                raise self._cut(found)
+            yield found
 
     def _cut(self, damage: Damage) -> SourceError:
         named = catalog.archives().get(self.path.name)
-        size = self.path.stat().st_size
         whole = f" of {named.size_bytes}" if named is not None and named.size_bytes else ""
-        about = f"{printable(damage.name)} {damage.detail}" if damage.name else damage.detail
+        about = f"{printable(damage.name)} {damage.fault}" if damage.name else damage.fault
         return SourceError(
-            f"{self.path} is not a whole tar archive ({size} bytes{whole}): {about}",
+            f"{self.path} is not a whole tar archive ({self.path.stat().st_size} bytes{whole}): {about}",
             expected="an archive that ends in zero blocks",
             remedy="download or copy it again",
         )
 
-    def _walk(self, notes: list[str]) -> Iterator[Found]:
-        with self._opened() as (descriptor, size):
-            yield from self._index(descriptor, size, notes)
 
-    @abstractmethod
-    def _index(self, descriptor: int, size: int, notes: list[str]) -> Iterator[Found]: ...
-
-    def _outer(self, descriptor: int, size: int, split: str, bad: list[Rejected]) -> Iterator[Member]:
-        """Walk a plain tar: regular files of honest names; what is not goes to ``bad``.
-
-        Raises:
-            SourceError: The archive is cut: nothing can be read after the damage, and no zero blocks end it.
-        """
-        for found in walk(descriptor, 0, size):
-            if isinstance(found, Damage):
-                if found.last and not _ends_in_zeros(descriptor, size):
-                    raise self._cut(found)
-                bad.append(_rejected(split, found.name, found.detail))
-            elif found.kind is not Kind.FOLDER:
-                fault = _fault(found)
-                if fault:
-                    bad.append(_rejected(split, found.name, fault))
-                else:
-                    yield found
+def _open(path: Path) -> PlainFile:
+    try:
+        return PlainFile(path)
+    except OSError as exc:
+        raise SourceError(f"{path} cannot be opened", got=exc.strerror or str(exc)) from exc
 
 
-def _ends_in_zeros(descriptor: int, size: int) -> bool:
+def ends_in_zeros(file: PlainFile) -> bool:
     """Tell whether a tar has its end: then a member that claims more than there is lies, and the tar is not cut."""
-    tail = os.pread(descriptor, END_BYTES, max(0, size - END_BYTES))
-    return len(tail) == END_BYTES and not any(tail)
+    tail = file.read(_END_BYTES, max(0, os.fstat(file.descriptor).st_size - _END_BYTES))
+    return len(tail) == _END_BYTES and not any(tail)
 
 
-def _fault(member: Member) -> str:
-    if member.kind is not Kind.FILE:
-        return f"a {member.kind.value} in the archive, not a file"
-    return member_fault(member.name)
-
-
-def _rejected(split: str, name: str, detail: str) -> Rejected:
-    return Rejected(split, printable(name), Reason.UNREADABLE, detail)
+def _files(members: Iterable[Member | Damage], split: str, class_name: str = "") -> Iterator[Member | Rejected]:
+    """Yield the regular files of honest names; what is neither that nor a folder is rejected."""
+    for found in members:
+        if isinstance(found, Member) and not found.fault:
+            yield found
+        elif isinstance(found, Damage) or found.kind is not Kind.FOLDER:
+            name = f"{class_name}/{found.name or class_name + '.tar'}" if class_name else found.name
+            yield Rejected(split, printable(name), Reason.UNREADABLE, found.fault)
 
 
 class NestedTar(TarSource):
     """A tar of one tar a class (``n01440764.tar``): the official training archive, or one's own in its shape."""
 
-    def __init__(self, path: Path, kind: str, split: str) -> None:
-        super().__init__(path)
-        self.kind, self.split = kind, split
-
-    def _index(self, descriptor: int, size: int, notes: list[str]) -> Iterator[Found]:
-        bad: list[Rejected] = []
-        ignored: Counter[str] = Counter()
-        inner = []
-        for found in walk(descriptor, 0, size, suffix=b".tar"):
-            if isinstance(found, Damage):
-                if found.last:  # zeros at the end prove nothing here: every inner tar has them
-                    raise self._cut(found)
-                bad.append(_rejected(self.split, found.name, found.detail))
-            elif found.kind is not Kind.FOLDER:
-                fault, base = _fault(found), (clean_parts(found.name) or [""])[-1]
-                if fault:
-                    bad.append(_rejected(self.split, found.name, fault))
-                elif base.endswith(".tar") and not is_hidden(base):
-                    inner.append((base.removesuffix(".tar"), found))
-                else:
-                    ignored[suffix_of(base)] += 1
-        yield from bad
-        inner.sort(key=lambda pair: (pair[0], pair[1].offset))
-        for class_name, tars in groupby(inner, key=lambda pair: pair[0]):
-            rows: list[_Row] = []
-            for _, tar in tars:
-                end = tar.offset + tar.size_bytes
-                yield from _class_tar(descriptor, tar.offset, end, self.split, class_name, rows)
-            for name, offset, size_bytes in sorted(rows):
-                yield make_ref(self.split, class_name, name, str(self.path), offset, size_bytes)
-        notes += ignored_note(ignored, self.name)
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
+        file, inner = _open(self.path), list[_Row]()
+        for found in _files(self._members(file, suffix=b".tar"), self.split):
+            if isinstance(found, Rejected):
+                yield found
+            elif found.parts[-1].endswith(".tar") and not is_hidden(found.parts[-1]):
+                inner.append((found.parts[-1].removesuffix(".tar"), found.offset, found.size_bytes))
+            else:
+                ignored[suffix_of(found.parts[-1])] += 1
+        for class_name, rows in groupby(sorted(inner), key=itemgetter(0)):
+            yield from _class_tars(file, rows, self.split, class_name, self.path)
 
 
-_Row = tuple[str, int, int]  # name, offset, size in bytes
-
-
-def _class_tar(
-    descriptor: int, start: int, end: int, split: str, class_name: str, rows: list[_Row]
-) -> Iterator[Rejected]:
-    """Walk one class's tar: its images go to ``rows``, what is none is yielded."""
-    for found in walk(descriptor, start, end):
-        if isinstance(found, Damage):
-            yield _rejected(split, f"{class_name}/{found.name or class_name + '.tar'}", found.detail)
-        elif found.kind is not Kind.FOLDER:
-            fault = _fault(found)
-            parts = clean_parts(found.name)
-            if fault or not parts:
-                yield _rejected(split, f"{class_name}/{found.name}", fault or "it has no name")
+def _class_tars(file: PlainFile, tars: Iterable[_Row], split: str, class_name: str, path: Path) -> Iterator[Found]:
+    """Walk the tars of one class: first what is no image, then the images by name."""
+    rows: list[_Row] = []
+    for _, start, size_bytes in tars:
+        for found in _files(walk(file.descriptor, start, start + size_bytes), split, class_name):
+            if isinstance(found, Rejected):
+                yield found
+            elif (parts := found.parts) == [""]:
+                yield Rejected(split, printable(f"{class_name}/{found.name}"), Reason.UNREADABLE, "it has no name")
             else:
                 name = "/".join(parts[1:] if len(parts) > 1 and parts[0] == class_name else parts)
                 rows.append((name, found.offset, found.size_bytes))
+    for name, offset, size_bytes in sorted(rows):
+        yield make_ref(split, class_name, name, str(path), offset, size_bytes)
 
 
 class TarFolder(Source):
     """A folder of one tar a class: the official training archive, unpacked once."""
 
-    kind = "folder-of-class-tars"
-
-    def __init__(self, path: Path, split: str) -> None:
-        super().__init__(path)
-        self.split = split
-
-    def _walk(self, notes: list[str]) -> Iterator[Found]:
-        ignored: Counter[str] = Counter()
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         for path in sorted(self.path.iterdir()):
-            if path.suffix != ".tar" or not WNID.fullmatch(path.stem) or not path.is_file():
+            if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
+                file = _open(path)
+                whole = (path.stem, 0, os.fstat(file.descriptor).st_size)
+                yield from _class_tars(file, [whole], self.split, path.stem, path)
+            else:
                 ignored[suffix_of(path.name)] += 1
-                continue
-            rows: list[_Row] = []
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                end = os.fstat(descriptor).st_size
-                yield from _class_tar(descriptor, 0, end, self.split, path.stem, rows)
-            finally:
-                os.close(descriptor)
-            for name, offset, size_bytes in sorted(rows):
-                yield make_ref(self.split, path.stem, name, str(path), offset, size_bytes)
-        notes += ignored_note(ignored, self.name)
 
 
 class FlatTar(TarSource):
     """A tar of images without class folders: the official validation archive, labelled by number, or the test one."""
 
-    def __init__(self, path: Path, kind: str, split: str, labels: Labels | None) -> None:
-        super().__init__(path)
-        self.kind, self.split, self.labels = kind, split, labels
+    labels: Labels | None = None
 
-    def _index(self, descriptor: int, size: int, notes: list[str]) -> Iterator[Found]:
-        bad: list[Rejected] = []
-        ignored: Counter[str] = Counter()
-        rows, names = [], []
-        for member in self._outer(descriptor, size, self.split, bad):
-            base = (clean_parts(member.name) or [""])[-1]
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
+        file, rows = _open(self.path), list[tuple[str, str, int, int]]()
+        for found in _files(self._members(file), self.split):
+            if isinstance(found, Rejected):
+                yield found
+                continue
+            base = found.parts[-1]
             if not is_image_name(base) or is_hidden(base):
                 ignored[suffix_of(base)] += 1
-                continue
-            names.append(base)
-            wnid = "" if self.labels is None else self.labels.of(base)
-            if wnid is None:
-                assert self.labels is not None
-                detail = f"not in {self.labels.origin}"
-                bad.append(Rejected(self.split, printable(base), Reason.UNLABELLED, detail))
+            elif isinstance(wnid := class_of(base, self.split, self.labels), Rejected):
+                yield wnid
             else:
-                rows.append((wnid, base, member.offset, member.size_bytes))
-        yield from bad
+                rows.append((wnid, base, found.offset, found.size_bytes))
         rows.sort()
         for wnid, base, offset, size_bytes in rows:
             yield make_ref(self.split, wnid, base, str(self.path), offset, size_bytes)
         if self.labels is not None:
-            notes += self.labels.missing(names)
-        notes += ignored_note(ignored, self.name)
+            notes += self.labels.missing(row[1] for row in rows)
 
 
 class _Rows:
@@ -256,60 +182,47 @@ class _Rows:
 class ClassTar(TarSource):
     """A tar of class folders, under ``train/`` and ``val/`` or not, and under a folder of its own or not."""
 
-    kind = "class-tar"
-
-    def __init__(self, path: Path, split: str | None) -> None:
-        super().__init__(path)
-        self.split = split
-
-    def _index(self, descriptor: int, size: int, notes: list[str]) -> Iterator[Found]:
-        bad: list[Rejected] = []
-        ignored: Counter[str] = Counter()
-        groups: dict[tuple[str, ...], _Rows] = {}
-        annotations: Member | None = None
-        split = self.split or "train"
-        for member in self._outer(descriptor, size, split, bad):
-            *folders, base = clean_parts(member.name) or [""]
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
+        file, groups = _open(self.path), defaultdict[tuple[str, ...], _Rows](_Rows)
+        tiny = None
+        for found in _files(self._members(file), self.split or "train"):
+            if isinstance(found, Rejected):
+                yield found
+                continue
+            *folders, base = found.parts
             if base == "val_annotations.txt":
-                annotations = member
-            if not is_image_name(base) or any(is_hidden(part) for part in (*folders, base)):
+                lines = file.read(min(found.size_bytes, _MAX_ANNOTATIONS), found.offset).decode("utf-8", "replace")
+                tiny = tiny_labels(lines.splitlines(), f"{self.path}: {printable(found.name)}")
+            if not is_image_name(base) or is_hidden(base) or any(map(is_hidden, folders)):
                 ignored[suffix_of(base)] += 1
             else:
-                groups.setdefault(tuple(folders), _Rows()).add(base, member.offset, member.size_bytes)
-        yield from bad
-        tiny = None
-        if annotations is not None:
-            length = min(annotations.size_bytes, 64 << 20)
-            lines = PlainFile(self.path).read(length, annotations.offset).decode("utf-8", "replace")
-            tiny = tiny_labels(lines.splitlines(), f"{self.path}: {printable(annotations.name)}")
-        yield from self._laid_out(groups, tiny, split)
-        notes += ignored_note(ignored, self.name)
+                groups[tuple(folders)].add(base, found.offset, found.size_bytes)
+        yield from self._laid_out(groups, tiny)
 
-    def _laid_out(self, groups: dict[tuple[str, ...], _Rows], tiny: Labels | None, split: str) -> Iterator[Found]:
+    def _laid_out(self, groups: Mapping[tuple[str, ...], _Rows], tiny: Labels | None) -> Iterator[Found]:
         """Turn folders into splits and classes, and yield them in order."""
         root = _common_root(list(groups))
         has_splits = any(len(key) > root + 1 and key[root] in SPLIT_FOLDERS for key in groups)
-        classes: dict[tuple[int, str], list[tuple[str, int, int]]] = {}
-        order = ("train", "val", "test")
+        classes = defaultdict[tuple[int, str], list[_Row]](list)
         for key, rows in groups.items():
-            below, where = key[root:], split
+            below, split = key[root:], self.split or "train"
             if has_splits and below and below[0] in SPLIT_FOLDERS:
-                where, below = SPLIT_FOLDERS[below[0]], below[1:]
-            if tiny is not None and below and below[-1] == "images":
+                split, below = SPLIT_FOLDERS[below[0]], below[1:]
+            if tiny is not None and below[-1:] == ("images",):
                 below = below[:-1]
-            if self.split is not None and has_splits and where != self.split:
+            if has_splits and self.split not in ("", split):
                 continue
+            labels = tiny if split == "val" and not below else None
             for name, offset, size_bytes in rows.sorted():
-                labelled = tiny is not None and where == "val" and not below
-                class_name = (tiny.of(name) if labelled and tiny is not None else None) or (below[0] if below else "")
-                if not class_name and where != "test":
-                    yield Rejected(where, printable("/".join((*key, name))), Reason.UNLABELLED, "not in a class folder")
-                    continue
-                full = "/".join((*below[1:], name))
-                classes.setdefault((order.index(where), class_name), []).append((full, offset, size_bytes))
+                class_name = (labels.of(name) or "") if labels else "".join(below[:1])
+                if class_name or split == "test":
+                    row = ("/".join((*below[1:], name)), offset, size_bytes)
+                    classes[SPLITS.index(split), class_name].append(row)
+                else:
+                    yield Rejected(split, printable("/".join((*key, name))), Reason.UNLABELLED, "not in a class folder")
         for place, class_name in sorted(classes):
             for name, offset, size_bytes in sorted(classes[place, class_name]):
-                yield make_ref(order[place], class_name, name, str(self.path), offset, size_bytes)
+                yield make_ref(SPLITS[place], class_name, name, str(self.path), offset, size_bytes)
 
 
 def _common_root(folders: list[tuple[str, ...]]) -> int:
@@ -324,12 +237,10 @@ def _common_root(folders: list[tuple[str, ...]]) -> int:
 
 
 class Devkit(TarSource):
-    """The development kit: no images, but the labels of the validation ones."""
+    """The development kit, or Kaggle's solution: no images, but the labels of the validation ones."""
 
-    kind = "ilsvrc2012-devkit"
-
-    def __init__(self, path: Path, labels: Labels) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, kind: str, labels: Labels) -> None:
+        super().__init__(path, kind)
         self.labels = labels
 
     def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
@@ -341,17 +252,8 @@ class Devkit(TarSource):
     def _images(self) -> int | None:
         return None
 
-    def _walk(self, notes: list[str]) -> Iterator[Found]:
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         return iter(())
-
-    def _index(self, descriptor: int, size: int, notes: list[str]) -> Iterator[Found]:
-        return iter(())
-
-
-class LabelFile(Devkit):
-    """Kaggle's LOC_val_solution.csv, given by itself."""
-
-    kind = "kaggle-val-solution"
 
 
 def peek(path: Path) -> tuple[str, str]:
@@ -363,26 +265,22 @@ def peek(path: Path) -> tuple[str, str]:
     Raises:
         SourceError: It is no tar, is cut before anything could be told, or holds nothing.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size, seen = os.fstat(descriptor).st_size, 0
-        for found in walk(descriptor, 0, size):
-            if isinstance(found, Damage):
-                if found.last and seen == 0:
-                    raise SourceError(f"{path} is not a tar archive that can be read", got=found.detail)
-                continue
-            seen += 1
-            base = (clean_parts(found.name) or [""])[-1]
-            if found.kind is not Kind.FILE or is_hidden(base):
-                continue
-            if base.endswith(".tar"):
-                return "nested", base
-            if is_image_name(base):
-                flat = "val" if VAL_NAME.fullmatch(base) else "test" if TEST_NAME.fullmatch(base) else "classes"
-                in_class = any(WNID.fullmatch(part) for part in clean_parts(found.name)[:-1])
-                return ("classes" if in_class else flat), found.name
-    finally:
-        os.close(descriptor)
+    file, seen = PlainFile(path), 0
+    for found in walk(file.descriptor, 0, os.fstat(file.descriptor).st_size):
+        if isinstance(found, Damage):
+            if found.last and seen == 0:
+                raise SourceError(f"{path} is not a tar archive that can be read", got=found.fault)
+            continue
+        seen += 1
+        *folders, base = found.parts
+        if found.kind is not Kind.FILE or is_hidden(base):
+            continue
+        if base.endswith(".tar"):
+            return "nested", base
+        if is_image_name(base):
+            in_class = any(WNID.fullmatch(folder) for folder in folders)
+            flat = "val" if VAL_NAME.fullmatch(base) else "test" if TEST_NAME.fullmatch(base) else "classes"
+            return "classes" if in_class else flat, found.name
     raise SourceError(
         f"{path} holds no images", expected="class folders, class tars or ILSVRC2012 images", got=f"{seen} members"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,11 +16,8 @@ from imnet_prep.types import SPLITS, ImageRef, ProgressCallback, RawImage, Reaso
 
 _SUFFIXES = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff mpo heic heif avif jp2 jxl"  # the last five: rejected
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
-MAX_SOURCE_BYTES = (
-    1 << 29
-)  # what is read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
+MAX_SOURCE_BYTES = 1 << 29  # read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
 _OPEN_ARCHIVES = 32  # file descriptors kept a process
-_SPLIT_ORDER = {split: place for place, split in enumerate(SPLITS)}
 Found = ImageRef | Rejected
 
 
@@ -72,7 +69,7 @@ class SourceSummary:
 class _Tally:
     images: Counter[str] = field(default_factory=Counter)
     size_bytes: Counter[str] = field(default_factory=Counter)
-    classes: dict[str, set[str]] = field(default_factory=dict)
+    classes: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     rejected: int = 0
 
     def add(self, found: Found) -> None:
@@ -82,7 +79,7 @@ class _Tally:
         self.images[found.split] += 1
         self.size_bytes[found.split] += found.size_bytes
         if found.class_name:
-            self.classes.setdefault(found.split, set()).add(found.class_name)
+            self.classes[found.split].add(found.class_name)
 
 
 class Source(ABC):
@@ -90,22 +87,21 @@ class Source(ABC):
 
     Attributes:
         kind: The layout.
+        split: Of its images; where it has several, the one that was asked for, or empty for all.
         name: Base name of the folder or archive, for messages.
         path: Where it is.
         notes: What a person should know (files ignored, val images missing); complete once :meth:`refs` ran to its end.
     """
 
-    kind: str
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: str, split: str = "") -> None:
+        self.path, self.kind, self.split = path, kind, split
         self.name = path.name or path.resolve().name
         self.notes: tuple[str, ...] = ()
         self._tally: _Tally | None = None
 
     @abstractmethod
-    def _walk(self, notes: list[str]) -> Iterator[Found]:
-        """Yield references sorted by split, class and name, and append notes."""
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
+        """Yield references sorted by split, class and name; append notes, count by suffix what is passed over."""
 
     def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
         """Say what the source is; an archive is read once, whole, to compute its digests.
@@ -116,7 +112,7 @@ class Source(ABC):
             SourceError: An official archive is damaged, or is another one than its name says.
         """
         tally = self._counted()
-        size, images = sum(tally.size_bytes.values()), sum(tally.images.values())
+        size, images = tally.size_bytes.total(), tally.images.total()
         return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
 
     def refs(self) -> Iterator[Found]:
@@ -128,17 +124,17 @@ class Source(ABC):
         Raises:
             SourceError: The source turned out damaged on the way.
         """
-        tally, notes = _Tally(), list[str]()
-        for found in _unique(self._walk(notes)):
+        tally, notes, ignored = _Tally(), list[str](), Counter[str]()
+        for found in _unique(self._walk(notes, ignored)):
             tally.add(found)
             yield found
-        self._tally, self.notes = tally, tuple(notes)
+        self._tally, self.notes = tally, (*notes, *ignored_note(ignored, self.name))
 
     def summary(self) -> SourceSummary:
         """Count what is there; free after :meth:`refs` ran to its end, else it runs it."""
         tally = self._counted()
         splits = tuple(
-            SplitSummary(split, tally.images[split], len(tally.classes.get(split, ())), tally.size_bytes[split])
+            SplitSummary(split, tally.images[split], len(tally.classes[split]), tally.size_bytes[split])
             for split in SPLITS
             if tally.images[split]
         )
@@ -168,7 +164,7 @@ def _keyed(found: Iterable[Found], place: int) -> Iterator[tuple[_Key, Found]]:
     key: _Key = (-1, "", "", place)
     for item in found:
         if isinstance(item, ImageRef):
-            key = (_SPLIT_ORDER[item.split], item.class_name, item.file_name, place)
+            key = (SPLITS.index(item.split), item.class_name, item.file_name, place)
         yield key, item  # a rejection stays where it was met
 
 
@@ -176,11 +172,11 @@ def _unique(found: Iterable[Found]) -> Iterator[Found]:
     last: tuple[str, str] | None = None
     for item in found:
         if isinstance(item, ImageRef):
-            if (item.split, item.file_name) == last:
-                detail = f"another image of this name is in the {item.split} split"
-                yield Rejected(item.split, item.file_name, Reason.DUPLICATE_NAME, detail)
+            this = (item.split, item.file_name)
+            if this == last:
+                yield Rejected(*this, Reason.DUPLICATE_NAME, f"another image of this name is in the {item.split} split")
                 continue
-            last = (item.split, item.file_name)
+            last = this
         yield item
 
 
@@ -196,10 +192,9 @@ def is_hidden(name: str) -> bool:
 
 
 def make_ref(split: str, class_name: str, name: str, path: str, offset: int, size_bytes: int) -> Found:
-    """Give the reference, or the rejection where the name cannot be a record's or the size cannot be an image's."""
+    """Return the reference, or the rejection where the name cannot be a record's or the size cannot be an image's."""
     file_name = f"{class_name}/{name}" if class_name else name
-    fault = name_fault(file_name)
-    if fault:
+    if fault := name_fault(file_name):
         return Rejected(split, printable(file_name), Reason.UNREADABLE, fault)
     if size_bytes > MAX_SOURCE_BYTES:
         return Rejected(split, file_name, Reason.TOO_LARGE, f"{size_bytes} bytes, at most {MAX_SOURCE_BYTES} are read")
@@ -221,8 +216,8 @@ def ignored_note(ignored: Counter[str], name: str) -> list[str]:
 
 
 def suffix_of(name: str) -> str:
-    """The suffix as counted in notes, lower case, printable."""
-    return printable(os.path.splitext(name)[1].lower()) if os.path.splitext(name)[1] else ""
+    """Return the suffix as counted in notes, lower case, printable."""
+    return printable(suffix.lower()) if (suffix := os.path.splitext(name)[1]) else ""
 
 
 _archive = lru_cache(maxsize=_OPEN_ARCHIVES)(PlainFile)  # one set a process
@@ -238,10 +233,11 @@ def read(ref: ImageRef) -> RawImage | Rejected:
         The bytes, or a rejection as ``UNREADABLE`` where the file is gone, shorter, longer or not to be read.
     """
     try:
-        if ref.offset:
-            data = _archive(ref.path).read(ref.size_bytes, ref.offset)
-        else:
-            data = PlainFile(ref.path).read(ref.size_bytes + 1, 0)
+        data = (
+            _archive(ref.path).read(ref.size_bytes, ref.offset)
+            if ref.offset
+            else PlainFile(ref.path).read(ref.size_bytes + 1, 0)
+        )
     except OSError as exc:
         return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, exc.strerror or type(exc).__name__)
     if len(data) != ref.size_bytes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from imnet_prep.download.journal import read_finished
 from imnet_prep.errors import DownloadError, SourceError
@@ -18,27 +18,20 @@ _SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control ch
 class DownloadFolder(Source):
     """The images that the journal lists as finished; other files in the folder are not looked at."""
 
-    kind = "download"
-
-    def __init__(self, path: Path, split: str) -> None:
-        super().__init__(path)
-        self.split = split
-
-    def _walk(self, notes: list[str]) -> Iterator[Found]:
-        classes: dict[str, bytearray] = {}  # packed rows: a list may have given millions of images
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
+        classes = defaultdict[str, bytearray](bytearray)  # packed rows: a list may have given millions of images
         try:
             for done in read_finished(self.path):
                 name = done.path.rpartition("/")[2]
                 row = _SEPARATOR.join((name, done.path, str(done.size_bytes), str(done.status), done.url))
-                classes.setdefault(done.wnid, bytearray()).extend(row.encode("utf-8", "surrogateescape") + b"\n")
+                classes[done.wnid] += row.encode("utf-8", "surrogateescape") + b"\n"
         except DownloadError as exc:
             raise SourceError(exc.what, expected=exc.expected, got=exc.got, remedy=exc.remedy) from exc
         except sqlite3.DatabaseError as exc:
             raise SourceError(f"{self.path}: its journal.sqlite cannot be read", got=str(exc)) from exc
         for wnid in sorted(classes):
             rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
-            for fields in sorted(row.split(_SEPARATOR) for row in rows):
-                name, path, size_bytes, status, url = fields
+            for name, path, size_bytes, status, url in sorted(row.split(_SEPARATOR) for row in rows):
                 found = make_ref(self.split, wnid, name, str(self.path / path), 0, int(size_bytes))
                 known = int(status) if status.isdecimal() else None
                 yield replace(found, url=url, status=known) if isinstance(found, ImageRef) else found

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from imnet_prep.sources.base import (
     Found,
@@ -19,32 +20,13 @@ from imnet_prep.sources.base import (
     printable,
     suffix_of,
 )
-from imnet_prep.sources.labels import Labels
-from imnet_prep.types import Reason, Rejected
+from imnet_prep.sources.labels import Labels, class_of
+from imnet_prep.types import SPLITS, Reason, Rejected
 
 _MAX_DEPTH = 16  # folders below a class folder
 
 
-@dataclass(frozen=True, slots=True)
-class ClassFolders:
-    """``<folder>/<class>/<image>``; ``below`` names a folder between class and image that is no part of the name."""
-
-    split: str
-    folder: Path
-    below: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class FlatFolder:
-    """``<folder>/<image>``, labelled by a list, or not at all (the test split)."""
-
-    split: str
-    folder: Path
-    labels: Labels | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A file below a folder: its path within, its size, or why it cannot be read."""
 
     name: str
@@ -53,62 +35,81 @@ class _Entry:
     fault: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ClassFolders:
+    """``<folder>/<class>/<image>``; ``below`` is a folder between class and image, ``images/``, no part of the name."""
+
+    split: str
+    folder: Path
+    below: str = ""
+
+    def walk(self, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
+        """Yield the images of one class after the other."""
+        root, empty = os.stat(self.folder), []
+        for entry in _listing(self.folder):
+            if is_hidden(entry.name) or not _is_folder(entry):
+                ignored[suffix_of(entry.name)] += 1
+                continue
+            files = list(_files(Path(entry.path), "", {(root.st_dev, root.st_ino)}, ignored))
+            if not files:
+                empty.append(printable(entry.name))
+            for name, file in sorted((file.name.removeprefix(self.below), file) for file in files):
+                yield _found(self.split, entry.name, name, file)
+        if empty:
+            listed = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+            notes.append(f"{self.split}: {len(empty)} class folders without images ({listed})")
+
+
+@dataclass(frozen=True, slots=True)
+class FlatFolder:
+    """``<folder>/<image>``, labelled by a list, or not at all (the test split)."""
+
+    split: str
+    folder: Path
+    labels: Labels | None = None
+
+    def walk(self, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
+        """Yield the images by class and name."""
+        labelled: list[tuple[str, _Entry]] = []
+        for file in _files(self.folder, "", set(), ignored, deep=self.labels is None):
+            wnid = class_of(file.name, self.split, self.labels)
+            if isinstance(wnid, Rejected):
+                yield wnid
+            else:
+                labelled.append((wnid, file))
+        labelled.sort()
+        for wnid, file in labelled:
+            yield _found(self.split, wnid, file.name, file)
+        if self.labels is not None:
+            notes += self.labels.missing(file.name for _, file in labelled)
+
+
+Part = ClassFolders | FlatFolder
+
+
+def needs_labels(part: Part) -> bool:
+    """Tell whether a part holds validation images whose classes are not known yet."""
+    return isinstance(part, FlatFolder) and part.split == "val" and part.labels is None
+
+
+def with_labels(parts: Sequence[Part], labels: Labels) -> list[Part]:
+    """Return the parts, with labels for those that need them."""
+    return [FlatFolder(part.split, part.folder, labels) if needs_labels(part) else part for part in parts]
+
+
 class FolderSource(Source):
     """A folder whose splits are :class:`ClassFolders` or :class:`FlatFolder`."""
 
-    def __init__(self, path: Path, kind: str, parts: Sequence[ClassFolders | FlatFolder]) -> None:
-        super().__init__(path)
-        self.kind = kind
-        order = ("train", "val", "test")
-        self.parts = sorted(parts, key=lambda part: order.index(part.split))
+    def __init__(self, path: Path, kind: str, parts: Sequence[Part]) -> None:
+        super().__init__(path, kind)
+        self.parts = sorted(parts, key=lambda part: SPLITS.index(part.split))
 
-    def _walk(self, notes: list[str]) -> Iterator[Found]:
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         for part in self.parts:
-            ignored: Counter[str] = Counter()
+            passed = Counter[str]()  # a note a split, in place of one for the folder
             label = self.name if part.folder == self.path else f"{self.name}/{part.folder.relative_to(self.path)}"
-            if isinstance(part, ClassFolders):
-                yield from _class_folders(part, ignored, notes)
-            else:
-                yield from _flat(part, ignored, notes)
-            notes += ignored_note(ignored, printable(label))
-
-
-def _class_folders(part: ClassFolders, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
-    root = os.stat(part.folder)
-    empty = []
-    for entry in _listing(part.folder):
-        if is_hidden(entry.name) or not _is_folder(entry):
-            ignored[suffix_of(entry.name)] += 1
-            continue
-        files = list(_files(Path(entry.path), "", {(root.st_dev, root.st_ino)}, ignored))
-        if not files:
-            empty.append(printable(entry.name))
-        prefix = f"{part.below}/" if part.below else ""
-        named = sorted((file.name.removeprefix(prefix), file.path, file) for file in files)
-        for name, _, file in named:
-            yield _found(part.split, entry.name, name, file)
-    if empty:
-        listed = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        notes.append(f"{part.split}: {len(empty)} class folders without images ({listed})")
-
-
-def _flat(part: FlatFolder, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
-    files = list(_files(part.folder, "", set(), ignored, deep=part.labels is None))
-    if part.labels is None:
-        for file in sorted(files, key=lambda file: (file.name, file.path)):
-            yield _found(part.split, "", file.name, file)
-        return
-    labelled = []
-    for file in files:
-        wnid = part.labels.of(file.name)
-        if wnid is None:
-            yield Rejected(part.split, printable(file.name), Reason.UNLABELLED, f"not in {part.labels.origin}")
-        else:
-            labelled.append((wnid, file.name, file))
-    labelled.sort(key=lambda row: row[:2])
-    for wnid, name, file in labelled:
-        yield _found(part.split, wnid, name, file)
-    notes += part.labels.missing(file.name for file in files)
+            yield from part.walk(passed, notes)
+            notes += ignored_note(passed, printable(label))
 
 
 def _found(split: str, class_name: str, name: str, file: _Entry) -> Found:
@@ -131,18 +132,16 @@ def _files(
         ignored["links back to a folder above"] += 1
         return
     for entry in listing:
-        name = f"{within}{entry.name}"
-        if is_hidden(entry.name):
-            ignored[suffix_of(entry.name)] += 1
-        elif _is_folder(entry):
-            if deep:
-                yield from _files(Path(entry.path), f"{name}/", above | {(here.st_dev, here.st_ino)}, ignored)
-            else:
-                ignored["folders"] += 1
-        elif not is_image_name(entry.name):
+        is_folder = not is_hidden(entry.name) and _is_folder(entry)
+        if is_folder and deep:
+            inside = above | {(here.st_dev, here.st_ino)}
+            yield from _files(Path(entry.path), f"{within}{entry.name}/", inside, ignored)
+        elif is_folder:
+            ignored["folders"] += 1
+        elif is_hidden(entry.name) or not is_image_name(entry.name):
             ignored[suffix_of(entry.name)] += 1
         else:
-            yield _entry(entry, name)
+            yield _entry(entry, f"{within}{entry.name}")
 
 
 def _entry(entry: os.DirEntry[str], name: str) -> _Entry:
@@ -150,9 +149,7 @@ def _entry(entry: os.DirEntry[str], name: str) -> _Entry:
         state = entry.stat()
     except OSError as exc:  # a link to nothing, or to itself
         return _Entry(name, entry.path, 0, exc.strerror or type(exc).__name__)
-    if not stat.S_ISREG(state.st_mode):
-        return _Entry(name, entry.path, 0, "not a regular file")
-    return _Entry(name, entry.path, state.st_size)
+    return _Entry(name, entry.path, state.st_size, "" if stat.S_ISREG(state.st_mode) else "not a regular file")
 
 
 def _listing(folder: Path) -> list[os.DirEntry[str]]:
@@ -180,5 +177,5 @@ def has_image(folder: Path, depth: int = 2) -> bool:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders directly in a folder, sorted, hidden ones left out; links to folders are followed."""
+    """Return the folders directly in a folder, sorted, hidden ones left out; links to folders are followed."""
     return [Path(entry.path) for entry in _listing(folder) if not is_hidden(entry.name) and _is_folder(entry)]

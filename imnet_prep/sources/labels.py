@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imnet_prep.errors import SourceError
+from imnet_prep.sources.base import printable
+from imnet_prep.types import Reason, Rejected
 
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.[A-Za-z]+")
 TEST_NAME = re.compile(r"ILSVRC2012_test_(\d{8})\.[A-Za-z]+")
@@ -48,20 +50,25 @@ class Labels:
         return str(int(match.group(1))) if match else ""
 
     def of(self, name: str) -> str | None:
-        """Give the class of an image by its name, or None."""
+        """Return the class of an image by its name, or None."""
         return self.by_key.get(self._key(name))
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Give a note that names the listed images that are not there; nothing where all are."""
+        """Return a note that names the listed images that are not there; nothing where all are."""
         absent = self.by_key.keys() - {self._key(name) for name in names}
         if not absent:
             return []
-        if self.numbered:
-            shown = [f"ILSVRC2012_val_{int(key):08d}" for key in sorted(absent, key=int)[:_LISTED]]
-        else:
-            shown = sorted(absent)[:_LISTED]
-        dots = ", ..." if len(absent) > _LISTED else ""
-        return [f"{len(absent)} of {len(self.by_key)} images in {self.origin} are missing: {', '.join(shown)}{dots}"]
+        names = sorted(f"ILSVRC2012_val_{int(key):08d}" if self.numbered else key for key in absent)
+        listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+        return [f"{len(absent)} of {len(self.by_key)} images in {self.origin} are missing: {listed}"]
+
+
+def class_of(name: str, split: str, labels: Labels | None) -> str | Rejected:
+    """Return an image's class, empty where there are no labels, or its rejection where they do not have it."""
+    if labels is None:
+        return ""
+    wnid = labels.of(name)
+    return Rejected(split, printable(name), Reason.UNLABELLED, f"not in {labels.origin}") if wnid is None else wnid
 
 
 def read_devkit(path: Path) -> Labels:
@@ -74,8 +81,7 @@ def read_devkit(path: Path) -> Labels:
     for name in (_META, _TRUTH):
         if name not in files:
             raise SourceError(f"{path} is not the ILSVRC2012 devkit", expected=f"data/{name} in it", got="no such file")
-    wnid_of = _read_meta(files[_META], path)
-    labels = {}
+    wnid_of, labels = _read_meta(files[_META], path), {}
     for number, line in enumerate(files[_TRUTH].decode("ascii", "replace").split(), start=1):
         wnid = wnid_of.get(int(line)) if line.isdecimal() else None
         if wnid is None:
@@ -91,13 +97,12 @@ def read_devkit(path: Path) -> Labels:
 
 
 def _devkit_folder(path: Path) -> dict[str, bytes]:
-    files = {}
-    for name in (_META, _TRUTH):
-        for place in (path / "data" / name, path / name):
-            if place.is_file() and place.stat().st_size <= _MAX_DEVKIT_MEMBER_BYTES:
-                files[name] = place.read_bytes()
-                break
-    return files
+    places = [folder / name for name in (_META, _TRUTH) for folder in (path, path / "data")]  # data/ is preferred
+    return {
+        place.name: place.read_bytes()
+        for place in places
+        if place.is_file() and place.stat().st_size <= _MAX_DEVKIT_MEMBER_BYTES
+    }
 
 
 def _devkit_archive(path: Path) -> dict[str, bytes]:
@@ -119,7 +124,7 @@ def _devkit_archive(path: Path) -> dict[str, bytes]:
 
 
 def _read_meta(data: bytes, path: Path) -> dict[int, str]:
-    """Give wnid by ILSVRC2012_ID for the leaves: the classes; the other synsets are the hierarchy above them."""
+    """Return wnid by ILSVRC2012_ID for the leaves: the classes; the other synsets are the hierarchy above them."""
     from scipy.io import loadmat
 
     try:
@@ -138,13 +143,12 @@ def read_kaggle_solution(path: Path) -> Labels:
     Raises:
         SourceError: It is not that file.
     """
-    labels: dict[str, str] = {}
+    labels = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.reader(file):
             match = re.fullmatch(r"ILSVRC2012_val_(\d{8})(\.[A-Za-z]+)?", row[0].strip()) if row else None
-            tokens = row[1].split() if match and len(row) > 1 else []
-            if match and tokens:
-                labels[str(int(match.group(1)))] = tokens[0]
+            if match and len(row) > 1 and (tokens := row[1].split()):
+                labels[str(int(match[1]))] = tokens[0]
     if not labels:
         raise SourceError(
             f"{path} is not Kaggle's LOC_val_solution.csv", expected="ILSVRC2012_val_... rows", got="none"
@@ -166,7 +170,7 @@ def read_tiny_annotations(path: Path) -> Labels:
 
 
 def tiny_labels(lines: Iterable[str], where: str) -> Labels:
-    """Give the labels that the lines of a val_annotations.txt hold."""
+    """Return the labels that the lines of a val_annotations.txt hold."""
     rows = (line.split("\t") for line in lines)
     labels = {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2 and row[0].strip() and row[1].strip()}
     if not labels:

@@ -12,13 +12,14 @@ import enum
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK = 512
 _MAX_META_BYTES = 1 << 20  # a long name or pax header beyond a MiB is an attack
 _SEARCH_BYTES = 1 << 20
 _ZERO = bytes(BLOCK)
-_REGULAR = b"0\x007"
 _WITHOUT_BODY = b"123456"  # links, devices, folders, FIFOs: their size field counts nothing
+_EXTENSIONS = b"LKxgX"  # headers that say something of the next member, or (g) of all that follow
 
 
 class Kind(enum.Enum):
@@ -32,14 +33,33 @@ class Kind(enum.Enum):
     OTHER = "member of unknown type"
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+_KINDS = {
+    b"0": Kind.FILE, b"\x00": Kind.FILE, b"7": Kind.FILE, b"1": Kind.LINK, b"2": Kind.LINK, b"5": Kind.FOLDER,
+    b"3": Kind.DEVICE, b"4": Kind.DEVICE, b"6": Kind.DEVICE, b"S": Kind.SPARSE,
+}  # fmt: skip
+
+
+class Member(NamedTuple):
     """A member: its name as written (undecodable bytes as surrogates), and its body's place in the outermost file."""
 
     name: str
     kind: Kind
     offset: int
     size_bytes: int
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of its name, without ``.`` and empty ones; at least one, which may be empty."""
+        return [part for part in self.name.split("/") if part not in ("", ".")] or [""]
+
+    @property
+    def fault(self) -> str:
+        """Why it cannot be an image, or empty. Nothing is ever written under a hostile name, but it is a lie."""
+        if self.kind is not Kind.FILE:
+            return f"a {self.kind.value} in the archive, not a file"
+        if self.name.startswith("/"):
+            return "its name is an absolute path"
+        return "its name leads out of the archive (..)" if ".." in self.name.split("/") else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +68,12 @@ class Damage:
 
     Attributes:
         name: The member concerned, or empty.
-        detail: What is wrong.
+        fault: What is wrong.
         last: Nothing after it could be read.
     """
 
     name: str
-    detail: str
+    fault: str
     last: bool
 
 
@@ -80,118 +100,83 @@ def walk(descriptor: int, start: int, end: int, *, suffix: bytes = b"") -> Itera
         Members, and damage where there is some.
     """
     at, extra, common = start, _Extra(), _Extra()
-    while True:
-        header = os.pread(descriptor, BLOCK, at) if at + BLOCK <= end else b""
-        if len(header) < BLOCK:
-            yield Damage("", f"no end-of-archive block: the archive ends at byte {min(at, end) - start}", last=True)
-            return
+    while at + BLOCK <= end and len(header := os.pread(descriptor, BLOCK, at)) == BLOCK:
         if header == _ZERO:
             return
-        if not is_header(header):
+        name, fault = "", f"no tar header at byte {at - start}"
+        if is_header(header):
+            member, after, fault = _parse(descriptor, header, at, extra, common)
+            name = member.name
+            if not fault and after > end:
+                fault = f"says {member.size_bytes} bytes, only {max(0, end - member.offset)} are left"
+        if fault:
             found = _next_header(descriptor, at + BLOCK, end, suffix)
-            yield Damage("", f"no tar header at byte {at - start}", last=found is None)
+            yield Damage(name, fault, last=found is None)
             if found is None:
                 return
-            at, extra = found, _Extra()
-            continue
-        member, after, fault = _parse(descriptor, header, at, extra, common)
-        if fault or after > end:
-            found = _next_header(descriptor, at + BLOCK, end, suffix)
-            fault = fault or f"says {member.size_bytes} bytes, only {max(0, end - member.offset)} are left"
-            yield Damage(member.name, fault, last=found is None)
-            if found is None:
-                return
-            at, extra = found, _Extra()
-            continue
-        flag = header[156:157]
-        if flag in (b"L", b"K", b"x", b"g", b"X"):
+            after, extra = found, _Extra()
+        elif (flag := header[156:157]) in _EXTENSIONS:
             target = common if flag == b"g" else extra
             _extend(target, flag, os.pread(descriptor, member.size_bytes, member.offset))
         else:
             yield member
             extra = _Extra()
         at = after
+    yield Damage("", f"no end-of-archive block: the archive ends at byte {min(at, end) - start}", last=True)
 
 
 def is_header(block: bytes) -> bool:
     """Tell by its checksum whether a block is a tar header."""
-    field = block[148:156].split(b"\x00")[0].strip()
-    if not field or not field.isdigit() or len(block) < BLOCK:
-        return False
-    try:
-        wanted = int(field, 8)
-    except ValueError:
-        return False
-    total = sum(block) - sum(block[148:156]) + 8 * 32
-    if total == wanted:
-        return True
-    return total - 256 * sum(byte >= 128 for byte in block[:148] + block[156:]) == wanted  # old tars: signed bytes
+    field = block[148:156]
+    wanted, total = _octal(field), sum(block) - sum(field) + 8 * 32
+    if total != wanted:  # old tars: signed bytes
+        total -= 256 * sum(byte >= 128 for byte in block[:148] + block[156:])
+    return bool(wanted) and total == wanted
 
 
-def _number(field: bytes) -> int | None:
-    """Read an octal or base-256 number; None where it is neither."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    text = field.split(b"\x00")[0].strip()
-    if not text:
-        return 0
-    try:
-        return int(text, 8) if text.isdigit() else None
-    except ValueError:
-        return None
+def _octal(field: bytes) -> int | None:
+    """Read an octal number, 0 where the field is empty; None where it is something else."""
+    digits = field.split(b"\x00")[0].strip()
+    return None if digits.strip(b"01234567") else int(digits or b"0", 8)
 
 
 def _parse(descriptor: int, header: bytes, at: int, extra: _Extra, common: _Extra) -> tuple[Member, int, str]:
-    """Give the member, where the next header is, and what is wrong with this one (or an empty string)."""
-    flag = header[156:157]
+    """Return the member, where the next header is, and what is wrong with this one (or an empty string)."""
+    flag, body = header[156:157], at + BLOCK
     raw = header[:100].split(b"\x00")[0]
     if header[257:263] == b"ustar\x00" and header[345]:
         raw = header[345:500].split(b"\x00")[0] + b"/" + raw
-    extends = flag in (b"L", b"K", b"x", b"g", b"X")
-    name_bytes = raw if extends else (extra.name or common.name or raw)
-    name = name_bytes.decode("utf-8", "surrogateescape")
-    size = _number(header[124:136])
+    extends = flag in _EXTENSIONS
+    name = (raw if extends else extra.name or common.name or raw).decode("utf-8", "surrogateescape")
+    size = int.from_bytes(header[125:136], "big") if header[124] == 0x80 else _octal(header[124:136])
     if size is None:
-        return Member(name, Kind.OTHER, at + BLOCK, 0), at + BLOCK, "its size is not a number"
-    if not extends and extra.size_bytes is not None:
-        size = extra.size_bytes
+        return Member(name, Kind.OTHER, body, 0), body, "its size is not a number"
     if extends and size > _MAX_META_BYTES:
-        return Member(name, Kind.OTHER, at + BLOCK, size), at + BLOCK, f"an extension header of {size} bytes"
-    kind = _kind(flag, name, sparse=extra.sparse and not extends)
-    body = at + BLOCK
+        return Member(name, Kind.OTHER, body, size), body, f"an extension header of {size} bytes"
+    kind = _KINDS.get(flag, Kind.OTHER)
+    if not extends:
+        size = size if extra.size_bytes is None else extra.size_bytes
+        kind = Kind.SPARSE if extra.sparse else kind
+    if kind is Kind.FILE and name.endswith("/"):
+        kind = Kind.FOLDER
+    if flag in _WITHOUT_BODY:
+        size = 0
     if flag == b"S":
         more = header[482]
         while more and len(block := os.pread(descriptor, BLOCK, body)) == BLOCK:
             more, body = block[504], body + BLOCK
-    stored = 0 if flag in _WITHOUT_BODY and flag else size
-    after = body + (stored + BLOCK - 1) // BLOCK * BLOCK
-    return Member(name, kind, body, size if kind is Kind.FILE or extends else stored), after, ""
-
-
-def _kind(flag: bytes, name: str, *, sparse: bool) -> Kind:
-    if sparse or flag == b"S":
-        return Kind.SPARSE
-    if flag in _REGULAR:
-        return Kind.FOLDER if name.endswith("/") else Kind.FILE
-    return {
-        b"1": Kind.LINK,
-        b"2": Kind.LINK,
-        b"5": Kind.FOLDER,
-        b"3": Kind.DEVICE,
-        b"4": Kind.DEVICE,
-        b"6": Kind.DEVICE,
-    }.get(flag, Kind.OTHER)
+    return Member(name, kind, body, size), body + (size + BLOCK - 1) // BLOCK * BLOCK, ""
 
 
 def _extend(extra: _Extra, flag: bytes, body: bytes) -> None:
     if flag == b"L":
         extra.name = body.split(b"\x00")[0]
-    elif flag in (b"x", b"g", b"X"):
+    elif flag != b"K":  # the long name of a link's target
         for key, value in _pax_records(body):
             if key == b"path":
                 extra.name = value
             elif key == b"size" and value.isdigit():
-                extra.size_bytes = int(value)
+                extra.size_bytes = int(value[:20])  # more digits say no more: no file is so large
             elif key.startswith(b"GNU.sparse."):
                 extra.sparse = True
 
@@ -224,17 +209,3 @@ def _next_header(descriptor: int, at: int, end: int, suffix: bytes) -> int | Non
                     return at + place
         at += len(chunk) // BLOCK * BLOCK
     return None
-
-
-def member_fault(name: str) -> str:
-    """Say why a member's name is hostile; empty where it is not. Nothing is ever written under it, but it is a lie."""
-    if name.startswith("/"):
-        return "its name is an absolute path"
-    if ".." in name.split("/"):
-        return "its name leads out of the archive (..)"
-    return ""
-
-
-def clean_parts(name: str) -> list[str]:
-    """Split a member's name into its parts, without ``.`` and empty ones."""
-    return [part for part in name.split("/") if part not in ("", ".")]
