@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import shutil
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -140,8 +141,10 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
         IntegrityError: Reading back gave something else, or a record of another folder is not what was stored.
         PlanError: Another plan has the folder now.
     """
-    with tempfile.TemporaryDirectory(dir=task.folder / BUILD_WORK / "tmp", ignore_cleanup_errors=True) as temporary:
-        path, lines = Path(temporary, Path(task.name).name), Path(temporary, "lines")
+    temporary = task.folder / BUILD_WORK / "tmp" / uuid.uuid4().hex
+    temporary.mkdir()
+    try:
+        path, lines = temporary / Path(task.name).name, temporary / "lines"
         try:
             written, rejected = _write(task, path, lines, advance)
         except LayoutTooSmall as small:
@@ -161,8 +164,10 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
         note = {**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}
         place = done_path(task.folder, task.name, ".json")
-        write_atomically(place, json.dumps(note, sort_keys=True).encode(), stage=Path(temporary))
+        write_atomically(place, json.dumps(note, sort_keys=True).encode(), stage=temporary)
         return result
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_plan(folder: Path, plan: str) -> None:
