@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -91,24 +92,13 @@ def download(
     )
     with stop_requested() as stop, progress_bar("download") as progress:
         result = run(options, progress, stop)
-    totals = result.totals
+    totals = asdict(result.totals)
     if as_json:
-        emit_json(
-            {
-                "requested": totals.requested,
-                "ok": totals.ok,
-                "failed": totals.failed,
-                "pending": totals.pending,
-                "malformed": totals.malformed,
-                "repeated": totals.repeated,
-                "bytes": totals.bytes,
-                "seconds": round(result.seconds, 3),
-            }
-        )
+        emit_json(totals | {"seconds": round(result.seconds, 3)})
     else:
-        rows = [(name, str(getattr(totals, name))) for name in ("requested", "ok")]
-        rows += [(f"  {reason}", str(count)) for reason, count in totals.failed.items()]
-        rows += [(name, str(getattr(totals, name))) for name in ("pending", "malformed", "repeated", "bytes")]
+        rows = [(name, str(totals[name])) for name in ("requested", "ok")]
+        rows += [(f"  {reason}", str(count)) for reason, count in totals["failed"].items()]
+        rows += [(name, str(totals[name])) for name in ("pending", "malformed", "repeated", "bytes")]
         rows += [("seconds", f"{result.seconds:.1f}"), ("folder", str(out))]
         rows += [(f"  failed at {host}", str(count)) for host, count in result.top_hosts]
         table(rows)

@@ -2,7 +2,8 @@
 
 ``urllist`` and ``urls`` read the lists, ``ingest`` brings them into the ``journal``, ``hosts`` decides who is fetched
 next, ``worker`` processes ``fetch`` through the safe transport of ``net`` and ``addresses`` and judge the ``content``,
-``run`` ties them together. Names are loaded when used: ``--help`` and readers of a journal need no HTTP client.
+``run`` ties them together and ``folder`` mends what a crash left. Names are loaded when used: ``--help`` and readers of
+a journal need no HTTP client.
 """
 
 from __future__ import annotations

@@ -107,12 +107,12 @@ def _getaddrinfo(host: str) -> tuple[Address, ...]:
         raise NameFailed(error.strerror or str(error), transient=error.errno not in gone) from error
     except (OSError, UnicodeError) as error:
         raise NameFailed(str(error), transient=False) from error
-    addresses = dict.fromkeys(
+    addresses = (
         Address(family, str(sockaddr[0]), int(sockaddr[3]) if len(sockaddr) == 4 else 0)
         for family, _, _, _, sockaddr in found
         if family in (socket.AF_INET, socket.AF_INET6)
     )
-    return tuple(addresses)
+    return tuple(dict.fromkeys(addresses))
 
 
 def allowed(addresses: tuple[Address, ...], allow_private: bool) -> tuple[Address, ...]:

@@ -200,16 +200,12 @@ def opted_out(values: list[str]) -> bool:
 
 def parse_retry_after(value: str | None, now_s: float) -> float | None:
     """Read ``Retry-After``: seconds, or an HTTP date (RFC 9110 section 10.2.3). None where there is no readable one."""
-    if value is None:
-        return None
-    value = value.strip()
+    value = (value or "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError, IndexError):
-        return None
-    return max(0.0, when.timestamp() - now_s)
+    with suppress(TypeError, ValueError, IndexError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now_s)
+    return None
 
 
 def unpack(data: bytes, encoding: str, limit: int) -> bytes | Failure:

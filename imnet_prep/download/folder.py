@@ -70,21 +70,16 @@ def share_use(out: Path) -> IO[bytes]:
 
 def spool_line(outcome: Outcome) -> bytes:
     """Return an outcome as one line of JSON."""
-    stored = outcome.stored_sha256.hex() if outcome.stored_sha256 else None
-    fields = outcome._asdict() | {"sha256": outcome.sha256.hex(), "stored_sha256": stored}
-    return json.dumps(fields, ensure_ascii=True).encode() + b"\n"
+    return json.dumps(outcome._asdict(), ensure_ascii=True).encode() + b"\n"
 
 
 def read_spool(spool: Path) -> list[Outcome]:
     """Read the results of a spool; a line that a crash cut is left out."""
     outcomes = []
     for line in spool.read_bytes().splitlines():
-        with suppress(ValueError, TypeError, KeyError):
-            fields = json.loads(line)
-            fields["sha256"] = bytes.fromhex(fields["sha256"])
-            fields["stored_sha256"] = bytes.fromhex(fields["stored_sha256"]) if fields["stored_sha256"] else None
-            fields["reason"] = FailReason(fields["reason"]) if fields["reason"] else None
-            outcomes.append(Outcome(**fields))
+        with suppress(ValueError, TypeError):
+            outcome = Outcome(**json.loads(line))
+            outcomes.append(outcome._replace(reason=FailReason(outcome.reason) if outcome.reason else None))
     return outcomes
 
 
@@ -115,7 +110,7 @@ def recover(journal: Journal) -> None:
 
 def _is_whole(path: Path, outcome: Outcome) -> bool:
     try:
-        return file_digest(path) == (outcome.stored_sha256 or outcome.sha256).hex()
+        return file_digest(path) == (outcome.stored_sha256 or outcome.sha256)
     except OSError:
         return False
 
@@ -133,6 +128,6 @@ def land(journal: Journal, moves: list[tuple[str, str]]) -> None:
 
 def bury(journal: Journal) -> None:
     """Delete the files whose rows no longer say ok."""
-    for path in journal.doomed():
+    for (path,) in journal.db.execute("SELECT path FROM doomed").fetchall():
         (journal.folder / path).unlink(missing_ok=True)
-    journal.buried()
+    journal.db.execute("DELETE FROM doomed")

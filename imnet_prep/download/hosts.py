@@ -181,7 +181,6 @@ class Scheduler:
         host = self._take(outcome.row)
         if host:
             del self._rows[outcome.row]
-            host.held -= 1
             failure = Failure(outcome.reason or FailReason.CONNECT, outcome.detail, answered=outcome.answered)
             self._judge(host, failure, now)
 
@@ -191,16 +190,13 @@ class Scheduler:
         if host is None:
             return
         if host.key in self._gone:
-            host.held -= 1
             self._refuse(host.key, (task,))
             return
-        options = self._options
-        pause = backoff_s(options.backoff_s, options.max_backoff_s, task.attempts - 1)
+        pause = backoff_s(self._options.backoff_s, self._options.max_backoff_s, task.attempts - 1)
         if failure.limited:
             pause = pause * 4 if failure.retry_after_s is None else failure.retry_after_s
             host.cap, host.good = max(1, host.at_work() // 2), 0
-            if pause > options.max_retry_after_s:
-                host.held -= 1
+            if pause > self._options.max_retry_after_s:
                 self._push(host, task)
                 self._abandon(host, replace(failure, detail=f"Retry-After {pause:.0f} s is longer than we wait"))
                 return
@@ -216,7 +212,6 @@ class Scheduler:
         self._heard(host)
         key = host_key(host_of(task.url))
         if key in self._gone:
-            host.held -= 1
             self._refuse(key, (task,))
         else:
             self._move(host, key, task, now)
@@ -263,9 +258,11 @@ class Scheduler:
 
     def _take(self, row: int) -> Host | None:
         lane = self._lanes.get(self._rows.get(row, 0))
-        if lane:
-            lane.tasks.pop(row, None)
-        return lane.host if lane else None
+        if lane is None:
+            return None
+        del lane.tasks[row]
+        lane.host.held -= 1
+        return lane.host
 
     def _close(self, number: int) -> _LaneState:
         lane = self._lanes.pop(number)
@@ -280,15 +277,14 @@ class Scheduler:
             self._heard(host)
             return
         host.streak += 1
-        options = self._options
         if host.probes < 0:
-            if host.streak >= options.dead_after:
+            if host.streak >= self._options.dead_after:
                 host.probes = 0
-                self._block(host, now + options.probe_pause_s)
+                self._block(host, now + self._options.probe_pause_s)
         elif host.at_work() <= 1 and host.blocked_until <= now:  # else a straggler from before the pause, no probe
             host.probes += 1
-            if host.probes < options.dead_probes:
-                self._block(host, now + options.probe_pause_s * 2.0**host.probes)
+            if host.probes < self._options.dead_probes:
+                self._block(host, now + self._options.probe_pause_s * 2.0**host.probes)
             else:
                 detail = f"host given up after {host.streak} attempts without an answer: {failure.detail}"
                 self._abandon(host, replace(failure, detail=detail))
@@ -324,22 +320,22 @@ class Scheduler:
     def _wake(self, now: float) -> None:
         while self._delayed and self._delayed[0][0] <= now:
             _, _, host, task = heapq.heappop(self._delayed)
+            host.held -= 1
             if not self._move(host, host_key(host_of(task.url)), task, now):
                 return
 
     def _delay(self, host: Host, task: Task, until: float) -> None:
         self._rows[task.row] = 0
+        host.held += 1
         heapq.heappush(self._delayed, (until, next(self._numbers), host, task))
 
     def _move(self, host: Host, key: int, task: Task, now: float) -> bool:
-        """Queue a task that a host holds at the host of its URL; where no slot is free, it waits where it came from."""
+        """Queue a task at the host of its URL; where no slot is free, it waits at the host that it came from."""
         self._rows[task.row] = 0  # known before the target reads its rows
-        target = self._host(key)
-        if target is None:
+        if key not in self._hosts and not self._slots:
             self._delay(host, task, now + 1.0)
             return False
-        host.held -= 1
-        self._push(target, task)
+        self._push(self._hosts.get(key) or self._open(key), task)
         self._retire(host)
         return True
 
@@ -350,24 +346,18 @@ class Scheduler:
 
     def _activate(self, now: float) -> None:
         at_work = sum(host.blocked_until <= now for host in self._queued.values())
-        while at_work < _HOSTS_AT_WORK and self._slots:
-            key = next(self._backlog, None)
-            if key is None:
-                return
-            if key not in self._hosts:
-                host = self._host(key)
-                assert host is not None  # a slot is free
-                self._retire(host)
-                at_work += bool(host.queue)
+        fresh = (key for key in self._backlog if key not in self._hosts)
+        while at_work < _HOSTS_AT_WORK and self._slots and (key := next(fresh, None)) is not None:
+            host = self._open(key)
+            self._retire(host)
+            at_work += bool(host.queue)
 
-    def _host(self, key: int) -> Host | None:
-        host = self._hosts.get(key)
-        if host is None and self._slots:
-            per_host, processes = self._options.per_host, len(self._free)
-            quota = Counter((key + lane) % processes for lane in range(per_host))
-            host = self._hosts[key] = Host(key, self._slots.pop(), quota, [0] * processes, per_host)
-            self._shared[host.slot] = 0.0
-            self._refill(host)
+    def _open(self, key: int) -> Host:
+        per_host, processes = self._options.per_host, len(self._free)
+        quota = Counter((key + lane) % processes for lane in range(per_host))
+        host = self._hosts[key] = Host(key, self._slots.pop(), quota, [0] * processes, per_host)
+        self._shared[host.slot] = 0.0
+        self._refill(host)
         return host
 
     def _refill(self, host: Host) -> None:

@@ -76,7 +76,7 @@ def take_in(
         ).fetchall():
             continue
         log.info("reading %s", path)
-        journal.drop_pending_index()
+        journal.db.execute("DROP INDEX IF EXISTS pending_by_host")  # a bulk load would write it at random places
         try:
             _Load(journal, path, wnid, wnids, progress).run((*place, *content))
         except DownloadError:
@@ -116,8 +116,9 @@ class _Load:
         try:
             with tempfile.TemporaryDirectory(prefix=".loading-", dir=self.journal.folder) as scratch:
                 finder = RepeatFinder(Path(scratch))
-                if first_row > 1:
-                    _remember(db, finder)
+                earlier = db.execute("SELECT row, name, url FROM urls ORDER BY row")
+                while rows := earlier.fetchmany(_BATCH):
+                    finder.add(*(list(column) for column in zip(*rows, strict=True)))
                 lines, kept, malformed, unwanted = self._insert(number, first_row, finder)
                 repeated = finder.repeated(first_row)
             self._list_repeats(number, first_row, repeated)
@@ -151,8 +152,8 @@ class _Load:
             rows: list[tuple[int, str, str, str, int]] = []
             bad: list[tuple[int, int, str, str]] = []
             unwanted = 0
-            for line_no, (name, wnid, url, host, other) in enumerate(
-                _LINES.findall(block.decode("latin-1")), first_line
+            for row, (name, wnid, url, host, other) in enumerate(
+                _LINES.findall(block.decode("latin-1")), first_row + first_line - 1
             ):
                 key = hosts.get(host)
                 if key is None or len(url) > _FAST_URL:
@@ -161,7 +162,7 @@ class _Load:
                     raw = other.encode("latin-1") if other or not url else f"{name} {url}".encode("latin-1")
                     parsed = Malformed("line too long") if len(raw) > MAX_LINE_BYTES else parse_line(raw, self.wnid)
                     if isinstance(parsed, Malformed):
-                        bad.append((number, line_no, parsed.why, _shown(raw)))
+                        bad.append((number, row - first_row + 1, parsed.why, _shown(raw)))
                         continue
                     if parsed is None:
                         continue
@@ -172,8 +173,8 @@ class _Load:
                 if wnids is not None and wnid not in wnids:
                     unwanted += 1
                     continue
-                rows.append((first_row + line_no - 1, wnid, name, url, key))
-            yield rows, bad, line_no, unwanted
+                rows.append((row, wnid, name, url, key))
+            yield rows, bad, row - first_row + 1, unwanted
 
     def _list_repeats(self, number: int, first_row: int, repeated: NDArray[np.int64]) -> None:
         """Move repeated lines out of ``urls`` into ``bad_lines``."""
@@ -187,13 +188,6 @@ class _Load:
                     rows,
                 )
                 db.executemany("DELETE FROM urls WHERE row = ?", rows)
-
-
-def _remember(db: Any, finder: RepeatFinder) -> None:
-    """Show the finder what earlier lists brought."""
-    cursor = db.execute("SELECT row, name, url FROM urls ORDER BY row")
-    while rows := cursor.fetchmany(_BATCH):
-        finder.add(*(list(column) for column in zip(*rows, strict=True)))
 
 
 def _shown(raw: bytes) -> str:
@@ -241,11 +235,9 @@ class RepeatFinder:
 
 def _in_run(keys: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Say of each of the sorted keys whether a neighbour is equal."""
-    same = keys[1:] == keys[:-1]
-    inside = np.zeros(len(keys), np.bool_)
-    inside[1:] |= same
-    inside[:-1] |= same
-    return inside
+    same = np.zeros(len(keys) + 1, np.bool_)  # as the key before it; the two ends have no such neighbour
+    same[1:-1] = keys[1:] == keys[:-1]
+    return same[1:] | same[:-1]
 
 
 def _replay(pairs: NDArray[Any]) -> NDArray[np.int64]:

@@ -87,7 +87,7 @@ class Outcome(NamedTuple):
         status: Last HTTP status, or None.
         final_url: URL of the last answer.
         detail: One line for a person.
-        ext, size_bytes, sha256, width, height, flat: The image as it came.
+        ext, size_bytes, sha256 (hex), width, height, flat: The image as it came.
         answered: Whether there was an HTTP answer (the circuit breaker's question).
         stored_bytes, stored_sha256: The file, where it was re-encoded; else None.
         temp: File name in the incoming folder that waits for its rename.
@@ -103,12 +103,12 @@ class Outcome(NamedTuple):
     detail: str = ""
     ext: str = ""
     size_bytes: int = 0
-    sha256: bytes = b""
+    sha256: str = ""
     width: int = 0
     height: int = 0
     flat: bool = False
     stored_bytes: int | None = None
-    stored_sha256: bytes | None = None
+    stored_sha256: str | None = None
     temp: str = ""
     time_s: float = 0.0
     answered: bool = True
@@ -183,9 +183,8 @@ class Journal:
         self.path = folder / JOURNAL_NAME
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None)
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.execute("PRAGMA synchronous = FULL")
-            self.db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            pragmas = ("journal_mode = WAL", "synchronous = FULL", f"cache_size = -{_CACHE_KIB}")
+            self.db.executescript("".join(f"PRAGMA {pragma};" for pragma in pragmas))
             if self.db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None:
                 version = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT_VERSION}');"
                 self.db.executescript(f"BEGIN; {_SCHEMA} {version} {_INDEXES} COMMIT;")
@@ -197,10 +196,6 @@ class Journal:
         """Fold the WAL back and close."""
         self.db.close()
 
-    def drop_pending_index(self) -> None:
-        """Drop what a bulk load would otherwise keep up to date at random places."""
-        self.db.execute("DROP INDEX IF EXISTS pending_by_host")
-
     def build_indexes(self) -> None:
         """Build what is missing, by one external sort."""
         self.db.executescript(_INDEXES)
@@ -209,8 +204,9 @@ class Journal:
 
     def hosts_with_pending(self) -> list[tuple[int, int]]:
         """Return (host key, pending URLs), largest first: the longest queues start earliest."""
-        found = self.db.execute("SELECT host, count(*) FROM urls WHERE state = 0 GROUP BY host").fetchall()
-        return sorted(found, key=lambda item: (-item[1], item[0]))
+        return self.db.execute(
+            "SELECT host, count(*) FROM urls WHERE state = 0 GROUP BY host ORDER BY count(*) DESC, host"
+        ).fetchall()
 
     def pending_of(self, host: int, after_row: int, limit: int) -> list[tuple[int, str, int]]:
         """Return the next (row, URL, attempts) of a host, in row order."""
@@ -230,16 +226,15 @@ class Journal:
 
     def totals(self) -> Totals:
         """Return the standing of all URLs, from counters kept in the same transactions as the rows."""
-        counts: dict[str, int] = dict(self.db.execute("SELECT key, n FROM counts"))
+        counts: Counter[str] = Counter(dict(self.db.execute("SELECT key, n FROM counts")))
         failed = {
             key.removeprefix("failed:"): n for key, n in sorted(counts.items()) if key.startswith("failed:") and n
         }
         malformed, repeated = self.db.execute(
             "SELECT coalesce(sum(malformed), 0), coalesce(sum(repeated), 0) FROM lists WHERE loaded = 1"
         ).fetchone()
-        requested, ok = counts.get("requested", 0), counts.get("ok", 0)
-        pending = requested - ok - sum(failed.values())
-        return Totals(requested, ok, failed, pending, malformed, repeated, counts.get("bytes", 0))
+        pending = counts["requested"] - counts["ok"] - sum(failed.values())
+        return Totals(counts["requested"], counts["ok"], failed, pending, malformed, repeated, counts["bytes"])
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -287,9 +282,9 @@ class Journal:
                 outcome.final_url or None,
                 outcome.ext or None,
                 outcome.size_bytes or None,
-                outcome.sha256 or None,
+                bytes.fromhex(outcome.sha256) or None,
                 outcome.stored_bytes,
-                outcome.stored_sha256,
+                bytes.fromhex(outcome.stored_sha256) if outcome.stored_sha256 else None,
                 outcome.width or None,
                 outcome.height or None,
                 int(outcome.flat) if good else None,
@@ -323,8 +318,8 @@ class Journal:
         """Make the transiently failed URLs pending again, with fresh attempts, and return their number."""
         failed = "state = 2 AND transient = 1"
         with self.transaction():
-            lost = self.db.execute(f"SELECT 'failed:' || reason, -count(*) FROM urls WHERE {failed} GROUP BY reason")
-            self.count(dict(lost))
+            reasons = f"SELECT 'failed:' || reason, -count(*) FROM urls WHERE {failed} GROUP BY reason"
+            self.count(dict(self.db.execute(reasons)))
             return self.db.execute(
                 "UPDATE urls SET state = 0, attempts = 0, status = NULL, final_url = NULL, bytes = NULL, sha256 = NULL,"
                 f" reason = NULL, transient = NULL, detail = NULL, time = NULL WHERE {failed}"
@@ -334,14 +329,13 @@ class Journal:
         """Turn images that too many URLs share, byte for byte, into placeholders, and return the number of URLs.
 
         Decided on the finished folder, so that the order of arrival does not matter. The files are listed in ``doomed``
-        in the same transaction; :meth:`doomed` and :meth:`buried` see them off.
+        in the same transaction; :func:`imnet_prep.download.folder.bury` sees them off.
         """
         total = 0
-        known = self.db.execute(
+        for (sha256,) in self.db.execute(
             "SELECT DISTINCT urls.sha256 FROM placeholders CROSS JOIN urls INDEXED BY by_digest"
             " ON urls.sha256 = placeholders.sha256 AND urls.state = 1"
-        ).fetchall()
-        for (sha256,) in known:
+        ).fetchall():
             total += self._retract(sha256, "the same bytes as a known placeholder")
         usual = self._usual_multiplicity()
         groups = self.db.execute(
@@ -376,11 +370,3 @@ class Journal:
             )
             self.count({"ok": -urls, "bytes": -size_bytes, f"failed:{FailReason.PLACEHOLDER}": urls})
         return int(urls)
-
-    def doomed(self) -> list[str]:
-        """Return files that are to be deleted: their rows no longer say ok."""
-        return [path for (path,) in self.db.execute("SELECT path FROM doomed")]
-
-    def buried(self) -> None:
-        """Note that all doomed files are gone."""
-        self.db.execute("DELETE FROM doomed")

@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import OrderedDict
 from typing import Any
 
 import certifi
@@ -73,29 +74,26 @@ class Budget(threading.local):
 BUDGET = Budget()
 
 
-def _read_into(sock: Any, plain_recv_into: Any, buffer: Any, nbytes: int | None, flags: int) -> int:
-    sock.settimeout(min(BUDGET.left(), BUDGET.options.read_timeout_s))
-    try:
-        count: int = plain_recv_into(buffer, nbytes or 0, flags)
-    except TimeoutError:
-        BUDGET.left()  # raises where it was the total limit or the speed
-        raise
-    BUDGET.received += count
-    return count
+class _Budgeted:
+    """Mixed into a socket class: its reads know the thread's budget."""
+
+    def recv_into(self: Any, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        self.settimeout(min(BUDGET.left(), BUDGET.options.read_timeout_s))
+        try:
+            count: int = super().recv_into(buffer, nbytes or len(memoryview(buffer)), flags)  # type: ignore[misc]
+        except TimeoutError:
+            BUDGET.left()  # raises where it was the total limit or the speed
+            raise
+        BUDGET.received += count
+        return count
 
 
-class _Socket(socket.socket):
-    """A TCP socket whose reads know the thread's budget."""
-
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        return _read_into(self, super().recv_into, buffer, nbytes, flags)
+class _Socket(_Budgeted, socket.socket):
+    """A TCP socket with a budget."""
 
 
-class _TlsSocket(ssl.SSLSocket):
+class _TlsSocket(_Budgeted, ssl.SSLSocket):
     """The same over TLS."""
-
-    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        return _read_into(self, super().recv_into, buffer, nbytes or len(memoryview(buffer)), flags)
 
 
 class _Checked:
@@ -135,8 +133,10 @@ class SafeAdapter(HTTPAdapter):
         """Make the pools out of connections that belong to this adapter."""
         plain = type("Plain", (_Checked, HTTPConnection), {"safe_adapter": self})
         tls = type("Tls", (_Checked, HTTPSConnection), {"safe_adapter": self})
+        context = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
+        context.sslsocket_class = _TlsSocket
         self.poolmanager = urllib3.PoolManager(
-            num_pools=connections, maxsize=maxsize, block=block, ssl_context=_tls_context(), retries=False
+            num_pools=connections, maxsize=maxsize, block=block, ssl_context=context, retries=False
         )
         self.poolmanager.pool_classes_by_scheme = {
             "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
@@ -157,20 +157,11 @@ class SafeAdapter(HTTPAdapter):
         return response
 
 
-def _tls_context() -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
-    context.sslsocket_class = _TlsSocket
-    return context
-
-
 def make_session(options: FetchOptions, resolver: Resolver, per_host: int, user_agent: str) -> requests.Session:
     """Return a worker's session. Only ``http`` and ``https`` have a transport."""
     session = requests.Session()
     session.trust_env = False  # no proxies, no netrc: the connection goes where we checked, with nobody's password
-    session.adapters.clear()
-    adapter = SafeAdapter(options, resolver, per_host)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
+    session.adapters = OrderedDict.fromkeys(("http://", "https://"), SafeAdapter(options, resolver, per_host))
     session.headers = CaseInsensitiveDict(
         {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
     )

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -45,6 +45,7 @@ from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
+_SPAWN = multiprocessing.get_context("spawn")
 _COMMIT_EVERY_S, _COMMIT_ROWS = 0.25, 256
 _PROGRESS_EVERY_S = 0.2
 _HOST_SLOTS = 8192
@@ -136,7 +137,7 @@ def _fetch(
         return None
     run = _Run(options, journal, progress, stop, pending)
     try:
-        run.start()
+        run.workers = [run.start(index) for index in range(run.processes)]
         verdict = run.loop()
         run.commit()
     finally:
@@ -150,10 +151,9 @@ class _Worker:
     """A process that fetches, as the parent sees it."""
 
     def __init__(self, index: int, options: DownloadOptions, threads: int, *shared: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        their_in, self.inbox = spawn.Pipe(duplex=False)
-        self.outbox, their_out = spawn.Pipe(duplex=False)
-        self.process = spawn.Process(
+        their_in, self.inbox = _SPAWN.Pipe(duplex=False)
+        self.outbox, their_out = _SPAWN.Pipe(duplex=False)
+        self.process = _SPAWN.Process(
             target=worker_main,
             args=(options, threads, their_in, their_out, *shared, index),
             daemon=True,
@@ -184,9 +184,8 @@ class _Run:
         self.total = sum(count for _, count in pending)
         self.processes = options.process_count()
         self.threads = -(-options.polite.concurrency // self.processes)
-        spawn = multiprocessing.get_context("spawn")
-        self.blocked_until: Any = spawn.RawArray("d", _HOST_SLOTS)
-        self.started: Any = spawn.RawArray("q", self.processes * self.threads)
+        self.blocked_until: Any = _SPAWN.RawArray("d", _HOST_SLOTS)
+        self.started: Any = _SPAWN.RawArray("q", self.processes * self.threads)
         self.workers: list[_Worker] = []
         self.ended: dict[int, Outcome] = {}
         self.tried: dict[int, int] = {}
@@ -207,27 +206,23 @@ class _Run:
             self.blocked_until,
         )
 
-    def start(self) -> None:
-        self.workers = [self._worker(index) for index in range(self.processes)]
-
-    def _worker(self, index: int) -> _Worker:
+    def start(self, index: int) -> _Worker:
         return _Worker(index, self.options, self.threads, self.blocked_until, self.started)
 
     def loop(self) -> ImnetError | None:
-        scheduler = self.scheduler
         verdict: ImnetError | None = None
         while True:
             now = time.monotonic()
             verdict = verdict or self._verdict()
             if verdict is None:
                 self._hand_out(now)
-            elif scheduler.in_flight():
+            elif self.scheduler.in_flight():
                 self.blocked_until[:] = [math.inf] * _HOST_SLOTS  # every lane stops after the URL in hand
-            if not scheduler.in_flight() and (verdict or scheduler.idle()):
+            if not self.scheduler.in_flight() and (verdict or self.scheduler.idle()):
                 return verdict
             self._report(now)
             due = self.committed_at + _COMMIT_EVERY_S - now if self.ended or self.tried else 1.0
-            self._listen(max(0.0, min(due, 0.1 if verdict else scheduler.next_event(now))))
+            self._listen(max(0.0, min(due, 0.1 if verdict else self.scheduler.next_event(now))))
             late = time.monotonic() - self.committed_at >= _COMMIT_EVERY_S
             if len(self.ended) >= _COMMIT_ROWS or (late and (self.ended or self.tried)):
                 self.commit()
@@ -302,7 +297,7 @@ class _Run:
         """Fail what is left of a dead host, at hand and in the journal, without asking it again."""
         log.info("%s (%s)", failure.detail, failure.reason)
         for task in tasks:
-            self._end(failed_outcome(task, Failure(failure.reason, failure.detail, transient=True)))
+            self._end(failed_outcome(task, replace(failure, status=None, transient=True)))
         self.commit()
         self.counts[failure.reason] += self.journal.fail_host(host, failure.reason, failure.detail)
 
@@ -353,7 +348,7 @@ class _Run:
                 self._end(failed_outcome(lost[row], twice))
                 self.scheduler.drop(lost[row])
         worker.close()
-        self.workers[index] = self._worker(index)
+        self.workers[index] = self.start(index)
 
     def end_workers(self) -> None:
         for worker in self.workers:

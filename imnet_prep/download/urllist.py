@@ -7,7 +7,7 @@ Forms, told apart line by line::
     n00004475 http://...              class and URL; the id is made from the URL's digest
     http://...                        URL alone, with a class given for all such lines
 
-Source: ../shared/FACTS.md section 5 and image-net.org's list files.
+Source: the list files of image-net.org.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ _CHUNK = 1 << 20
 _ID = re.compile(rb"(n\d{8})_[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
 _TAB_ID = re.compile(rb"([A-Za-z0-9][A-Za-z0-9._-]{0,99})_[0-9]{1,20}")
 _NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_BLANK = re.compile(rb"([ \t])")
 _URL_START = re.compile(rb"[A-Za-z][A-Za-z0-9+.\-]*:/?/?", re.IGNORECASE)
 _BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -71,17 +70,18 @@ def parse_line(raw: bytes, wnid: str | None) -> Line | Malformed | None:
         return None
     if b"\x00" in raw:
         return Malformed("NUL byte")
-    head, *more = _BLANK.split(raw, maxsplit=1)
+    head = raw.partition(b" ")[0].partition(b"\t")[0]
+    rest = raw[len(head) :]
     try:
         if _URL_START.match(head):
             url = normalise_url(raw)
             return Malformed("no class (give --wnid)") if wnid is None else _named(wnid, url)
-        if not more:
+        if not rest:
             return Malformed("no URL")
-        url = normalise_url(more[1])
+        url = normalise_url(rest)
     except BadUrl as error:
         return Malformed(str(error))
-    match = _ID.fullmatch(head) or (_TAB_ID.fullmatch(head) if more[0] == b"\t" else None)
+    match = _ID.fullmatch(head) or (_TAB_ID.fullmatch(head) if rest.startswith(b"\t") else None)
     if match:
         return Line(match[1].decode("ascii"), head.decode("ascii"), url)
     if _NAME.fullmatch(head):

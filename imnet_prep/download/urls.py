@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import quote_from_bytes, unquote, urljoin, urlsplit
 
 import idna
 
-SCHEMES = ("http", "https")
 DEFAULT_PORT = {"http": 80, "https": 443}
 MAX_URL_BYTES = 16384
 _CLEAN_TAIL = re.compile(rb"[A-Za-z0-9\-._~:/?@!$&'()*+,;=]*")
@@ -43,18 +42,16 @@ def normalise_url(raw: bytes) -> str:
     if not parts:
         raise BadUrl("no scheme")
     scheme = parts[1].decode("ascii").lower()
-    if scheme not in SCHEMES:
+    if scheme not in DEFAULT_PORT:
         raise BadUrl(f"scheme {scheme} is not http or https")
     if raw[len(scheme) : len(scheme) + 3] != b"://":
         raise BadUrl("no // after the scheme")
     host, port = _authority(parts[2])
     tail = parts[3] if parts[3].startswith(b"/") else b"/" + parts[3]
-    if _CLEAN_TAIL.fullmatch(tail):
-        path = tail.decode("ascii")
-    else:
-        path = quote(_HEX.sub(b"%25", tail), safe="-._~:/?[]@!$&'()*+,;=%")
+    if not _CLEAN_TAIL.fullmatch(tail):
+        tail = quote_from_bytes(_HEX.sub(b"%25", tail), "-._~:/?[]@!$&'()*+,;=%").encode("ascii")
     suffix = "" if port in (None, DEFAULT_PORT[scheme]) else f":{port}"
-    return f"{scheme}://{host}{suffix}{path}"
+    return f"{scheme}://{host}{suffix}{tail.decode('ascii')}"
 
 
 def _authority(raw: bytes) -> tuple[str, int | None]:
@@ -74,11 +71,9 @@ def _authority(raw: bytes) -> tuple[str, int | None]:
 
 
 def _port(raw: bytes) -> int | None:
-    if not raw:
-        return None
-    if not raw.isdigit() or not 0 < int(raw[:6]) <= 65535:
+    if raw and not (raw.isdigit() and 0 < int(raw[:6]) <= 65535):
         raise BadUrl("bad port")
-    return int(raw)
+    return int(raw) if raw else None
 
 
 def _host(raw: bytes) -> str:

@@ -17,11 +17,13 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import cv2
+import requests
 
 from imnet_prep.download.addresses import Resolver
 from imnet_prep.download.content import judge
@@ -98,12 +100,8 @@ Message = Ready | Retry | Redirect | LaneDone | Outcome | Rotated | Broken
 
 def user_agent() -> str:
     """Return the honest name under which hosts see us."""
-    import importlib.metadata
-
-    import requests
-
-    version = importlib.metadata.version("imnet-prep")
-    return f"imnet-prep/{version} (research image list downloader) python-requests/{requests.__version__}"
+    ours, theirs = version("imnet-prep"), requests.__version__
+    return f"imnet-prep/{ours} (research image list downloader) python-requests/{theirs}"
 
 
 def worker_main(
@@ -223,16 +221,13 @@ class _Runner:
 
     def serve(self, work: queue.SimpleQueue[Lane]) -> None:
         while True:
-            self._lane(work.get())
-
-    def _lane(self, lane: Lane) -> None:
-        left = deque(lane.tasks)
-        goes_on = True
-        while left and goes_on and self.blocked_until[lane.host_slot] <= time.monotonic():
-            self.started[self.place] = left[0].row
-            goes_on = self._task(left.popleft(), lane.host_slot)
-        self.started[self.place] = 0
-        self.sender.send(LaneDone(lane.number, tuple(left)))
+            lane = work.get()
+            left, goes_on = deque(lane.tasks), True
+            while left and goes_on and self.blocked_until[lane.host_slot] <= time.monotonic():
+                self.started[self.place] = left[0].row
+                goes_on = self._task(left.popleft(), lane.host_slot)
+            self.started[self.place] = 0
+            self.sender.send(LaneDone(lane.number, tuple(left)))
 
     def _task(self, task: Task, slot: int) -> bool:
         """Fetch a task and report it; False where the host should now be left to the scheduler."""
@@ -242,28 +237,25 @@ class _Runner:
         except Exception as error:  # a fault of ours costs one URL, is counted and is seen
             log.exception("internal fault")
             result = Failure(FailReason.INTERNAL, f"{type(error).__name__}: {error}", transient=True)
-        match result:
+        found = self._keep(task, result) if isinstance(result, Body) else result
+        match found:
             case Hop() if task.hops < self.options.fetch.max_redirects:
                 spent = task.spent_s + time.monotonic() - begun
-                self.sender.send(Redirect(task._replace(url=result.url, hops=task.hops + 1, spent_s=spent)))
+                self.sender.send(Redirect(task._replace(url=found.url, hops=task.hops + 1, spent_s=spent)))
                 return True
             case Hop():
-                result = Failure(FailReason.REDIRECT_REFUSED, f"more than {task.hops} redirects", result.status)
-            case Body():
-                kept = self._keep(task, result)
-                if not isinstance(kept, Failure):
-                    self.sender.send(kept)
-                    return isinstance(kept, Outcome)
-                result = kept
-        return self._failed(task, result, slot)
+                found = Failure(FailReason.REDIRECT_REFUSED, f"more than {task.hops} redirects", found.status)
+            case Outcome() | Broken():
+                self.sender.send(found)
+                return isinstance(found, Outcome)
+        return self._failed(task, found, slot)
 
     def _failed(self, task: Task, failure: Failure, slot: int) -> bool:
         polite = self.options.polite
         if failure.limited:
             # Everybody in every process sees this at once, before anything else is said.
-            pause = failure.retry_after_s
-            if pause is None:
-                pause = backoff_s(polite.backoff_s * 4, polite.max_backoff_s, task.attempts)
+            own = backoff_s(polite.backoff_s * 4, polite.max_backoff_s, task.attempts)
+            pause = own if failure.retry_after_s is None else failure.retry_after_s
             until = time.monotonic() + min(pause, polite.max_retry_after_s)
             self.blocked_until[slot] = max(self.blocked_until[slot], until)
         if failure.aborted:
@@ -293,12 +285,12 @@ class _Runner:
             final_url=task.url,
             ext=found.ext,
             size_bytes=len(body.data),
-            sha256=bytes.fromhex(sample.source_sha256),
+            sha256=sample.source_sha256,
             width=sample.width,
             height=sample.height,
             flat=found.flat,
             stored_bytes=len(found.data) if reencoded else None,
-            stored_sha256=bytes.fromhex(sample.sha256) if reencoded else None,
+            stored_sha256=sample.sha256 if reencoded else None,
             temp=temp,
             time_s=time.time(),
         )
