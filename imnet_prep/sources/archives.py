@@ -40,7 +40,7 @@ class TarSource(Source):
         images = self._images()
         if note and note not in self.notes:
             self.notes = (*self.notes, note)
-        return SourceInfo(self.kind, self.path.name, size, md5, sha256, official, images)
+        return SourceInfo(self.kind, printable(self.path.name), size, md5, sha256, official, images)
 
     def _images(self) -> int | None:
         return self._counted().images.total()

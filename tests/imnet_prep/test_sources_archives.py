@@ -20,10 +20,13 @@ from imnet_prep.sources import Found, Source, detect, merge, read
 from imnet_prep.sources.labels import read_devkit
 from imnet_prep.sources.tar import Damage, Member, walk
 from imnet_prep.types import SPLITS, ImageRef, Progress, RawImage, Reason, Rejected
+from imnet_prep.verify import verify
+from tests.imnet_prep.conversions import run
 from tests.synthetic import (
     SyntheticImageNet,
     devkit_bytes,
     jpeg,
+    make_image_folder,
     make_imagenet,
     make_tiny_imagenet,
     meta_mat,
@@ -565,3 +568,12 @@ def test_damage_says_whether_anything_follows(tmp_path: Path) -> None:
     os.close(descriptor)
     assert damage.last
     assert damage.name == "cat/1.jpg"
+
+
+def test_an_archive_whose_name_is_not_utf8_is_named_with_escapes(tmp_path: Path) -> None:
+    archive, out = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/photos\xff.tar", b"/records\xff"))
+    with tarfile.open(archive, "w") as tar:
+        tar.add(make_image_folder(tmp_path / "photos", 2, 3), arcname="photos")
+    manifest = run(archive, out).manifest
+    assert [source["name"] for source in manifest.sources] == [r"photos\xff.tar"]
+    assert verify(out, "decode", 1, lambda _: None).ok
