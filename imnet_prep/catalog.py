@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,57 +64,48 @@ def _load(name: str) -> Any:
 
 @cache
 def archives() -> Mapping[str, Archive]:
-    """The official archives by base name."""
+    """Return the official archives by base name."""
     return MappingProxyType({entry["file_name"]: Archive(**entry) for entry in _load("archives.json")["archives"]})
 
 
 def archive_with_digest(md5: str) -> Archive | None:
-    """The official archive with this MD5, whatever the file at hand is called."""
+    """Return the official archive with this MD5, whatever the file at hand is called."""
     return next((archive for archive in archives().values() if archive.md5 == md5), None)
 
 
 @cache
 def mix_up() -> tuple[frozenset[str], str]:
-    """The archives whose MD5s are often published swapped, and the sentence that says so."""
+    """Return the archives whose MD5s are often published swapped, and the sentence that says so."""
     entry = _load("archives.json")["mix_up"]
     return frozenset(entry["archives"]), entry["note"]
 
 
 @cache
 def counts() -> Counts:
-    """How many images there are."""
-    entry = _load("counts.json")
-    return Counts(**{name: entry[name] for name in Counts.__slots__})
+    """Return how many images there are."""
+    return Counts(*itemgetter(*Counts.__slots__)(_load("counts.json")))
 
 
 @cache
 def synsets() -> tuple[Synset, ...]:
-    """The 1,000 classes in label order: sorted by wnid, label 0 is n01440764 (tench)."""
+    """Return the 1,000 classes in label order: sorted by wnid, label 0 is n01440764 (tench)."""
     lines = (FOLDER / "ilsvrc2012_synsets.tsv").read_text(encoding="utf-8").splitlines()
     return tuple(Synset(*line.split("\t", 1)) for line in lines if line)
 
 
 @cache
 def labels() -> Mapping[str, int]:
-    """Label by wnid, 0 to 999."""
+    """Return the label by wnid, 0 to 999."""
     return MappingProxyType({synset.wnid: label for label, synset in enumerate(synsets())})
 
 
 def class_words(wnid: str) -> str:
-    """The words of a class, or an empty string for a class that ILSVRC2012 does not have."""
+    """Return the words of a class, or an empty string for a class that ILSVRC2012 does not have."""
     label = labels().get(wnid)
     return "" if label is None else synsets()[label].words
 
 
 @cache
-def known_odd_files() -> Mapping[str, str]:
-    """Kind (``png`` or ``cmyk``) by base name, of the official files that are not plain JPEGs."""
-    entry = _load("known_odd_files.json")
-    return MappingProxyType({name: kind for kind in ("png", "cmyk") for name in entry[kind]})
-
-
-@cache
 def manifest_schema() -> Mapping[str, Any]:
-    """The JSON Schema (2020-12) of ``manifest.json``."""
-    schema: dict[str, Any] = _load("records.schema.json")
-    return MappingProxyType(schema)
+    """Return the JSON Schema (2020-12) of ``manifest.json``."""
+    return MappingProxyType(_load("records.schema.json"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 
 from imnet_prep.jpeg import ImageFault
 from imnet_prep.types import Reason
@@ -62,23 +63,15 @@ def check_container(data: bytes, kind: str) -> bool:
     Raises:
         ImageFault: It is cut, damaged or animated.
     """
-    if kind == "PNG":
-        return _check_png(data)
-    if kind == "WEBP":
-        _check_webp(data)
-    elif kind == "GIF":
-        if data.rstrip(b"\x00")[-1:] != b";":
-            raise ImageFault(Reason.TRUNCATED, "GIF without its trailer")
-    elif kind == "BMP":
-        _check_bmp(data)
-    elif kind == "TIFF":
-        return _tiff_is_deep(data)
-    return False
+    check: Callable[[bytes], bool | None] = {
+        "PNG": _check_png, "WEBP": _check_webp, "GIF": _check_gif, "BMP": _check_bmp, "TIFF": _tiff_is_deep
+    }[kind]  # fmt: skip
+    return bool(check(data))
 
 
 def _check_png(data: bytes) -> bool:
-    at, depth, pixels_seen = len(PNG_SIGNATURE), 0, False
-    while True:
+    at, depth, pixels_seen, name = len(PNG_SIGNATURE), 0, False, b""
+    while name != b"IEND":
         if at + 12 > len(data):
             raise ImageFault(Reason.TRUNCATED, "PNG without its end chunk (IEND)")
         (length,) = struct.unpack_from(">I", data, at)
@@ -95,8 +88,6 @@ def _check_png(data: bytes) -> bool:
         if name == b"acTL" and int.from_bytes(data[at + 8 : at + 12], "big") > 1:
             raise ImageFault(Reason.ANIMATED, "animated PNG")
         at = end
-        if name == b"IEND":
-            break
     if not pixels_seen:
         raise ImageFault(Reason.CORRUPT, "PNG without pixels (IDAT)")
     return depth == 16
@@ -110,11 +101,15 @@ def _check_webp(data: bytes) -> None:
         raise ImageFault(Reason.ANIMATED, "animated WebP")
 
 
+def _check_gif(data: bytes) -> None:
+    if data.rstrip(b"\x00")[-1:] != b";":
+        raise ImageFault(Reason.TRUNCATED, "GIF without its trailer")
+
+
 def _check_bmp(data: bytes) -> None:
     if len(data) < 26:
         raise ImageFault(Reason.TRUNCATED, f"BMP of {len(data)} bytes")
-    pixels_at = int.from_bytes(data[10:14], "little")
-    if pixels_at >= len(data):
+    if int.from_bytes(data[10:14], "little") >= len(data):
         raise ImageFault(Reason.TRUNCATED, "BMP without pixels")
 
 

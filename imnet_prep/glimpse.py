@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 
-import numpy as np
 from PIL import ImageFile
 
 from imnet_prep import imaging
@@ -15,7 +14,7 @@ SIDE, QUALITY = 96, 70
 
 
 def glimpse(data: bytes, max_pixels: int) -> str:
-    """Give a JPEG of at most 96 pixels a side in base64; empty where nothing can be seen, or it would be a bomb.
+    """Return a JPEG of at most 96 pixels a side in base64; empty where nothing can be seen, or it would be a bomb.
 
     What a damaged file still gives is shown: the upper part of a cut JPEG, the first frame of an animation.
 
@@ -29,7 +28,7 @@ def glimpse(data: bytes, max_pixels: int) -> str:
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded no larger than needed
             ImageFile.LOAD_TRUNCATED_IMAGES = True  # nobody else uses Pillow meanwhile: `opened` holds a lock
             try:
-                pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+                pixels = imaging.bgr(image)
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
         height, width = pixels.shape[:2]

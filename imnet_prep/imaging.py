@@ -157,7 +157,7 @@ def decode_cmyk_jpeg(data: bytes) -> Pixels:
     """
     with opened(data, "JPEG") as image:
         image.load()
-        return _bgr(image.convert("RGB"))
+        return bgr(image.convert("RGB"))
 
 
 @contextlib.contextmanager
@@ -172,7 +172,8 @@ def opened(data: bytes, kind: str) -> Iterator[Image.Image]:
             raise ImageFault(Reason.TOO_MANY_PIXELS, str(exc)) from exc
         except _PILLOW_FAULTS as exc:
             reason = Reason.TRUNCATED if "truncated" in str(exc).lower() else Reason.CORRUPT
-            raise ImageFault(reason, f"{kind}: {' '.join(str(exc).split()) or type(exc).__name__}") from exc
+            said = " ".join(str(exc).partition("<_io.BytesIO")[0].split())  # where it lies differs from run to run
+            raise ImageFault(reason, f"{kind}: {said or type(exc).__name__}") from exc
 
 
 def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tuple[Pixels, list[Change]]:
@@ -187,30 +188,26 @@ def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tupl
     Raises:
         ImageFault: It does not decode, has more frames than one, or more pixels than allowed.
     """
-    changes = []
     with opened(data, kind) as image:
         refuse_bomb(*image.size, max_pixels)
         if _has_second_frame(image):
             raise ImageFault(Reason.ANIMATED, f"{kind} with more than one frame")
         orientation, damaged = _orientation(image)
         image.load()
+        seen = (
+            (Change.ORIENTED, orientation != 1),
+            (Change.EXIF_DAMAGED, damaged),
+            (Change.CMYK, image.mode == "CMYK"),
+            (Change.SIXTEEN_BIT, deep or image.mode.startswith("I")),
+            (Change.ALPHA, image.has_transparency_data),
+        )
         upright: Image.Image = image
-        still_turned = _orientation(image)[0] != 1  # Pillow turns a TIFF by itself while loading
-        if orientation != 1:
-            changes.append(Change.ORIENTED)
-            if still_turned:
-                upright = ImageOps.exif_transpose(upright)
-        if damaged:
-            changes.append(Change.EXIF_DAMAGED)
-        if image.mode == "CMYK":
-            changes.append(Change.CMYK)
-        if deep or image.mode.startswith("I"):
-            changes.append(Change.SIXTEEN_BIT)
+        if orientation != 1 and _orientation(image)[0] != 1:  # Pillow turns a TIFF by itself while loading
+            upright = ImageOps.exif_transpose(upright)
         if image.has_transparency_data:
-            changes.append(Change.ALPHA)
             over = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        return _bgr(_eight_bit(upright, deep=deep)), changes
+        return bgr(_eight_bit(upright, deep=deep)), [change for change, is_so in seen if is_so]
 
 
 def _has_second_frame(image: Image.Image) -> bool:
@@ -239,7 +236,8 @@ def _eight_bit(image: Image.Image, *, deep: bool) -> Image.Image:
     return image
 
 
-def _bgr(image: Image.Image) -> Pixels:
+def bgr(image: Image.Image) -> Pixels:
+    """Return Pillow's image as pixels, uint8 (H, W, 3)."""
     return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
 
 
@@ -247,8 +245,7 @@ def grey(pixels: Pixels) -> Pixels:
     """Bring BGR to grey, uint8 (H, W); grey stays."""
     if pixels.ndim == 2:
         return pixels
-    made: Pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
-    return made
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), dtype=np.uint8)
 
 
 def refuse_bomb(width: int, height: int, max_pixels: int) -> None:

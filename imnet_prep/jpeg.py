@@ -17,8 +17,7 @@ _TEM, _DRI, _APP1 = 0x01, 0xDD, 0xE1
 _RESTARTS = range(0xD0, 0xD8)
 _APPLICATION, _COM = range(0xE0, 0xF0), 0xFE
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC lie between the frame headers
-_LOSSLESS_OR_HIERARCHICAL = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
-_ARITHMETIC = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
+_PLAIN = frozenset({0xC0, 0xC1, 0xC2})  # neither lossless nor hierarchical nor arithmetic-coded
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _SEQUENTIAL_HUFFMAN = frozenset({0xC0, 0xC1})
 _MAX_RESTART_INTERVAL = 0xFFFF  # MCUs
@@ -69,7 +68,7 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
 
     Args:
         data: The file's bytes.
-        scan_end: What :func:`imnet_prep.scan.clean_end` gave for them, which spares the search for the end of the scan.
+        scan_end: What :func:`imnet_prep.scan.clean_end` says of them, which spares the search for the end of the scan.
 
     Returns:
         What the headers say.
@@ -169,14 +168,19 @@ def _segments(data: bytes, scan_end: int = 0) -> Iterator[tuple[int, bytes, int,
     marker, end = SOI, 2
     while marker != EOI:
         marker, at = _marker_at(data, end)
-        start, end, body = at - 2, at, b""
+        start, end = at - 2, at
         if marker == SOI:
             raise ImageFault(Reason.CORRUPT, f"a second image begins inside the first, at byte {start}")
         if marker == _TEM or marker in _RESTARTS:
             continue
         if marker != EOI:
-            body, end = _segment(data, at)
-        yield marker, body, start, end
+            length = int.from_bytes(data[at : at + 2], "big")
+            end = at + length
+            if max(at + 2, end) > len(data):
+                raise ImageFault(Reason.TRUNCATED, "ends inside a header segment")
+            if length < 2:
+                raise ImageFault(Reason.CORRUPT, f"a header segment of length {length} at byte {at}")
+        yield marker, data[at + 2 : end], start, end
         if marker == SOS:
             end = scan_end - 2 if scan_end else _scan_end(data, end)
 
@@ -189,7 +193,7 @@ def _scan_end(data: bytes, at: int) -> int:
 
 
 def _marker_at(data: bytes, at: int) -> tuple[int, int]:
-    """Give the marker at or after ``at``, past fill bytes, and where what follows it begins."""
+    """Return the marker at or after ``at``, past fill bytes, and where what follows it begins."""
     if at < len(data) and data[at] != 0xFF:
         raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}, got 0x{data[at]:02x}")
     while at < len(data) and data[at] == 0xFF:
@@ -201,15 +205,6 @@ def _marker_at(data: bytes, at: int) -> tuple[int, int]:
     return data[at], at + 1
 
 
-def _segment(data: bytes, at: int) -> tuple[bytes, int]:
-    length = int.from_bytes(data[at : at + 2], "big")
-    if at + 2 > len(data) or at + length > len(data):
-        raise ImageFault(Reason.TRUNCATED, "ends inside a header segment")
-    if length < 2:
-        raise ImageFault(Reason.CORRUPT, f"a header segment of length {length} at byte {at}")
-    return data[at + 2 : at + length], at + length
-
-
 def _info(frame: tuple[int, bytes], orientation: int, damaged: bool, end: int) -> JpegInfo:
     marker, body = frame
     if len(body) < 6 or len(body) < 6 + 3 * body[5]:
@@ -217,14 +212,13 @@ def _info(frame: tuple[int, bytes], orientation: int, damaged: bool, end: int) -
     precision, height, width, components = struct.unpack_from(">BHHB", body)
     if width == 0 or height == 0:
         raise ImageFault(Reason.CORRUPT, f"the header gives {width} x {height} pixels")
-    plain = precision == 8 and marker not in _LOSSLESS_OR_HIERARCHICAL and marker not in _ARITHMETIC
     return JpegInfo(
         width=width,
         height=height,
         components=components,
         precision=precision,
         progressive=marker in _PROGRESSIVE,
-        plain=plain,
+        plain=precision == 8 and marker in _PLAIN,
         orientation=orientation,
         exif_damaged=damaged,
         size_bytes=end,

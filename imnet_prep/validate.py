@@ -17,14 +17,13 @@ from imnet_prep.formats import check_container, sniff
 from imnet_prep.jpeg import ImageFault, JpegInfo, read_markers, without_oddities
 from imnet_prep.native import small
 from imnet_prep.scan import clean_end
-from imnet_prep.types import Change, ImageRef, RawImage, Reason, Rejected, Sample
+from imnet_prep.types import Change, RawImage, Reason, Rejected, Sample
 
 CONVERT_QUALITY = 95  # a conversion is not meant to be seen; 4:4:4 at 95 stays above 40 dB on photographs
 _CHECK_REDUCE = 8  # a decode at 1/8 reads the whole stream and skips most of the inverse DCT
 # libjpeg's words for data that it made up. Its other complaints (JFIF revision, Adobe transform) cost no pixel.
 _DAMAGE = re.compile(r"^(Corrupt JPEG data.*|Premature end of JPEG.*|Inconsistent progression.*)$", re.MULTILINE)
 _PADDING = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9$")
-_CHANGE_ORDER = {change: place for place, change in enumerate(Change)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class ValidateOptions:
 
 
 def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
-    """Read every compressed bit of an image and give what is to be stored, or why not.
+    """Read every compressed bit of an image and return what is to be stored, or why not.
 
     Never raises on any bytes, and never prints. Deterministic: the same bytes and options give the same sample.
 
@@ -73,11 +72,13 @@ def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
         if len(image) > options.max_bytes:
             raise ImageFault(Reason.TOO_LARGE, f"{len(image)} bytes, a record holds at most {options.max_bytes}")
     except ImageFault as fault:
-        return Rejected(split=ref.split, file_name=ref.file_name, reason=fault.reason, detail=fault.detail)
+        return Rejected(ref.split, ref.file_name, fault.reason, fault.detail)
     except MemoryError:
-        detail = "not enough memory to decode it"
-        return Rejected(split=ref.split, file_name=ref.file_name, reason=Reason.TOO_MANY_PIXELS, detail=detail)
-    return _sample(ref, raw.data, image, width, height, changes)
+        return Rejected(ref.split, ref.file_name, Reason.TOO_MANY_PIXELS, "not enough memory to decode it")
+    found = hashlib.sha256(raw.data).hexdigest()
+    stored = found if image is raw.data else hashlib.sha256(image).hexdigest()
+    noticed = tuple(change for change in Change if change in changes)
+    return Sample(ref, image, width, height, sha256=stored, source_sha256=found, changes=noticed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,29 +110,14 @@ def examine(data: bytes, short_side: int) -> Examined:
         return Examined(pixels.shape[1], pixels.shape[0], (), imaging.grey(pixels))
     info = read_markers(data)
     imaging.refuse_bomb(info.width, info.height, options.max_pixels)
-    changes: list[Change] = []
+    changes = _noticed(info, len(data))
     if info.plain and info.components in (1, 3):
-        grey, said = imaging.decode_jpeg(data, grey=True, reduce=_reduction(info, short_side))
-        _refuse_damage(data, info, grey is not None, said, changes)
-        assert grey is not None  # _refuse_damage raised otherwise
+        decoded = imaging.decode_jpeg(data, grey=True, reduce=_reduction(info, short_side))
+        grey = _undamaged(data, info, *decoded, changes)
     else:
         grey = imaging.grey(_decode_checked(data, info, options, changes))
     seen = (Change.PROGRESSIVE, Change.GREYSCALE, Change.EXIF_DAMAGED, Change.TRAILING_BYTES)
-    noticed = {change for change in (*_noticed(info, len(data)), *changes) if change in seen}
-    return Examined(info.width, info.height, tuple(sorted(noticed, key=_CHANGE_ORDER.__getitem__)), grey)
-
-
-def _sample(ref: ImageRef, data: bytes, image: bytes, width: int, height: int, changes: list[Change]) -> Sample:
-    found = hashlib.sha256(data).hexdigest()
-    return Sample(
-        ref=ref,
-        image=image,
-        width=width,
-        height=height,
-        sha256=found if image is data else hashlib.sha256(image).hexdigest(),
-        source_sha256=found,
-        changes=tuple(sorted(set(changes), key=_CHANGE_ORDER.__getitem__)),
-    )
+    return Examined(info.width, info.height, tuple(change for change in seen if change in changes), grey)
 
 
 def _jpeg(data: bytes, options: ValidateOptions) -> tuple[bytes, int, int, list[Change]]:
@@ -148,8 +134,7 @@ def _jpeg(data: bytes, options: ValidateOptions) -> tuple[bytes, int, int, list[
     )
     if not convert and not shrinks:
         if not (scan_end if options.short_side is None else clean_end(data)):
-            pixels, said = imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
-            _refuse_damage(data, info, pixels is not None, said, changes)
+            _undamaged(data, info, *imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE), changes)
         return data, info.width, info.height, changes
     size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
     pixels = None if convert else _shrunk_at_once(data, info, options)
@@ -176,19 +161,18 @@ def _shrunk_at_once(data: bytes, info: JpegInfo, options: ValidateOptions) -> im
     """Do with the C++ library what :func:`_decode_checked` and :func:`imaging.shrink` do, where every bit is clean."""
     if options.short_side is None or min(info.width, info.height) <= options.short_side:
         return None
-    size = (info.width, info.height)
     pixels, end = small.decode(
         data,
         components=info.components,
         reduce=_reduction(info, options.short_side),
-        size=size,
-        small=short_side_size(*size, options.short_side),
+        size=(info.width, info.height),
+        small=short_side_size(info.width, info.height, options.short_side),
     )
     return pixels if end == info.size_bytes else None
 
 
 def _reduction(info: JpegInfo, short_side: int) -> int:
-    """Give the largest DCT-domain divisor that leaves ``short_side`` pixels."""
+    """Return the largest DCT-domain divisor that leaves ``short_side`` pixels."""
     room = min(info.width, info.height) // short_side
     return max((divisor for divisor in (1, 2, 4, 8) if divisor <= room), default=1)
 
@@ -197,41 +181,35 @@ def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, chang
     """Decode at the smallest scale that still has the pixels asked for, and refuse what the decoder made up."""
     if info.components == 4:
         _, said = imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
-        pixels = imaging.decode_cmyk_jpeg(data)
-        _refuse_damage(data, info, True, said, changes)
-        return pixels
-    reduce = 1
-    if options.short_side is not None and info.plain:
-        reduce = _reduction(info, options.short_side)
-    decoded, said = imaging.decode_jpeg(data, grey=info.components == 1, reduce=reduce)
-    _refuse_damage(data, info, decoded is not None, said, changes)
-    assert decoded is not None  # _refuse_damage raised otherwise
-    return decoded
+        return _undamaged(data, info, imaging.decode_cmyk_jpeg(data), said, changes)
+    reduce = _reduction(info, options.short_side) if options.short_side is not None and info.plain else 1
+    decoded = imaging.decode_jpeg(data, grey=info.components == 1, reduce=reduce)
+    return _undamaged(data, info, *decoded, changes)
 
 
-def _refuse_damage(data: bytes, info: JpegInfo, decoded: bool, said: str, changes: list[Change]) -> None:
+def _undamaged(
+    data: bytes, info: JpegInfo, pixels: imaging.Pixels | None, said: str, changes: list[Change]
+) -> imaging.Pixels:
+    """Return what was decoded, or raise an :class:`ImageFault` where the decoder gave up or made something up."""
     damage = _DAMAGE.search(said)
-    if said and damage is None and decoded:
+    if said and damage is None and pixels is not None:
         _, said = imaging.decode_jpeg(without_oddities(data, info), grey=True, reduce=_CHECK_REDUCE)
         damage = _DAMAGE.search(said)
-    if decoded and damage is None:
-        return
+    if pixels is not None and damage is None:
+        return pixels
     words = damage.group().strip() if damage else f"does not decode ({info.precision}-bit JPEG)"
-    padding = _PADDING.match(words)
-    if decoded and padding is not None:
-        # Some encoders fill up with zeros before EOI. A slipped decoder leaves bytes over too, but not zeros.
-        end = info.size_bytes - 2
-        if not any(data[max(0, end - int(padding.group(1))) : end]):
-            changes.append(Change.TRAILING_BYTES)
-            return
+    padding, end = _PADDING.match(words), info.size_bytes - 2
+    # Some encoders fill up with zeros before EOI. A slipped decoder leaves bytes over too, but not zeros.
+    if pixels is not None and padding is not None and not any(data[max(0, end - int(padding[1])) : end]):
+        changes.append(Change.TRAILING_BYTES)
+        return pixels
     raise ImageFault(Reason.TRUNCATED if "remature end" in words else Reason.CORRUPT, words)
 
 
 def _other(data: bytes, kind: str, options: ValidateOptions) -> tuple[bytes, int, int, list[Change]]:
     deep = check_container(data, kind)
     pixels, changes = imaging.decode_other(data, kind, deep=deep, max_pixels=options.max_pixels)
-    size = (pixels.shape[1], pixels.shape[0])
-    return _store(pixels, size, options, [Change.FORMAT, *changes])
+    return _store(pixels, (pixels.shape[1], pixels.shape[0]), options, [Change.FORMAT, *changes])
 
 
 def _store(
@@ -245,15 +223,13 @@ def _store(
         options: Storage.
         changes: Grows by ``RESIZED``.
     """
-    if options.short_side is None:
-        image = imaging.encode_jpeg(pixels, CONVERT_QUALITY, halve_chroma=False)
-        return image, pixels.shape[1], pixels.shape[0], changes
-    if min(size) > options.short_side:
+    if options.short_side is not None and min(size) > options.short_side:
         width, height = short_side_size(*size, options.short_side)
         if (width, height) != (pixels.shape[1], pixels.shape[0]):
             pixels = imaging.shrink(pixels, width, height)
         changes = [*changes, Change.RESIZED]
-    image = imaging.encode_jpeg(pixels, options.quality, halve_chroma=True)
+    quality = CONVERT_QUALITY if options.short_side is None else options.quality
+    image = imaging.encode_jpeg(pixels, quality, halve_chroma=options.short_side is not None)
     return image, pixels.shape[1], pixels.shape[0], changes
 
 

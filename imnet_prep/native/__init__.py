@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, library.imnet_jpeg_library().decode()
 
 
+@contextmanager
+def borrowed(idle: queue.SimpleQueue[int], make: Callable[[], int | None]) -> Iterator[int | None]:
+    """Lend an idle decoder, or a new one: as many are made as threads are at work at once."""
+    try:
+        handle: int | None = idle.get_nowait()
+    except queue.Empty:
+        handle = make()
+    try:
+        yield handle
+    finally:
+        if handle:
+            idle.put(handle)
+
+
 class NativeDecoder(PortableDecoder):
     """The C++ decoder. What it does not take (other formats, CMYK), the portable one decodes.
 
@@ -82,33 +97,27 @@ class NativeDecoder(PortableDecoder):
         count = len(images)
         assert out.flags.c_contiguous
         assert out.shape == (count, out.shape[1], out.shape[1], 3)
-        lengths = np.array([len(image) for image in images], dtype=np.uintp)
-        sizes = np.ascontiguousarray(geometry.sizes, dtype=np.int32)
-        limits = np.ascontiguousarray(geometry.limits, dtype=np.int32)
-        box = np.ascontiguousarray(geometry.box, dtype=np.float64)
-        flip = np.ascontiguousarray(geometry.flip, dtype=np.uint8)
-        status = np.zeros(count, dtype=np.int32)
-        messages = np.zeros(count, dtype=f"S{_MESSAGE_BYTES}")
-        handle = self._handle()
-        try:
+        given = (
+            np.array([len(image) for image in images], dtype=np.uintp),
+            np.ascontiguousarray(geometry.sizes, dtype=np.int32),
+            np.ascontiguousarray(geometry.limits, dtype=np.int32),
+            np.ascontiguousarray(geometry.box, dtype=np.float64),
+            np.ascontiguousarray(geometry.flip, dtype=np.uint8),
+        )
+        status, messages = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=f"S{_MESSAGE_BYTES}")
+        with borrowed(self._idle, self._library.imnet_jpeg_new) as handle:
+            if not handle:
+                raise MemoryError("no memory for a decoder")
             bad = self._library.imnet_jpeg_decode(
                 handle,
                 count,
                 (ctypes.c_char_p * count)(*images),
-                lengths.ctypes.data,
-                sizes.ctypes.data,
-                limits.ctypes.data,
-                box.ctypes.data,
-                flip.ctypes.data,
+                *(array.ctypes.data for array in given),
                 INTERPOLATIONS.index(interpolation),
                 out.shape[1],
                 self._flags,
-                out.ctypes.data,
-                status.ctypes.data,
-                messages.ctypes.data,
+                *(array.ctypes.data for array in (out, status, messages)),
             )
-        finally:
-            self._idle.put(handle)
         assert bad >= 0, "the geometry lies outside the image"
         faults = [
             (row, messages[row].split(b"\0", 1)[0].decode("utf-8", "replace"))
@@ -117,17 +126,7 @@ class NativeDecoder(PortableDecoder):
         others = np.flatnonzero(status == _NOT_TAKEN)
         if len(others):
             pixels = out[others]
-            chosen = [images[row] for row in others]
-            found = super().decode(chosen, geometry.of(others), interpolation, pixels)
+            found = super().decode([images[row] for row in others], geometry.of(others), interpolation, pixels)
             faults += [(int(others[number]), why) for number, why in found]
             out[others] = pixels
         return faults
-
-    def _handle(self) -> int:
-        try:
-            return self._idle.get_nowait()
-        except queue.Empty:
-            handle: int | None = self._library.imnet_jpeg_new()
-            if not handle:
-                raise MemoryError("no memory for a decoder") from None
-            return handle

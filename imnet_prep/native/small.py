@@ -13,9 +13,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.native import load
+from imnet_prep.native import borrowed, load
 
-_IDLE: queue.SimpleQueue[int] = queue.SimpleQueue()  # decoders: as many are made as threads are at work at once
+_IDLE: queue.SimpleQueue[int] = queue.SimpleQueue()  # decoders
 
 
 @cache
@@ -57,16 +57,9 @@ def decode(
         return None, 0
     shape = (small[1], small[0], 3) if components == 3 else (small[1], small[0])
     pixels = np.empty(shape, dtype=np.uint8)
-    try:
-        handle = _IDLE.get_nowait()
-    except queue.Empty:
-        handle = library.imnet_small_new()
-    try:
-        reduced = [-(-side // reduce) for side in size]
+    reduced = [-(-side // reduce) for side in size]
+    with borrowed(_IDLE, library.imnet_small_new) as handle:
         end = library.imnet_small_decode(
             handle, data, len(data), reduce, components, *reduced, *small, pixels.ctypes.data
         )
-    finally:
-        if handle:
-            _IDLE.put(handle)
     return (pixels, end) if end else (None, 0)

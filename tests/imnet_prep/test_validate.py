@@ -272,6 +272,11 @@ def test_another_format_cut_is_found(kind: str) -> None:
         assert isinstance(check(data[: int(len(data) * share)]), Rejected), share
 
 
+def test_the_detail_of_a_rejection_is_the_same_in_every_run() -> None:
+    tiff = b"II*\x00" + (8).to_bytes(4, "little") + bytes(6)  # a directory without entries
+    assert refused(tiff).detail == "TIFF: cannot identify image file"
+
+
 def test_limits_are_applied() -> None:
     data = jpeg(0, 0, 64, 64)
     assert refused(data, ValidateOptions(max_pixels=64 * 64 - 1)).reason is Reason.TOO_MANY_PIXELS
