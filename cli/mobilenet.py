@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +26,14 @@ def main() -> None:
 
     Example: mbv2 train --records records --image-size 64 --epochs 2 --out run
     """
+
+
+def _print(result: Any, as_json: bool) -> None:
+    """Print a result's JSON object, or its rows for a person."""
+    if as_json:
+        emit_json(result.to_json())
+    else:
+        table(result.rows())
 
 
 @main.command()
@@ -116,12 +125,9 @@ def train(
     )
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)
-    if as_json:
-        emit_json(result.to_json())
-        return
-    if result.already_done:
+    if result.already_done and not as_json:
         click.echo("already done", err=True)
-    table(result.rows())
+    _print(result, as_json)
 
 
 @main.command("eval")
@@ -169,10 +175,7 @@ def evaluate(
         write_per_class(per_class, scores, classes)
     if confusion:
         draw_confusion(confusion, scores.confusion, classes)
-    if as_json:
-        emit_json(scores.to_json())
-    else:
-        table(scores.rows())
+    _print(scores, as_json)
 
 
 @main.command()
@@ -208,10 +211,7 @@ def convert(
 
     options = ConvertOptions(padding, mean, std, bn_eps, image_size)
     result = convert_weights(weights, source, out, options)
-    if as_json:
-        emit_json(result.to_json())
-    else:
-        table(result.rows())
+    _print(result, as_json)
 
 
 @main.command()
@@ -266,10 +266,7 @@ def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split
         result = export_checkpoint(
             checkpoint, kind, out, calibrate=calibrate, split=split, stop=stop, progress=progress
         )
-    if as_json:
-        emit_json(result.to_json())
-    else:
-        table(result.rows())
+    _print(result, as_json)
 
 
 @main.command()

@@ -30,9 +30,7 @@ def main() -> None:
     """
 
 
-main.add_command(download)
-main.add_command(bench)
-for _command in (report, browse, repair_index, adopt, reshard):
+for _command in (download, bench, report, browse, repair_index, adopt, reshard):
     main.add_command(_command)
 
 

@@ -97,9 +97,8 @@ def draw_set(seed: int, per_class: dict[str, int]) -> Iterator[DrawnImage]:
         for label, class_name in enumerate(CLASSES):
             for number in range(count):
                 rng = np.random.default_rng(np.random.SeedSequence([seed, place, label, number]))
-                image = draw(class_name, rng)
-                quality = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
-                good, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
+                pixels = cv2.cvtColor(draw(class_name, rng), cv2.COLOR_RGB2BGR)
+                good, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
                 assert good
                 yield DrawnImage(split, class_name, f"{class_name}_{split}_{number}.jpg", data.tobytes())
 
@@ -115,8 +114,7 @@ def draw(class_name: str, rng: np.random.Generator) -> Rgb:
     ground = canvas.reshape(-1, 3).mean(axis=0)
     ink, paper = _colours(CLASSES.index(class_name), ground, rng)
     radius = rng.uniform(0.3, 0.45) * min(canvas.shape[:2])
-    room = np.array(canvas.shape[1::-1]) - 2 * radius
-    centre = radius + rng.uniform(0, 1, 2) * room
+    centre = radius + rng.uniform(0, 1, 2) * (np.array(canvas.shape[1::-1]) - 2 * radius)
     pose = _pose(rng)
     mask = np.zeros(canvas.shape[:2], np.uint8)
     cv2.fillPoly(mask, [np.round(_SHAPES[class_name] @ pose.T * radius + centre).astype(np.int32)], 255)
@@ -124,8 +122,8 @@ def draw(class_name: str, rng: np.random.Generator) -> Rgb:
     places = (np.stack([columns, rows], axis=1) - centre) / radius @ np.linalg.inv(pose).T
     canvas[rows, columns] = np.where(_PATTERNS[class_name](places[:, 0], places[:, 1])[:, None], ink, paper)
     canvas = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
-    noise = rng.normal(0, rng.uniform(2, 10), canvas.shape)
-    return np.asarray(np.clip(canvas + noise, 0, 255), dtype=np.uint8)
+    noisy = canvas + rng.normal(0, rng.uniform(2, 10), canvas.shape)
+    return np.asarray(np.clip(noisy, 0, 255), dtype=np.uint8)
 
 
 def _background(width: int, height: int, rng: np.random.Generator) -> Rgb:

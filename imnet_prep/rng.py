@@ -74,16 +74,13 @@ def bits(seed: int, epoch: int, ids: NDArray[np.uint64], streams: ArrayLike) -> 
         uint32 (N, S, 4), or (N, 4) for a scalar stream.
     """
     stream = np.asarray(streams, dtype=np.uint32)
-    single = stream.ndim == 0
-    stream = np.atleast_1d(stream)
-    counter = np.empty((len(ids), len(stream), 4), dtype=np.uint32)
+    counter = np.empty((len(ids), stream.size, 4), dtype=np.uint32)
     counter[..., 0] = (ids & _MASK)[:, None]
     counter[..., 1] = (ids >> _SHIFT)[:, None]
     counter[..., 2] = np.uint32(epoch)
     counter[..., 3] = stream
-    key = np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32)
-    found = philox(counter, key)
-    return found[:, 0] if single else found
+    found = philox(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32))
+    return found if stream.ndim else found[:, 0]
 
 
 def uniforms(seed: int, epoch: int, ids: NDArray[np.uint64], streams: ArrayLike) -> NDArray[np.float64]:
@@ -92,7 +89,7 @@ def uniforms(seed: int, epoch: int, ids: NDArray[np.uint64], streams: ArrayLike)
 
 
 def order_keys(seed: int, epoch: int, ids: NDArray[np.uint64], stream: Stream = Stream.ORDER) -> NDArray[np.uint64]:
-    """Give the uint64 (N,) keys whose ascending order is the epoch's permutation of ``ids``."""
+    """Return the uint64 (N,) keys whose ascending order is the epoch's permutation of ``ids``."""
     keys = np.empty(len(ids), dtype=np.uint64)
     for start in range(0, len(ids), 1 << 16):  # in pieces: the working set of a million records stays in cache
         words = bits(seed, epoch, ids[start : start + (1 << 16)], stream).astype(np.uint64)

@@ -6,7 +6,7 @@ import os
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import itemgetter
 from pathlib import Path
 
@@ -227,13 +227,9 @@ class ClassTar(TarSource):
 
 def _common_root(folders: list[tuple[str, ...]]) -> int:
     """Count the folders around all images that are neither split nor class: at least one is left for the class."""
-    if not folders or any(not key for key in folders):
-        return 0
-    depth = min(len(key) for key in folders) - 1
-    root = 0
-    while root < depth and len({key[root] for key in folders}) == 1 and folders[0][root] not in SPLIT_FOLDERS:
-        root += 1
-    return root
+    levels = zip(*(parts[:-1] for parts in folders), strict=False)
+    shared = takewhile(lambda names: len(set(names)) == 1 and names[0] not in SPLIT_FOLDERS, levels)
+    return len(list(shared))
 
 
 class Devkit(TarSource):
