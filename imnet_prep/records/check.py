@@ -144,14 +144,10 @@ def check_rows_of_index(records: Path, shard: ShardInfo, labels: NDArray[np.int3
     except RecordsError as error:
         yield Problem("record", shard.file, str(error))
     else:
-        rows = min(len(listed), len(walked))
-        pairs = ((getattr(listed, name)[:rows], getattr(walked, name)[:rows]) for name in RowIndex.__slots__)
-        differ = np.flatnonzero(np.logical_or.reduce([one != other for one, other in pairs]))
-        if len(differ):
+        if len(differ := listed.differences(walked)):
             yield Problem("index", index, "does not agree with the data file", int(differ[0]))
         elif len(listed) != len(walked):
-            detail = f"has {len(listed)} rows, the pages of the data file {len(walked)}"
-            yield Problem("index", index, detail)
+            yield Problem("index", index, f"has {len(listed)} rows, the pages of the data file {len(walked)}")
     said = zip(indexed or (), labels.tolist(), strict=False)
     wrong = [(row, *pair) for row, pair in enumerate(said) if pair[1] not in (pair[0], NO_LABEL)]
     if wrong:

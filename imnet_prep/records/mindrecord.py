@@ -113,6 +113,12 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.raw_start)
 
+    def differences(self, other: RowIndex) -> NDArray[np.intp]:
+        """Return the rows, of those in both, that do not lie in the same place."""
+        rows = min(len(self), len(other))
+        pairs = ((getattr(self, name)[:rows], getattr(other, name)[:rows]) for name in self.__slots__)
+        return np.flatnonzero(np.logical_or.reduce([one != two for one, two in pairs]))
+
 
 def read_header(path: Path) -> Header:
     """Read and check the header of a data file.
@@ -245,16 +251,17 @@ def index_from_data(path: Path, header: Header) -> RowIndex:
         RecordsError: The file cannot be read, or a length in a page leads outside it.
     """
     file = _open(path)
-    raw = _walk(file, path, header, RAW, 1)
-    blob = _walk(file, path, header, BLOB, max(1, len(header.blob_fields)))
+    raw, blob = (
+        np.array(list(_walk(file, path, header, kind, parts)), dtype=np.int64).reshape(-1, 2)
+        for kind, parts in ((RAW, 1), (BLOB, max(1, len(header.blob_fields))))
+    )
     rows = min(len(raw), len(blob))
     return RowIndex(raw[:rows, 0], raw[:rows, 1], blob[:rows, 0], blob[:rows, 1])
 
 
-def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) -> NDArray[np.int64]:
-    """(rows, 2) starts and ends; ``parts`` length-prefixed parts make a row."""
+def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each row up to a cut; ``parts`` length-prefixed parts make a row."""
     size = os.fstat(file.descriptor).st_size
-    found: list[tuple[int, int]] = []
     for page in (page for page in header.pages if page.kind == kind):
         position = header.offset(page.page_id)
         page_end = position + page.used_bytes
@@ -263,15 +270,14 @@ def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) ->
             for _ in range(parts):
                 prefix = file.read(LENGTH.size, position)
                 if len(prefix) < LENGTH.size:
-                    return np.array(found, dtype=np.int64).reshape(-1, 2)
+                    return
                 position += LENGTH.size + LENGTH.unpack(prefix)[0]
                 if position > page_end:
                     expected = f"rows that end by {page_end}"
                     raise RecordsError(f"{path}: page {page.page_id} is damaged", expected=expected, got=str(position))
             if position > size:
-                return np.array(found, dtype=np.int64).reshape(-1, 2)
-            found.append((start, position))
-    return np.array(found, dtype=np.int64).reshape(-1, 2)
+                return
+            yield start, position
 
 
 def _open(path: Path) -> PlainFile:

@@ -24,16 +24,7 @@ import numpy as np
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
 from imnet_prep.files import file_digest, sqlite_failure
 from imnet_prep.records.manifest import COLUMNS
-from imnet_prep.records.mindrecord import (
-    BLOB,
-    LENGTH,
-    RAW,
-    RowIndex,
-    index_from_data,
-    index_path,
-    read_header,
-    read_index,
-)
+from imnet_prep.records.mindrecord import BLOB, LENGTH, RAW, index_from_data, index_path, read_header, read_index
 from imnet_prep.types import ShardInfo
 
 SQLITE_VERSION_OFFSET = 96  # where SQLite notes the version that wrote the file last: it must not differ by machine
@@ -367,9 +358,7 @@ def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
     if tuple(sums) != written.sums:
         wrong = [number for number, (a, b) in enumerate(zip(sums, written.sums, strict=False)) if a != b]
         raise _not_as_written(path, f"other bytes in page {wrong[0] - 1}" if wrong else f"{len(header.pages)} pages")
-    if len(index) != written.rows or any(
-        not np.array_equal(getattr(walked, name), getattr(index, name)) for name in RowIndex.__slots__
-    ):
+    if not written.rows == len(index) == len(walked) or len(index.differences(walked)):
         raise _not_as_written(path, f"{len(index)} rows in the index, {len(walked)} in the pages")
     return ShardInfo(
         file=relative,
