@@ -210,8 +210,7 @@ def convert(
     from mbv2.convert import ConvertOptions, convert_weights
 
     options = ConvertOptions(padding, mean, std, bn_eps, image_size)
-    result = convert_weights(weights, source, out, options)
-    _print(result, as_json)
+    _print(convert_weights(weights, source, out, options), as_json)
 
 
 @main.command()

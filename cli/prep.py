@@ -14,7 +14,6 @@ from cli.render import emit_json, guard, progress_bar, show, stop_requested, tab
 from imnet_prep.errors import IntegrityError
 
 FOLDER = click.Path(path_type=Path)
-DEFAULT_SEED = 0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -44,7 +43,7 @@ for _command in (download, bench, report, browse, repair_index, adopt, reshard):
     metavar="N",
     help="Shards of each split; if not given one a 64 MiB or 8,192 images, at most 128.",
 )
-@click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True, help="Fixes order and shard membership.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes order and shard membership.")
 @click.option("--workers", type=int, metavar="N", help="Worker processes; one a core if not given. Changes no byte.")
 @click.option(
     "--label-space", default="found", show_default=True, metavar="found|imagenet1k|FILE",

@@ -123,12 +123,8 @@ def _tiff_is_deep(data: bytes) -> bool:
         raise ImageFault(Reason.TRUNCATED, "TIFF ends before its directory")
     (count,) = struct.unpack_from(order + "H", data, start)
     for at in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind, number, value = struct.unpack_from(order + "HHIH", data, at)
+        tag, kind, number, value = struct.unpack_from(order + "HHII", data, at)
         if tag == 258 and kind == 3:
-            if number > 2:
-                (place,) = struct.unpack_from(order + "I", data, at + 8)
-                if place + 2 > len(data):
-                    return False
-                (value,) = struct.unpack_from(order + "H", data, place)
-            return bool(value == 16)
+            place = value if number > 2 else at + 8
+            return data[place : place + 2] == struct.pack(order + "H", 16)
     return False

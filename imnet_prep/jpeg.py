@@ -77,15 +77,15 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
         ImageFault: The stream ends before EOI, or its markers contradict T.81.
     """
     frame: tuple[int, bytes] | None = None
-    orientation, damaged, exif_seen, scans, end = 1, False, False, 0, 2
+    exif: tuple[int, bool] | None = None
+    scans, end = 0, 2
     for marker, body, _, end in _segments(data, scan_end):  # noqa: B007 - the last end is the image's
         if marker in _SOF:
             if frame is not None:
                 raise ImageFault(Reason.CORRUPT, "two frame headers")
             frame = (marker, body)
-        elif marker == _APP1 and body.startswith(b"Exif") and not exif_seen:
-            exif_seen = True
-            orientation, damaged = read_orientation(body[6:])
+        elif marker == _APP1 and body.startswith(b"Exif") and exif is None:
+            exif = read_orientation(body[6:])
         elif marker == SOS:
             scans += 1
             if frame is None:
@@ -94,7 +94,7 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
                 raise ImageFault(Reason.CORRUPT, f"more than {_MAX_SCANS} scans")
     if frame is None or scans == 0:
         raise ImageFault(Reason.CORRUPT, "no image between the start and end markers")
-    return _info(frame, orientation, damaged, end)
+    return _info(frame, *(exif or (1, False)), end)
 
 
 def without_oddities(data: bytes, info: JpegInfo) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, takewhile
@@ -161,30 +160,12 @@ class FlatTar(TarSource):
             notes += self.labels.missing(row[1] for row in rows)
 
 
-class _Rows:
-    """The images of a class, packed: a name costs its bytes, a place 16 more."""
-
-    __slots__ = ("_names", "_offsets", "_sizes")
-
-    def __init__(self) -> None:
-        self._names, self._offsets, self._sizes = bytearray(), array("Q"), array("Q")
-
-    def add(self, name: str, offset: int, size_bytes: int) -> None:
-        self._names += name.encode("utf-8", "surrogateescape") + b"\x00"
-        self._offsets.append(offset)
-        self._sizes.append(size_bytes)
-
-    def sorted(self) -> list[tuple[str, int, int]]:
-        names = [name.decode("utf-8", "surrogateescape") for name in bytes(self._names).split(b"\x00")[:-1]]
-        return sorted(zip(names, self._offsets, self._sizes, strict=True))
-
-
 class ClassTar(TarSource):
     """A tar of class folders, under ``train/`` and ``val/`` or not, and under a folder of its own or not."""
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        file, groups = _open(self.path), defaultdict[tuple[str, ...], _Rows](_Rows)
-        tiny = None
+        groups = defaultdict[tuple[str, ...], bytearray](bytearray)  # packed, for there may be millions of images
+        file, tiny = _open(self.path), None
         for found in _files(self._members(file), self.split or "train"):
             if isinstance(found, Rejected):
                 yield found
@@ -196,15 +177,16 @@ class ClassTar(TarSource):
             if not is_image_name(base) or is_hidden(base) or any(map(is_hidden, folders)):
                 ignored[suffix_of(base)] += 1
             else:
-                groups[tuple(folders)].add(base, found.offset, found.size_bytes)
+                name = base.encode("utf-8", "surrogateescape")
+                groups[tuple(folders)] += b"%b\x00%d\x00%d\x00" % (name, found.offset, found.size_bytes)
         yield from self._laid_out(groups, tiny)
 
-    def _laid_out(self, groups: Mapping[tuple[str, ...], _Rows], tiny: Labels | None) -> Iterator[Found]:
+    def _laid_out(self, groups: Mapping[tuple[str, ...], bytearray], tiny: Labels | None) -> Iterator[Found]:
         """Turn folders into splits and classes, and yield them in order."""
         root = _common_root(list(groups))
         has_splits = any(len(key) > root + 1 and key[root] in SPLIT_FOLDERS for key in groups)
         classes = defaultdict[tuple[int, str], list[_Row]](list)
-        for key, rows in groups.items():
+        for key, packed in groups.items():
             below, split = key[root:], self.split or "train"
             if has_splits and below and below[0] in SPLIT_FOLDERS:
                 split, below = SPLIT_FOLDERS[below[0]], below[1:]
@@ -213,7 +195,9 @@ class ClassTar(TarSource):
             if has_splits and self.split not in ("", split):
                 continue
             labels = tiny if split == "val" and not below else None
-            for name, offset, size_bytes in rows.sorted():
+            fields = packed.decode("utf-8", "surrogateescape").split("\x00")
+            rows = zip(fields[0::3], map(int, fields[1::3]), map(int, fields[2::3]), strict=False)  # the last is empty
+            for name, offset, size_bytes in sorted(rows):
                 class_name = (labels.of(name) or "") if labels else "".join(below[:1])
                 if class_name or split == "test":
                     row = ("/".join((*below[1:], name)), offset, size_bytes)

@@ -174,7 +174,7 @@ def _extend(extra: _Extra, flag: bytes, body: bytes) -> None:
     elif flag != b"K":  # the long name of a link's target
         for key, value in _pax_records(body):
             if key == b"path":
-                extra.name = value
+                extra.name = value.split(b"\x00")[0]
             elif key == b"size" and value.isdigit():
                 extra.size_bytes = int(value[:20])  # more digits say no more: no file is so large
             elif key.startswith(b"GNU.sparse."):

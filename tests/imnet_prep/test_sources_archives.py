@@ -358,6 +358,30 @@ def test_hostile_members_are_rejected_one_by_one(nothing_written: Path, nested: 
     assert any("caf\\xe9" in name for name in rejected)
 
 
+def _pax(*members: tuple[str, dict[str, str]]) -> bytes:
+    """A tar of images with extended headers."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, headers in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(jpeg()), headers
+            archive.addfile(info, io.BytesIO(jpeg()))
+    return out.getvalue()
+
+
+def test_a_name_in_an_extended_header_ends_at_its_null_byte(tmp_path: Path) -> None:
+    long = f"cat/{'n' * 120}.jpg"
+    (tmp_path / "x.tar").write_bytes(_pax((f"{long}\x00.jpg", {}), ("cat/2.jpg", {})))
+    assert good(all_of(tmp_path / "x.tar")) == ["cat/2.jpg", long]
+
+
+def test_a_size_of_thousands_of_digits_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(_pax(("cat/1.jpg", {}), ("cat/2.jpg", {"size": "9" * 5000}), ("cat/3.jpg", {})))
+    found = all_of(tmp_path / "x.tar")
+    assert good(found) == ["cat/1.jpg", "cat/3.jpg"]
+    assert bad(found) == {"cat/2.jpg": Reason.UNREADABLE}
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_second_member_of_the_same_name_is_rejected(tmp_path: Path, nested: bool) -> None:
     out = io.BytesIO()
