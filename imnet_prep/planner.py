@@ -125,6 +125,7 @@ def _ingest(
     keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
     seen: set[str] = set()
     rejected: list[Rejected] = []
+    paths: list[tuple[int, bytes]] = []  # met in the batch in hand
 
     def rows() -> Iterator[tuple[object, ...]]:
         path, number = "", 0  # only the last is kept: an archive stands behind many images in a row, a file behind one
@@ -137,13 +138,14 @@ def _ingest(
             if keep is None or ref.class_name in keep or not ref.class_name:
                 if ref.path != path:
                     path, number = ref.path, number + 1
-                    full = os.path.join(here, os.fsencode(path))
-                    connection.execute("INSERT INTO path VALUES(?, ?)", (number, full))
+                    paths.append((number, os.path.join(here, os.fsencode(path))))
                 yield _row(ref, options.seed, number)
 
     source, done = rows(), 0
     while batch := list(islice(source, BATCH_ROWS)):
         connection.executemany(f"INSERT INTO found VALUES({','.join('?' * len(batch[0]))})", batch)
+        connection.executemany("INSERT INTO path VALUES(?, ?)", paths)
+        paths.clear()
         done += len(batch)
         progress(Progress(done, None, "found"))
     if keep is not None and (unknown := sorted(keep - seen)):
