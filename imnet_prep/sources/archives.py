@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import groupby, takewhile
 from operator import itemgetter
 from pathlib import Path
@@ -181,12 +181,12 @@ class ClassTar(TarSource):
                 groups[tuple(folders)] += b"%b\x00%d\x00%d\x00" % (name, found.offset, found.size_bytes)
         yield from self._laid_out(groups, tiny)
 
-    def _laid_out(self, groups: Mapping[tuple[str, ...], bytearray], tiny: Labels | None) -> Iterator[Found]:
+    def _laid_out(self, groups: dict[tuple[str, ...], bytearray], tiny: Labels | None) -> Iterator[Found]:
         """Turn folders into splits and classes, and yield them in order."""
         root = _common_root(list(groups))
         has_splits = any(len(key) > root + 1 and key[root] in SPLIT_FOLDERS for key in groups)
         classes = defaultdict[tuple[int, str], list[_Row]](list)
-        for key, packed in groups.items():
+        for key in list(groups):
             below, split = key[root:], self.split or "train"
             if has_splits and below and below[0] in SPLIT_FOLDERS:
                 split, below = SPLIT_FOLDERS[below[0]], below[1:]
@@ -195,7 +195,7 @@ class ClassTar(TarSource):
             if has_splits and self.split not in ("", split):
                 continue
             labels = tiny if split == "val" and not below else None
-            fields = packed.decode("utf-8", "surrogateescape").split("\x00")
+            fields = groups.pop(key).decode("utf-8", "surrogateescape").split("\x00")
             rows = zip(fields[0::3], map(int, fields[1::3]), map(int, fields[2::3]), strict=False)  # the last is empty
             for name, offset, size_bytes in sorted(rows):
                 class_name = (labels.of(name) or "") if labels else "".join(below[:1])
