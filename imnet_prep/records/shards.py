@@ -307,10 +307,7 @@ def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[st
     marks = ",".join(["?"] * len(_PLACES) + ["0,?"] * len(columns))
     connection = sqlite3.connect(database, isolation_level=None)
     try:
-        connection.execute("PRAGMA page_size = 4096")
-        connection.execute("PRAGMA journal_mode = OFF")
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("BEGIN")
+        connection.executescript("PRAGMA page_size = 4096; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
         connection.execute(f"CREATE TABLE INDEXES({parts})")
         connection.executemany(f"INSERT INTO INDEXES VALUES({marks})", rows)
         connection.execute("CREATE TABLE SHARD_NAME(NAME TEXT NOT NULL)")
@@ -351,11 +348,10 @@ def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
         index, walked = read_index(path, header), index_from_data(path, header)
     except RecordsError as error:
         raise _not_as_written(path, str(error)) from error
-    digest, sums = hashlib.sha256(), []
+    digest, sizes = hashlib.sha256(), (header.header_size, *(header.page_size for _ in header.pages))
     with path.open("rb", buffering=0) as file:
-        for size in (header.header_size, *(header.page_size for _ in header.pages)):
-            sums.append(_hash_region(file, size, digest))
-    if tuple(sums) != written.sums:
+        sums = tuple([_hash_region(file, size, digest) for size in sizes])
+    if sums != written.sums:
         wrong = [number for number, (a, b) in enumerate(zip(sums, written.sums, strict=False)) if a != b]
         raise _not_as_written(path, f"other bytes in page {wrong[0] - 1}" if wrong else f"{len(header.pages)} pages")
     if not written.rows == len(index) == len(walked) or len(index.differences(walked)):

@@ -121,8 +121,7 @@ def _read_shard(path: Path, info: ShardInfo) -> tuple[Header, RowIndex, NDArray[
     header = read_header(path)
     index, label = read_index(path, header), read_index_field(path, "label")
     outside = (index.blob_end - index.blob_start < LENGTH.size) | (index.blob_end > size)
-    whole = len(index) == info.rows and not outside.any() and all(isinstance(one, int) for one in label or ())
-    if not whole:
+    if len(index) != info.rows or outside.any() or not all(isinstance(one, int) for one in label or ()):
         raise RecordsError(
             f"{index_path(path)}: the index is damaged",
             expected=f"{info.rows} rows that lie inside the shard",
