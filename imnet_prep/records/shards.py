@@ -59,7 +59,7 @@ class Layout:
                 raise PlanError(f"{name} of a shard", expected=f"a power of two from {low} to {high}", got=str(size))
 
     def grown(self, level: int) -> Layout:
-        """Give both sizes doubled ``level`` times, each up to its limit."""
+        """Return both sizes doubled ``level`` times, each up to its limit."""
         return Layout(min(self.header_size << level, MAX_HEADER_BYTES), min(self.page_size << level, MAX_PAGE_BYTES))
 
 
