@@ -209,7 +209,7 @@ def train_geometry(options: TrainOptions, sizes: NDArray[np.int32], draws: NDArr
 
 
 def eval_geometry(options: EvalOptions, sizes: NDArray[np.int32]) -> Geometry:
-    """Give the centre crop of the image resized to a short side, as a rectangle of the original.
+    """Return the centre crop of the image resized to a short side, as a rectangle of the original.
 
     Args:
         options: Sizes.

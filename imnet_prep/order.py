@@ -17,7 +17,7 @@ WINDOW_BLOCKS = 16  # rows of as many blocks are shuffled together
 def epoch_order(
     kind: str, seed: int, epoch: int, ids: NDArray[np.uint64], block_rows: int = BLOCK_ROWS, window: int = WINDOW_BLOCKS
 ) -> NDArray[np.int64]:
-    """Give the order in which an epoch visits the rows.
+    """Return the order in which an epoch visits the rows.
 
     ``global`` sorts all rows by a key drawn from (seed, epoch, record id): it does not depend on how the records lie in
     shards. ``blocks`` cuts the rows, as they lie on disk, into blocks, permutes the blocks, and shuffles inside
@@ -79,6 +79,6 @@ class Share:
         return max(0, -(-(batches - self.rank) // self.ranks))
 
     def span(self, step: int) -> tuple[int, int]:
-        """Give the first and the end position, in the epoch's order, of this rank's batch ``step``."""
+        """Return the first and the end position, in the epoch's order, of this rank's batch ``step``."""
         start = (step * self.ranks + self.rank) * self.batch_size
         return start, min(self.rows, start + self.batch_size)

@@ -133,7 +133,7 @@ class Batches:
         return EpochIterator(self, number, start_step)
 
     def order(self, number: int) -> NDArray[np.int64]:
-        """Give the order of an epoch over all ranks: int64 (images,), positions in stored order."""
+        """Return the order of an epoch over all ranks: int64 (images,), positions in stored order."""
         return epoch_order(self._order, self.seed, number, self._table.ids)
 
     def _submit(self, epoch: int, positions: NDArray[np.int64]) -> Pending:

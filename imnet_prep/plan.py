@@ -67,7 +67,7 @@ class PlanOptions:
                 raise PlanError(f"{name} is out of range", expected=expected, got=str(value))
 
     def content(self) -> dict[str, Any]:
-        """Give the options as the manifest records them: no paths, only what they hold."""
+        """Return the options as the manifest records them: no paths, only what they hold."""
         return {
             "duplicates": self.duplicates,
             "keep_classes": None if self.keep_classes is None else sorted(read_names(self.keep_classes)),
@@ -79,7 +79,7 @@ class PlanOptions:
         }
 
     def label_names(self) -> list[str] | str:
-        """Give what ``label_space`` holds: names in label order where it is a file, else its own name.
+        """Return what ``label_space`` holds: names in label order where it is a file, else its own name.
 
         Raises:
             PlanError: It is neither a known name nor a file, or the file cannot be read.
@@ -156,7 +156,7 @@ class Plan:
         return sum(split.bytes for split in self.splits.values())
 
     def shard_name(self, split: str, number: int) -> str:
-        """Give a shard's path relative to the records folder."""
+        """Return a shard's path relative to the records folder."""
         return f"{split}/{split}-{number:05d}-of-{self.splits[split].shards:05d}.mindrecord"
 
 

@@ -120,7 +120,7 @@ def _local_ranks() -> int:
 
 
 def runtime() -> Runtime:
-    """Give how MindSpore was started; one process on the CPU where it was not yet."""
+    """Return how MindSpore was started; one process on the CPU where it was not yet."""
     return _started or Runtime("CPU", cpu_count())
 
 

@@ -30,7 +30,7 @@ _live: Any = None  # in a worker: images, bytes and bad ones of each task in han
 
 
 def process_count(asked: int | None) -> int:
-    """Give the number of processes asked for, or one a core that this process may use.
+    """Return the number of processes asked for, or one a core that this process may use.
 
     Raises:
         PlanError: Less than one was asked for.

@@ -248,7 +248,7 @@ def _forget(space: Workspace, plan: Plan) -> None:
 
 
 def publish_folder(space: Workspace) -> None:
-    """Give the whole folder its name; an older one is deleted once it has it."""
+    """Move the whole folder to its name; an older one is deleted after that."""
     remove(space.work)
     sync(space.partial)
     remove(space.old)

@@ -146,7 +146,7 @@ class Change:
         return path
 
     def publish(self, places: Sequence[Path], *, aside: Path | None = None) -> None:
-        """Give staged files their names, in this order.
+        """Move staged files to their names, in this order.
 
         Args:
             places: The names; each was staged, and is flushed.
