@@ -117,7 +117,7 @@ def hold(space: Workspace) -> Iterator[bool]:
     try:
         space.out.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(space.lock):
-            published = finish(space.journal)
+            published = finish(space.journal, among=(space.partial, space.out, space.old))
             if not space.work.exists() and not (space.partial / MANIFEST).exists() and _foreign(space.partial):
                 raise PlanError(f"{space.partial}: holds files that no conversion made", remedy="choose another --out")
             space.work.mkdir(parents=True, exist_ok=True)

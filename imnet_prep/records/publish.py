@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +57,15 @@ def publish(journal: Path, moves: Sequence[Move], discard: Sequence[Path] = (), 
         "discard": [path.relative_to(base).as_posix() for path in discard],
     }
     write_atomically(journal, json.dumps(document).encode(), stage=stage)
-    finish(journal)
+    _carry_out(journal, moves, discard)
 
 
-def finish(journal: Path) -> bool:
+def finish(journal: Path, among: Collection[Path] | None = None) -> bool:
     """Carry out what an interrupted :func:`publish` left to do.
+
+    Args:
+        journal: Where it was noted. It may come from someone else, so nothing outside its folder is touched.
+        among: The only paths that it may name; None for any in the folder.
 
     Returns:
         Whether there was something.
@@ -72,9 +76,14 @@ def finish(journal: Path) -> bool:
     """
     try:
         with open_plain(journal) as file:
-            moves, discard = _parse(journal, file.read())
+            moves, discard = _parse(journal, file.read(), among)
     except FileNotFoundError:
         return False
+    _carry_out(journal, moves, discard)
+    return True
+
+
+def _carry_out(journal: Path, moves: Sequence[Move], discard: Sequence[Path]) -> None:
     for move in moves:
         if not os.path.lexists(move.new):
             continue  # it has its name already
@@ -91,22 +100,27 @@ def finish(journal: Path) -> bool:
         remove(path)
     journal.unlink()
     sync(journal.parent)
-    return True
 
 
-def _parse(journal: Path, data: bytes) -> tuple[list[Move], list[Path]]:
+def _parse(journal: Path, data: bytes, among: Collection[Path] | None) -> tuple[list[Move], list[Path]]:
     base = journal.parent
 
-    def inside(name: str | None) -> Path | None:
-        # The folder may come from someone else: nothing outside it is touched.
-        if name is None or (name and not name.startswith("/") and ".." not in Path(name).parts):
-            return None if name is None else base / name
-        raise ValueError(f"a path out of the folder: {name}")
+    def inside(name: str) -> Path:
+        path = base / name
+        through_links = path.parent.resolve()
+        if not name or ".." in path.parts or not (among is None or path in among):
+            raise ValueError(f"a path that it may not name: {name}")
+        if base.resolve() not in (through_links, *through_links.parents):
+            raise ValueError(f"a path out of the folder: {name}")
+        return path
 
     try:
         document = json.loads(data)
-        moves = [Move(*(inside(name) for name in names)) for names in document["moves"]]  # type: ignore[arg-type]
-        return moves, [path for name in document["discard"] if (path := inside(name)) is not None]
+        moves = [
+            Move(inside(new), inside(place), None if aside is None else inside(aside))
+            for new, place, aside in document["moves"]
+        ]
+        return moves, [inside(name) for name in document["discard"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "delete it if it is none of yours"
         raise RecordsError(

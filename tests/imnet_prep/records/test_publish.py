@@ -107,6 +107,27 @@ def test_a_journal_of_someone_else_moves_nothing_outside_the_folder(folder: Path
     assert contents(folder)["a.new"] == "new a"
 
 
+def test_a_journal_of_someone_else_moves_nothing_through_links(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("home")
+    (outside / "keys").write_text("mine")
+    (folder / "link").symlink_to(outside)
+    for document in ({"moves": [["a.new", "link/keys", None]], "discard": []}, {"moves": [], "discard": ["link/keys"]}):
+        (folder / "journal").write_text(json.dumps(document))
+        with pytest.raises(RecordsError, match="a path out of the folder"):
+            finish(folder / "journal")
+    assert (outside / "keys").read_text() == "mine"
+
+
+def test_a_journal_may_name_only_what_its_command_moves(folder: Path) -> None:
+    (folder / "journal").write_text(json.dumps({"moves": [["a.new", "a", None]], "discard": ["b"]}))
+    with pytest.raises(RecordsError, match="may not name: b"):
+        finish(folder / "journal", among=[folder / "a.new", folder / "a"])
+    assert contents(folder)["b"] == "old b"
+    assert contents(folder)["a"] == "old a"
+
+
 def test_a_change_is_published_as_a_whole_and_leaves_nothing(folder: Path) -> None:
     with changing(folder) as change:
         for name in ("a", "deep/c"):
