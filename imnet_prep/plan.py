@@ -40,7 +40,7 @@ class PlanOptions:
     Attributes:
         seed: Of the order, 0 or more.
         shards: Number of shards of a split, or None for one a 64 MiB or 8,192 images, at most 128.
-        label_space: ``found``, ``imagenet1k``, or the path of a file of class names in label order.
+        label_space: ``found``, ``imagenet1k``, the path of a file of class names in label order, or these names.
         keep_classes: The path of a file of class names to keep, or None for all.
         max_per_class: Images kept of a class in a split, chosen by the seed, or None for all.
         store: What an image must be, and how it is stored.
@@ -49,7 +49,7 @@ class PlanOptions:
 
     seed: int = 0
     shards: int | None = None
-    label_space: str = "found"
+    label_space: str | tuple[str, ...] = "found"
     keep_classes: Path | None = None
     max_per_class: int | None = None
     store: ValidateOptions = field(default_factory=ValidateOptions)
@@ -79,11 +79,13 @@ class PlanOptions:
         }
 
     def label_names(self) -> list[str] | str:
-        """Return what ``label_space`` holds: names in label order where it is a file, else its own name.
+        """Return what ``label_space`` holds: names in label order, or its own name.
 
         Raises:
             PlanError: It is neither a known name nor a file, or the file cannot be read.
         """
+        if isinstance(self.label_space, tuple):
+            return list(self.label_space)
         if self.label_space in LABEL_SPACES:
             return self.label_space
         if "/" not in self.label_space and not Path(self.label_space).exists():
@@ -167,7 +169,7 @@ def read_names(path: Path) -> tuple[str, ...]:
         PlanError: The file cannot be read, is empty, or names a class twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a name may hold any other separator
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read as a list of class names", got=str(error)) from error
     names = tuple(name for line in lines if (name := line.split("\t")[0].strip()))

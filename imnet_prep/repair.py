@@ -21,12 +21,11 @@ from imnet_prep.files import file_digest
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.index import write_index_of
 from imnet_prep.records.mindrecord import index_path
-from imnet_prep.records.publish import Change, changing
+from imnet_prep.records.publish import DAMAGED_FOLDER, Change, changing
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.salvage import clip_to_whole_rows, find_images, open_ordered, write_again
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 
-DAMAGED_FOLDER = ".damaged"  # where files that were replaced are kept
 STATES = INTACT, REBUILT, RESTORED, DAMAGED, SALVAGED, LOST = (
     "intact", "rebuilt", "restored", "damaged", "salvaged", "lost",
 )  # fmt: skip

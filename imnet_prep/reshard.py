@@ -24,7 +24,7 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row, map_rows
-from imnet_prep.types import ImageRef, ProgressCallback, Rejected
+from imnet_prep.types import ImageRef, ProgressCallback, Rejected, name_fault
 from imnet_prep.validate import ValidateOptions
 from imnet_prep.workers import worker_count
 from imnet_prep.workspace import PLAN_FRESH, Workspace
@@ -150,7 +150,7 @@ class _Records:
     def plan(self, space: Workspace, progress: ProgressCallback) -> Plan:
         """Make the plan, and take the proof of what is in it."""
         self.proof = Proof()
-        options = self._plan_options(space.work / "classes.txt")
+        options = self._plan_options()
         return make_plan(self._refs(), space.work / PLAN_FRESH, options, progress)
 
     def _refs(self) -> Iterator[ImageRef | Rejected]:
@@ -210,7 +210,7 @@ class _Records:
                 remedy="check the disk and memory of this machine, then run the same command again",
             )
 
-    def _plan_options(self, names: Path) -> PlanOptions:
+    def _plan_options(self) -> PlanOptions:
         """Choose the label space so that labels stay where they can, and the options that shaped the images."""
         options, renames, manifests = self._options, self._renames, self._manifests
         first = manifests[0]
@@ -219,14 +219,13 @@ class _Records:
         found = same and list(first.classes) == sorted(first.classes) and all(map(any, zip(*counts, strict=True)))
         if unknown := sorted(set(renames) - {name for manifest in manifests for name in manifest.classes}):
             raise PlanError(f"{options.rename_classes}: classes that are not there", got=", ".join(unknown[:5]))
+        label_space: str | tuple[str, ...]
         if all(manifest.label_space == "imagenet1k" for manifest in manifests):
             label_space = "imagenet1k"
         elif not same or found or (first.label_space == "found" and (options.keep_classes or renames)):
             label_space = "found"
         else:
-            label_space = str(names)
-            lines = dict.fromkeys(f"{renames.get(name, name)}\n" for name in first.classes)
-            names.write_text("".join(lines), encoding="utf-8", newline="\n")
+            label_space = tuple(dict.fromkeys(renames.get(name, name) for name in first.classes))
         sides = {manifest.options.get("short_side") for manifest in manifests}
         store = ValidateOptions(short_side=sides.pop() if len(sides) == 1 else None)
         if store.short_side is not None and first.options.get("quality"):
@@ -260,13 +259,16 @@ def read_renames(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read as a list of renamed classes", got=str(error)) from error
     pairs = [tuple(part.strip() for part in line.split("\t")) for line in lines]
-    wrong = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2 or not all(pair)), None)
+    good = [len(pair) == 2 and not any(map(name_fault, pair)) for pair in pairs]
+    wrong = next((line for line, is_good in zip(lines, good, strict=True) if not is_good), None)
     if wrong is not None or len({pair[0] for pair in pairs}) != len(pairs) or not pairs:
-        raise PlanError(f"{path}: not a list of renamed classes", expected="lines of old<TAB>new", got=wrong or "twice")
+        raise PlanError(
+            f"{path}: not a list of renamed classes", expected="lines of old<TAB>new", got=repr(wrong or "twice")
+        )
     return {pair[0]: pair[1] for pair in pairs}
 
 
@@ -282,6 +284,7 @@ def records_of(folder: RecordsFolder, renames: dict[str, str]) -> Iterator[tuple
         for shard in info.shards:
             if problems := check_shard(folder.path, folder.manifest, info, shard):
                 raise _damaged(folder, problems[0].to_line())
+        folder.check_list(split)
         first = folder.span(split).start
         for position, line in enumerate(folder.lines(split), first):
             row = folder.row(position)

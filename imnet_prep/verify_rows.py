@@ -109,8 +109,6 @@ def _field_faults(
 ) -> Iterator[_Fault]:
     stored, label = fields.get("file_name"), fields.get("label")
     name = line.file_name if line else stored if how == EQUAL else None
-    if line and (fault := name_fault(name)):
-        yield "name", f"in the record list {fault}: {short(name)}"
     if "file_name" in row.opened.header.fields:
         if fault := name_fault(stored):
             yield "name", f"{fault}: {short(stored)}"

@@ -24,6 +24,7 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, Manifest
 from imnet_prep.records.publish import (
     BUILD_WORK,
+    DAMAGED_FOLDER,
     Move,
     finish,
     is_records_folder,
@@ -31,13 +32,13 @@ from imnet_prep.records.publish import (
     refuse_inside_records,
     remove,
 )
-from imnet_prep.records.record_list import REJECTED
+from imnet_prep.records.record_list import RECORDS, REJECTED
 from imnet_prep.shard_task import PLAN_DATABASE, PLAN_NOTE
 from imnet_prep.types import SPLITS
 
 PLAN_FRESH = "plan.new"  # in .work: a plan that is not begun yet
 DIGESTS = "digests.json"  # in .work: of archives, so that resuming does not read 148 GB again
-_OURS = frozenset({MANIFEST, REJECTED, BUILD_WORK, *SPLITS})  # what a records folder holds
+_OURS = frozenset({MANIFEST, REJECTED, BUILD_WORK, DAMAGED_FOLDER, *SPLITS})  # what a records folder holds
 
 
 class Workspace:
@@ -76,16 +77,18 @@ def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
     """Make sure that a folder may be made, or replaced, at ``out``; nothing is written.
 
     Raises:
-        PlanError: It is a source, holds one, or holds what no conversion made.
+        PlanError: It, or a folder that is needed beside it, is a source, holds one, or holds what no conversion made.
         RecordsError: It lies in another records folder.
     """
     try:
         target = out.resolve()
         if not target.name:
             raise PlanError(f"{out}: cannot be the records folder", expected="the name of a folder to be made")
+        space = Workspace(target)
         for source in sources:
-            if source.exists() and (target == source.resolve() or target in source.resolve().parents):
-                raise PlanError(f"{out}: the source {source} lies there", remedy="choose another --out")
+            places = {source.resolve(), *source.resolve().parents} & {target, space.partial, space.old}
+            if source.exists() and places:
+                raise PlanError(f"{out}: the source {source} lies in {places.pop()}", remedy="choose another --out")
         refuse_inside_records(target)
         if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
             if os.path.ismount(target):
@@ -94,11 +97,11 @@ def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
                 )
         elif not target.is_dir() or not (target / MANIFEST).is_file():
             raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out")
-        elif force and not is_records_folder(target) and _foreign(target):
+        elif force and (not _is_ours(target) or _is_adopted(target)):
             raise PlanError(
                 f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
             )
-        return Workspace(target)
+        return space
     except (OSError, RuntimeError) as error:  # not to be listed, or a link that leads to itself
         raise PlanError(f"{out}: cannot be the records folder", got=str(error)) from error
 
@@ -118,8 +121,10 @@ def hold(space: Workspace) -> Iterator[bool]:
         space.out.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(space.lock):
             published = finish(space.journal, among=(space.partial, space.out, space.old))
-            if not space.work.exists() and not (space.partial / MANIFEST).exists() and _foreign(space.partial):
+            if not _is_ours(space.partial):
                 raise PlanError(f"{space.partial}: holds files that no conversion made", remedy="choose another --out")
+            if os.path.lexists(space.old):
+                raise PlanError(f"{space.old}: is in the way of the old folder", remedy="move it away")
             space.work.mkdir(parents=True, exist_ok=True)
             try:
                 yield published
@@ -138,8 +143,22 @@ def hold(space: Workspace) -> Iterator[bool]:
                 folder.rmdir()
 
 
-def _foreign(folder: Path) -> bool:
-    return folder.exists() and not (folder.is_dir() and {item.name for item in folder.iterdir()} <= _OURS)
+def _is_ours(folder: Path) -> bool:
+    """Tell what a conversion made, finished or not, from what someone else put there: only that may be deleted."""
+    if folder.is_symlink() or not folder.is_dir():
+        return not os.path.lexists(folder)
+    if not {item.name for item in folder.iterdir()} <= _OURS:
+        return False
+    files = [path for split in SPLITS if (folder / split).is_dir() for path in (folder / split).iterdir()]
+    if not is_records_folder(folder):  # made, and nothing in it yet
+        return not any(path.is_file() for path in folder.rglob("*"))
+    return all(".mindrecord" in path.name or path.name.startswith(RECORDS) for path in files)
+
+
+def _is_adopted(folder: Path) -> bool:
+    with suppress(ImnetError):
+        return not RecordsFolder.open(folder).manifest.plan
+    return False
 
 
 def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | None:
@@ -251,5 +270,4 @@ def publish_folder(space: Workspace) -> None:
     """Move the whole folder to its name; an older one is deleted after that."""
     remove(space.work)
     sync(space.partial)
-    remove(space.old)
     publish(space.journal, [Move(space.partial, space.out, aside=space.old)], discard=[space.old])

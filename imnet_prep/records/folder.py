@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -104,12 +105,32 @@ class RecordsFolder:
         """Return the path of a split's record list."""
         return self.path / str(self.manifest.splits[split].records["file"])
 
-    def list_is_whole(self, split: str) -> bool:
-        """Check a split's record list against the manifest's digest."""
+    def check_list(self, split: str) -> None:
+        """Compare a split's record list with the manifest's digest.
+
+        Raises:
+            RecordsError: It cannot be read.
+            IntegrityError: It is another.
+        """
+        path, expected = self.list_path(split), str(self.manifest.splits[split].records["sha256"])
         try:
-            return file_digest(self.list_path(split)) == str(self.manifest.splits[split].records["sha256"])
-        except OSError:
-            return False
+            got = file_digest(path)
+        except OSError as error:
+            raise RecordsError(f"{path}: the record list cannot be read", got=error.strerror or str(error)) from error
+        if got != expected:
+            raise IntegrityError(
+                f"{path}: the record list is not the manifest's",
+                expected=f"SHA-256 {expected[:12]}",
+                got=got[:12],
+                remedy="restore the file; `imnet-prep verify` names what else is damaged",
+            )
+
+    def list_is_whole(self, split: str) -> bool:
+        """Tell whether a split's record list is the manifest's."""
+        with suppress(RecordsError, IntegrityError):
+            self.check_list(split)
+            return True
+        return False
 
     def table(self, split: str) -> RowTable:
         """Read what the loader needs of each record of a split.

@@ -196,6 +196,9 @@ def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         address = f"file:{quote(os.fsencode(database.resolve()))}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True)) as connection:
+            kinds = connection.execute("SELECT type FROM sqlite_master WHERE name = 'INDEXES'").fetchall()
+            if kinds != [("table",)]:  # a view could go on for ever
+                raise ValueError(f"expected a table INDEXES, got {kinds}")
             yield connection
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
         raise RecordsError(f"{database}: the index is damaged", got=str(error), remedy=remedy) from error

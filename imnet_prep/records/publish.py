@@ -21,6 +21,7 @@ from imnet_prep.records.manifest import FORMAT, MANIFEST
 
 WORK = ".imnet-prep"  # in a records folder while `adopt` or `repair-index` changes it
 WORK_JOURNAL, WORK_LOCK = f"{WORK}.publish", f"{WORK}.lock"
+DAMAGED_FOLDER = ".damaged"  # in a records folder: files that `repair-index` replaced
 BUILD_WORK = ".work"  # in a `.partial` folder while it is made
 AGAIN = "run the command that was interrupted again: it goes on"
 

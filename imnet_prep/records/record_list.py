@@ -19,11 +19,11 @@ from typing import Any
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import open_plain
-from imnet_prep.types import Rejected
+from imnet_prep.types import Rejected, name_fault
 
 RECORDS = "records.jsonl.gz"
 REJECTED = "rejected.jsonl"
-_DIGEST = re.compile("[0-9a-fA-F]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}")
 _FAULTS = (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError, zlib.error)
 
 
@@ -74,8 +74,12 @@ class RecordLine:
             texts = (line.file_name, line.source_sha256, line.url, *line.changes)
             if not all(type(value) is int and -2 < value < 1 << 31 for value in numbers):
                 raise ValueError("a number of another type or out of range")
-            if not all(isinstance(value, str) for value in texts) or not _DIGEST.fullmatch(line.sha256):
-                raise ValueError("a text of another type or length")
+            if not all(isinstance(value, str) for value in texts) or name_fault(line.file_name):
+                raise ValueError("a text of another type, or no name")
+            if not (_DIGEST.fullmatch(line.sha256) and _DIGEST.fullmatch(line.source_sha256)):
+                raise ValueError("a digest that is none")
+            if (line.url and name_fault(line.url)) or type(line.status) not in (int, type(None)):
+                raise ValueError("a download that is none")
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"no record line: {error}") from error
         return line

@@ -121,6 +121,7 @@ def _read_lists(folder: RecordsFolder) -> tuple[Gathered, NDArray[np.uint64]]:
     converted: defaultdict[str, list[Shown]] = defaultdict(list)
     hosts: Counter[str] = Counter()
     for split in folder.manifest.splits:
+        folder.check_list(split)
         for line in folder.lines(split):
             shown = Shown(len(widths), split, line)
             widths.append(line.width)

@@ -441,6 +441,55 @@ def test_killed_while_it_takes_its_place(
     assert names(tmp_path) == {"out"}
 
 
+# --- what is someone else's is not deleted ---------------------------------------------------------------------------
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("manifest", ["", "{}", '{"format": "another"}'])
+@pytest.mark.parametrize("place", ["out.partial", "out.partial.replaced", "out"])
+def test_folders_that_look_like_ours_are_not_taken(source: Path, tmp_path: Path, place: str, manifest: str) -> None:
+    theirs = shutil.copytree(source, tmp_path / place)
+    if manifest:
+        (theirs / "manifest.json").write_text(manifest)
+    before = pictures(theirs)
+    with pytest.raises(PlanError, match=r"no conversion made|in the way|holds no records"):
+        run(source, tmp_path / "out", force=place == "out")
+    assert pictures(theirs) == before
+    assert names(tmp_path) == {place}
+
+
+@pytest.mark.parametrize("place", ["out.partial", "out.partial.replaced", "out"])
+def test_a_source_is_not_taken_for_a_place_to_work(source: Path, tmp_path: Path, place: str) -> None:
+    mine = shutil.copytree(source, tmp_path / place)
+    before = pictures(mine)
+    for given in (mine, mine / "train"):
+        with pytest.raises(PlanError, match=r"the source .* lies in"):
+            run(given, tmp_path / "out", force=True, split="train")
+    assert pictures(mine) == before
+
+
+def test_a_link_in_the_place_of_the_work_is_not_followed(source: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(source, tmp_path / "theirs")
+    (tmp_path / "out.partial").symlink_to(theirs)
+    before = pictures(theirs)
+    with pytest.raises(PlanError, match="no conversion made"):
+        run(source, tmp_path / "out")
+    assert pictures(theirs) == before
+
+
+@pytest.mark.parametrize("added", ["notes.txt", "notes/a.txt", "train/mine.jpg"])
+def test_force_keeps_a_folder_that_holds_other_files(source: Path, records: Path, tmp_path: Path, added: str) -> None:
+    out = shutil.copytree(records, tmp_path / "out")
+    (out / added).parent.mkdir(exist_ok=True)
+    (out / added).write_text("mine")
+    with pytest.raises(PlanError, match="no conversion made"):
+        run(source, out, shards=3, force=True)
+    assert (out / added).read_text() == "mine"
+
+
 def test_unfinished_work_of_another_plan_is_not_thrown_away(source: Path, tmp_path: Path) -> None:
     def leave(state: Progress) -> None:
         if state.unit == "images" and state.done:

@@ -13,7 +13,8 @@ from imnet_prep.files import file_digest
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path, read_header
-from imnet_prep.repair import DAMAGED_FOLDER, RepairResult, repair_index
+from imnet_prep.records.publish import DAMAGED_FOLDER
+from imnet_prep.repair import RepairResult, repair_index
 from imnet_prep.verify import verify
 from tests.imnet_prep.conversions import digests as all_digests
 from tests.imnet_prep.conversions import prep

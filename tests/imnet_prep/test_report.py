@@ -8,12 +8,14 @@ import re
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from imnet_prep.errors import IntegrityError, RecordsError
+from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.report import ReportOptions, write_report
@@ -21,7 +23,7 @@ from imnet_prep.report import gather as gathering
 from imnet_prep.report.gather import gather
 from imnet_prep.report.html import Bar, Html, bars, join, picture, tag
 from tests.chromium import Chromium, needs_chromium
-from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records
+from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records, reseal
 from tests.synthetic import encode, jpeg
 from tests.synthetic import picture as drawn
 
@@ -120,18 +122,30 @@ def test_a_record_list_that_no_writer_made_is_refused(records: Path, tmp_path: P
     damaged = copy(records, tmp_path / "records")
     split = load_manifest(records).splits["train"]
     lines = [json.loads(line.to_json()) for line in read_records(records, split)]
+    path = damaged / "train" / "records.jsonl.gz"
+
+    def put(changed: list[dict[str, Any]]) -> None:
+        """Write the list and give the manifest its digest, as an enemy would."""
+        with gzip.open(path, "wt") as packed:
+            packed.writelines(json.dumps(line) + "\n" for line in changed)
+        entry = {"file": split.records["file"], "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
+        reseal(damaged, lambda document: document["splits"]["train"].update(records=entry))  # type: ignore[index]
+
     for wrong in (
         {"width": 10**12}, {"label": -2}, {"height": 4.0}, {"sha256": ""}, {"sha256": "a b " * 16}, {"sha256": 5},
         {"url": 5}, {"file_name": None}, {"changes": 5}, {"changes": [["cmyk"]]}, {"row": 7}, {"shard": True},
+        {"file_name": "a\x01b"}, {"source_sha256": "zz"}, {"url": "\ud800"}, {"status": [1]},
     ):  # fmt: skip
-        with gzip.open(damaged / "train" / "records.jsonl.gz", "wt") as packed:
-            packed.writelines(json.dumps(line) + "\n" for line in [{**lines[0], **wrong}, *lines[1:]])
+        put([{**lines[0], **wrong}, *lines[1:]])
         with pytest.raises(RecordsError, match="line 1 is"):
             write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
-    with gzip.open(damaged / "train" / "records.jsonl.gz", "wt") as packed:
-        packed.writelines(json.dumps(line | {"url": "http://["}) + "\n" for line in lines)
+    put([{**line, "url": "http://["} for line in lines])
     write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
     assert f"{len(lines)} records from 1 hosts" in words(tmp_path / "r.html")
+    with gzip.open(path, "wt") as packed:
+        packed.writelines(json.dumps(line) + "\n" for line in lines)
+    with pytest.raises(IntegrityError, match="the record list is not the manifest's"):
+        write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
 
 
 def test_a_list_of_rejected_images_that_is_another_is_refused(records: Path, tmp_path: Path) -> None:

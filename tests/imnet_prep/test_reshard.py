@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -301,3 +302,37 @@ def test_forged_manifests_are_one_error(clean: Path, tmp_path: Path, forgery: st
     with pytest.raises(IntegrityError, match="contradicts itself"):
         run([records], tmp_path / "out", shards=3)
     assert names(tmp_path) == {"records"}
+
+
+def test_a_record_list_that_is_not_the_manifests_is_refused(clean: Path, tmp_path: Path) -> None:
+    records = copy(clean, tmp_path / "records")
+    path = records / "train" / "records.jsonl.gz"
+    text = gzip.decompress(path.read_bytes()).replace(b"n01440764_", b"n01440764-", 1)
+    path.write_bytes(gzip.compress(text))
+    with pytest.raises(IntegrityError, match=r"records\.jsonl\.gz: the record list is not the manifest's"):
+        run([records], tmp_path / "out", shards=3)
+
+
+def test_class_names_keep_their_odd_blanks(tmp_path: Path) -> None:
+    """Also of a class without an image, which only a list of names knows."""
+
+    def odd(source: Path) -> None:
+        for split in ("train", "val"):
+            (source / split / WNIDS[0]).rename(source / split / "big\u2028dog")
+            for path in (source / split / WNIDS[1]).iterdir():
+                path.write_bytes(b"no image")
+            (source / split / WNIDS[1]).rename(source / split / "cat ")
+
+    records = make_records(tmp_path, add=odd)
+    before = load_manifest(records)
+    assert set(before.classes) == {"big\u2028dog", "cat ", WNIDS[2]}
+    result = run([records], tmp_path / "out", shards=2)
+    assert result.manifest.classes == before.classes
+    assert result.labels_unchanged
+
+
+def test_names_that_no_record_can_have_are_refused(clean: Path, tmp_path: Path) -> None:
+    renames = tmp_path / "renames.tsv"
+    renames.write_text(f"{WNIDS[0]}\ta\x01b\n")
+    with pytest.raises(PlanError, match="not a list of renamed classes"):
+        run([clean], tmp_path / "out", shards=2, rename_classes=renames)

@@ -169,3 +169,15 @@ def test_reader_finds_the_digest_of_what_was_added(tmp_path: Path) -> None:
     with Shard(path) as shard:
         stored = [hashlib.sha256(shard.image(row)).digest() for row in range(len(shard))]
     assert stored == [hashlib.sha256(row["image"]).digest() for row in data]
+
+
+def test_an_index_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    """A view may go on for ever."""
+    path = write(tmp_path / "a.mindrecord", rows(3, 10, 20), Layout(1 << 14, 1 << 15))
+    with sqlite3.connect(index_path(path)) as connection:
+        connection.execute("ALTER TABLE INDEXES RENAME TO other")
+        endless = "WITH RECURSIVE n(x) AS (SELECT 0 UNION ALL SELECT x + 1 FROM n) SELECT other.* FROM other, n"
+        connection.execute(f"CREATE VIEW INDEXES AS {endless}")
+    connection.close()
+    with pytest.raises(RecordsError, match="the index is damaged; got expected a table"):
+        read_index(path, read_header(path))
