@@ -656,6 +656,10 @@ def _kill_group(stage: Stage, wait_s: float) -> bool:
         semaphores = set(_SEMAPHORE.findall(Path(f"/proc/{process.pid}/maps").read_text()))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        with suppress(ProcessLookupError):  # a worker that is still being ended may hold what it inherited
+            for _ in range(200):
+                os.killpg(process.pid, 0)
+                time.sleep(0.01)
         for path in MEMORY_DISK.glob("sem.mp-*"):  # of multiprocessing, whose own tracker was killed as well
             with suppress(FileNotFoundError):
                 if str(path.stat().st_ino) in semaphores:
