@@ -147,7 +147,8 @@ def _is_ours(folder: Path) -> bool:
     """Tell what a conversion made, finished or not, from what someone else put there: only that may be deleted."""
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
-    if not {item.name for item in folder.iterdir()} <= _OURS:
+    names = [item.name for item in folder.iterdir() if item.name not in _OURS]
+    if not all(name.startswith((MANIFEST, REJECTED)) for name in names):  # as earlier versions left while writing them
         return False
     files = [path for split in SPLITS if (folder / split).is_dir() for path in (folder / split).iterdir()]
     if not is_records_folder(folder):  # made, and nothing in it yet

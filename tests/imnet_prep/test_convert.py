@@ -490,6 +490,13 @@ def test_force_keeps_a_folder_that_holds_other_files(source: Path, records: Path
     assert (out / added).read_text() == "mine"
 
 
+def test_what_an_earlier_version_left_beside_its_lists_is_ours(source: Path, records: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(records, tmp_path / "out")
+    (out / "rejected.jsonl.0123456789abcdef.tmp").write_bytes(b"")
+    run(source, out, shards=3, force=True)
+    assert "rejected.jsonl.0123456789abcdef.tmp" not in names(out)
+
+
 def test_unfinished_work_of_another_plan_is_not_thrown_away(source: Path, tmp_path: Path) -> None:
     def leave(state: Progress) -> None:
         if state.unit == "images" and state.done:
