@@ -4,8 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Sources whose change means a new native build.
 NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.cc mbv2/kernels/*.h mbv2/kernels/*/*.cc mbv2/kernels/*/*.h \
-          imnet_prep/native/CMakeLists.txt imnet_prep/native/*.cc imnet_prep/native/*.h \
-          imnet_prep/scan/CMakeLists.txt imnet_prep/scan/*.cc imnet_prep/scan/*.h)
+          imnet_prep/images/native/CMakeLists.txt imnet_prep/images/native/*.cc imnet_prep/images/native/*.h)
 
 .PHONY: demo test test-long check bench sanitize venv clean
 

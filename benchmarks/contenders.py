@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.runtime import cpu_count
+from imnet_prep.cpu import cpu_count
 
 WORKER = Path(__file__).with_name("torch_worker.py")
 

@@ -32,7 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.runtime import cpu_count
+from imnet_prep.cpu import cpu_count
 
 IMAGENET_TO_MR = """
 import sys

@@ -32,9 +32,9 @@ CLASSES = 1000
 CONVERT = """
 import json, sys, time
 from pathlib import Path
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
-from imnet_prep.plan import PlanOptions
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.convert import convert
+from imnet_prep.build.plan import PlanOptions
 
 def main():
     seen = []

@@ -36,7 +36,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.runtime import cpu_count
+from imnet_prep.cpu import cpu_count
 
 THREADS = 8
 

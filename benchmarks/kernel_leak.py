@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imnet_prep.runtime import start_mindspore
+from imnet_prep.cpu import start_mindspore
 from mbv2.bench import BenchOptions, prepare
 
 LIMIT_FRAC = 0.02

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.runtime import cpu_count
+from imnet_prep.cpu import cpu_count
 
 BATCH, SIZE, SHORT = 64, 224, 256
 COPIES = 4
@@ -49,7 +49,7 @@ MODES = ("train", "eval")
 
 def ours(root: Path, mode: str, threads: int, native: str = "on") -> Iterator[int]:
     """`open_batches`, as the trainer uses it."""
-    from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches
+    from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches
 
     options = (TrainOptions if mode == "train" else EvalOptions)(batch_size=BATCH, image_size=SIZE)
     with open_batches(root / "records", "train", options, seed=0, workers=threads, native=native) as batches:
@@ -70,8 +70,8 @@ def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[i
 
     import numpy as np
 
-    from imnet_prep.augment import EvalOptions, TrainOptions, crop_draws, eval_geometry, train_geometry
-    from imnet_prep.native import NativeDecoder
+    from imnet_prep.images.native import NativeDecoder
+    from imnet_prep.loader.augment import EvalOptions, TrainOptions, crop_draws, eval_geometry, train_geometry
 
     images = [path.read_bytes() for path in sorted((root / "files").rglob("*.JPEG"))]
     decoder = NativeDecoder(fast=fast)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from imnet_prep.runtime import import_mindspore, start_mindspore
+from imnet_prep.cpu import import_mindspore, start_mindspore
 from mbv2.model import IMAGENET_MEAN, IMAGENET_STD, BlockShape, block_shapes, feature_count
 from mbv2.recipe import Recipe
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.contenders import run_json, torch_worker
 from benchmarks.train_folder import accuracy, epoch
-from imnet_prep.runtime import cpu_count
+from imnet_prep.cpu import cpu_count
 
 OURS, STANDARD, NCHW, CHANNELS_LAST = "ours", "ours, standard operators", "PyTorch NCHW", "PyTorch channels_last"
 PLAIN = "MindSpore's layers, as mindcv"

@@ -37,14 +37,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
+from imnet_prep.check.verify import verify
+from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import RecordsError
-from imnet_prep.plan import PlanOptions
 from imnet_prep.records.mindrecord import Shard
-from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Progress
-from imnet_prep.verify import verify
 
 ROUNDS = 5
 FLIPS = 200
@@ -223,7 +223,7 @@ def copies(photos: list[Path]) -> dict[str, Any]:
     import numpy as np
     from PIL import Image, ImageOps
 
-    from imnet_prep.duplicates import near_duplicates, print_of
+    from imnet_prep.check.duplicates import near_duplicates, print_of
 
     def encode(image: Image.Image, quality: int) -> bytes:
         out = io.BytesIO()

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from cli.render import emit_json, guard, progress_bar, table
-from imnet_prep.bench import BenchOptions
-from imnet_prep.bench import bench as run_bench
+from imnet_prep.loader.bench import BenchOptions
+from imnet_prep.loader.bench import bench as run_bench
 
 _DEFAULTS = {field.name: field.default for field in fields(BenchOptions)}
 

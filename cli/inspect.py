@@ -29,7 +29,7 @@ def repair_index(records: Path, as_json: bool) -> None:
 
     Example: imnet-prep repair-index records
     """
-    from imnet_prep import repair
+    from imnet_prep.check import repair
 
     with progress_bar("repair-index") as progress:
         result = repair.repair_index(records, progress)
@@ -60,7 +60,7 @@ def adopt(
 
     Example: imnet-prep adopt old-records
     """
-    from imnet_prep import adopt as adoption
+    from imnet_prep.check import adopt as adoption
 
     options = adoption.AdoptOptions(split, label_space, keep_undecodable, workers, force)
     with progress_bar("adopt") as progress:
@@ -89,7 +89,7 @@ def reshard(
 
     Example: imnet-prep reshard records --shards 16 --out records-16
     """
-    from imnet_prep import reshard as resharding
+    from imnet_prep.build import reshard as resharding
 
     options = resharding.ReshardOptions(shards, seed, keep_classes, rename_classes, workers, force)
     with progress_bar("reshard") as progress, stop_requested() as stop:
@@ -110,7 +110,7 @@ def report(records: Path, out: Path, no_images: bool, force: bool, workers: int 
 
     Example: imnet-prep report records --out report.html
     """
-    from imnet_prep.report import ReportOptions, write_report
+    from imnet_prep.show.report import ReportOptions, write_report
 
     with progress_bar("report") as progress:
         result = write_report(records, out, ReportOptions(not no_images, workers, force), progress)
@@ -129,7 +129,7 @@ def browse(records: Path, port: int, host: str) -> None:
 
     Example: imnet-prep browse records
     """
-    from imnet_prep.browse import serve
+    from imnet_prep.show.browse import serve
 
     serve(records, host, port, announce=lambda url: click.echo(f"{url} (stop with Ctrl-C)"))
 

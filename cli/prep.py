@@ -78,11 +78,11 @@ def to_mindrecord(
     Example: imnet-prep to-mindrecord ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz
     --out records
     """
-    from imnet_prep.build import ConvertOptions
-    from imnet_prep.convert import convert
-    from imnet_prep.plan import PlanOptions
-    from imnet_prep.preview import dry_run as preview
-    from imnet_prep.validate import ValidateOptions
+    from imnet_prep.build.convert import convert
+    from imnet_prep.build.job import ConvertOptions
+    from imnet_prep.build.plan import PlanOptions
+    from imnet_prep.build.preview import dry_run as preview
+    from imnet_prep.images.check import ValidateOptions
 
     plan_options = PlanOptions(
         seed=seed, shards=shards, label_space=label_space, keep_classes=keep_classes, max_per_class=max_per_class,
@@ -110,7 +110,7 @@ def verify(records: Path, level: str, expect: str | None, workers: int | None, a
 
     Example: imnet-prep verify records --level decode
     """
-    from imnet_prep import verify as verification
+    from imnet_prep.check import verify as verification
 
     with progress_bar("verify") as progress:
         result = verification.verify(records, level, workers, progress, expect)
@@ -134,7 +134,7 @@ def info(records: Path, as_json: bool) -> None:
 
     Example: imnet-prep info records
     """
-    from imnet_prep.info import describe
+    from imnet_prep.show.info import describe
 
     show(describe(records), as_json)
 

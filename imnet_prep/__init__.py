@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches, to_dataset
+    from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches, to_dataset
 
 __all__ = ["EvalOptions", "TrainOptions", "open_batches", "to_dataset"]
 
@@ -13,7 +13,7 @@ __all__ = ["EvalOptions", "TrainOptions", "open_batches", "to_dataset"]
 def __getattr__(name: str) -> Any:
     """Load the pipeline when it is asked for: commands that need no batch do not pay for it."""
     if name in __all__:
-        from imnet_prep import pipeline
+        from imnet_prep.loader import batches as pipeline
 
         return getattr(pipeline, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

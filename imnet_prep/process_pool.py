@@ -17,8 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, TypeVar
 
+from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import PlanError
-from imnet_prep.runtime import cpu_count
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -145,7 +145,7 @@ class Rejected:
         file_name: Its name, as in :class:`ImageRef` (or the archive member's, escaped, where that is not printable).
         reason: Why.
         detail: One line for a person.
-        thumbnail: What can be seen of it, a small JPEG in base64; empty for most, see :mod:`imnet_prep.shard_task`.
+        thumbnail: What can be seen of it, a small JPEG in base64; empty for most.
     """
 
     split: str

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches
+from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch

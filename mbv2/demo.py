@@ -11,16 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
+from imnet_prep.check.verify import VerifyResult, verify
 from imnet_prep.download import DownloadOptions, FetchOptions, PoliteOptions, download
-from imnet_prep.drawings import CLASSES, draw_set
 from imnet_prep.errors import IntegrityError
-from imnet_prep.plan import PlanOptions
 from imnet_prep.records.manifest import MANIFEST
 from imnet_prep.records.publish import refuse_inside_records
+from imnet_prep.show.charts import CLASSES, draw_set
 from imnet_prep.types import Progress, ProgressCallback
-from imnet_prep.verify import VerifyResult, verify
 from mbv2.evaluate import evaluate_checkpoint
 from mbv2.recipe import resolve_recipe
 from mbv2.train import RunOptions, train

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep.cpu import runtime, start_mindspore
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.pipeline import open_batches
+from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
-from imnet_prep.runtime import runtime, start_mindspore
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import AnyBatch, batch_inputs, eval_options, fill_rows, split_images

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep.cpu import start_mindspore
 from imnet_prep.errors import TrainError
-from imnet_prep.pipeline import open_batches
+from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
-from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import ProgressCallback
 from mbv2.checkpoint import Checkpoint, build_network, read_checkpoint
 from mbv2.data import eval_options, split_images

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep.cpu import start_mindspore
 from imnet_prep.errors import TrainError
-from imnet_prep.pipeline import open_batches
+from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
-from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import Batch, ProgressCallback
 from mbv2.checkpoint import build_network, read_checkpoint
 from mbv2.data import eval_options, split_images

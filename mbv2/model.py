@@ -22,8 +22,8 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import HeNormal, Normal, initializer
 
+from imnet_prep.cpu import runtime
 from imnet_prep.errors import RecipeError, TrainError
-from imnet_prep.runtime import runtime
 from mbv2 import kernels as native
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from imnet_prep import catalog
+from imnet_prep.cpu import start_mindspore
 from imnet_prep.errors import Interrupted, SourceError, TrainError
-from imnet_prep.runtime import start_mindspore
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import eval_options, fill_rows

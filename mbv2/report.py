@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from imnet_prep.errors import RecordsError, TrainError
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
-from imnet_prep.report.gather import decode
-from imnet_prep.report.html import (
+from imnet_prep.show.gather import decode
+from imnet_prep.show.html import (
     Curve,
     Html,
     check_target,

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep.cpu import runtime, start_mindspore, versions
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
-from imnet_prep.runtime import runtime, start_mindspore, versions
 from imnet_prep.types import Batch, Progress, ProgressCallback
 from mbv2.checkpoint import (
     AVERAGE_PREFIX,

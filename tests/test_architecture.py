@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy(module: str) -> None:
     assert not {name for name in loaded if name.split(".")[0] in HEAVY}
 
 
-@pytest.mark.parametrize("module", ["imnet_prep.verify", "imnet_prep.convert", "imnet_prep.download"])
+@pytest.mark.parametrize("module", ["imnet_prep.check.verify", "imnet_prep.build.convert", "imnet_prep.download"])
 def test_mindspore_is_not_needed_before_the_pipeline(module: str) -> None:
     script = f"import sys, {module}\nassert 'mindspore' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
@@ -97,9 +97,9 @@ OPENERS = {  # what opens a shard, an index, a record list, a list of rejections
     "opened_list", "read_lines", "read_rejected", "load_manifest", "load_rows",
 }  # fmt: skip
 MAY = {  # who may use what of the formats, and why
-    "imnet_prep/shard_task.py": {"ShardWriter", "read_back"},  # the one writer of shards
-    "imnet_prep/commit.py": {"write_lines", "rejected_bytes"},  # the one builder of a manifest
-    "imnet_prep/build.py": {"rejected_bytes"},  # the list of rejections where the budget is exceeded
+    "imnet_prep/build/shard_task.py": {"ShardWriter", "read_back"},  # the one writer of shards
+    "imnet_prep/build/commit.py": {"write_lines", "rejected_bytes"},  # the one builder of a manifest
+    "imnet_prep/build/job.py": {"rejected_bytes"},  # the list of rejections where the budget is exceeded
 }
 WRITERS = {"ShardWriter", "read_back", "write_index", "write_lines", "rejected_bytes"}
 
@@ -146,7 +146,7 @@ def test_only_the_shard_task_and_the_commit_write_what_is_in_a_records_folder() 
 
 def test_only_the_commit_makes_a_manifest() -> None:
     makers = {name for name, tree in outside_records() if {"Manifest", "SplitInfo"} & calls(tree)}
-    assert makers == {"imnet_prep/commit.py"}
+    assert makers == {"imnet_prep/build/commit.py"}
 
 
 def test_only_records_lists_a_records_folder_and_chooses_its_columns() -> None:
@@ -170,7 +170,7 @@ def test_a_publishing_rename_is_made_in_one_place() -> None:
     """Shards, notes and plans move inside a work folder; a name that others read is given by publish.py alone."""
     for name, tree in outside_records():
         if name.startswith("imnet_prep/") and not name.startswith("imnet_prep/download/"):
-            allowed = {"imnet_prep/files.py", "imnet_prep/shard_task.py", "imnet_prep/workspace.py"}
+            allowed = {"imnet_prep/files.py", "imnet_prep/build/shard_task.py", "imnet_prep/build/workdir.py"}
             renames = {
                 node.func.attr
                 for node in ast.walk(tree)

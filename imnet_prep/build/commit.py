@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep import catalog
+from imnet_prep.build.plan import Plan
+from imnet_prep.build.shard_task import ShardResult, done_path
+from imnet_prep.cpu import library_versions
 from imnet_prep.files import file_digest, sync, write_atomically
-from imnet_prep.plan import Plan
 from imnet_prep.records.manifest import Manifest, SplitInfo
 from imnet_prep.records.publish import BUILD_WORK
 from imnet_prep.records.record_list import RECORDS, REJECTED, rejected_bytes, write_lines
 from imnet_prep.records.shards import Layout
-from imnet_prep.runtime import library_versions
-from imnet_prep.shard_task import ShardResult, done_path
 from imnet_prep.types import ShardInfo
 
 Digests = list[NDArray[np.uint64]]  # the first 8 bytes of each record's source digest, sorted, an array a split

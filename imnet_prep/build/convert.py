@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build import ConvertOptions, ConvertResult, Job, carry_out
+from imnet_prep.build.job import ConvertOptions, ConvertResult, Job, carry_out
+from imnet_prep.build.plan import PLAN_VERSION, Plan, PlanOptions, load_plan
+from imnet_prep.build.planner import make_plan
+from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, Workspace
 from imnet_prep.files import write_atomically
-from imnet_prep.plan import PLAN_VERSION, Plan, PlanOptions, load_plan
-from imnet_prep.planner import make_plan
 from imnet_prep.sources import detect, merge
 from imnet_prep.types import ProgressCallback, Stop
-from imnet_prep.workspace import DIGESTS, PLAN_FRESH, Workspace
 
 LOG = logging.getLogger(__name__)
 

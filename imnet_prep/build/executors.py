@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from concurrent.futures import CancelledError
 
+from imnet_prep.build.shard_task import ShardResult, ShardTask, run_task
 from imnet_prep.errors import PlanError
-from imnet_prep.shard_task import ShardResult, ShardTask, run_task
+from imnet_prep.process_pool import Advance, drive, process_count, run_processes
 from imnet_prep.types import Stop
-from imnet_prep.workers import Advance, drive, process_count, run_processes
 
 EXECUTORS = ("local", "dask")
 CONNECT_S = 20

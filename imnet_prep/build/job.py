@@ -1,6 +1,6 @@
 """A job to a records folder: its plan is carried out shard by shard, and committed as a whole.
 
-Everything is written in ``<out>.partial/`` (see :mod:`imnet_prep.workspace`). A shard is made in a folder of its own,
+Everything is written in ``<out>.partial/`` (see :mod:`.workdir`). A shard is made in a folder of its own,
 read back, brought to the disk and moved to its place; then its note in ``.work/done/`` says that it is there. So
 whatever stops the work, at most the shards in hand are lost, and the same command goes on.
 """
@@ -21,19 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from imnet_prep import executors
-from imnet_prep.commit import assemble
-from imnet_prep.errors import BudgetError, Interrupted, PlanError
-from imnet_prep.files import write_atomically
-from imnet_prep.plan import Plan, PlanOptions, load_plan
-from imnet_prep.records.manifest import MANIFEST, Manifest
-from imnet_prep.records.publish import BUILD_WORK
-from imnet_prep.records.record_list import REJECTED, rejected_bytes
-from imnet_prep.records.shards import Layout
-from imnet_prep.shard_task import ShardResult, ShardTask, finished, tasks_of
-from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected, Stop
-from imnet_prep.workers import process_count
-from imnet_prep.workspace import (
+from imnet_prep.build import executors
+from imnet_prep.build.commit import assemble
+from imnet_prep.build.plan import Plan, PlanOptions, load_plan
+from imnet_prep.build.shard_task import ShardResult, ShardTask, finished, tasks_of
+from imnet_prep.build.workdir import (
     Workspace,
     begin,
     check_begun,
@@ -42,6 +34,14 @@ from imnet_prep.workspace import (
     hold,
     publish_folder,
 )
+from imnet_prep.errors import BudgetError, Interrupted, PlanError
+from imnet_prep.files import write_atomically
+from imnet_prep.process_pool import process_count
+from imnet_prep.records.manifest import MANIFEST, Manifest
+from imnet_prep.records.publish import BUILD_WORK
+from imnet_prep.records.record_list import REJECTED, rejected_bytes
+from imnet_prep.records.shards import Layout
+from imnet_prep.types import Progress, ProgressCallback, Reason, Rejected, Stop
 
 LOG = logging.getLogger(__name__)
 LAYOUTS = "layouts.json"  # in .work: how often each split's layout was doubled, where it had to be

@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import quote
 
 from imnet_prep.errors import PlanError
+from imnet_prep.images.check import ValidateOptions
 from imnet_prep.records.shards import Layout
 from imnet_prep.types import SPLITS, ImageRef, Rejected
-from imnet_prep.validate import ValidateOptions
 
 PLAN_VERSION = 3  # part of each plan's digest: to be raised when the same plan would give other bytes
 LABEL_SPACES = ("found", "imagenet1k")

@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 
 from imnet_prep import catalog
+from imnet_prep.build.plan import PLAN_VERSION, SELECT, Plan, PlanOptions, SplitPlan, read_names, ref_of
 from imnet_prep.errors import PlanError, SourceError
 from imnet_prep.files import sqlite_failure
-from imnet_prep.plan import PLAN_VERSION, SELECT, Plan, PlanOptions, SplitPlan, read_names, ref_of
 from imnet_prep.records.shards import choose_layout
 from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, Reason, Rejected, record_id
 

@@ -12,14 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build import ConvertOptions, heeding, named_failures
-from imnet_prep.plan import Plan, PlanOptions, shard_refs
-from imnet_prep.planner import make_plan
+from imnet_prep.build.job import ConvertOptions, heeding, named_failures
+from imnet_prep.build.plan import Plan, PlanOptions, shard_refs
+from imnet_prep.build.planner import make_plan
+from imnet_prep.build.workdir import check_out
+from imnet_prep.images.check import validate
+from imnet_prep.process_pool import process_count
 from imnet_prep.sources import SourceSummary, detect, merge, read
 from imnet_prep.types import ProgressCallback, Rejected, Stop
-from imnet_prep.validate import validate
-from imnet_prep.workers import process_count
-from imnet_prep.workspace import check_out
 
 SAMPLE_IMAGES = 64  # of each split, timed for the estimate
 

@@ -15,19 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build import ConvertOptions, ConvertResult, carry_out
+from imnet_prep.build.job import ConvertOptions, ConvertResult, carry_out
+from imnet_prep.build.plan import Plan, PlanOptions, read_names
+from imnet_prep.build.planner import make_plan
+from imnet_prep.build.workdir import PLAN_FRESH, Workspace
 from imnet_prep.errors import IntegrityError, PlanError
-from imnet_prep.plan import Plan, PlanOptions, read_names
-from imnet_prep.planner import make_plan
+from imnet_prep.images.check import ValidateOptions
+from imnet_prep.process_pool import worker_count
 from imnet_prep.records.check import check_shard
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.types import ImageRef, ProgressCallback, Rejected, name_fault
-from imnet_prep.validate import ValidateOptions
-from imnet_prep.workers import worker_count
-from imnet_prep.workspace import PLAN_FRESH, Workspace
 
 _MODULUS = 1 << 256
 
@@ -136,7 +136,7 @@ def reshard(
 
 
 class _Records:
-    """Records folders as the source of a conversion; see :class:`imnet_prep.build.Job`."""
+    """Records folders as the source of a conversion; see :class:`imnet_prep.build.job.Job`."""
 
     def __init__(self, folders: Sequence[Path], options: ReshardOptions, progress: ProgressCallback) -> None:
         self.paths = folders

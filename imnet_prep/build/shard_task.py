@@ -16,18 +16,18 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from imnet_prep.build.plan import Plan, shard_refs
 from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.files import sync, write_atomically
-from imnet_prep.glimpse import glimpse
-from imnet_prep.plan import Plan, shard_refs
+from imnet_prep.images.check import ValidateOptions, validate
+from imnet_prep.images.thumbnail import glimpse
+from imnet_prep.process_pool import Advance
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.publish import BUILD_WORK
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.shards import Layout, LayoutTooSmall, ShardWriter, Written, read_back
 from imnet_prep.sources import read
 from imnet_prep.types import ImageRef, RawImage, Rejected, ShardInfo
-from imnet_prep.validate import ValidateOptions, validate
-from imnet_prep.workers import Advance
 
 PLAN_NOTE, PLAN_DATABASE = "plan.json", "plan.sqlite"
 UNLABELLED = -1  # the label of the test split

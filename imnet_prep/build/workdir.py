@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from imnet_prep.build.plan import Plan
+from imnet_prep.build.shard_task import PLAN_DATABASE, PLAN_NOTE
 from imnet_prep.errors import ImnetError, IntegrityError, PlanError
 from imnet_prep.files import exclusive_lock, sync, write_atomically
-from imnet_prep.plan import Plan
 from imnet_prep.records.check import check_size, listed_files
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, Manifest
@@ -33,7 +34,6 @@ from imnet_prep.records.publish import (
     remove,
 )
 from imnet_prep.records.record_list import RECORDS, REJECTED
-from imnet_prep.shard_task import PLAN_DATABASE, PLAN_NOTE
 from imnet_prep.types import SPLITS
 
 PLAN_FRESH = "plan.new"  # in .work: a plan that is not begun yet

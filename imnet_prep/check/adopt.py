@@ -18,12 +18,14 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from imnet_prep.adopt_classes import NameFound, Naming, choose_naming, name_found
-from imnet_prep.commit import Digests, describe, describe_split
-from imnet_prep.duplicates import SIDE
+from imnet_prep.build.commit import Digests, describe, describe_split
+from imnet_prep.check.adopt_classes import NameFound, Naming, choose_naming, name_found
+from imnet_prep.check.duplicates import SIDE
+from imnet_prep.check.rows import BASE, END, names_agree
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest, write_atomically
-from imnet_prep.jpeg import ImageFault
+from imnet_prep.images.check import examine
+from imnet_prep.images.jpeg import ImageFault
 from imnet_prep.records.discover import find_records
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.index import write_index_of
@@ -34,8 +36,6 @@ from imnet_prep.records.record_list import RECORDS, RecordLine
 from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.records.shards import Layout
 from imnet_prep.types import SPLITS, ProgressCallback, ShardInfo, name_fault, record_id
-from imnet_prep.validate import examine
-from imnet_prep.verify_rows import BASE, END, names_agree
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def _describe_split(
     """Write the record list of a split from its next lines, and count it; ``before`` grows by its digests.
 
     Returns:
-        The split, and how stored names go with the list's (:func:`~imnet_prep.verify_rows.names_agree`).
+        The split, and how stored names go with the list's (:func:`~imnet_prep.check.rows.names_agree`).
     """
     ids = np.empty(split.images, np.uint64)
     alike = END

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imnet_prep import catalog
+from imnet_prep.build.plan import read_names
 from imnet_prep.errors import IntegrityError, RecordsError
-from imnet_prep.plan import read_names
 
 SEPARATORS = re.compile(r"[/\\]+")
 _WNID = re.compile(r"n\d{8}")

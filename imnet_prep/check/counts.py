@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 
 from imnet_prep import catalog
 from imnet_prep.errors import IntegrityError, RecordsError
-from imnet_prep.problems import Problem
 from imnet_prep.records.check import check_size
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
+from imnet_prep.records.problems import Problem
 
 EXPECTATIONS = ("ilsvrc2012",)
 

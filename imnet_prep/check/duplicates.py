@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.validate import examine
+from imnet_prep.images.check import examine
 
 SIDE = 32  # pixels of the grey copy's side
 BITS = 128

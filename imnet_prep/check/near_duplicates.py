@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.duplicates import Pair, near_duplicates
-from imnet_prep.problems import Problem
+from imnet_prep.check.duplicates import Pair, near_duplicates
 from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.problems import Problem
 
 MAX_LISTED = 100  # of a kind that are named; the last one counts the rest
 
@@ -19,7 +19,7 @@ def find_duplicates(folder: RecordsFolder, prints: NDArray[np.uint64]) -> tuple[
 
     Args:
         folder: The records.
-        prints: uint64 (records, 4), see :class:`~imnet_prep.verify_rows.Checked`.
+        prints: uint64 (records, 4), see :class:`~imnet_prep.check.rows.Checked`.
 
     Returns:
         Problems and warnings.

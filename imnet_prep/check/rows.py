@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, NamedTuple, TypeGuard
 
-from imnet_prep.duplicates import SIDE, signature
+from imnet_prep.check.duplicates import SIDE, signature
 from imnet_prep.errors import RecordsError
-from imnet_prep.jpeg import ImageFault
-from imnet_prep.problems import Problem
+from imnet_prep.images.check import examine
+from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.records.problems import Problem
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row
 from imnet_prep.records.table import NO_LABEL
 from imnet_prep.types import name_fault, record_id
-from imnet_prep.validate import examine
 
 EQUAL, END, BASE = "equal", "end", "base"
 _SEPARATORS = re.compile(r"[/\\]+")

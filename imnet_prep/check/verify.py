@@ -1,7 +1,7 @@
 """Is a records folder what its manifest says? Each level includes the ones before it.
 
 ``quick`` reads the manifest, sizes, headers and indexes; ``hash`` reads every byte; ``decode`` looks at every record
-(:mod:`imnet_prep.verify_rows`) and for duplicates. No level needs MindSpore. Nothing on the disk makes it raise: what
+(:mod:`imnet_prep.check.rows`) and for duplicates. No level needs MindSpore. Nothing on the disk makes it raise: what
 cannot be read is a problem like any other.
 """
 
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep.check.counts import check_expectation, check_rejected
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.problems import Problem
+from imnet_prep.process_pool import process_count
 from imnet_prep.records.check import (
     check_list,
     check_rows_of_index,
@@ -33,10 +34,9 @@ from imnet_prep.records.check import (
 )
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, MIN_ROW_BYTES
+from imnet_prep.records.problems import Problem
 from imnet_prep.records.scan import map_rows
 from imnet_prep.types import Progress, ProgressCallback
-from imnet_prep.verify_counts import check_expectation, check_rejected
-from imnet_prep.workers import process_count
 
 LEVELS = ("quick", "hash", "decode")
 WITHHELD = ("shards", "records")
@@ -116,7 +116,7 @@ def verify(
     warnings: list[Problem] = []
     hidden = 0
     if level == "decode" and _can_hold_its_rows(folder):
-        from imnet_prep.verify_duplicates import find_duplicates  # with OpenCV, which the other levels do without
+        from imnet_prep.check.near_duplicates import find_duplicates  # with OpenCV, which the other levels do without
 
         lines = "records" not in withhold
         rows = _check_rows(folder, width, progress, lines=lines)
@@ -160,7 +160,7 @@ class _Rows:
     """What was found in the rows.
 
     Attributes:
-        prints: uint64 (records, 4), see :class:`~imnet_prep.verify_rows.Checked`.
+        prints: uint64 (records, 4), see :class:`~imnet_prep.check.rows.Checked`.
         labels: int32 (records,). listed: bool (records,), likewise.
         problems: In stored order, the first 10,000. number: Of all of them.
     """
@@ -174,7 +174,7 @@ class _Rows:
 
 def _check_rows(folder: RecordsFolder, workers: int, progress: ProgressCallback, *, lines: bool) -> _Rows:
     """Look at every record, in worker processes."""
-    from imnet_prep.verify_rows import BASE, EQUAL, check_row
+    from imnet_prep.check.rows import BASE, EQUAL, check_row
 
     manifest, total = folder.manifest, folder.records
     names = dict.fromkeys(manifest.splits, EQUAL if manifest.plan else BASE)

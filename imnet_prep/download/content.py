@@ -1,4 +1,4 @@
-"""Is this answer an image, and a real one? The check itself is :func:`imnet_prep.validate.validate`, as elsewhere."""
+"""Is this answer an image, and a real one? The check itself is :mod:`imnet_prep.images.check`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imnet_prep import imaging
 from imnet_prep.download.fetch import Body, Failure
 from imnet_prep.download.options import ContentOptions, FailReason
-from imnet_prep.formats import sniff
+from imnet_prep.images import imaging
+from imnet_prep.images.check import ValidateOptions, validate
+from imnet_prep.images.formats import sniff
 from imnet_prep.types import ImageRef, RawImage, Reason, Sample
-from imnet_prep.validate import ValidateOptions, validate
 
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 _FAIL = {

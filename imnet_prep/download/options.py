@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import DownloadError
-from imnet_prep.runtime import cpu_count
 
 
 class FailReason(enum.StrEnum):

@@ -11,12 +11,12 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from imnet_prep import imaging
 from imnet_prep.errors import PlanError
-from imnet_prep.formats import check_container, sniff
-from imnet_prep.jpeg import ImageFault, JpegInfo, read_markers, without_oddities
-from imnet_prep.native import small
-from imnet_prep.scan import clean_end
+from imnet_prep.images import imaging
+from imnet_prep.images.formats import check_container, sniff
+from imnet_prep.images.jpeg import ImageFault, JpegInfo, read_markers, without_oddities
+from imnet_prep.images.native import decode_shrunk
+from imnet_prep.images.native.scan import clean_end
 from imnet_prep.types import Change, RawImage, Reason, Rejected, Sample
 
 CONVERT_QUALITY = 95  # a conversion is not meant to be seen; 4:4:4 at 95 stays above 40 dB on photographs
@@ -161,7 +161,7 @@ def _shrunk_at_once(data: bytes, info: JpegInfo, options: ValidateOptions) -> im
     """Do with the C++ library what :func:`_decode_checked` and :func:`imaging.shrink` do, where every bit is clean."""
     if options.short_side is None or min(info.width, info.height) <= options.short_side:
         return None
-    pixels, end = small.decode(
+    pixels, end = decode_shrunk.decode(
         data,
         components=info.components,
         reduce=_reduction(info, options.short_side),

@@ -1,6 +1,6 @@
 """The portable decoder: OpenCV decodes, Pillow resizes; both leave the GIL. What it makes is the definition.
 
-The C++ decoder (:mod:`imnet_prep.native`) has the same methods and stays within a stated tolerance of this one.
+The C++ decoder (:mod:`imnet_prep.images.native`) has the same methods and stays within a stated tolerance of this one.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ import io
 import struct
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-
-from imnet_prep.augment import Geometry
 
 SOI = b"\xff\xd8"  # how a JPEG begins
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, a quarter of 2**32 / 6
@@ -25,10 +24,32 @@ _FILTERS = {
     "box": Image.Resampling.BOX,
     "lanczos": Image.Resampling.LANCZOS,
 }
+INTERPOLATIONS = tuple(_FILTERS)  # Pillow's filters, antialiased when reducing
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # stored pixels are upright; the tag is not looked at
 _FRAME_MARKERS = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 Fault = tuple[int, str]
 """A row's position in the call and one line that says why it does not decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the output square comes from in each image.
+
+    Attributes:
+        sizes: int32 (N, 2): width and height of the images that it was made for; decoders refuse others.
+        limits: int32 (N, 4): left, top, right, bottom of the pixels that may be looked at.
+        box: float64 (N, 4): the rectangle that becomes the square, inside ``limits``.
+        flip: bool (N,): mirrored left to right.
+    """
+
+    sizes: NDArray[np.int32]
+    limits: NDArray[np.int32]
+    box: NDArray[np.float64]
+    flip: NDArray[np.bool_]
+
+    def of(self, rows: NDArray[np.int64] | slice) -> Geometry:
+        """Return the geometry of some of the images."""
+        return Geometry(self.sizes[rows], self.limits[rows], self.box[rows], self.flip[rows])
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -133,7 +154,7 @@ def resize(pixels: NDArray[np.uint8], box: tuple[float, ...], interpolation: str
     Args:
         pixels: uint8 (H, W, 3).
         box: Left, top, right, bottom in pixels, fractions allowed.
-        interpolation: See :data:`imnet_prep.augment.INTERPOLATIONS`.
+        interpolation: See :data:`INTERPOLATIONS`.
         size: Side of the square, pixels.
 
     Returns:

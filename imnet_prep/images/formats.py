@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 
-from imnet_prep.jpeg import ImageFault
+from imnet_prep.images.jpeg import ImageFault
 from imnet_prep.types import Reason
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -1,4 +1,4 @@
-"""Decode, convert, shrink and encode: the pixels behind :mod:`imnet_prep.validate`.
+"""Decode, convert, shrink and encode: the pixels behind :mod:`imnet_prep.images.check`.
 
 OpenCV decodes JPEG, because its libjpeg says on stderr what it had to make up ("premature end of data segment"), and
 Pillow's says nothing. stderr is captured around each call, so nothing is printed and the complaint is read.
@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from imnet_prep.jpeg import ImageFault, reporting
-from imnet_prep.scan import clean_end
+from imnet_prep.images.jpeg import ImageFault, reporting
+from imnet_prep.images.native.scan import clean_end
 from imnet_prep.types import Change, Reason
 
 Pixels = NDArray[np.uint8]  # (H, W) grey or (H, W, 3) BGR, OpenCV's order
@@ -106,7 +106,7 @@ def decode_jpeg(data: bytes, *, grey: bool = False, reduce: int = 1) -> tuple[Pi
     """Decode a JPEG, EXIF orientation not applied; the whole entropy-coded stream is read at every scale.
 
     Args:
-        data: A file that :func:`imnet_prep.jpeg.read_markers` accepted.
+        data: A file that :func:`imnet_prep.images.jpeg.read_markers` accepted.
         grey: One channel instead of BGR.
         reduce: Divide both sides by 1, 2, 4 or 8 in the DCT domain.
 
@@ -269,7 +269,7 @@ def orient(pixels: Pixels, orientation: int) -> Pixels:
 def shrink(pixels: Pixels, width: int, height: int) -> Pixels:
     """Resize down to ``width`` x ``height``: Pillow's antialiased bilinear filter.
 
-    It works in integers, so the result is the same on every CPU. :mod:`imnet_prep.native.small` does the same faster.
+    It works in integers, so the result is the same on every CPU. :mod:`~.native.decode_shrunk` does the same faster.
     """
     image = Image.fromarray(pixels)  # to Pillow BGR is RGB: all channels are treated alike
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))

@@ -68,7 +68,7 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
 
     Args:
         data: The file's bytes.
-        scan_end: What :func:`imnet_prep.scan.clean_end` says of them, which spares the search for the end of the scan.
+        scan_end: What :func:`.native.scan.clean_end` returns for them; saves the search for the end of the scan.
 
     Returns:
         What the headers say.

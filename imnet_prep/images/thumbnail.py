@@ -6,9 +6,9 @@ import base64
 
 from PIL import ImageFile
 
-from imnet_prep import imaging
-from imnet_prep.formats import sniff
-from imnet_prep.jpeg import ImageFault
+from imnet_prep.images import imaging
+from imnet_prep.images.formats import sniff
+from imnet_prep.images.jpeg import ImageFault
 
 SIDE, QUALITY = 96, 70
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.rng import Stream, uniforms
+from imnet_prep.images.decode import INTERPOLATIONS, Geometry
+from imnet_prep.loader.random_numbers import Stream, uniforms
 
-INTERPOLATIONS = ("bilinear", "bicubic", "box", "lanczos")  # Pillow's filters, antialiased when reducing
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 ERASE_ATTEMPTS = 10  # torchvision's and timm's RandomErasing
 MAX_IMAGE_SIZE = 4096
@@ -124,27 +124,6 @@ class EvalOptions:
     def short_side(self) -> int:
         """The short side before the crop, pixels."""
         return self.resize if self.resize is not None else round(self.image_size / EVAL_CROP_FRACTION)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where the output square comes from in each image.
-
-    Attributes:
-        sizes: int32 (N, 2): width and height of the images that it was made for; decoders refuse others.
-        limits: int32 (N, 4): left, top, right, bottom of the pixels that may be looked at.
-        box: float64 (N, 4): the rectangle that becomes the square, inside ``limits``.
-        flip: bool (N,): mirrored left to right.
-    """
-
-    sizes: NDArray[np.int32]
-    limits: NDArray[np.int32]
-    box: NDArray[np.float64]
-    flip: NDArray[np.bool_]
-
-    def of(self, rows: NDArray[np.int64] | slice) -> Geometry:
-        """Return the geometry of some of the images."""
-        return Geometry(self.sizes[rows], self.limits[rows], self.box[rows], self.flip[rows])
 
 
 def crop_draws(seed: int, epoch: int, ids: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.augment import EvalOptions, TrainOptions
-from imnet_prep.decode import PortableDecoder
+from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import PipelineError
-from imnet_prep.maker import CHECKS, CHUNK_ROWS, ON_ERROR, BatchMaker, Options, Pending, SkippedRow, StageTimes
-from imnet_prep.native import NativeDecoder, load
-from imnet_prep.order import ORDERS, Share, epoch_order
+from imnet_prep.images.decode import PortableDecoder
+from imnet_prep.images.native import NativeDecoder, load
+from imnet_prep.loader.augment import EvalOptions, TrainOptions
+from imnet_prep.loader.order import ORDERS, Share, epoch_order
+from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED
+from imnet_prep.loader.render import CHECKS, CHUNK_ROWS, ON_ERROR, BatchMaker, Options, Pending, SkippedRow, StageTimes
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.table import RowReader
-from imnet_prep.rng import MAX_EPOCH, MAX_SEED
-from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Batch
 
 if TYPE_CHECKING:

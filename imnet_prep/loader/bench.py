@@ -9,13 +9,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import PipelineError
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.runtime import cpu_count
 from imnet_prep.types import Progress, ProgressCallback
 
 if TYPE_CHECKING:
-    from imnet_prep.pipeline import Batches, StageTimes
+    from imnet_prep.loader.batches import Batches, StageTimes
 
 MODES = ("train", "eval")
 WINDOWS = 5  # parts of the measured time; their median counts
@@ -83,13 +83,13 @@ class BenchResult:
 
 
 def bench(records: Path, options: BenchOptions, progress: ProgressCallback | None = None) -> BenchResult:
-    """Iterate :func:`~imnet_prep.pipeline.open_batches` as training or evaluation does, and measure.
+    """Iterate :func:`~imnet_prep.loader.batches.open_batches` as training or evaluation does, and measure.
 
     Raises:
         RecordsError: The folder is not usable.
         PipelineError: An option is out of range, or a record is bad.
     """
-    from imnet_prep.pipeline import EvalOptions, TrainOptions, open_batches  # OpenCV: not for `--help`
+    from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches  # OpenCV: not for `--help`
 
     splits = RecordsFolder.open(records).manifest.splits
     wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.augment import ERASE_FILL, TrainOptions
-from imnet_prep.rng import Stream, uniforms
+from imnet_prep.loader.augment import ERASE_FILL, TrainOptions
+from imnet_prep.loader.random_numbers import Stream, uniforms
 
 Pixels = NDArray[np.uint8]
 MAX_MAGNITUDE = 30  # of RandAugment's 31 steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.rng import Stream, order_keys
+from imnet_prep.loader.random_numbers import Stream, order_keys
 
 ORDERS = ("global", "blocks", "sequential")
 BLOCK_ROWS = 1024  # about 110 MB of original photographs: long enough for a disk to read at full speed

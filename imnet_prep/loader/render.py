@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.augment import (
+from imnet_prep.errors import PipelineError
+from imnet_prep.images.decode import MAX_PIXELS, SOI, PortableDecoder
+from imnet_prep.loader.augment import (
     ERASE_FILL,
     EvalOptions,
     Geometry,
@@ -21,8 +23,6 @@ from imnet_prep.augment import (
     mix,
     train_geometry,
 )
-from imnet_prep.decode import MAX_PIXELS, SOI, PortableDecoder
-from imnet_prep.errors import PipelineError
 from imnet_prep.records.table import RowReader
 from imnet_prep.types import Batch
 
@@ -209,7 +209,7 @@ class BatchMaker:
             return
         ids = self._table.ids[pending.positions[rows]]
         if options.randaugment_ops or any(options.color_jitter):
-            from imnet_prep.colour import augment_colours
+            from imnet_prep.loader.colour import augment_colours
 
             augment_colours(options, pending.image, rows, self.seed, pending.epoch, ids)
         if options.erasing_prob:

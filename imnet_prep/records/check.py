@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import open_plain
-from imnet_prep.problems import Problem
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest, SplitInfo
 from imnet_prep.records.mindrecord import (
@@ -24,6 +23,7 @@ from imnet_prep.records.mindrecord import (
     read_index,
     read_index_field,
 )
+from imnet_prep.records.problems import Problem
 from imnet_prep.records.record_list import opened_list
 from imnet_prep.records.table import NO_LABEL
 from imnet_prep.types import ShardInfo

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from imnet_prep.errors import RecordsError
+from imnet_prep.process_pool import Advance, process_count, run_processes
 from imnet_prep.records.mindrecord import Shard, index_path, open_shard
 from imnet_prep.records.record_list import RecordLine, opened_list
 from imnet_prep.types import Progress, ProgressCallback
-from imnet_prep.workers import Advance, process_count, run_processes
 
 if TYPE_CHECKING:
     from imnet_prep.records.folder import RecordsFolder

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imnet_prep import browse_pages as pages
-from imnet_prep.browse_data import Library
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
-from imnet_prep.report.html import tag
-from imnet_prep.rng import MAX_EPOCH, MAX_SEED
+from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED
+from imnet_prep.show import browse_pages as pages
+from imnet_prep.show.browse_data import Library
+from imnet_prep.show.html import tag
 
 try:
     from flask import Flask, Response, abort, request
@@ -61,7 +61,7 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
         IntegrityError: The manifest is damaged.
     """
     library = Library(records)
-    app = Flask("imnet_prep.browse", static_folder=None)
+    app = Flask("imnet_prep.show.browse", static_folder=None)
 
     def check_request() -> None:
         if request.method not in ("GET", "HEAD"):
@@ -136,7 +136,7 @@ def _add_pages(get: Route, library: Library) -> None:
             return _file(_ICON.encode(), "image/svg+xml")
         if name not in _ASSETS:
             abort(404)
-        return _file((Path(__file__).parent / "report" / name).read_bytes(), _ASSETS[name])
+        return _file((Path(__file__).with_name(name)).read_bytes(), _ASSETS[name])
 
 
 def _add_images(get: Route, library: Library) -> None:

@@ -10,17 +10,17 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.augment import EvalOptions, TrainOptions
-from imnet_prep.decode import PortableDecoder
 from imnet_prep.errors import PipelineError
-from imnet_prep.formats import sniff
-from imnet_prep.jpeg import ImageFault
-from imnet_prep.maker import BatchMaker
+from imnet_prep.images.decode import PortableDecoder
+from imnet_prep.images.formats import sniff
+from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.loader.augment import EvalOptions, TrainOptions
+from imnet_prep.loader.render import BatchMaker
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.scan import Row
 from imnet_prep.records.table import RowReader
-from imnet_prep.report.gather import decode
-from imnet_prep.report.html import thumbnail
+from imnet_prep.show.gather import decode
+from imnet_prep.show.html import thumbnail
 
 THUMB_SIDE, VIEW_SIDE = 192, 160
 

@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 from urllib.parse import urlencode
 
-from imnet_prep.augment import EvalOptions, TrainOptions
-from imnet_prep.browse_data import VIEW_SIDE, Library
-from imnet_prep.report.html import Html, facts, join, table, tag
+from imnet_prep.loader.augment import EvalOptions, TrainOptions
+from imnet_prep.show.browse_data import VIEW_SIDE, Library
+from imnet_prep.show.html import Html, facts, join, table, tag
 
 PAGE_IMAGES = 60
 VIEWS = 12

@@ -12,8 +12,8 @@ import numpy as np
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.records.manifest import Manifest
-from imnet_prep.report.gather import CONVERTED, MAX_COLOURS, MAX_PAIRS, MAX_PRINTS, Gathered, Shown, decode, gather
-from imnet_prep.report.html import (
+from imnet_prep.show.gather import CONVERTED, MAX_COLOURS, MAX_PAIRS, MAX_PRINTS, Gathered, Shown, decode, gather
+from imnet_prep.show.html import (
     Bar,
     Html,
     bars,

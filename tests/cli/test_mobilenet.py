@@ -19,9 +19,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from cli.mobilenet import main
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
-from imnet_prep.plan import PlanOptions
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
 from mbv2.checkpoint import read_checkpoint
 from mbv2.recipe import Recipe, recipe_names
 from tests.synthetic import WNIDS, picture

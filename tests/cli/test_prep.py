@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.prep import main, to_mindrecord
-from imnet_prep.build import ConvertOptions
-from imnet_prep.plan import PlanOptions
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
 from tests.imnet_prep.conversions import names, prep, prep_json
 from tests.synthetic import make_image_folder, make_imagenet
 

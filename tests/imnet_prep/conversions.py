@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build import ConvertOptions, ConvertResult
-from imnet_prep.convert import convert
-from imnet_prep.plan import PlanOptions
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions, ConvertResult
+from imnet_prep.build.plan import PlanOptions
+from imnet_prep.images.check import ValidateOptions
 from imnet_prep.types import Progress
-from imnet_prep.validate import ValidateOptions
 
 COMMAND = (sys.executable, "-c", "from cli.prep import main; main()")
 

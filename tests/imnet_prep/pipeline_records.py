@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imnet_prep.decode import image_size
 from imnet_prep.files import file_digest
+from imnet_prep.images.decode import image_size
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
 from imnet_prep.records.record_list import RECORDS, RecordLine, write_lines
 from imnet_prep.types import ShardInfo

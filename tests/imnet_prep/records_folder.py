@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
 from imnet_prep.errors import IntegrityError
-from imnet_prep.plan import PlanOptions
 from imnet_prep.records.manifest import MANIFEST, SplitInfo, load_manifest
 from imnet_prep.records.record_list import RecordLine, read_lines
 from imnet_prep.types import Progress

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imnet_prep.adopt import AdoptOptions, AdoptResult, adopt
-from imnet_prep.augment import EvalOptions, TrainOptions
+from imnet_prep.build.reshard import ReshardOptions, reshard
+from imnet_prep.check.adopt import AdoptOptions, AdoptResult, adopt
+from imnet_prep.check.repair import repair_index
+from imnet_prep.check.verify import verify
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.pipeline import open_batches
+from imnet_prep.loader.augment import EvalOptions, TrainOptions
+from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path
 from imnet_prep.records.publish import changing
 from imnet_prep.records.record_list import RECORDS
-from imnet_prep.repair import repair_index
-from imnet_prep.reshard import ReshardOptions, reshard
-from imnet_prep.verify import verify
 from tests.imnet_prep.conversions import digests, prep, prep_json
 from tests.imnet_prep.obstacles import names_below, shared_folder, small_disk, unprivileged
 from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import kstest
 
-from imnet_prep.augment import (
+from imnet_prep.errors import PipelineError
+from imnet_prep.images.decode import resize
+from imnet_prep.loader.augment import (
     CROP_ATTEMPTS,
     EvalOptions,
     TrainOptions,
@@ -21,10 +23,17 @@ from imnet_prep.augment import (
     mix,
     train_geometry,
 )
-from imnet_prep.colour import OPERATIONS, augment_colours, brightness, contrast, hue, posterize, saturation, solarize
-from imnet_prep.decode import resize
-from imnet_prep.errors import PipelineError
-from imnet_prep.rng import Stream, uniforms
+from imnet_prep.loader.colour import (
+    OPERATIONS,
+    augment_colours,
+    brightness,
+    contrast,
+    hue,
+    posterize,
+    saturation,
+    solarize,
+)
+from imnet_prep.loader.random_numbers import Stream, uniforms
 from tests.imnet_prep.pipeline_records import picture
 
 DRAWS = 100_000

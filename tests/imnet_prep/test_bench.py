@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from cli.bench import bench as command
-from imnet_prep.bench import BenchOptions, bench, limit_sentence
 from imnet_prep.errors import PipelineError
-from imnet_prep.pipeline import StageTimes
+from imnet_prep.loader.batches import StageTimes
+from imnet_prep.loader.bench import BenchOptions, bench, limit_sentence
 from tests.imnet_prep.pipeline_records import Entry, jpeg, write_folder
 
 ROOT = Path(__file__).parents[2]

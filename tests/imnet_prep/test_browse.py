@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep.augment import TrainOptions
-from imnet_prep.browse import create_app, host_is_ours, serve
-from imnet_prep.browse_data import Library
 from imnet_prep.errors import RecordsError
-from imnet_prep.pipeline import open_batches
+from imnet_prep.loader.augment import TrainOptions
+from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.records.record_list import write_lines
+from imnet_prep.show.browse import create_app, host_is_ours, serve
+from imnet_prep.show.browse_data import Library
 from tests.chromium import Chromium, needs_chromium
 from tests.imnet_prep.records_folder import copy, flip, make_records, read_records
 from tests.synthetic import WNIDS
@@ -183,7 +183,7 @@ def test_missing_folder_and_taken_port_are_named_errors(records: Path, tmp_path:
 @pytest.fixture
 def server(records: Path) -> Iterator[str]:
     """The command's own server, on a free port."""
-    code = "import sys; from pathlib import Path; from imnet_prep.browse import serve; "
+    code = "import sys; from pathlib import Path; from imnet_prep.show.browse import serve; "
     code += "serve(Path(sys.argv[1]), '127.0.0.1', 0, print)"
     process = subprocess.Popen([sys.executable, "-u", "-c", code, str(records)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
-from imnet_prep import build, shard_task
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
+from imnet_prep.build import job as build
+from imnet_prep.build import shard_task
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.preview import dry_run
+from imnet_prep.check.verify import verify
 from imnet_prep.errors import BudgetError, ImnetError, IntegrityError, Interrupted, PlanError, SourceError
-from imnet_prep.plan import PlanOptions
-from imnet_prep.preview import dry_run
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Progress
-from imnet_prep.verify import verify
 from tests import synthetic
 from tests.imnet_prep.conversions import digests, names, quiet, run
 from tests.imnet_prep.records_folder import read_records
@@ -571,7 +572,7 @@ def test_dry_run_names_the_missing_val_image(tmp_path: Path) -> None:
 
 
 def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from imnet_prep import convert as conversion
+    from imnet_prep.build import convert as conversion
     from imnet_prep.sources import archives
 
     made = make_imagenet(tmp_path / "archives", odd=False)

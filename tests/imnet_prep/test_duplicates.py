@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from imnet_prep.duplicates import (
+from imnet_prep.check.duplicates import (
     BITS,
     Pair,
     candidates,
@@ -143,6 +143,6 @@ def test_few_prints_are_kept_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch
     data = [encode(image, quality=quality) for image in images for quality in (90, 60, 40)]
     bits = np.stack([print_of(item).bits for item in data])
     expected = near_duplicates(bits, data.__getitem__)
-    monkeypatch.setattr("imnet_prep.duplicates.MAX_PRINTS", 1)
+    monkeypatch.setattr("imnet_prep.check.duplicates.MAX_PRINTS", 1)
     assert near_duplicates(bits, data.__getitem__) == expected
     assert len(expected) == 12

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep import executors
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
+from imnet_prep.build import executors
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
 from imnet_prep.errors import ImnetError, Interrupted, PlanError
-from imnet_prep.plan import PlanOptions
 from imnet_prep.types import Progress
 from tests.imnet_prep.conversions import digests, names, quiet, run
 from tests.synthetic import make_image_folder

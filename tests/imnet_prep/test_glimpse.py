@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep.glimpse import SIDE, glimpse
+from imnet_prep.images.thumbnail import SIDE, glimpse
 from tests.synthetic import encode, jpeg, picture
 
 LIMIT = 1_000_000

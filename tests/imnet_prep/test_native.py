@@ -17,7 +17,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from imnet_prep.augment import (
+from imnet_prep.images.decode import PortableDecoder, image_size, jpeg_size
+from imnet_prep.images.native import NativeDecoder, load
+from imnet_prep.loader.augment import (
     INTERPOLATIONS,
     EvalOptions,
     Geometry,
@@ -26,8 +28,6 @@ from imnet_prep.augment import (
     eval_geometry,
     train_geometry,
 )
-from imnet_prep.decode import PortableDecoder, image_size, jpeg_size
-from imnet_prep.native import NativeDecoder, load
 from tests.imnet_prep.pipeline_records import jpeg, picture
 
 pytestmark = pytest.mark.skipif(load()[0] is None, reason=load()[1])
@@ -262,8 +262,8 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(decoder: str, tmp_
     data[place + 5 : place + 9] = (8000).to_bytes(2, "big") * 2  # 192 MB of coefficients, and as much of pixels
     (tmp_path / "lies.jpg").write_bytes(data)
     program = (
-        "import sys, numpy as np; from pathlib import Path; from imnet_prep.augment import *\n"
-        "from imnet_prep.decode import PortableDecoder; from imnet_prep.native import NativeDecoder\n"
+        "import sys, numpy as np; from pathlib import Path; from imnet_prep.loader.augment import *\n"
+        "from imnet_prep.images.decode import PortableDecoder; from imnet_prep.images.native import NativeDecoder\n"
         "def peak_mb():\n"
         "    lines = Path('/proc/self/status').read_text().splitlines()\n"
         "    return int(next(line for line in lines if line.startswith('VmHWM')).split()[1]) // 1024\n"

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from imnet_prep.order import ORDERS, Share, epoch_order
+from imnet_prep.loader.order import ORDERS, Share, epoch_order
 from imnet_prep.types import record_id
 
 IDS = np.array([record_id("train", f"n{i}") for i in range(5000)], dtype=np.uint64)

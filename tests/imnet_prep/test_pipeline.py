@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
-from imnet_prep.maker import CHUNK_ROWS
-from imnet_prep.native import load
-from imnet_prep.pipeline import Batches, EvalOptions, TrainOptions, open_batches, to_dataset
+from imnet_prep.images.native import load
+from imnet_prep.loader.batches import Batches, EvalOptions, TrainOptions, open_batches, to_dataset
+from imnet_prep.loader.render import CHUNK_ROWS
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Batch, record_id
 from tests.imnet_prep.pipeline_records import HEADER_BYTES, Entry, entries, picture, rewrite_list, write_folder
@@ -470,7 +470,7 @@ def test_a_forked_child_gets_an_error_not_a_hang(records: Path) -> None:
 
 def test_a_process_that_is_interrupted_ends_at_once(records: Path) -> None:
     program = (
-        "import sys, time, pathlib; from imnet_prep.pipeline import *\n"
+        "import sys, time, pathlib; from imnet_prep.loader.batches import *\n"
         "batches = open_batches(pathlib.Path(sys.argv[1]), 'train', TrainOptions(8))\n"
         "iterator = batches.epoch(0); next(iterator); print('ready', flush=True)\n"
         "while True: time.sleep(0.1)\n"
@@ -492,7 +492,7 @@ def test_iterating_again_is_the_next_epoch(records: Path) -> None:
 def test_without_the_library_opencv_decodes_and_asking_for_it_is_an_error(
     records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("imnet_prep.pipeline", "imnet_prep.native"):
+    for module in ("imnet_prep.loader.batches", "imnet_prep.images.native"):
         monkeypatch.setattr(f"{module}.load", lambda: (None, "the C++ decoder is not built"))
     with open_batches(records, "train", OPTIONS) as batches:
         assert "OpenCV" in batches.decoder
@@ -504,7 +504,7 @@ def test_without_the_library_opencv_decodes_and_asking_for_it_is_an_error(
 def test_a_library_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "imnet_jpeg.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr("imnet_prep.native.LIBRARY", broken)
+    monkeypatch.setattr("imnet_prep.images.native.LIBRARY", broken)
     library, why = load.__wrapped__()
     assert library is None
     assert "does not load" in why

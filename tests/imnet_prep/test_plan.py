@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from imnet_prep import catalog
-from imnet_prep import planner as planning
+from imnet_prep.build import planner as planning
+from imnet_prep.build.plan import Plan, PlanOptions, load_plan, read_names, shard_refs
+from imnet_prep.build.planner import make_plan
 from imnet_prep.errors import PlanError, SourceError
-from imnet_prep.plan import Plan, PlanOptions, load_plan, read_names, shard_refs
-from imnet_prep.planner import make_plan
+from imnet_prep.images.check import ValidateOptions
 from imnet_prep.types import ImageRef, Reason, Rejected
-from imnet_prep.validate import ValidateOptions
 from tests.imnet_prep.conversions import quiet
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from imnet_prep.check.repair import RepairResult, repair_index
+from imnet_prep.check.verify import verify
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path, read_header
 from imnet_prep.records.publish import DAMAGED_FOLDER
-from imnet_prep.repair import RepairResult, repair_index
-from imnet_prep.verify import verify
 from tests.imnet_prep.conversions import digests as all_digests
 from tests.imnet_prep.conversions import prep
 from tests.imnet_prep.obstacles import names_below, shared_folder, unprivileged

@@ -18,10 +18,10 @@ from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
-from imnet_prep.report import ReportOptions, write_report
-from imnet_prep.report import gather as gathering
-from imnet_prep.report.gather import gather
-from imnet_prep.report.html import Bar, Html, bars, join, picture, tag
+from imnet_prep.show import gather as gathering
+from imnet_prep.show.gather import gather
+from imnet_prep.show.html import Bar, Html, bars, join, picture, tag
+from imnet_prep.show.report import ReportOptions, write_report
 from tests.chromium import Chromium, needs_chromium
 from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records, reseal
 from tests.synthetic import encode, jpeg

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from imnet_prep.build.reshard import Proof, ReshardOptions, ReshardResult, reshard
+from imnet_prep.check.verify import verify
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.records.shards import ShardWriter
-from imnet_prep.reshard import Proof, ReshardOptions, ReshardResult, reshard
-from imnet_prep.verify import verify
 from tests.imnet_prep.conversions import command, names
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal
 from tests.synthetic import WNIDS, encode, picture
@@ -225,7 +225,7 @@ def test_a_manifest_is_written_once_and_after_the_proof(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped while it proves, the next run proves again before anything has its name."""
-    from imnet_prep import reshard as module
+    from imnet_prep.build import reshard as module
 
     class Killed(BaseException):
         pass

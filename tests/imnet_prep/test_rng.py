@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from imnet_prep.rng import MAX_EPOCH, MAX_SEED, Stream, bits, order_keys, philox, uniforms
+from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED, Stream, bits, order_keys, philox, uniforms
 
 
 @pytest.mark.parametrize(

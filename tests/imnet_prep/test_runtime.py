@@ -13,15 +13,15 @@ from pathlib import Path
 import cv2
 import pytest
 
-from imnet_prep import runtime
+from imnet_prep import cpu as runtime
 from imnet_prep.download.options import DownloadOptions
-from imnet_prep.workers import process_count
+from imnet_prep.process_pool import process_count
 
 USED_BEFORE = """
 import numpy as np
 import mindspore as ms
 ms.ops.add(ms.Tensor(np.ones(2)), 1).asnumpy()
-from imnet_prep.runtime import start_mindspore
+from imnet_prep.cpu import start_mindspore
 assert start_mindspore("CPU").device_target == "CPU"
 assert ms.ops.add(ms.Tensor(np.ones(2)), 1).asnumpy().tolist() == [2, 2]
 """
@@ -50,7 +50,7 @@ def test_a_container_s_quota_lowers_the_count_of_cores(
 VERSIONS = """
 import json, sys
 sys.path[:0] = sys.argv[1:]
-from imnet_prep.runtime import library_versions
+from imnet_prep.cpu import library_versions
 print(json.dumps(library_versions("pillow", "opencv")))
 """
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep import scan
-from imnet_prep.imaging import decode_jpeg
-from imnet_prep.jpeg import read_markers
-from imnet_prep.scan import available, clean_end
+from imnet_prep.images.check import ValidateOptions, validate
+from imnet_prep.images.imaging import decode_jpeg
+from imnet_prep.images.jpeg import read_markers
+from imnet_prep.images.native import scan
+from imnet_prep.images.native.scan import available, clean_end
 from imnet_prep.types import ImageRef, RawImage
-from imnet_prep.validate import ValidateOptions, validate
 from tests.imnet_prep.test_validate import miscoded
 from tests.synthetic import encode, jpeg, odd_images, picture
 

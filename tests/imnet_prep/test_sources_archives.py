@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from imnet_prep import catalog
+from imnet_prep.check.verify import verify
 from imnet_prep.errors import SourceError
 from imnet_prep.sources import Found, Source, detect, merge, read
 from imnet_prep.sources.labels import read_devkit
 from imnet_prep.sources.tar import Damage, Member, walk
 from imnet_prep.types import SPLITS, ImageRef, Progress, RawImage, Reason, Rejected
-from imnet_prep.verify import verify
 from tests.imnet_prep.conversions import run
 from tests.synthetic import (
     SyntheticImageNet,

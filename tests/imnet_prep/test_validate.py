@@ -20,13 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep import scan
 from imnet_prep.errors import PlanError
-from imnet_prep.imaging import captured_stderr, decode_jpeg, orient, shrink
-from imnet_prep.jpeg import ImageFault
-from imnet_prep.native import small
+from imnet_prep.images.check import ValidateOptions, examine, short_side_size, validate
+from imnet_prep.images.imaging import captured_stderr, decode_jpeg, orient, shrink
+from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.images.native import decode_shrunk, scan
 from imnet_prep.types import Change, ImageRef, RawImage, Reason, Rejected, Sample
-from imnet_prep.validate import ValidateOptions, examine, short_side_size, validate
 from tests import synthetic
 from tests.synthetic import Picture, encode, exif, jpeg, odd_images, picture, with_exif
 
@@ -208,7 +207,7 @@ def large(mode: str = "RGB", **options: Any) -> bytes:
 def libraries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "without them":
         monkeypatch.setattr(scan, "_load", lambda: None)
-        monkeypatch.setattr(small, "_library", lambda: None)
+        monkeypatch.setattr(decode_shrunk, "_library", lambda: None)
 
 
 @pytest.mark.usefixtures("libraries")

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from PIL import ImageOps
 
-from imnet_prep.adopt import AdoptOptions, adopt
+from imnet_prep.check.adopt import AdoptOptions, adopt
+from imnet_prep.check.verify import VerifyResult, verify
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, read_header
 from imnet_prep.types import Progress
-from imnet_prep.verify import VerifyResult, verify
 from tests.imnet_prep.obstacles import shared_folder, unprivileged
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal, shard_files
 from tests.imnet_prep.test_duplicates import scene
@@ -585,7 +585,7 @@ def test_problems_are_counted_while_it_runs_and_bounded_at_the_end(
     counts = [dict(state.counts)["problems"] for state in states]
     assert counts == sorted(counts)
     assert counts[-1] > 0
-    monkeypatch.setattr("imnet_prep.verify.MAX_PROBLEMS", 10)
+    monkeypatch.setattr("imnet_prep.check.verify.MAX_PROBLEMS", 10)
     bounded = look(records, withhold=("shards",)).problems
     assert bounded[:10] == result.problems[:10]
     assert [problem.detail for problem in bounded[10:]] == ["26 more problems are not listed"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep import build
-from imnet_prep.convert import convert
-from imnet_prep.plan import PlanOptions
-from imnet_prep.runtime import start_mindspore
+from imnet_prep.build import job as build
+from imnet_prep.build.convert import convert
+from imnet_prep.build.plan import PlanOptions
+from imnet_prep.cpu import start_mindspore
 from mbv2.convert import ConvertOptions, convert_weights
 
 

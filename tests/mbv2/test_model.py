@@ -14,8 +14,8 @@ import pytest
 from mindspore import ops
 from numpy.typing import NDArray
 
+from imnet_prep.cpu import Runtime
 from imnet_prep.errors import RecipeError, TrainError
-from imnet_prep.runtime import Runtime
 from mbv2 import kernels
 from mbv2.model import MobileNetV2, ModelConfig, block_shapes, feature_count
 from tests.mbv2.blocks import Floats

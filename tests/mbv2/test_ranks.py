@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from cli.render import guard, stop_requested
-from imnet_prep.build import ConvertOptions
-from imnet_prep.convert import convert
-from imnet_prep.plan import PlanOptions
-from imnet_prep.runtime import runtime
+from imnet_prep.build.convert import convert
+from imnet_prep.build.job import ConvertOptions
+from imnet_prep.build.plan import PlanOptions
+from imnet_prep.cpu import runtime
 from imnet_prep.types import Progress
 from mbv2.checkpoint import Meta, read_checkpoint, save_checkpoint
 from mbv2.model import ModelConfig

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.augment import INTERPOLATIONS, Geometry
-from imnet_prep.decode import Fault, PortableDecoder
 from imnet_prep.errors import PipelineError
+from imnet_prep.images.decode import INTERPOLATIONS, Fault, Geometry, PortableDecoder
 
 LIBRARY = Path(__file__).with_name("imnet_jpeg.so")
 _ABI = 3  # kAbi in decoder.cc
@@ -93,7 +92,7 @@ class NativeDecoder(PortableDecoder):
     def decode(
         self, images: Sequence[bytes], geometry: Geometry, interpolation: str, out: NDArray[np.uint8]
     ) -> list[Fault]:
-        """See :meth:`imnet_prep.decode.PortableDecoder.decode`."""
+        """See :meth:`imnet_prep.images.decode.PortableDecoder.decode`."""
         count = len(images)
         assert out.flags.c_contiguous
         assert out.shape == (count, out.shape[1], out.shape[1], 3)

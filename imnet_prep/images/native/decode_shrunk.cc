@@ -1,7 +1,7 @@
 // A JPEG to its shrunk pixels in one pass: no whole image lies in memory, and every compressed bit is read.
 //
 // Strict: it succeeds only where libjpeg has nothing to complain of, from the first marker to the last bit before the
-// end marker. Whatever else it meets, the caller decides otherwise (imnet_prep/native/small.py).
+// end marker. Whatever else it meets, the caller decides otherwise (imnet_prep/images/native/decode_shrunk.py).
 //
 // Source: libjpeg-turbo's libjpeg.txt (scaled decompression, error handling by longjmp).
 

@@ -1,7 +1,7 @@
 """A JPEG to its shrunk pixels in one pass of the C++ library, where the library has no doubt of any of its bits.
 
-Optional: the pixels are OpenCV's, shrunk as :func:`imnet_prep.imaging.shrink` does it, to the last bit (a test holds
-that), and for whatever is not plainly whole the answer is None. So the results are the same without the library.
+Optional: the pixels are OpenCV's, shrunk as :func:`imnet_prep.images.imaging.shrink` does it, to the last bit (tested),
+and for whatever is not plainly whole the answer is None. So the results are the same without the library.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.native import borrowed, load
+from imnet_prep.images.native import borrowed, load
 
 _IDLE: queue.SimpleQueue[int] = queue.SimpleQueue()  # decoders
 

@@ -1,6 +1,6 @@
 // Batch JPEG decoder: bytes to the resampled, flipped crop in the batch, looking only at the crop's part of the image.
 //
-// Plain C interface, loaded by ctypes (imnet_prep/native/__init__.py). One handle a thread; handles share nothing.
+// Plain C interface, loaded by ctypes (imnet_prep/images/native/__init__.py). One handle a thread; handles share nothing.
 // Source: libjpeg-turbo's libjpeg.txt (partial decompression, scaled decompression, error handling by longjmp).
 
 #include <csetjmp>

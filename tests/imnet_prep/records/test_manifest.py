@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from imnet_prep.check.verify import verify
 from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
-from imnet_prep.info import describe
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.record_list import RecordLine, write_lines
-from imnet_prep.verify import verify
+from imnet_prep.show.info import describe
 from tests.imnet_prep.conversions import run
 from tests.imnet_prep.records_folder import read_records, reseal
 from tests.synthetic import make_image_folder

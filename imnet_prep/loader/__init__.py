@@ -1,0 +1,1 @@
+"""Records to batches, ready for training or evaluation."""

@@ -1,0 +1,1 @@
+"""What a records folder holds, for people: info, report, browse."""
