@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from imnet_prep.cpu import start_mindspore
 from mbv2.bench import BenchOptions, prepare
+from mbv2.runtime import start_mindspore
 
 LIMIT_FRAC = 0.02
 SETTLED = 200  # steps after which nothing should grow

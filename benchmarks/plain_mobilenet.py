@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from imnet_prep.cpu import import_mindspore, start_mindspore
 from mbv2.model import IMAGENET_MEAN, IMAGENET_STD, BlockShape, block_shapes, feature_count
 from mbv2.recipe import Recipe
+from mbv2.runtime import import_mindspore, start_mindspore
 
 
 def build(classes: int) -> Any:

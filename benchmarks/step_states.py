@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imnet_prep.cpu import start_mindspore
+from mbv2.runtime import start_mindspore
 from tests.mbv2.reference import Network, Sides
 
 SMOOTHING = 0.1

@@ -80,7 +80,7 @@ def bench(options: BenchOptions, progress: Callable[[int, int], None] = lambda d
     Raises:
         TrainError: The operators asked for are not usable here.
     """
-    from imnet_prep.cpu import start_mindspore
+    from mbv2.runtime import start_mindspore
 
     start_mindspore("CPU")
     run, kernels = prepare(options)

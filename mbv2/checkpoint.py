@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.cpu import import_mindspore
 from imnet_prep.errors import CheckpointError
+from mbv2.runtime import import_mindspore
 
 if TYPE_CHECKING:
     from mbv2.model import MobileNetV2, ModelConfig

@@ -195,7 +195,7 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
         CheckpointError: Unknown source, unreadable file, or tensors that are not MobileNetV2's, each accounted for.
         RecordsError: ``out`` lies in a records folder.
     """
-    from imnet_prep.cpu import start_mindspore
+    from mbv2.runtime import start_mindspore
 
     refuse_inside_records(out)
     source_name(source, "classifier.weight")  # an unknown source is refused before anything is read

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.cpu import runtime, start_mindspore
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
@@ -24,6 +23,7 @@ from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import AnyBatch, batch_inputs, eval_options, fill_rows, split_images
 from mbv2.ranks import sum_counts, sum_floats
 from mbv2.real import RealLabels, RealScores, read_real_labels, score_real
+from mbv2.runtime import runtime, start_mindspore
 
 TOP = 5
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]  # images or features of the compiled batch size -> logits

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.cpu import start_mindspore
 from imnet_prep.errors import TrainError
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
@@ -24,6 +23,7 @@ from imnet_prep.types import ProgressCallback
 from mbv2.checkpoint import Checkpoint, build_network, read_checkpoint
 from mbv2.data import eval_options, split_images
 from mbv2.evaluate import check_classes, network_predict, score_batches
+from mbv2.runtime import start_mindspore
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.cpu import start_mindspore
 from imnet_prep.errors import TrainError
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
@@ -19,6 +18,7 @@ from imnet_prep.types import Batch, ProgressCallback
 from mbv2.checkpoint import build_network, read_checkpoint
 from mbv2.data import eval_options, split_images
 from mbv2.evaluate import Predict, Scores, check_classes, network_predict, score_batches
+from mbv2.runtime import start_mindspore
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 

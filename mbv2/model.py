@@ -22,9 +22,9 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import HeNormal, Normal, initializer
 
-from imnet_prep.cpu import runtime
 from imnet_prep.errors import RecipeError, TrainError
 from mbv2 import kernels as native
+from mbv2.runtime import runtime
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

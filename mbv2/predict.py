@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from imnet_prep import catalog
-from imnet_prep.cpu import start_mindspore
 from imnet_prep.errors import Interrupted, SourceError, TrainError
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import eval_options, fill_rows
 from mbv2.evaluate import Predict, network_predict
+from mbv2.runtime import start_mindspore
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 _TILE, _CAPTION, _COLUMNS = 200, 44, 5  # of the contact sheet: picture and text height in pixels, pictures a row

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.cpu import runtime
+from mbv2.runtime import runtime
 
 _HALF = 1 << 12
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.cpu import runtime, start_mindspore, versions
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
@@ -43,6 +42,7 @@ from mbv2.pretrained import load_pretrained, load_teacher, network_config, pretr
 from mbv2.ranks import wait_for_all
 from mbv2.run import BEST, CONFIG, CURVES, LAST, Pace, Position, RunOptions, RunResult, stored_recipe
 from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics, verdict
+from mbv2.runtime import runtime, start_mindspore, versions
 from mbv2.schedule import learning_rate
 
 # Fields of the recipe that an augmented view's pixels follow from.

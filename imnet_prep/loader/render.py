@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.images.decode import MAX_PIXELS, SOI, PortableDecoder
+from imnet_prep.images.decode import MAX_PIXELS, SOI, Geometry, PortableDecoder
 from imnet_prep.loader.augment import (
     ERASE_FILL,
     EvalOptions,
-    Geometry,
     TrainOptions,
     crop_draws,
     erase_boxes,

@@ -26,7 +26,7 @@ from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("imnet-prep ", "mbv2 ")
-SERVING = ("imnet-prep browse",)  # does not end by itself; tests/imnet_prep/test_browse.py runs it
+SERVING = ("imnet-prep browse",)  # does not end by itself; tests/imnet_prep/show/test_browse.py runs it
 ADDED = {
     "imnet-prep download": ["--allow-private"],
     "mbv2 train": ["--epochs", "1", "--image-size", "32", "--batch-size", "16"],

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from imnet_prep import cpu as runtime
+from imnet_prep import cpu
 from imnet_prep.download.options import DownloadOptions
 from imnet_prep.process_pool import process_count
 
@@ -21,7 +21,7 @@ USED_BEFORE = """
 import numpy as np
 import mindspore as ms
 ms.ops.add(ms.Tensor(np.ones(2)), 1).asnumpy()
-from imnet_prep.cpu import start_mindspore
+from mbv2.runtime import start_mindspore
 assert start_mindspore("CPU").device_target == "CPU"
 assert ms.ops.add(ms.Tensor(np.ones(2)), 1).asnumpy().tolist() == [2, 2]
 """
@@ -40,9 +40,9 @@ def test_a_container_s_quota_lowers_the_count_of_cores(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(runtime, "_CGROUP_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cpu, "_CGROUP_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert runtime.cpu_count() == cores
+    assert cpu.cpu_count() == cores
     assert process_count(None) == cores
     assert DownloadOptions((tmp_path,), tmp_path).process_count() == cores
 
@@ -71,7 +71,7 @@ def versions_beside(tmp_path: Path) -> Callable[..., dict[str, str]]:
             metadata = packages / f"{name.replace('-', '_')}-4.99.0.dist-info" / "METADATA"
             metadata.parent.mkdir()
             metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 4.99.0\n")
-        command = [sys.executable, "-I", "-S", "-c", VERSIONS, str(Path(runtime.__file__).parents[1]), str(packages)]
+        command = [sys.executable, "-I", "-S", "-c", VERSIONS, str(Path(cpu.__file__).parents[1]), str(packages)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         return dict(json.loads(done.stdout))
 
@@ -94,4 +94,4 @@ def test_opencv_without_a_distribution_tells_its_version_itself(
 
 
 def test_a_library_that_is_not_installed_fails_nothing() -> None:
-    assert runtime.library_versions("no-such-distribution") == {"no-such-distribution": ""}
+    assert cpu.library_versions("no-such-distribution") == {"no-such-distribution": ""}

@@ -10,8 +10,8 @@ import pytest
 from imnet_prep.build import job as build
 from imnet_prep.build.convert import convert
 from imnet_prep.build.plan import PlanOptions
-from imnet_prep.cpu import start_mindspore
 from mbv2.convert import ConvertOptions, convert_weights
+from mbv2.runtime import start_mindspore
 
 
 @pytest.fixture(scope="session", autouse=True)

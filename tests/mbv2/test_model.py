@@ -14,10 +14,10 @@ import pytest
 from mindspore import ops
 from numpy.typing import NDArray
 
-from imnet_prep.cpu import Runtime
 from imnet_prep.errors import RecipeError, TrainError
 from mbv2 import kernels
 from mbv2.model import MobileNetV2, ModelConfig, block_shapes, feature_count
+from mbv2.runtime import Runtime
 from tests.mbv2.blocks import Floats
 from tests.mbv2.reference import Network
 from tests.mbv2.twins import LossGradient, load_values, native_sides, parameter_values, standard_sides

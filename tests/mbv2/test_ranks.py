@@ -18,13 +18,13 @@ from cli.render import guard, stop_requested
 from imnet_prep.build.convert import convert
 from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
-from imnet_prep.cpu import runtime
 from imnet_prep.types import Progress
 from mbv2.checkpoint import Meta, read_checkpoint, save_checkpoint
 from mbv2.model import ModelConfig
 from mbv2.ranks import sum_counts, sum_floats
 from mbv2.recipe import Recipe
 from mbv2.runlog import read_metrics
+from mbv2.runtime import runtime
 from mbv2.train import RunOptions, train
 from tests.mbv2.test_convert import random_weights
 from tests.synthetic import WNIDS, picture

@@ -26,9 +26,9 @@ from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, read_header
 from imnet_prep.types import Progress
+from tests.imnet_prep.check.test_duplicates import scene
 from tests.imnet_prep.obstacles import shared_folder, unprivileged
 from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal, shard_files
-from tests.imnet_prep.test_duplicates import scene
 from tests.synthetic import encode
 
 

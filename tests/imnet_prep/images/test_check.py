@@ -398,7 +398,7 @@ def test_stderr_is_given_back(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_process_without_stderr_validates_too() -> None:
     code = (
         "import os; os.close(2)\n"
-        "from tests.imnet_prep.test_validate import check\nfrom tests.synthetic import jpeg, odd_images\n"
+        "from tests.imnet_prep.images.test_check import check\nfrom tests.synthetic import jpeg, odd_images\n"
         "a, b = check(jpeg()), check(odd_images()['garbled'].data)\n"
         "print(type(a).__name__, b.reason.value)"
     )

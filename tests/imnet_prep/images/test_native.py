@@ -17,12 +17,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from imnet_prep.images.decode import PortableDecoder, image_size, jpeg_size
+from imnet_prep.images.decode import INTERPOLATIONS, Geometry, PortableDecoder, image_size, jpeg_size
 from imnet_prep.images.native import NativeDecoder, load
 from imnet_prep.loader.augment import (
-    INTERPOLATIONS,
     EvalOptions,
-    Geometry,
     TrainOptions,
     crop_draws,
     eval_geometry,
@@ -263,7 +261,8 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(decoder: str, tmp_
     (tmp_path / "lies.jpg").write_bytes(data)
     program = (
         "import sys, numpy as np; from pathlib import Path; from imnet_prep.loader.augment import *\n"
-        "from imnet_prep.images.decode import PortableDecoder; from imnet_prep.images.native import NativeDecoder\n"
+        "from imnet_prep.images.decode import Geometry, PortableDecoder\n"
+        "from imnet_prep.images.native import NativeDecoder\n"
         "def peak_mb():\n"
         "    lines = Path('/proc/self/status').read_text().splitlines()\n"
         "    return int(next(line for line in lines if line.startswith('VmHWM')).split()[1]) // 1024\n"
@@ -303,7 +302,7 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_damaged_bytes_raise_no_sanitizer_alarm(tmp_path: Path) -> None:
-    source = Path(__file__).parents[2] / "imnet_prep" / "native"
+    source = Path(__file__).parents[3] / "imnet_prep" / "images" / "native"
     names = ["fuzz.cc", "decoder.cc", "resample.cc"]
     flags = ["-std=c++17", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if "own Huffman decoder" in load()[1]:

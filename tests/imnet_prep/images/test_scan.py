@@ -17,7 +17,7 @@ from imnet_prep.images.jpeg import read_markers
 from imnet_prep.images.native import scan
 from imnet_prep.images.native.scan import available, clean_end
 from imnet_prep.types import ImageRef, RawImage
-from tests.imnet_prep.test_validate import miscoded
+from tests.imnet_prep.images.test_check import miscoded
 from tests.synthetic import encode, jpeg, odd_images, picture
 
 pytestmark = pytest.mark.skipif(not available(), reason="imnet_scan.so is not built")

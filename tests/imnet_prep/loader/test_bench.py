@@ -19,7 +19,7 @@ from imnet_prep.loader.batches import StageTimes
 from imnet_prep.loader.bench import BenchOptions, bench, limit_sentence
 from tests.imnet_prep.pipeline_records import Entry, jpeg, write_folder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def _coloured(count: int, seed: int) -> list[Entry]:
