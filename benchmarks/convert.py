@@ -131,7 +131,7 @@ def timed(call: list[str], environment: dict[str, str] | None = None) -> float:
 def ours(folder: Path, work: Path, options: list[str]) -> float:
     """`imnet-prep to-mindrecord`, from process start to process end."""
     shutil.rmtree(work / "records", ignore_errors=True)
-    call = [sys.executable, "-c", "from cli.prep import main; main()", "to-mindrecord", str(folder)]
+    call = [sys.executable, "-m", "imnet_prep", "to-mindrecord", str(folder)]
     return timed([*call, "--out", str(work / "records"), *options])
 
 

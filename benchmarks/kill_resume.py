@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.convert import repeat
 
-COMMAND = [sys.executable, "-c", "from cli.prep import main; main()", "to-mindrecord"]
+COMMAND = [sys.executable, "-m", "imnet_prep", "to-mindrecord"]
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 

@@ -25,9 +25,10 @@ def resident_mb() -> float:
 
 def write(folder: Path, count: int) -> None:
     """Write ``count`` records of 16 different 8 x 8 pictures."""
-    from tests.imnet_prep.pipeline_records import jpeg, picture, write_folder
+    from tests.records import write_folder
+    from tests.synthetic import encode, picture
 
-    pictures = [jpeg(picture(seed, 8, 8), quality=50) for seed in range(16)]
+    pictures = [encode(picture(seed, 0, 8, 8), quality=50) for seed in range(16)]
     rows = [(f"n{i % 10:08d}/n{i % 10:08d}_{i}.JPEG", i % 10, pictures[i % 16]) for i in range(count)]
     write_folder(folder, {"train": rows}, shards=8, classes=10)
 

@@ -260,7 +260,7 @@ def memory(folder: Path, count: int) -> float:
     import psutil
 
     subprocess.run([sys.executable, "-m", "benchmarks.verify_records", str(folder), str(count)], check=True)
-    command = [sys.executable, "-c", "from cli.prep import main; main()", "verify", str(folder), "--level", "decode"]
+    command = [sys.executable, "-m", "imnet_prep", "verify", str(folder), "--level", "decode"]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0.0
     done = threading.Event()

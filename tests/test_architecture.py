@@ -41,7 +41,7 @@ def test_nothing_installed_imports_tests_or_benchmarks() -> None:
             assert not {name.split(".")[0] for name in imported(path)} & {"tests", "benchmarks"}, path
 
 
-@pytest.mark.parametrize("module", ["cli.prep", "cli.mobilenet"])
+@pytest.mark.parametrize("module", ["imnet_prep.cli.prep", "imnet_prep.cli.mobilenet"])
 def test_help_imports_nothing_heavy(module: str) -> None:
     script = (
         f"import sys, json\nfrom {module} import main\n"

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cli.prep import main
+from imnet_prep.cli.prep import main
 from imnet_prep.records.manifest import MANIFEST
-from tests.imnet_prep.records_folder import copy, keep_permissions, make_records, reseal
+from tests.records import copy, keep_permissions, make_records, reseal
 
 pytest.importorskip("flask")
 
@@ -176,7 +176,7 @@ def test_a_file_without_permission_is_named(records: Path) -> None:
     for name in FILES:
         path = next(records.glob(name))
         path.chmod(0)
-        command = [sys.executable, "-c", "from cli.prep import main; main()", "report", str(records), "--workers=1"]
+        command = [sys.executable, "-m", "imnet_prep", "report", str(records), "--workers=1"]
         done = subprocess.run(
             [*command, f"--out={records}.html"],
             preexec_fn=keep_permissions,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cli.download import download
+from imnet_prep.cli.download import download
 from tests.imnet_prep.download.servers import Exchange, Server, images, write_list
 
 KEYS = {"requested", "ok", "failed", "pending", "malformed", "repeated", "bytes", "seconds"}
@@ -124,7 +124,7 @@ def test_ctrl_c_finishes_what_is_in_hand_and_exits_130(tmp_path: Path) -> None:
 
     with Server(slow) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(300)])
-        code = "from cli.download import download; download()"
+        code = "from imnet_prep.cli.download import download; download()"
         command = [
             sys.executable,
             "-c",
@@ -152,7 +152,7 @@ def test_ctrl_c_finishes_what_is_in_hand_and_exits_130(tmp_path: Path) -> None:
 
 def test_help_is_quick_to_load() -> None:
     code = (
-        "import sys; import cli.download; print(sorted(set(sys.modules) & {'mindspore', 'requests', 'cv2', 'numpy'}))"
+        "import sys; import imnet_prep.cli.download; print(sorted(set(sys.modules) & {'mindspore', 'requests', 'cv2', 'numpy'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "mindspore" not in done.stdout

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from cli.mobilenet import main as mobilenet
-from cli.prep import main
-from tests.imnet_prep.records_folder import copy, flip, make_records
+from imnet_prep.cli.mobilenet import main as mobilenet
+from imnet_prep.cli.prep import main
+from tests.records import copy, flip, make_records
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_missing_folders_are_one_line_and_exit_1(tmp_path: Path) -> None:
 
 def test_quick_and_hash_need_neither_opencv_nor_mindspore(whole: Path) -> None:
     script = (
-        "import sys; from cli.prep import main\n"
+        "import sys; from imnet_prep.cli.prep import main\n"
         "main(['verify', sys.argv[1], '--level', 'hash'], standalone_mode=False)\n"
         "assert not {'cv2', 'mindspore', 'PIL'} & set(sys.modules)"
     )

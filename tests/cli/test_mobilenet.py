@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from cli.mobilenet import main
+from imnet_prep.cli.mobilenet import main
 from imnet_prep.build.convert import convert
 from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
@@ -75,7 +75,7 @@ def trained(records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_help_imports_no_mindspore(command: list[str]) -> None:
     code = (
         "import sys\n"
-        "from cli.mobilenet import main\n"
+        "from imnet_prep.cli.mobilenet import main\n"
         f"try: main({[*command, '--help']!r})\n"
         "except SystemExit as left: assert left.code == 0\n"
         "assert 'mindspore' not in sys.modules and 'cv2' not in sys.modules"

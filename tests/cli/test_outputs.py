@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cli.mobilenet import main as mobilenet
-from cli.prep import main as prep
-from tests.imnet_prep.records_folder import copy, keep_permissions, make_records
+from imnet_prep.cli.mobilenet import main as mobilenet
+from imnet_prep.cli.prep import main as prep
+from tests.records import copy, keep_permissions, make_records
 from tests.synthetic import make_image_folder
 
 # How every report has begun since the first version.
@@ -144,7 +144,7 @@ def test_a_report_replaces_files_alone(program: str, force: tuple[str, ...], rec
 
 def run(*arguments: str | Path, prepare: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own; one that hangs fails."""
-    command = [sys.executable, "-c", "from cli.prep import main; main()", *arguments]
+    command = [sys.executable, "-m", "imnet_prep", *arguments]
     environment = {**os.environ, "PYTHONUTF8": "1"}
     return subprocess.run(
         command, preexec_fn=prepare, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cli.prep import main, to_mindrecord
+from imnet_prep.cli.prep import main, to_mindrecord
 from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
-from tests.imnet_prep.conversions import names, prep, prep_json
+from tests.records import names, prep, prep_json
 from tests.synthetic import make_image_folder, make_imagenet
 
 CONVERT_KEYS = {"images", "rejected", "shards", "bytes", "seconds", "images_per_s", "manifest"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imnet_prep.records.manifest import load_manifest
-from tests.imnet_prep.conversions import digests, prep, prep_json
+from tests.records import digests, prep, prep_json
 
 pytestmark = pytest.mark.real_data
 

@@ -38,7 +38,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.imnet_prep.conversions import command
+from tests.records import command
 from tests.synthetic import WNIDS, make_image_folder
 
 REPOSITORY = Path(__file__).parents[2]
@@ -94,10 +94,10 @@ def preload() -> None:
     """Import what the commands import, so that a fork has it."""
     import imnet_prep
 
-    for module in pkgutil.walk_packages(imnet_prep.__path__, "imnet_prep."):
+    for module in pkgutil.walk_packages([str(Path(imnet_prep.__file__).parent)], "imnet_prep."):
         with suppress(ImportError):  # a library for ctypes is listed as if it were a module
             importlib.import_module(module.name)
-    for name in ("cli.prep", "jsonschema"):
+    for name in ("imnet_prep.cli.prep", "jsonschema"):
         importlib.import_module(name)
     importlib.import_module("cv2").setNumThreads(1)  # its threads would not survive the fork
 
@@ -118,7 +118,7 @@ def carry_out(request: dict[str, Any]) -> dict[str, Any]:
         rng = random.Random(request["seed"])  # random names would hide a call from strace -P
         uuid.uuid4 = lambda: uuid.UUID(int=rng.getrandbits(128), version=4)
         sys.argv = ["imnet-prep", *request["arguments"]]
-        importlib.import_module("cli.prep").main(request["arguments"], "imnet-prep")  # raises SystemExit
+        importlib.import_module("imnet_prep.cli.prep").main(request["arguments"], "imnet-prep")  # raises SystemExit
     os.close(gate)
     os.close(teller)
     os.read(ready, 1)

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cli.prep import main
-from tests.imnet_prep.conversions import digests
+from imnet_prep.cli.prep import main
+from tests.records import digests
 from tests.synthetic import tar_bytes
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

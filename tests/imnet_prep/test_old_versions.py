@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cli.prep import main
+from imnet_prep.cli.prep import main
 from imnet_prep import EvalOptions, TrainOptions, open_batches
-from tests.imnet_prep.conversions import digests
+from tests.records import digests
 from tests.synthetic import WNIDS
 
 OLD = Path(__file__).parents[1] / "fixtures" / "f361d40"

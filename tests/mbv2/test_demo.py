@@ -12,7 +12,7 @@ import pytest
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.types import ProgressCallback
 from mbv2 import demo
-from tests.imnet_prep.records_folder import read_records
+from tests.records import read_records
 
 
 @pytest.mark.slow

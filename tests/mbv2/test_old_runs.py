@@ -14,7 +14,7 @@ import pytest
 
 OLD = Path(__file__).parents[1] / "fixtures" / "f361d40"
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_bytes())
-COMMAND = (sys.executable, "-c", "from cli.mobilenet import main; main()")
+COMMAND = (sys.executable, "-m", "mbv2")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # each compiles a network
 
 

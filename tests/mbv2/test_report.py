@@ -16,7 +16,7 @@ from mbv2.judge import _Keeper, judge
 from mbv2.report import RunReportOptions, write_run_report
 from mbv2.runlog import EpochRow, RunLog, StepRow
 from tests.chromium import Chromium, needs_chromium
-from tests.imnet_prep.records_folder import make_records, quiet
+from tests.records import make_records, quiet
 from tests.synthetic import WNIDS
 
 

@@ -27,8 +27,7 @@ from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Progress
 from tests import synthetic
-from tests.imnet_prep.conversions import digests, names, quiet, run
-from tests.imnet_prep.records_folder import read_records
+from tests.records import digests, names, quiet, read_records, run
 from tests.synthetic import jpeg, make_image_folder, make_imagenet
 
 

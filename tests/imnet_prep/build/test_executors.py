@@ -20,7 +20,7 @@ from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
 from imnet_prep.errors import ImnetError, Interrupted, PlanError
 from imnet_prep.types import Progress
-from tests.imnet_prep.conversions import digests, names, quiet, run
+from tests.records import digests, names, quiet, run
 from tests.synthetic import make_image_folder
 
 

@@ -17,7 +17,7 @@ from imnet_prep.build.planner import make_plan
 from imnet_prep.errors import PlanError, SourceError
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.types import ImageRef, Reason, Rejected
-from tests.imnet_prep.conversions import quiet
+from tests.records import quiet
 
 
 def refs(classes: int = 4, per_class: int = 25, split: str = "train", folder: str = "/nowhere") -> list[ImageRef]:

@@ -19,8 +19,7 @@ from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.records.shards import ShardWriter
-from tests.imnet_prep.conversions import command, names
-from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal
+from tests.records import command, copy, flip, make_records, names, quiet, read_records, reseal
 from tests.synthetic import WNIDS, encode, picture
 
 

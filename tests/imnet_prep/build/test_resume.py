@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.imnet_prep.conversions import command, digests, names, prep, prep_json, run
+from tests.records import command, digests, names, prep, prep_json, run
 from tests.synthetic import make_image_folder, make_imagenet
 
 KILLS = 6  # benchmarks/kill_resume.py does 25

@@ -22,9 +22,8 @@ from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path
 from imnet_prep.records.publish import changing
 from imnet_prep.records.record_list import RECORDS
-from tests.imnet_prep.conversions import digests, prep, prep_json
 from tests.imnet_prep.obstacles import names_below, shared_folder, small_disk, unprivileged
-from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records
+from tests.records import copy, digests, make_records, prep, prep_json, quiet, read_records
 from tests.synthetic import WNIDS, encode, jpeg, make_image_folder, picture
 
 

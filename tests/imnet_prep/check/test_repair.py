@@ -16,10 +16,9 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path, read_header
 from imnet_prep.records.publish import DAMAGED_FOLDER
-from tests.imnet_prep.conversions import digests as all_digests
-from tests.imnet_prep.conversions import prep
 from tests.imnet_prep.obstacles import names_below, shared_folder, unprivileged
-from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records
+from tests.records import copy, flip, make_records, prep, quiet, read_records
+from tests.records import digests as all_digests
 from tests.synthetic import WNIDS, jpeg
 
 

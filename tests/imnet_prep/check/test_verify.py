@@ -28,7 +28,7 @@ from imnet_prep.records.mindrecord import Shard, read_header
 from imnet_prep.types import Progress
 from tests.imnet_prep.check.test_duplicates import scene
 from tests.imnet_prep.obstacles import shared_folder, unprivileged
-from tests.imnet_prep.records_folder import copy, flip, make_records, quiet, read_records, reseal, shard_files
+from tests.records import copy, flip, make_records, quiet, read_records, reseal, shard_files
 from tests.synthetic import encode
 
 
@@ -296,7 +296,7 @@ def test_a_file_that_the_manifest_does_not_list_is_named(records: Path) -> None:
         ("unexpected", "train/" + extra.name)
     ]
     os.rename(extra, os.fsencode(records) + b"/train/\xff.mindrecord")
-    call = [sys.executable, "-c", "from cli.prep import main; main()", "verify", str(records)]
+    call = [sys.executable, "-m", "imnet_prep", "verify", str(records)]
     done = subprocess.run(call, capture_output=True, check=False)
     assert done.returncode == 3
     assert done.stdout.startswith(b"train/\\udcff.mindrecord: unexpected: ")
@@ -508,7 +508,7 @@ def test_a_folder_that_may_not_be_read_is_a_named_error(public: Path) -> None:
 
 def test_the_command_ends_with_a_line_and_an_exit_code(records: Path) -> None:
     def command(*arguments: str) -> tuple[int, list[str]]:
-        call = [sys.executable, "-c", "from cli.prep import main; main()", "verify", str(records), *arguments]
+        call = [sys.executable, "-m", "imnet_prep", "verify", str(records), *arguments]
         done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout.splitlines() or done.stderr.splitlines()

@@ -26,7 +26,7 @@ from imnet_prep.loader.augment import (
     eval_geometry,
     train_geometry,
 )
-from tests.imnet_prep.pipeline_records import jpeg, picture
+from tests.synthetic import encode, picture
 
 pytestmark = pytest.mark.skipif(load()[0] is None, reason=load()[1])
 TOLERANCE = 1  # of 255, bilinear, no reduction in the DCT domain: the resize rounds in 14 bits, Pillow in 22
@@ -52,26 +52,26 @@ def _decode(
 
 def _variants() -> dict[str, bytes]:
     """One picture in every form that a JPEG takes."""
-    pixels = picture(5, 157, 121)
-    found = {f"subsampling_{name}": jpeg(pixels, subsampling=code) for code, name in enumerate(("444", "422", "420"))}
+    pixels = picture(5, 0, 157, 121)
+    found = {f"subsampling_{name}": encode(pixels, subsampling=code) for code, name in enumerate(("444", "422", "420"))}
     for name in ("411", "440"):
         code = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{name}")
         found[f"subsampling_{name}"] = cv2.imencode(
             ".jpg", pixels, [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, code, cv2.IMWRITE_JPEG_QUALITY, 95]
         )[1].tobytes()
-    found["progressive"] = jpeg(pixels, progressive=True)
-    found["optimised"] = jpeg(pixels, optimize=True)
-    found["quality_100"] = jpeg(pixels, quality=100)
-    found["quality_5"] = jpeg(pixels, quality=5)
-    found["grey"] = jpeg(pixels[..., 0])
-    found["restart_every_block"] = jpeg(pixels, restart_marker_blocks=1)
-    found["restart_every_7_blocks"] = jpeg(pixels, restart_marker_blocks=7)
-    found["restart_rows"] = jpeg(pixels, restart_marker_rows=1)
-    found["noise"] = jpeg(np.random.default_rng(0).integers(0, 256, (121, 157, 3), dtype=np.uint8), quality=100)
-    found["orientation_tag"] = jpeg(pixels, exif=_rotated_exif())
-    found["extra_bytes_at_the_end"] = jpeg(pixels) + b"\0" * 500
+    found["progressive"] = encode(pixels, progressive=True)
+    found["optimised"] = encode(pixels, optimize=True)
+    found["quality_100"] = encode(pixels, quality=100)
+    found["quality_5"] = encode(pixels, quality=5)
+    found["grey"] = encode(pixels[..., 0])
+    found["restart_every_block"] = encode(pixels, restart_marker_blocks=1)
+    found["restart_every_7_blocks"] = encode(pixels, restart_marker_blocks=7)
+    found["restart_rows"] = encode(pixels, restart_marker_rows=1)
+    found["noise"] = encode(np.random.default_rng(0).integers(0, 256, (121, 157, 3), dtype=np.uint8), quality=100)
+    found["orientation_tag"] = encode(pixels, exif=_rotated_exif())
+    found["extra_bytes_at_the_end"] = encode(pixels) + b"\0" * 500
     for wide, tall in ((1, 1), (1, 9), (9, 1), (8, 8), (17, 16), (15, 33), (1000, 3)):
-        found[f"size_{wide}x{tall}"] = jpeg(picture(1, wide, tall))
+        found[f"size_{wide}x{tall}"] = encode(picture(1, 0, wide, tall))
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     found["png"] = buffer.getvalue()
@@ -104,7 +104,7 @@ def test_pixels_are_those_of_the_portable_decoder(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_every_interpolation_is_close_to_pillows(interpolation: str) -> None:
-    images = [jpeg(picture(seed, 150 + seed, 100 + 3 * seed)) for seed in range(20)]
+    images = [encode(picture(seed, 0, 150 + seed, 100 + 3 * seed)) for seed in range(20)]
     geometry = _geometry(images)
     expected = _decode(PortableDecoder(), images, geometry, interpolation=interpolation)
     found = _decode(NativeDecoder(), images, geometry, interpolation=interpolation)
@@ -122,7 +122,9 @@ def test_any_output_size_is_written_whole_and_nothing_beyond(side: int) -> None:
 
 
 def test_flat_areas_keep_their_value() -> None:
-    images = [jpeg(np.full((90, 130, 3), value, dtype=np.uint8), quality=100, subsampling=0) for value in (0, 127, 255)]
+    images = [
+        encode(np.full((90, 130, 3), value, dtype=np.uint8), quality=100, subsampling=0) for value in (0, 127, 255)
+    ]
     found = _decode(NativeDecoder(), images, _geometry(images))
     assert [one.min() == one.max() for one in found] == [True] * 3
 
@@ -144,7 +146,7 @@ def test_the_order_of_images_and_the_thread_change_nothing() -> None:
 
 def test_large_images_are_halved_within_the_tolerance() -> None:
     images = [
-        jpeg(cv2.resize(picture(seed, 300, 225), (1200, 900), interpolation=cv2.INTER_CUBIC)) for seed in range(3)
+        encode(cv2.resize(picture(seed, 0, 300, 225), (1200, 900), interpolation=cv2.INTER_CUBIC)) for seed in range(3)
     ]
     geometry = _geometry(images, "eval")
     whole = _decode(NativeDecoder(reduce=False), images, geometry)
@@ -255,7 +257,7 @@ def test_an_image_of_another_size_than_listed_is_a_fault_of_its_row_alone(name: 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the memory taken from")
 @pytest.mark.parametrize("decoder", ["NativeDecoder", "PortableDecoder"])
 def test_a_header_that_lies_is_refused_before_memory_is_taken(decoder: str, tmp_path: Path) -> None:
-    data = bytearray(jpeg(picture(0, 64, 48), progressive=True))
+    data = bytearray(encode(picture(0, 0, 64, 48), progressive=True))
     place = data.index(b"\xff\xc2")
     data[place + 5 : place + 9] = (8000).to_bytes(2, "big") * 2  # 192 MB of coefficients, and as much of pixels
     (tmp_path / "lies.jpg").write_bytes(data)
@@ -292,7 +294,7 @@ def test_sizes_are_read_from_headers_of_any_format() -> None:
 
 
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
-    data = bytearray(jpeg(picture(0, 16, 16)))
+    data = bytearray(encode(picture(0, 0, 16, 16)))
     place = data.index(b"\xff\xc0")
     data[place + 5 : place + 9] = b"\xff\xff\xff\xff"
     with pytest.raises(ValueError, match="65535 x 65535"):

@@ -34,7 +34,7 @@ from imnet_prep.loader.colour import (
     solarize,
 )
 from imnet_prep.loader.random_numbers import Stream, uniforms
-from tests.imnet_prep.pipeline_records import picture
+from tests.synthetic import picture
 
 DRAWS = 100_000
 P_VALUE = 1e-3  # below it a distribution is called wrong; the seed is fixed, so the verdict does not change
@@ -97,7 +97,7 @@ def test_crops_equal_the_obvious_implementation(size: tuple[int, int]) -> None:
 def test_evaluation_is_a_resize_of_the_whole_image_then_a_centre_crop(
     size: tuple[int, int], options: EvalOptions
 ) -> None:
-    pixels = picture(1, *size)
+    pixels = picture(1, 0, *size)
     short, side = options.short_side, options.image_size
     wide, tall = (short * edge // min(size) for edge in size)
     left, top = round((wide - side) / 2.0), round((tall - side) / 2.0)
@@ -182,7 +182,7 @@ def test_with_both_on_each_is_used_for_some_batches() -> None:
 
 
 def test_colour_operations_have_their_fixed_points() -> None:
-    pixels = picture(3, 40, 30)
+    pixels = picture(3, 0, 40, 30)
     for same in (brightness(pixels, 1.0), contrast(pixels, 1.0), saturation(pixels, 1.0), posterize(pixels, 8)):
         assert np.array_equal(same, pixels)
     assert np.abs(hue(pixels, 0.0).astype(int) - pixels).max() <= 6  # 8-bit HSV and back
@@ -194,7 +194,7 @@ def test_colour_operations_have_their_fixed_points() -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_randaugment_operation_keeps_shape_and_type(name: str) -> None:
-    pixels = picture(3, 40, 30)
+    pixels = picture(3, 0, 40, 30)
     before = pixels.copy()
     for magnitude in (-1.0, 0.0, 1.0):
         result = OPERATIONS[name](pixels, magnitude)
@@ -215,7 +215,7 @@ def test_translation_moves_by_the_stated_share() -> None:
 
 def test_colours_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
     options = TrainOptions(4, color_jitter=(0.4, 0.4, 0.4, 0.1), randaugment_ops=2)
-    batch = np.stack([picture(seed, 24, 24) for seed in range(4)])
+    batch = np.stack([picture(seed, 0, 24, 24) for seed in range(4)])
     together, alone = batch.copy(), batch.copy()
     ids = _ids(4)
     augment_colours(options, together, [0, 1, 2, 3], 0, 0, ids)

@@ -28,7 +28,8 @@ from imnet_prep.loader.batches import Batches, EvalOptions, TrainOptions, open_b
 from imnet_prep.loader.render import CHUNK_ROWS
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Batch, record_id
-from tests.imnet_prep.pipeline_records import HEADER_BYTES, Entry, entries, picture, rewrite_list, write_folder
+from tests.records import Entry, entries, rewrite_list, write_folder
+from tests.synthetic import picture
 
 TRAIN, VAL = 150, 37
 OPTIONS = TrainOptions(8, image_size=32)
@@ -265,7 +266,7 @@ def test_only_headers_whose_size_is_not_listed_are_parsed(
 
 @pytest.mark.parametrize("native", NATIVES)
 def test_an_image_of_another_format_may_be_listed_upright(tmp_path: Path, native: str) -> None:
-    image = Image.fromarray(picture(0, 60, 40))
+    image = Image.fromarray(picture(0, 0, 60, 40))
     exif = image.getexif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -346,7 +347,7 @@ def test_a_shard_cut_while_open_is_an_error_that_names_the_row(copy: Path) -> No
     with open_batches(copy, "train", OPTIONS, 5) as batches:
         for path in (copy / "train").glob("*.mindrecord"):
             path.chmod(0o600)
-            os.truncate(path, HEADER_BYTES + 20_000)
+            os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(PipelineError, match=r"row \d+ \(n\d+/n\d+_\d+.JPEG\): .*cut off"):
             list(batches.epoch(0))
 

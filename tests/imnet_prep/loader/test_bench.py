@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cli.bench import bench as command
+from imnet_prep.cli.bench import bench as command
 from imnet_prep.errors import PipelineError
 from imnet_prep.loader.batches import StageTimes
 from imnet_prep.loader.bench import BenchOptions, bench, limit_sentence
-from tests.imnet_prep.pipeline_records import Entry, jpeg, write_folder
+from tests.records import Entry, write_folder
+from tests.synthetic import encode
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,7 +32,7 @@ def _coloured(count: int, seed: int) -> list[Entry]:
         noise = rng.integers(0, 90, (8, 8, 3))
         noise[..., label] += 140
         pixels = cv2.resize(noise.astype(np.uint8), (48, 40), interpolation=cv2.INTER_CUBIC)
-        found.append((f"n{label:08d}/n{label:08d}_{number}.JPEG", label, jpeg(pixels)))
+        found.append((f"n{label:08d}/n{label:08d}_{number}.JPEG", label, encode(pixels)))
     return found
 
 
@@ -113,7 +114,7 @@ def test_the_limit_is_named(times: StageTimes, cores_used: float, workers: int, 
 
 
 def test_the_command_line_imports_neither_mindspore_nor_opencv_for_help() -> None:
-    program = "import sys, cli.bench; sys.exit(any(name in sys.modules for name in ('mindspore', 'cv2')))"
+    program = "import sys, imnet_prep.cli.bench; sys.exit(any(name in sys.modules for name in ('mindspore', 'cv2')))"
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
 
 

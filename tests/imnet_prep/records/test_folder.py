@@ -15,7 +15,7 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.scan import CHUNK_ROWS, Row, map_rows
 from imnet_prep.types import Progress
-from tests.imnet_prep.records_folder import copy, make_records, quiet
+from tests.records import copy, make_records, quiet
 
 Seen = tuple[int, str, str, int, str, str]
 

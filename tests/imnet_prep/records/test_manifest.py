@@ -16,8 +16,7 @@ from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.record_list import RecordLine, write_lines
 from imnet_prep.show.info import describe
-from tests.imnet_prep.conversions import run
-from tests.imnet_prep.records_folder import read_records, reseal
+from tests.records import read_records, reseal, run
 from tests.synthetic import make_image_folder
 
 

@@ -21,14 +21,15 @@ from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.record_list import RECORDS
 from imnet_prep.records.table import RowReader, RowTable, load_rows
 from imnet_prep.types import record_id
-from tests.imnet_prep.pipeline_records import Entry, jpeg, picture, rewrite_list, write_folder
+from tests.records import Entry, rewrite_list, write_folder
+from tests.synthetic import encode, picture
 
 NAMES = ("n0/plain.JPEG", 'n1/with "quotes" and \\.JPEG', "n2/日本語 spaces.JPEG", "n0/b.JPEG", "n1/c.JPEG")
 
 
 @pytest.fixture
 def rows() -> list[Entry]:
-    return [(name, number % 3, jpeg(picture(number, 20, 20))) for number, name in enumerate(NAMES)]
+    return [(name, number % 3, encode(picture(number, 0, 20, 20))) for number, name in enumerate(NAMES)]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from imnet_prep.records.record_list import write_lines
 from imnet_prep.show.browse import create_app, host_is_ours, serve
 from imnet_prep.show.browse_data import Library
 from tests.chromium import Chromium, needs_chromium
-from tests.imnet_prep.records_folder import copy, flip, make_records, read_records
+from tests.records import copy, flip, make_records, read_records
 from tests.synthetic import WNIDS
 
 pytest.importorskip("flask")

@@ -23,7 +23,7 @@ from imnet_prep.show.gather import gather
 from imnet_prep.show.html import Bar, Html, bars, join, picture, tag
 from imnet_prep.show.report import ReportOptions, write_report
 from tests.chromium import Chromium, needs_chromium
-from tests.imnet_prep.records_folder import copy, make_records, quiet, read_records, reseal
+from tests.records import copy, make_records, quiet, read_records, reseal
 from tests.synthetic import encode, jpeg
 from tests.synthetic import picture as drawn
 

@@ -21,7 +21,7 @@ from imnet_prep.sources import Found, Source, detect, merge, read
 from imnet_prep.sources.labels import read_devkit
 from imnet_prep.sources.tar import Damage, Member, walk
 from imnet_prep.types import SPLITS, ImageRef, Progress, RawImage, Reason, Rejected
-from tests.imnet_prep.conversions import run
+from tests.records import run
 from tests.synthetic import (
     SyntheticImageNet,
     devkit_bytes,
