@@ -104,7 +104,7 @@ def measure(urls: list[str], photos: list[Path], server: str, args: argparse.Nam
 
 
 def children_s() -> float:
-    """Give the processor time, user and system, of all children that have ended."""
+    """Return the processor time, user and system, of all children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -201,12 +201,12 @@ def decode_all(paths: list[str]) -> None:
 
 
 def fresh(work: Path) -> Path:
-    """Give a new folder. None is removed before the end: ext4 looks long for inodes where many were just deleted."""
+    """Return a new folder. None is removed before the end: ext4 looks long for inodes where many were just deleted."""
     return Path(tempfile.mkdtemp(prefix="out-", dir=work)) / "out"
 
 
 def ours(urls: list[str], work: Path, extra: list[str]) -> float:
-    """Give images/s of the whole command as it reports it: list, workers' start, fetch, check, fsync, journal."""
+    """Return images/s of the whole command as it reports it: list, workers' start, fetch, check, fsync, journal."""
     out = fresh(work)
     text = "".join(f"n{n % 50 + 1:08d}_{n}\t{url}\n" for n, url in enumerate(urls))
     (work / "list.txt").write_text(text)
@@ -230,7 +230,7 @@ def ours(urls: list[str], work: Path, extra: list[str]) -> float:
 
 
 def img2dataset(urls: list[str], work: Path, venv: Path) -> float:
-    """Give images/s between the first shard's start and the last one's end, so without its start-up."""
+    """Return images/s between the first shard's start and the last one's end, so without its start-up."""
     out = fresh(work)
     (work / "peer.txt").write_text("\n".join(urls) + "\n")
     cores = cpu_count()

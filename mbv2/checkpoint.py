@@ -87,23 +87,23 @@ class Checkpoint:
     tensors: Tensors
 
     def weights(self) -> Tensors:
-        """Give the network's parameters to evaluate or start from: the averaged ones where there are any."""
+        """Return the network's parameters to evaluate or start from: the averaged ones where there are any."""
         plain = {name: value for name, value in self.tensors.items() if not name.startswith(STATE_PREFIXES)}
         averaged = {n.removeprefix(AVERAGE_PREFIX): v for n, v in self.tensors.items() if n.startswith(AVERAGE_PREFIX)}
         return {**plain, **averaged}
 
     def without_state(self) -> Checkpoint:
-        """Give the network's live parameters alone."""
+        """Return the network's live parameters alone."""
         plain = {name: value for name, value in self.tensors.items() if not name.startswith(STATE_PREFIXES)}
         return Checkpoint(self.path, self.meta, plain)
 
     def digest(self) -> str:
-        """Give the SHA-256 (hex) of the weights: the key of what is computed from them."""
+        """Return the SHA-256 (hex) of the weights: the key of what is computed from them."""
         return tensor_digest(self.weights())
 
 
 def tensor_digest(tensors: Mapping[str, NDArray[Any]]) -> str:
-    """Give the SHA-256 (hex) over names, types, shapes and bytes, in name order."""
+    """Return the SHA-256 (hex) over names, types, shapes and bytes, in name order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = np.ascontiguousarray(tensors[name])

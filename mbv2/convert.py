@@ -67,11 +67,11 @@ class ConvertResult:
     classes: int
 
     def to_json(self) -> dict[str, Any]:
-        """Give what ``mbv2 convert --json`` prints."""
+        """Return what ``mbv2 convert --json`` prints."""
         return {**asdict(self), "checkpoint": str(self.checkpoint), "dropped": len(self.dropped)}
 
     def rows(self) -> list[tuple[str, str]]:
-        """Give the same as lines for a person."""
+        """Return the same as lines for a person."""
         return [
             ("checkpoint", str(self.checkpoint)),
             ("tensors", f"{self.tensors}, every one found"),
@@ -156,7 +156,7 @@ def _stage(index: int) -> tuple[int, int]:
 
 
 def _place(index: str, part: str) -> int:
-    """Give a unit's place in its block; block 0 has no expansion."""
+    """Return a unit's place in its block; block 0 has no expansion."""
     return ("expand", "depthwise", "project").index(part) - (index == "0")
 
 
@@ -169,7 +169,7 @@ _TABLES: dict[str, Callable[[str], str]] = {
 
 
 def source_name(source: str, name: str) -> str:
-    """Give the name that one of our parameters has in another project.
+    """Return the name that one of our parameters has in another project.
 
     Raises:
         CheckpointError: Unknown source.

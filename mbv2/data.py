@@ -23,7 +23,7 @@ AnyBatch = Batch | FeatureBatch
 
 
 def batch_inputs(batch: AnyBatch) -> NDArray[Any]:
-    """Give what the network is fed: uint8 images, or float32 pooled features."""
+    """Return what the network is fed: uint8 images, or float32 pooled features."""
     return batch.features if isinstance(batch, FeatureBatch) else batch.image
 
 
@@ -120,7 +120,7 @@ def eval_options(batch_size: int, image_size: int, eval_crop: float) -> EvalOpti
 
 
 def split_images(manifest: Manifest, records: Path, split: str) -> int:
-    """Give the number of images of a split.
+    """Return the number of images of a split.
 
     Raises:
         RecordsError: There is no such split, or it is empty.

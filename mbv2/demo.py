@@ -43,7 +43,7 @@ class DemoResult:
     rows: list[tuple[str, str]]
 
     def to_json(self) -> dict[str, Any]:
-        """Give the demo's last line."""
+        """Return the demo's last line."""
         return {"top1": self.top1, "images": self.images, "records": self.records}
 
 

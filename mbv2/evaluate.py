@@ -60,7 +60,7 @@ class Scores:
         return self.correct5 / self.images
 
     def to_json(self) -> dict[str, Any]:
-        """Give what ``mbv2 eval --json`` prints."""
+        """Return what ``mbv2 eval --json`` prints."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -71,7 +71,7 @@ class Scores:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Give the same as lines for a person."""
+        """Return the same as lines for a person."""
         return [
             ("images", f"{self.images}"),
             ("top-1", f"{self.top1:.4f} ({self.correct1})"),

@@ -61,11 +61,11 @@ class ExportResult:
     correct1_after: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Give what ``mbv2 export --json`` prints."""
+        """Return what ``mbv2 export --json`` prints."""
         return {**asdict(self), "file": str(self.file)}
 
     def rows(self) -> list[tuple[str, str]]:
-        """Give the same as lines for a person."""
+        """Return the same as lines for a person."""
         rows = [
             ("file", f"{self.file} ({self.size_bytes / 1e6:.1f} MB)"),
             ("largest difference", f"{self.max_difference:.3g} in a logit, at batch sizes 1 and 7"),
@@ -151,7 +151,7 @@ def _score(
     stop: Callable[[], bool],
     progress: ProgressCallback | None,
 ) -> tuple[int, int]:
-    """Give images and correct guesses."""
+    """Return the numbers of images and of correct guesses."""
     manifest, meta = RecordsFolder.open(records).manifest, loaded.meta
     total = split_images(manifest, records, split)
     check_classes(meta, manifest, loaded.path)
@@ -343,7 +343,7 @@ def _quantise(path: Path, loaded: Checkpoint, records: Path, split: str) -> None
 
 
 def _spread_images(records: Path, split: str, loaded: Checkpoint, most: int) -> Iterator[NDArray[np.uint8]]:
-    """Give up to ``most`` images, one a batch, spread over the split."""
+    """Yield up to ``most`` images, one a batch, spread over the split."""
     meta = loaded.meta
     manifest = RecordsFolder.open(records).manifest
     total = split_images(manifest, records, split)
@@ -363,6 +363,6 @@ class _Calibration:
         self.images = images
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        """Give the next image by input name, or None at the end."""
+        """Return the next image by input name, or None at the end."""
         image = next(self.images, None)
         return None if image is None else {"image": image}

@@ -55,7 +55,7 @@ class FeatureSet:
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
-    """Give the name of a cache: 20 hex digits over everything its numbers follow from."""
+    """Return the name of a cache: 20 hex digits over everything its numbers follow from."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 

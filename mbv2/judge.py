@@ -95,7 +95,7 @@ class _Keeper:
             yield batch
 
     def found(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-        """Give labels, guesses and their probabilities."""
+        """Return labels, guesses and their probabilities."""
         sizes = [len(label) for label in self._labels]
         cut = [
             [part[:size] for part, size in zip(parts, sizes, strict=True)]

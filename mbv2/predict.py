@@ -42,14 +42,14 @@ class Prediction:
     guesses: tuple[Guess, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Give one entry of what ``mbv2 predict --json`` prints."""
+        """Return one entry of what ``mbv2 predict --json`` prints."""
         guesses = [
             {"label": g.label, "class": g.name, "words": g.words, "probability": g.probability} for g in self.guesses
         ]
         return {"file": str(self.file), "guesses": guesses}
 
     def row(self) -> tuple[str, str]:
-        """Give the same as a line for a person."""
+        """Return the same as a line for a person."""
         return str(self.file), ", ".join(f"{g.words or g.name} {g.probability:.1%}" for g in self.guesses)
 
 

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def pretrained_fields(checkpoint: Path | None) -> dict[str, Any]:
-    """Give the fields of a recipe that pretrained weights decide.
+    """Return the fields of a recipe that pretrained weights decide.
 
     Raises:
         CheckpointError: The checkpoint is not one of ours.
@@ -29,7 +29,7 @@ def pretrained_fields(checkpoint: Path | None) -> dict[str, Any]:
 
 
 def network_config(recipe: Recipe, classes: int, start: Checkpoint | None) -> ModelConfig:
-    """Give the network's configuration: the recipe's, but what belongs to pretrained weights comes with them.
+    """Return the network's configuration: the recipe's, but what belongs to pretrained weights comes with them.
 
     Raises:
         TrainError: The recipe's width is not the weights'.

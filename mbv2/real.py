@@ -39,7 +39,7 @@ class RealScores:
     left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Give what ``mbv2 eval --json`` adds; the share is null where no image has a label."""
+        """Return what ``mbv2 eval --json`` adds; the share is null where no image has a label."""
         share = self.correct1 / self.images if self.images else None
         return {
             "real_top1": share,
@@ -49,7 +49,7 @@ class RealScores:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Give the same as lines for a person."""
+        """Return the same as lines for a person."""
         share = f"{self.correct1 / self.images:.4f}" if self.images else "none"
         return [
             ("real labels", f"{share} ({self.correct1} of {self.images}; {self.left_out} without a label left out)")

@@ -231,7 +231,7 @@ def recipe_from_fields(fields: Mapping[str, Any], *, where: str) -> Recipe:
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any], *, where: str = "--set") -> Recipe:
-    """Give a copy of a recipe with some fields changed; values may be text as typed on a command line."""
+    """Return a copy of a recipe with some fields changed; values may be text as typed on a command line."""
     hints = typing.get_type_hints(Recipe)
     clean: dict[str, Any] = {}
     for key, value in changes.items():

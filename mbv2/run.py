@@ -81,7 +81,7 @@ class RunResult:
     already_done: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Give what ``mbv2 train --json`` prints."""
+        """Return what ``mbv2 train --json`` prints."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -92,7 +92,7 @@ class RunResult:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Give the same as lines for a person."""
+        """Return the same as lines for a person."""
         scored = self.top1 is not None and self.top5 is not None
         return [
             ("top-1", f"{self.top1:.4f}" if scored else "not scored: the records have no val split"),
@@ -142,7 +142,7 @@ class Pace:
 
 
 def stored_recipe(out: Path) -> Recipe | None:
-    """Give the recipe of the run that a folder holds, or None where it holds none.
+    """Return the recipe of the run that a folder holds, or None where it holds none.
 
     Raises:
         TrainError: ``config.json`` is damaged.

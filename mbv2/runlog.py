@@ -152,7 +152,7 @@ def read_metrics(folder: Path) -> list[EpochRow]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Give the whole lines of a file: what follows the last newline was cut short."""
+    """Return the whole lines of a file: what follows the last newline was cut short."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")

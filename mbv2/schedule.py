@@ -17,7 +17,7 @@ def peak_lr(recipe: Recipe, global_batch: int) -> float:
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> float:
-    """Give the rate of a step.
+    """Return the rate of a step.
 
     Args:
         recipe: Its ``schedule`` and what belongs to it.

@@ -241,7 +241,7 @@ class TrainStep(nn.Cell):
             teacher.set_train(False)
 
     def loss(self, inputs: Any, mask: Any, label: Any, mix_label: Any, mix_weight: Any, taught: Any) -> Any:
-        """Give the mean cross-entropy against smoothed, possibly mixed, labels, and against a teacher's guesses."""
+        """Return the mean cross-entropy against smoothed, possibly mixed, labels, and against a teacher's guesses."""
         pooled = inputs if self.head_only else self.net.features(inputs)
         logits = self.net.classify(pooled * mask)
         log_p = ops.log_softmax(logits, 1)
@@ -321,7 +321,7 @@ class TrainStep(nn.Cell):
         return flat[-2], flat[-1], averaged
 
     def state(self) -> dict[str, ms.Parameter]:
-        """Give by name what a resumed run must have besides the network's own parameters."""
+        """Return by name what a resumed run must have besides the network's own parameters."""
         averages = list(self.average) if self.averages else []
         sums = list(self.accumulated) if self.accumulate_steps > 1 else []
         return {parameter.name: parameter for parameter in [*self.optimizer.slots(), *sums, *averages]}
@@ -347,7 +347,7 @@ class PooledFeatures(nn.Cell):
         self.net = net
 
     def construct(self, image: Any) -> Any:
-        """Give float32 (N, C) of uint8 (N, H, W, 3)."""
+        """Return float32 (N, C) of uint8 (N, H, W, 3)."""
         return self.net.features(image)
 
 
@@ -359,7 +359,7 @@ class Head(nn.Cell):
         self.net = net
 
     def construct(self, pooled: Any) -> Any:
-        """Give float32 (N, classes) of float32 (N, C)."""
+        """Return float32 (N, classes) of float32 (N, C)."""
         return self.net.classify(pooled)
 
 

@@ -98,7 +98,7 @@ def train(
 
 
 def _identity(options: RunOptions, data: RunData, origin: str = "") -> dict[str, Any]:
-    """Give what must be the same for a run to be the same.
+    """Return what must be the same for a run to be the same.
 
     Args:
         options: Of the run.
@@ -359,7 +359,7 @@ class _Run:
         return learning_rate(recipe, step, self.steps_per_epoch, global_batch)
 
     def _step(self, batch: AnyBatch, lr: float) -> tuple[Any, Any]:
-        """Give the step's result and, where it ends in the update of several steps, the norm of their gradient."""
+        """Return the step's result and, where it ends in the update of several steps, the norm of their gradient."""
         import mindspore as ms
 
         from mbv2.step import dropout_mask, step_controls

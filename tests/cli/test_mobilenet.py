@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from imnet_prep.cli.mobilenet import main
 from PIL import Image
 
-from imnet_prep.cli.mobilenet import main
 from imnet_prep.build.convert import convert
 from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
@@ -256,7 +256,7 @@ def test_bench_prints_its_figures() -> None:
 
 
 def options() -> list[tuple[str, str, str]]:
-    """Give (command, flag, name of the argument that carries it) of every option."""
+    """Return (command, flag, name of the argument that carries it) of every option."""
     return [
         (name, max(option.opts, key=len), str(option.name))
         for name, command in main.commands.items()

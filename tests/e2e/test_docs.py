@@ -34,7 +34,7 @@ ADDED = {
 
 
 def commands(page: Path) -> list[str]:
-    """Give the command lines of a page's fenced blocks, continued lines joined, comments left out."""
+    """Return the command lines of a page's fenced blocks, continued lines joined, comments left out."""
     lines: list[str] = []
     for _, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():

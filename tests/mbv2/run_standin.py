@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from imnet_prep.cli.render import guard, stop_requested
+
 from imnet_prep.types import Progress
 from mbv2.recipe import Recipe
 from mbv2.train import RunOptions, train
@@ -32,7 +33,7 @@ SAVE_EVERY = 17
 
 
 def options(out: Path, *, resume: bool = False) -> RunOptions:
-    """Give the same run for every process that takes part: 8 epochs of 5 steps."""
+    """Return the same run for every process that takes part: 8 epochs of 5 steps."""
     return RunOptions(out.parent, out, RECIPE, seed=3, save_every=SAVE_EVERY, log_every=1, resume=resume)
 
 

@@ -72,7 +72,7 @@ class Twins:
         self.names = [parameter.name for parameter in self.standard.trainable_params()]
 
     def align(self) -> None:
-        """Give the C++ operators the weights and statistics of the standard ones."""
+        """Copy the weights and statistics of the standard operators to the C++ ones."""
         load_values(self.native, parameter_values(self.standard))
 
     def run(self, number: int, image: NDArray[np.uint8], label: NDArray[np.int32]) -> tuple[float, dict[str, Floats]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from imnet_prep.cli.render import guard, stop_requested
+
 from imnet_prep.build.convert import convert
 from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
@@ -54,7 +54,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(records: Path, out: Path, pretrained: Path, batch: int, *, resume: bool = False) -> RunOptions:
-    """Give the run, for one process or as one of two."""
+    """Return the run, for one process or as one of two."""
     recipe = replace(RECIPE, batch_size=batch)
     return RunOptions(records, out, recipe, save_every=3, log_every=1, resume=resume, pretrained=pretrained)
 

@@ -42,7 +42,7 @@ def softmax(logits: Array) -> Array:
 def reference_loss(
     recipe: Recipe, weights: list[Array], inputs: tuple[Any, ...], teacher: list[Array] | None = None
 ) -> tuple[float, list[Array]]:
-    """Give the loss and its gradients."""
+    """Return the loss and its gradients."""
     pooled, mask, label, mix_label, mix_weight = inputs
     x = pooled.astype(np.float64) * mask
     logits = x @ weights[0] + weights[1]

@@ -42,7 +42,7 @@ def _download(lists: Path, out: Path, **options: object) -> DownloadResult:
 
 
 def _tree(out: Path) -> dict[str, str]:
-    """Give the images under their final names, with their digests."""
+    """Return the images under their final names, with their digests."""
     return {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("n*/*"))
     }
