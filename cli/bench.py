@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from cli.render import emit_json, guard, progress_bar, table
 from imnet_prep.loader.bench import BenchOptions
 from imnet_prep.loader.bench import bench as run_bench
+
+from .render import emit_json, guard, progress_bar, table
 
 _DEFAULTS = {field.name: field.default for field in fields(BenchOptions)}
 

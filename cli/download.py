@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from cli.render import emit_json, guard, progress_bar, stop_requested, table
 from imnet_prep.download.options import ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
 from imnet_prep.errors import DownloadError
+
+from .render import emit_json, guard, progress_bar, stop_requested, table
 
 _FETCH, _POLITE, _CONTENT = FetchOptions(), PoliteOptions(), ContentOptions()
 

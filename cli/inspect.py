@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from cli.render import guard, progress_bar, show, stop_requested
 from imnet_prep.errors import IntegrityError
+
+from .render import guard, progress_bar, show, stop_requested
 
 FOLDER = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from cli.inspect import run_report
-from cli.render import emit_json, guard, progress_bar, show, stop_requested, table
 from imnet_prep.types import Progress
 from mbv2.bench import BenchOptions
+
+from .inspect import run_report
+from .render import emit_json, guard, progress_bar, show, stop_requested, table
 
 RECORDS = click.option("--records", required=True, type=click.Path(path_type=Path), help="Folder with a manifest.json.")
 DEVICE = click.option("--device-target", default="CPU", show_default=True, help="CPU, GPU or Ascend.")

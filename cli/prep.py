@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from cli.bench import bench
-from cli.download import download
-from cli.inspect import adopt, browse, repair_index, report, reshard
-from cli.render import emit_json, guard, progress_bar, show, stop_requested, table
 from imnet_prep.errors import IntegrityError
+
+from .bench import bench
+from .download import download
+from .inspect import adopt, browse, repair_index, report, reshard
+from .render import emit_json, guard, progress_bar, show, stop_requested, table
 
 FOLDER = click.Path(path_type=Path)
 

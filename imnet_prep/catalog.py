@@ -1,7 +1,4 @@
-"""What is known of ImageNet: the only reader of ``manifests/``.
-
-The folder lies beside the package, in a checkout as in a wheel.
-"""
+"""What is known of ImageNet: the only reader of ``manifests/``."""
 
 from __future__ import annotations
 
@@ -9,12 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from operator import itemgetter
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
-
-FOLDER = Path(__file__).parent.parent / "manifests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +53,12 @@ class Counts:
     val_per_class: int
 
 
+def _read(name: str) -> str:
+    return (resources.files("imnet_prep.manifests") / name).read_text(encoding="utf-8")
+
+
 def _load(name: str) -> Any:
-    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    return json.loads(_read(name))
 
 
 @cache
@@ -89,7 +88,7 @@ def counts() -> Counts:
 @cache
 def synsets() -> tuple[Synset, ...]:
     """Return the 1,000 classes in label order: sorted by wnid, label 0 is n01440764 (tench)."""
-    lines = (FOLDER / "ilsvrc2012_synsets.tsv").read_text(encoding="utf-8").splitlines()
+    lines = _read("ilsvrc2012_synsets.tsv").splitlines()
     return tuple(Synset(*line.split("\t", 1)) for line in lines if line)
 
 

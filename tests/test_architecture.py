@@ -6,7 +6,6 @@ import ast
 import json
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,35 +57,6 @@ def test_help_imports_nothing_heavy(module: str) -> None:
 def test_mindspore_is_not_needed_before_the_pipeline(module: str) -> None:
     script = f"import sys, {module}\nassert 'mindspore' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
-
-
-def test_facts_are_found_beside_the_package() -> None:
-    from imnet_prep import catalog
-
-    assert catalog.FOLDER == ROOT / "manifests"
-    assert len(catalog.synsets()) == 1000
-
-
-@pytest.mark.slow
-def test_wheel_carries_the_facts(tmp_path: Path) -> None:
-    """The wheel is built without its C++ parts, and its catalogue read from the unpacked wheel."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-Cwheel.cmake=false",
-         "-w", str(tmp_path), str(ROOT)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if "scikit_build_core" in done.stderr and "No module" in done.stderr:
-        pytest.skip("the build backend is not installed here")
-    assert done.returncode == 0, done.stderr
-    wheel = next(tmp_path.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    script = "from imnet_prep import catalog; print(catalog.FOLDER); assert len(catalog.synsets()) == 1000"
-    told = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {script}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert told.stdout.strip() == str(tmp_path / "site" / "manifests")
 
 
 # --- the records folder has one owner --------------------------------------------------------------------------------

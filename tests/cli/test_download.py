@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-
 from imnet_prep.cli.download import download
+
 from tests.imnet_prep.download.servers import Exchange, Server, images, write_list
 
 KEYS = {"requested", "ok", "failed", "pending", "malformed", "repeated", "bytes", "seconds"}
@@ -151,9 +151,7 @@ def test_ctrl_c_finishes_what_is_in_hand_and_exits_130(tmp_path: Path) -> None:
 
 
 def test_help_is_quick_to_load() -> None:
-    code = (
-        "import sys; import imnet_prep.cli.download; print(sorted(set(sys.modules) & {'mindspore', 'requests', 'cv2', 'numpy'}))"
-    )
+    code = "import sys; import imnet_prep.cli.download; print(sorted(set(sys.modules) & {'mindspore', 'requests', 'cv2', 'numpy'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "mindspore" not in done.stdout
     assert "requests" not in done.stdout

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-
 from imnet_prep.cli.prep import main, to_mindrecord
+
 from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
 from tests.records import names, prep, prep_json

@@ -10,6 +10,8 @@ import pytest
 
 from imnet_prep import catalog
 
+FOLDER = Path(__file__).parents[2] / "manifests"
+
 
 def test_the_thousand_classes_are_in_label_order() -> None:
     wnids = [synset.wnid for synset in catalog.synsets()]
@@ -26,9 +28,8 @@ def test_words_are_given_by_wnid_and_empty_for_a_stranger() -> None:
 
 @pytest.mark.real_data
 def test_the_synsets_are_the_shared_ones(shared_data: Path) -> None:
-    assert (catalog.FOLDER / "ilsvrc2012_synsets.tsv").read_bytes() == (
-        shared_data / "ilsvrc2012_synsets.tsv"
-    ).read_bytes()
+    name = "ilsvrc2012_synsets.tsv"
+    assert (FOLDER / name).read_bytes() == (shared_data / name).read_bytes()
 
 
 def test_every_archive_has_digests_of_the_right_form() -> None:
@@ -53,7 +54,7 @@ def test_counts_are_ilsvrc2012s() -> None:
 
 
 def test_the_24_odd_files_are_listed() -> None:
-    entry = json.loads((catalog.FOLDER / "known_odd_files.json").read_text(encoding="utf-8"))
+    entry = json.loads((FOLDER / "known_odd_files.json").read_text(encoding="utf-8"))
     kinds = {name: kind for kind in ("png", "cmyk") for name in entry[kind]}
     assert len(kinds) == 24
     assert [name for name, kind in kinds.items() if kind == "png"] == ["n02105855_2933.JPEG"]
@@ -62,8 +63,8 @@ def test_the_24_odd_files_are_listed() -> None:
 
 
 def test_every_manifest_file_is_readable_json_or_tsv() -> None:
-    for path in catalog.FOLDER.glob("*.json"):
+    for path in FOLDER.glob("*.json"):
         json.loads(path.read_text(encoding="utf-8"))
     assert {"archives.json", "counts.json", "known_odd_files.json", "ilsvrc2012_synsets.tsv"} <= {
-        path.name for path in catalog.FOLDER.iterdir()
+        path.name for path in FOLDER.iterdir()
     }

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
 from imnet_prep.cli.bench import bench as command
+
 from imnet_prep.errors import PipelineError
 from imnet_prep.loader.batches import StageTimes
 from imnet_prep.loader.bench import BenchOptions, bench, limit_sentence
