@@ -223,7 +223,8 @@ def copies(photos: list[Path]) -> dict[str, Any]:
     import numpy as np
     from PIL import Image, ImageOps
 
-    from imnet_prep.check.duplicates import near_duplicates, print_of
+    from imnet_prep.check.duplicates import near_duplicates
+    from imnet_prep.images.perceptual_hash import hash_image
 
     def encode(image: Image.Image, quality: int) -> bytes:
         out = io.BytesIO()
@@ -244,7 +245,7 @@ def copies(photos: list[Path]) -> dict[str, Any]:
             ("all", encode(ImageOps.mirror(small), 60)),
         ):
             images.append((number, name, data))
-    signatures = np.stack([print_of(data).bits for _, _, data in images])
+    signatures = np.stack([hash_image(data).bits for _, _, data in images])
     pairs = near_duplicates(signatures, lambda place: images[place][2])
     false = sum(images[pair.first][0] != images[pair.second][0] for pair in pairs)
     right = {images[pair.second][:2] for pair in pairs if images[pair.first][0] == images[pair.second][0]}

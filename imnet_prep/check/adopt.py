@@ -20,12 +20,12 @@ import numpy as np
 
 from imnet_prep.build.commit import Digests, describe, describe_split
 from imnet_prep.check.adopt_classes import NameFound, Naming, choose_naming, name_found
-from imnet_prep.check.duplicates import SIDE
 from imnet_prep.check.rows import BASE, END, names_agree
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest, write_atomically
 from imnet_prep.images.check import examine
 from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.images.perceptual_hash import SIDE
 from imnet_prep.records.discover import find_records
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.index import write_index_of

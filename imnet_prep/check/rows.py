@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, NamedTuple, TypeGuard
 
-from imnet_prep.check.duplicates import SIDE, signature
 from imnet_prep.errors import RecordsError
 from imnet_prep.images.check import examine
 from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.images.perceptual_hash import SIDE, signature
 from imnet_prep.records.problems import Problem
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row

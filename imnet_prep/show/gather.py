@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.check.duplicates import Pair, signature
+from imnet_prep.check.duplicates import Pair
 from imnet_prep.check.near_duplicates import exact_pairs, picture_pairs
 from imnet_prep.images.imaging import captured_stderr
+from imnet_prep.images.perceptual_hash import signature
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row, map_rows
@@ -43,7 +44,7 @@ class Look(NamedTuple):
     Attributes:
         size_bytes: Stored bytes. undecodable: It was decoded in vain.
         colours: Mean and deviation of its channels, float64 (2, 3), RGB, 0 to 1; None where not asked for.
-        bits: uint64 (2,), its :func:`~imnet_prep.check.duplicates.signature`; None where not asked for.
+        bits: uint64 (2,), its :func:`~imnet_prep.images.perceptual_hash.signature`; None where not asked for.
     """
 
     size_bytes: int
