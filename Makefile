@@ -2,11 +2,13 @@
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
+# A file's tests share fixtures, so they stay in one process; the slowest files begin (tests/conftest.py).
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Sources whose change means a new native build.
 NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.cc mbv2/kernels/*.h mbv2/kernels/*/*.cc mbv2/kernels/*/*.h \
           imnet_prep/images/native/CMakeLists.txt imnet_prep/images/native/*.cc imnet_prep/images/native/*.h)
 
-.PHONY: demo test test-long check bench sanitize venv clean
+.PHONY: demo test test-fast test-long check bench sanitize venv clean
 
 venv: $(VENV)/.installed
 
@@ -19,7 +21,11 @@ demo: venv
 	$(BIN)/imnet-prep demo
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# Leaves out what takes more than a few seconds: under two minutes.
+test-fast: venv
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not long'
 
 # Interrupts each command at every place where it changes a file: about half an hour.
 test-long: venv

@@ -1,7 +1,7 @@
 """Every command line of README and docs runs, on small inputs of the names they use.
 
-README comes first; each other page goes on from what that left, in a copy of its own. Two things are added on the way:
-``--allow-private`` for the test's own server, and one small epoch for training. What is no command of ours (``pip``,
+README comes first; each other page starts from a copy of what that left. Some options are added: ``--allow-private`` for
+the test's own server, one small epoch for training, one second for a benchmark. What is no command of ours (``pip``,
 ``make``, ``msrun``) is tested elsewhere.
 """
 
@@ -29,6 +29,7 @@ OURS = ("imnet-prep ", "mbv2 ")
 SERVING = ("imnet-prep browse",)  # does not end by itself; tests/imnet_prep/show/test_browse.py runs it
 ADDED = {
     "imnet-prep download": ["--allow-private"],
+    "imnet-prep bench": ["--seconds", "1"],
     "mbv2 train": ["--epochs", "1", "--image-size", "32", "--batch-size", "16"],
 }
 
@@ -92,11 +93,13 @@ def run(command: str, folder: Path) -> None:
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(world: Path) -> None:
     assert (world / "run" / "best.ckpt").is_file()
     assert (world / "web-records" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if commands(page)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(world: Path, tmp_path: Path, page: Path) -> None:
     known = set(commands(ROOT / "README.md"))

@@ -32,16 +32,11 @@ def timm(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photographs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records of 250 photographs under ImageNet's labels."""
-    return records(shared_data, tmp_path_factory.mktemp("photographs"), 250)
+    return few_photographs(shared_data, tmp_path_factory.mktemp("photographs"), 250)
 
 
-@pytest.fixture(scope="session")
-def fifty_photographs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of 50 of them."""
-    return records(shared_data, tmp_path_factory.mktemp("fifty"), 50)
-
-
-def records(shared_data: Path, folder: Path, count: int) -> Path:
+def few_photographs(shared_data: Path, folder: Path, count: int) -> Path:
+    """Convert the first ``count`` of them, under ImageNet's labels."""
     with tarfile.open(shared_data / "imagenet-samples-250.tar") as archive:
         files = [member for member in archive if member.isfile()]
         archive.extractall(folder / "images", files[:count], filter="data")

@@ -12,6 +12,7 @@ from imnet_prep.errors import RecordsError, TrainError
 from mbv2.checkpoint import Meta, parameter_tensors, save_checkpoint
 from mbv2.export import export_checkpoint
 from mbv2.model import MobileNetV2, ModelConfig
+from tests.mbv2.conftest import few_photographs
 
 SIZE = 32
 
@@ -45,6 +46,7 @@ def test_the_file_gives_the_checkpoint_s_logits_at_batch_1_and_7(checkpoint: Pat
     assert [path.name for path in tmp_path.iterdir()] == [f"net.{kind}"]
 
 
+@pytest.mark.slow
 def test_onnx_carries_class_names_any_batch_and_no_softmax(checkpoint: Path, tmp_path: Path) -> None:
     import onnx
 
@@ -72,17 +74,21 @@ def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.real_data
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["mindir", "onnx"])
 def test_exported_published_weights_agree_on_photographs(
-    kind: str, fifty_photographs: Path, timm: Path, tmp_path: Path
+    kind: str, count: int, shared_data: Path, timm: Path, tmp_path: Path
 ) -> None:
-    result = export_checkpoint(timm, kind, tmp_path / f"net.{kind}", calibrate=fifty_photographs)
+    photographs = few_photographs(shared_data, tmp_path, count)
+    result = export_checkpoint(timm, kind, tmp_path / f"net.{kind}", calibrate=photographs)
     assert result.max_difference < 1e-4  # at batch sizes 1 and 7
-    assert (result.images, result.correct1_after) == (50, result.correct1_before)
+    assert (result.images, result.correct1_after) == (count, result.correct1_before)
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_eight_bits_lose_at_most_3_of_250_photographs(photographs: Path, timm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "lost"), [(25, 1), pytest.param(250, 3, marks=pytest.mark.long)])
+def test_eight_bits_lose_few_photographs(count: int, lost: int, shared_data: Path, timm: Path, tmp_path: Path) -> None:
+    photographs = few_photographs(shared_data, tmp_path, count)
     result = export_checkpoint(timm, "onnx-int8", tmp_path / "net.onnx", calibrate=photographs)
-    assert result.correct1_after >= result.correct1_before - 3
+    assert result.correct1_after >= result.correct1_before - lost

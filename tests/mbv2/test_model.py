@@ -180,6 +180,7 @@ def test_gradients_agree_directly_where_no_value_is_near_a_bound_of_relu6(twins:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_inference_agrees_with_folded_batchnorm(twins: Twins) -> None:
     twins.align()
     twins.standard.set_train(False)
@@ -190,6 +191,7 @@ def test_inference_agrees_with_folded_batchnorm(twins: Twins) -> None:
         np.testing.assert_allclose(twins.native(image).asnumpy(), expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("native", marks=needs_kernels), "standard"])
 def test_frozen_batchnorm_keeps_its_statistics_while_its_weights_train(kind: str) -> None:
     net = MobileNetV2(CONFIG, kernels=kind)

@@ -136,6 +136,7 @@ def test_steps_equal_the_definition(recipe: Recipe) -> None:
         np.testing.assert_allclose(average.weight.asnumpy(), averages[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_steps_equal_one_with_the_whole_batch() -> None:
     """Two and a half updates of two steps: the last step alone changes nothing."""
     split = Recipe(optimizer="adamw", accumulate_steps=2, clip_norm=0.3, ema_decay=0.9, weight_decay=0.1)
