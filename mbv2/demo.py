@@ -19,8 +19,8 @@ from imnet_prep.download import DownloadOptions, FetchOptions, PoliteOptions, do
 from imnet_prep.errors import IntegrityError
 from imnet_prep.records.manifest import MANIFEST
 from imnet_prep.records.publish import refuse_inside_records
-from imnet_prep.show.charts import CLASSES, draw_set
 from imnet_prep.types import Progress, ProgressCallback
+from mbv2.drawings import CLASSES, draw_set
 from mbv2.evaluate import evaluate_checkpoint
 from mbv2.recipe import resolve_recipe
 from mbv2.train import RunOptions, train
