@@ -49,7 +49,7 @@ MODES = ("train", "eval")
 
 def ours(root: Path, mode: str, threads: int, native: str = "on") -> Iterator[int]:
     """`open_batches`, as the trainer uses it."""
-    from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches
+    from imnet_prep import EvalOptions, TrainOptions, open_batches
 
     options = (TrainOptions if mode == "train" else EvalOptions)(batch_size=BATCH, image_size=SIZE)
     with open_batches(root / "records", "train", options, seed=0, workers=threads, native=native) as batches:
@@ -71,7 +71,8 @@ def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[i
     import numpy as np
 
     from imnet_prep.images.native import NativeDecoder
-    from imnet_prep.loader.augment import EvalOptions, TrainOptions, crop_draws, eval_geometry, train_geometry
+    from imnet_prep.loader.augment import eval_geometry, train_geometry
+    from imnet_prep.loader.options import EvalOptions, TrainOptions
 
     images = [path.read_bytes() for path in sorted((root / "files").rglob("*.JPEG"))]
     decoder = NativeDecoder(fast=fast)
@@ -83,7 +84,7 @@ def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[i
     def work(number: int, epoch: int) -> int:
         rows = np.asarray(parts[number % len(parts)])
         if mode == "train":
-            geometry = train_geometry(TrainOptions(BATCH, SIZE), sizes[rows], crop_draws(0, epoch, ids[rows]))
+            geometry = train_geometry(TrainOptions(BATCH, SIZE), sizes[rows], 0, epoch, ids[rows])
         else:
             geometry = eval_geometry(EvalOptions(BATCH, SIZE), sizes[rows])
         chosen = [images[row] for row in rows]

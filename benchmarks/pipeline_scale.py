@@ -35,7 +35,7 @@ def write(folder: Path, count: int) -> None:
 
 def measure(folder: Path) -> dict[str, object]:
     """Open, take an epoch, note times and memory."""
-    from imnet_prep.loader.batches import TrainOptions, open_batches
+    from imnet_prep import TrainOptions, open_batches
 
     before, began = resident_mb(), time.perf_counter()
     with open_batches(folder, "train", TrainOptions(256, image_size=8), 0) as batches:

@@ -13,7 +13,7 @@ from pathlib import Path
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches, to_dataset
+from imnet_prep import EvalOptions, TrainOptions, open_batches, to_dataset
 
 
 class SmallNet(nn.Cell):

@@ -1,19 +1,21 @@
-"""ImageNet as people have it, to verified MindRecord shards, to batches."""
+"""Turn any copy of ImageNet into verified MindRecord shards, and read them as batches."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches, to_dataset
+    from imnet_prep.loader.adapters import to_dataset
+    from imnet_prep.loader.batches import open_batches
+    from imnet_prep.loader.options import EvalOptions, TrainOptions
 
 __all__ = ["EvalOptions", "TrainOptions", "open_batches", "to_dataset"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the pipeline when it is asked for: commands that need no batch do not pay for it."""
-    if name in __all__:
-        from imnet_prep.loader import batches as pipeline
-
-        return getattr(pipeline, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import the loader when one of its names is first used: most commands do not need it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = {"open_batches": "batches", "to_dataset": "adapters"}.get(name, "options")
+    return getattr(import_module(f"imnet_prep.loader.{module}"), name)

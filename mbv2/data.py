@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches
+from imnet_prep.loader.batches import open_batches
+from imnet_prep.loader.options import EvalOptions, Options, TrainOptions
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch
@@ -88,7 +89,7 @@ def open_run_data(
         val = stack.enter_context(open_batches(records, "val", options, seed, rank=rank, ranks=ranks))
 
     def train_view(view: int) -> Iterator[Batch]:
-        options: TrainOptions | EvalOptions = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
+        options: Options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
         if view:
             options = replace(train_options(recipe), mixup_alpha=0.0, cutmix_alpha=0.0, drop_last=False)
         with open_batches(records, "train", options, seed, order="sequential") as batches:

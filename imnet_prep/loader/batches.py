@@ -1,102 +1,146 @@
-"""Records to batches: the same bytes at any worker count, from any step on, on any number of ranks.
+"""Turn records into batches: the same bytes at any worker count, from any step on, on any number of ranks.
 
-A batch is cut into chunks of rows; threads of this process take the chunks in order, read, decode (outside the GIL)
-and write into the batch. No process is forked, so none can die or stay behind. At most ``prefetch`` batches are in the
-making or waiting, so memory is bounded by ``(prefetch + 2) * batch_size * image_size**2 * 3`` bytes and the compressed
-bytes of ``workers`` chunks.
+A batch is cut into chunks of rows. Threads take the chunks in order, read and check the rows, and render them into the
+batch; decoding releases the GIL. At most ``prefetch`` batches are being made or waiting, so memory is bounded by
+``(prefetch + 2) * batch_size * image_size**2 * 3`` bytes and the compressed bytes of ``workers`` chunks.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import threading
+import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import PipelineError
-from imnet_prep.images.decode import PortableDecoder
-from imnet_prep.images.native import NativeDecoder, load
-from imnet_prep.loader.augment import EvalOptions, TrainOptions
-from imnet_prep.loader.order import ORDERS, Share, epoch_order
-from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED
-from imnet_prep.loader.render import CHECKS, CHUNK_ROWS, ON_ERROR, BatchMaker, Options, Pending, SkippedRow, StageTimes
+from imnet_prep.loader.augment import mix
+from imnet_prep.loader.options import LoaderOptions, Options, TrainOptions, check_range
+from imnet_prep.loader.order import RankSampler, epoch_order
+from imnet_prep.loader.random_numbers import MAX_EPOCH
+from imnet_prep.loader.render import Faults, choose_decoder, render
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.table import RowReader
 from imnet_prep.types import Batch
 
-if TYPE_CHECKING:
-    from mindspore.dataset import Dataset
+CHUNK_ROWS = 16  # about 15 ms of decoding: the threads finish a batch at nearly the same time
+SKIPPED_KEPT = 100  # skipped rows that are kept by name; all are counted
 
-__all__ = ["Batches", "EvalOptions", "SkippedRow", "StageTimes", "TrainOptions", "open_batches", "to_dataset"]
 
-NATIVE = ("auto", "on", "off")
-_logger = logging.getLogger(__name__)
+@dataclass(frozen=True, slots=True)
+class SkippedRow:
+    """A row that was left out with ``on_error="skip"``: its shard, row and name, and why."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds of worker time since the split was opened, all threads together, and the images they made."""
+
+    read_s: float = 0.0
+    check_s: float = 0.0
+    decode_s: float = 0.0
+    augment_s: float = 0.0
+    images: int = 0
+
+    def __add__(self, other: StageTimes) -> StageTimes:
+        return StageTimes(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    def __sub__(self, other: StageTimes) -> StageTimes:
+        return StageTimes(*(getattr(self, one.name) - getattr(other, one.name) for one in fields(self)))
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A batch whose chunks are queued or being made; the chunk that ends last returns the batch."""
+
+    epoch: int
+    positions: NDArray[np.int64]
+    image: NDArray[np.uint8]
+    chunks_left: int
+    faults: Faults = field(default_factory=dict)
+    chunks: list[Future[Batch | None]] = field(default_factory=list)
+
+    def result(self) -> Batch:
+        """Wait for every chunk; raise the first error in row order."""
+        results = [chunk.result() for chunk in self.chunks]
+        return next(batch for batch in results if batch is not None)
 
 
 class Batches:
     """An opened split; see :func:`open_batches`. Use it as a context manager, or call :meth:`close`.
 
     Attributes:
-        split: Its name. options: As given. seed: As given.
+        split: Its name.
+        options: As given.
+        seed: As given.
         images: Records of the split, over all ranks.
         class_names: In label order.
         batch_size: Rows of a batch on this rank.
         steps_per_epoch: Batches of this rank in an epoch.
-        workers: Decode threads. prefetch: Batches in the making or waiting.
-        decoder: Which decoder runs, in words.
-        skipped: Rows left out so far (``on_error="skip"``). skipped_rows: The first 100 of them.
+        workers: Decode threads.
+        prefetch: Batches that are made ahead.
+        decoder: A line that says which decoder runs.
+        skipped: Rows left out so far (``on_error="skip"``).
+        times: Worker time by stage so far.
     """
 
-    def __init__(
-        self, folder: RecordsFolder, share: Share, maker: BatchMaker, order: str, workers: int, prefetch: int
-    ) -> None:
-        self._share, self._maker, self._order = share, maker, order
-        self.workers, self.prefetch = workers, prefetch
-        self._reader, self._decoder, self._table = maker.reader, maker.decoder, maker.reader.table
-        self.split, self.options, self.seed = self._table.split, maker.options, maker.seed
+    def __init__(self, records: Path, split: str, options: Options, loading: LoaderOptions) -> None:
+        folder = RecordsFolder.open(records)
+        self._table = folder.table(split)
+        self._reader = RowReader(self._table)
+        self._decoder = choose_decoder(loading.native)
+        self._loading = loading
+        self.split, self.options, self.seed = split, options, loading.seed
         self.images, self.class_names, self.decoder = len(self._table), folder.manifest.classes, self._decoder.name
-        self.batch_size, self.steps_per_epoch = share.batch_size, share.steps
+        self._training = isinstance(options, TrainOptions)
+        drop_last = isinstance(options, TrainOptions) and options.drop_last
+        self._sampler = RankSampler(self.images, options.batch_size, loading.rank, loading.ranks, drop_last)
+        self.batch_size, self.steps_per_epoch = options.batch_size, self._sampler.steps
+        if self._training and not self.steps_per_epoch:
+            raise PipelineError(
+                f"{records}: split {split!r} does not fill one batch",
+                expected=f"at least {options.batch_size * loading.ranks} images",
+                got=f"{self.images}",
+                remedy="lower the batch size or the number of ranks",
+            )
+        self.workers = loading.workers or cpu_count()
+        self.prefetch = loading.prefetch or max(2, -(-2 * self.workers * CHUNK_ROWS // options.batch_size) + 1)
+        self.skipped, self.times = 0, StageTimes()
+        self._skipped_rows: dict[int, SkippedRow] = {}
+        self._checked = np.full(self.images, loading.check == "never")
+        self._lock = threading.Lock()  # of what the threads share: counts, times, faults
         self._next_epoch = 0
-        self._process: int | None = os.getpid()  # None once it is closed
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="imnet-decode")
-
-    @property
-    def skipped(self) -> int:
-        """Rows left out so far."""
-        return self._maker.skipped
+        self._process: int | None = os.getpid()  # None once closed
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="imnet-decode")
 
     @property
     def skipped_rows(self) -> tuple[SkippedRow, ...]:
         """The first 100 different rows that were left out."""
-        return self._maker.skipped_rows
-
-    @property
-    def times(self) -> StageTimes:
-        """Worker time by stage since the pipeline was opened."""
-        return self._maker.times
-
-    @property
-    def batch_bytes(self) -> int:
-        """Bytes of one batch of images."""
-        return self.batch_size * self.options.image_size**2 * 3
+        with self._lock:
+            return tuple(self._skipped_rows.values())
 
     @property
     def memory_bytes(self) -> int:
-        """The bound on decoded images held here: those ahead, one with the caller, one being mixed."""
-        return (self.prefetch + 2) * self.batch_bytes
+        """The bound on decoded images held here: those made ahead, one with the caller, one being mixed."""
+        return (self.prefetch + 2) * self.batch_size * self.options.image_size**2 * 3
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start the next epoch: the first time epoch 0. Use :meth:`epoch` to say which."""
+        """Start the next epoch, beginning with epoch 0. Use :meth:`epoch` to choose one."""
         number, self._next_epoch = self._next_epoch, self._next_epoch + 1
         return self.epoch(number)
 
@@ -107,13 +151,13 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads and close the files; closing twice is fine."""
+        """Stop the threads and close the files; closing twice is allowed."""
         if self._process == os.getpid():
             self._process = None
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._reader.close()
 
-    def epoch(self, number: int, start_step: int = 0) -> EpochIterator:
+    def epoch(self, number: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Start an epoch at any step, in the same time; decoding begins at once.
 
         Args:
@@ -121,179 +165,151 @@ class Batches:
             start_step: Batches of this rank to leave out at the beginning; they are not decoded.
 
         Returns:
-            An iterator of :class:`~imnet_prep.types.Batch`; its ``close`` drops what is in the making.
+            An iterator of batches. Its ``close`` drops the batches that are made ahead.
 
         Raises:
-            PipelineError: The pipeline is closed, or a number is out of range.
+            PipelineError: The split is closed, or a number is out of range.
         """
-        if self._process != os.getpid():
-            raise PipelineError("the pipeline is closed, or was opened in another process")
-        _in_range("epoch", number, 0, MAX_EPOCH)
-        _in_range("start_step", start_step, 0, self.steps_per_epoch)
-        return EpochIterator(self, number, start_step)
+        self._check_open()
+        check_range("epoch", number, 0, MAX_EPOCH)
+        check_range("start_step", start_step, 0, self.steps_per_epoch)
+        order = self.order(number)
+        steps = range(start_step, self.steps_per_epoch)
+        queue = (self._submit(number, order[self._sampler.span(step)]) for step in steps)
+        return self._results(queue, deque(islice(queue, self.prefetch)))
 
     def order(self, number: int) -> NDArray[np.int64]:
         """Return the order of an epoch over all ranks: int64 (images,), positions in stored order."""
-        return epoch_order(self._order, self.seed, number, self._table.ids)
+        kind = self._loading.order if self._training else "sequential"
+        return epoch_order(kind, self.seed, number, self._table.ids)
 
-    def _submit(self, epoch: int, positions: NDArray[np.int64]) -> Pending:
+    def _check_open(self) -> None:
+        if self._process != os.getpid():
+            raise PipelineError("the pipeline is closed, or was opened in another process")
+
+    def _results(self, queue: Iterator[_Pending], ahead: deque[_Pending]) -> Generator[Batch, None, None]:
+        """Yield the batches made ahead, and take one more from the queue for each."""
+        try:
+            while ahead:
+                self._check_open()
+                batch = ahead[0].result()
+                ahead.popleft()
+                ahead.extend(islice(queue, 1))
+                if len(batch):  # evaluation may have skipped every row
+                    yield batch
+        finally:
+            if self._process == os.getpid():
+                for chunk in [chunk for pending in ahead for chunk in pending.chunks]:
+                    chunk.cancel()
+
+    def _submit(self, epoch: int, positions: NDArray[np.int64]) -> _Pending:
+        """Hand the chunks of a batch to the threads."""
         self._reader.will_need(positions)
-        pending, starts = self._maker.begin(epoch, positions)
-        for start in starts:
-            self._pool.submit(self._maker.work, pending, start)
-        return pending
+        starts, side = range(0, len(positions), CHUNK_ROWS), self.options.image_size
+        image = np.empty((len(positions), side, side, 3), dtype=np.uint8)
+        batch = _Pending(epoch, positions, image, len(starts))
+        batch.chunks = [self._pool.submit(self._make_chunk, batch, start) for start in starts]
+        return batch
 
+    def _make_chunk(self, batch: _Pending, start: int) -> Batch | None:
+        """Read, check and render one chunk; return the whole batch if this was its last chunk."""
+        positions, out = batch.positions[start : start + CHUNK_ROWS], batch.image[start : start + CHUNK_ROWS]
+        laps = [time.perf_counter()]
 
-class EpochIterator(Iterator[Batch]):
-    """The batches of one epoch, made ahead; see :meth:`Batches.epoch`."""
+        def lap() -> None:
+            laps.append(time.perf_counter())
 
-    def __init__(self, batches: Batches, number: int, start_step: int) -> None:
-        self._ahead: deque[Pending] = deque()
-        self._batches, self._number, self._next = batches, number, start_step
-        self._order = batches.order(number)
-        self._fill()
+        images, faults = self._read(positions)
+        lap()
+        self._check_digests(positions, images, faults)
+        lap()
+        sizes = np.stack([self._table.width[positions], self._table.height[positions]], axis=1)
+        ids = self._table.ids[positions]
+        rendered = render(images, sizes, ids, self.options, self.seed, batch.epoch, out, self._decoder, lap)
+        faults = rendered | faults
+        lap()
+        read_s, check_s, decode_s, augment_s = np.diff(laps).tolist()
+        with self._lock:
+            self.times += StageTimes(read_s, check_s, decode_s, augment_s, len(images) - len(faults))
+            batch.faults |= {start + row: why for row, why in faults.items()}
+            batch.chunks_left -= 1
+            last = batch.chunks_left == 0
+        return self._finish(batch) if last else None
 
-    def __len__(self) -> int:
-        """Batches still to come."""
-        return self._batches.steps_per_epoch - self._next + len(self._ahead)
-
-    def __next__(self) -> Batch:
-        if self._batches._process != os.getpid():
-            raise PipelineError("the pipeline was closed during an epoch, or belongs to another process")
-        while self._ahead:
+    def _read(self, positions: Sequence[int] | NDArray[np.int64]) -> tuple[list[bytes], Faults]:
+        """Read images; those that cannot be read are empty, and named as faults."""
+        images, faults = [], {}
+        for row, position in enumerate(positions):
             try:
-                batch = self._ahead[0].future.result()
-            except PipelineError:
-                self.close()
-                raise
-            self._ahead.popleft()
-            self._fill()
-            if len(batch):  # evaluation may have skipped every row of it
-                return batch
-        raise StopIteration
+                images.append(self._reader.image(int(position)))
+            except PipelineError as error:
+                images.append(b"")
+                faults[row] = str(error)
+        return images, faults
 
-    def close(self) -> None:
-        """Drop the batches in the making."""
-        self._next = self._batches.steps_per_epoch
-        while self._ahead:
-            self._ahead.pop().future.cancel()
+    def _check_digests(self, positions: NDArray[np.int64], images: list[bytes], faults: Faults) -> None:
+        """Compare the images with the digests in the record list; add those that differ to the faults."""
+        for row, position in enumerate(positions.tolist()):
+            if row not in faults and (self._loading.check == "always" or not self._checked[position]):
+                self._checked[position] = self._reader.matches(position, images[row])
+                if not self._checked[position]:
+                    faults[row] = "the image's bytes changed since conversion: its SHA-256 is another"
 
-    def __del__(self) -> None:
-        self.close()
+    def _finish(self, batch: _Pending) -> Batch:
+        """Replace or leave out bad rows, then mix."""
+        image, positions, options = batch.image, batch.positions, self.options
+        if batch.faults:
+            rows = self._skip_bad_rows(batch)
+            image, positions = image[rows], positions[rows]
+        ids, label = self._table.ids[positions], self._table.label[positions]
+        if isinstance(options, TrainOptions) and options.mixes:
+            mixed, share = mix(options, image, self.seed, batch.epoch, ids)
+            return Batch(mixed, label, ids, label[::-1].copy(), share)
+        return Batch(image, label, ids)
 
-    def _fill(self) -> None:
-        batches = self._batches
-        while len(self._ahead) < batches.prefetch and self._next < batches.steps_per_epoch:
-            positions = self._order[slice(*batches._share.span(self._next))]
-            self._next += 1
-            self._ahead.append(batches._submit(self._number, positions))
+    def _skip_bad_rows(self, batch: _Pending) -> NDArray[np.int64]:
+        """Return the rows to use: evaluation leaves the bad ones out, training repeats good ones in their place.
+
+        A repeated row keeps its own label and id, so the batch keeps its shape and nothing is mislabelled.
+
+        Raises:
+            PipelineError: With ``on_error="raise"``, or if training has no good row.
+        """
+        bad = sorted(batch.faults)
+        rows = np.arange(len(batch.positions))
+        good = np.delete(rows, bad)
+        if self._loading.on_error == "raise" or (self._training and not len(good)):
+            raise PipelineError(
+                f"{self._reader.where(int(batch.positions[bad[0]]))}: the record is bad",
+                got=batch.faults[bad[0]],
+                remedy='restore the shard, or leave such rows out with on_error="skip"',
+            )
+        with self._lock:
+            self.skipped += len(bad)
+            for row in bad:
+                position = int(batch.positions[row])
+                if position not in self._skipped_rows and len(self._skipped_rows) < SKIPPED_KEPT:
+                    self._skipped_rows[position] = SkippedRow(self._reader.where(position), batch.faults[row])
+        if not self._training:
+            return good
+        rows[bad] = np.resize(good, len(bad))
+        return rows
 
 
-def _in_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise PipelineError(f"{name} is out of range", expected=f"{low} to {high}", got=str(value))
-
-
-def _choose_decoder(native: str) -> PortableDecoder:
-    if native == "auto":
-        library, text = load()
-        if library is None:
-            _logger.info("%s; decoding with OpenCV", text)
-            return PortableDecoder()
-    return PortableDecoder() if native == "off" else NativeDecoder()
-
-
-def open_batches(
-    records: Path,
-    split: str,
-    options: Options,
-    seed: int = 0,
-    *,
-    workers: int | None = None,
-    rank: int = 0,
-    ranks: int = 1,
-    on_error: str = "raise",
-    order: str = "global",
-    native: str = "auto",
-    check: str = "first",
-    prefetch: int | None = None,
-) -> Batches:
+def open_batches(records: Path, split: str, options: Options, seed: int = 0, **loading: Any) -> Batches:
     """Open a split of a records folder for training or evaluation.
 
     Args:
         records: A folder with ``manifest.json``.
         split: ``train``, ``val`` or ``test``.
-        options: :class:`TrainOptions` (shuffled, random crops) or :class:`EvalOptions` (in stored order, centre crops).
-        seed: With epoch and record id, the key of every draw.
-        workers: Decode threads; the cores this process may use where None.
-        rank: This rank, from 0. ranks: Number of ranks; each record goes to exactly one.
-        on_error: ``raise`` at a bad record, or ``skip`` it and count it.
-        order: Of training: ``global`` shuffle, or ``blocks`` where random reads are dear, or ``sequential``.
-        native: The C++ decoder: ``auto`` where it is built, ``on`` (an error where it is not), ``off``.
-        check: Compare each image with its SHA-256 at its ``first`` reading, ``always`` or ``never``.
-        prefetch: Batches in the making or waiting; None gives every worker two chunks.
+        options: :class:`~imnet_prep.loader.options.TrainOptions` (shuffled, random crops) or
+            :class:`~imnet_prep.loader.options.EvalOptions` (in stored order, centre crops).
+        seed: Key of every draw, together with the epoch and the record id.
+        loading: Any field of :class:`~imnet_prep.loader.options.LoaderOptions`: ``workers``, ``rank``, ``ranks``,
+            ``on_error``, ``order``, ``native``, ``check``, ``prefetch``.
 
     Raises:
         RecordsError: The folder, the split, a shard or an index is missing or damaged.
         PipelineError: An argument is out of range, or the split does not fill one batch.
     """
-    for name, chosen, known in (
-        ("on_error", on_error, ON_ERROR),
-        ("order", order, ORDERS),
-        ("native", native, NATIVE),
-        ("check", check, CHECKS),
-    ):
-        if chosen not in known:
-            raise PipelineError(f"unknown {name}", expected=f"one of {', '.join(known)}", got=repr(chosen))
-    workers = cpu_count() if workers is None else workers
-    ahead = max(2, -(-2 * workers * CHUNK_ROWS // options.batch_size) + 1) if prefetch is None else prefetch
-    _in_range("seed", seed, 0, MAX_SEED)
-    _in_range("ranks", ranks, 1, 1 << 20)
-    _in_range("rank", rank, 0, ranks - 1)
-    _in_range("workers", workers, 1, 1024)
-    _in_range("prefetch", ahead, 1, 1 << 16)
-    folder = RecordsFolder.open(Path(records))
-    table = folder.table(split)
-    drop_last = isinstance(options, TrainOptions) and options.drop_last
-    share = Share(len(table), options.batch_size, rank, ranks, drop_last)
-    if isinstance(options, TrainOptions) and not share.steps:
-        raise PipelineError(
-            f"{records}: split {split!r} does not fill one batch",
-            expected=f"at least {options.batch_size * ranks} images",
-            got=f"{len(table)}",
-            remedy="lower the batch size or the number of ranks",
-        )
-    maker = BatchMaker(RowReader(table), _choose_decoder(native), options, seed, on_error, check)
-    return Batches(folder, share, maker, order if isinstance(options, TrainOptions) else "sequential", workers, ahead)
-
-
-def to_dataset(batches: Batches, *, first_epoch: int = 0) -> Dataset:
-    """Wrap an opened split as a MindSpore dataset of batches, for a stock ``Model.train``.
-
-    Columns: ``image`` uint8 (N, H, W, 3), ``label`` int32 (N,), and with MixUp or CutMix ``mix_label`` int32 (N,) and
-    ``mix_weight`` float32 (N,). Each iteration over the dataset is the next epoch.
-    """
-    import mindspore.dataset as ds
-
-    source = _Source(batches, first_epoch)
-    return ds.GeneratorDataset(
-        source, column_names=source.columns, shuffle=False, num_parallel_workers=1, python_multiprocessing=False
-    )
-
-
-class _Source:
-    """What MindSpore iterates: each ``iter`` is the next epoch."""
-
-    def __init__(self, batches: Batches, first_epoch: int) -> None:
-        self._batches, self._epoch = batches, first_epoch
-        options = batches.options
-        mixed = isinstance(options, TrainOptions) and bool(options.mixup_alpha or options.cutmix_alpha)
-        self.columns = ["image", "label", *(["mix_label", "mix_weight"] if mixed else [])]
-
-    def __len__(self) -> int:
-        return self._batches.steps_per_epoch
-
-    def __iter__(self) -> Iterator[tuple[NDArray[Any], ...]]:
-        number, self._epoch = self._epoch, self._epoch + 1
-        for batch in self._batches.epoch(number):
-            yield tuple(getattr(batch, name) for name in self.columns)
+    return Batches(Path(records), split, options, LoaderOptions(seed, **loading))

@@ -89,7 +89,8 @@ def bench(records: Path, options: BenchOptions, progress: ProgressCallback | Non
         RecordsError: The folder is not usable.
         PipelineError: An option is out of range, or a record is bad.
     """
-    from imnet_prep.loader.batches import EvalOptions, TrainOptions, open_batches  # OpenCV: not for `--help`
+    from imnet_prep.loader.batches import open_batches  # imports OpenCV, which `--help` does not need
+    from imnet_prep.loader.options import EvalOptions, TrainOptions
 
     splits = RecordsFolder.open(records).manifest.splits
     wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")

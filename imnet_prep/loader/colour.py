@@ -1,6 +1,6 @@
 """Colour jitter and RandAugment on uint8 images, with OpenCV, in place.
 
-Source: torchvision's ColorJitter and RandAugment define operations, ranges and order; geometric operations interpolate
+Operations, ranges and order are those of torchvision's ColorJitter and RandAugment. Geometric operations interpolate
 bilinearly and fill with ImageNet's mean colour, as timm's do.
 """
 
@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.loader.augment import ERASE_FILL, TrainOptions
+from imnet_prep.loader.augment import MEAN_COLOUR
+from imnet_prep.loader.options import TrainOptions
 from imnet_prep.loader.random_numbers import Stream, uniforms
 
 Pixels = NDArray[np.uint8]
@@ -21,33 +22,32 @@ SHEAR, ROTATE_DEG, TRANSLATE_FRAC, ENHANCE = 0.3, 30.0, 150 / 331, 0.9  # at the
 _LEVELS = np.arange(256, dtype=np.float64)
 
 
-def augment_colours(
-    options: TrainOptions, image: Pixels, rows: list[int], seed: int, epoch: int, ids: NDArray[np.uint64]
-) -> None:
-    """Apply RandAugment, then colour jitter, to some rows of a batch.
+def augment_colours(options: TrainOptions, image: Pixels, seed: int, epoch: int, ids: NDArray[np.uint64]) -> None:
+    """Apply RandAugment, then colour jitter.
 
     Args:
         options: ``randaugment_ops``, ``randaugment_magnitude``, ``color_jitter``.
         image: uint8 (N, H, W, 3) RGB, changed in place.
-        rows: Which rows. ids: uint64 (len(rows),), their record ids.
-        seed: Of the run. epoch: From 0.
+        seed: Of the run.
+        epoch: From 0.
+        ids: uint64 (N,), record ids.
     """
     operations = uniforms(seed, epoch, ids, np.arange(Stream.RANDAUGMENT, Stream.RANDAUGMENT + options.randaugment_ops))
     factors = uniforms(seed, epoch, ids, Stream.COLOUR)
     order = uniforms(seed, epoch, ids, Stream.COLOUR_ORDER).argsort(axis=1)
-    for place, row in enumerate(rows):
+    for row in range(len(image)):
         pixels = image[row]
-        for draw in operations[place]:
+        for draw in operations[row]:
             pixels = randaugment_step(pixels, draw, options.randaugment_magnitude)
         if any(options.color_jitter):
-            pixels = _jitter(pixels, options.color_jitter, factors[place], order[place])
+            pixels = _jitter(pixels, options.color_jitter, factors[row], order[row])
         image[row] = pixels
 
 
 def _jitter(
     pixels: Pixels, strengths: tuple[float, ...], drawn: NDArray[np.float64], order: NDArray[np.int64]
 ) -> Pixels:
-    """Brightness, contrast, saturation and hue in a drawn order, each uniform in 1 +- strength (hue: 0 +- strength)."""
+    """Change brightness, contrast and saturation by 1 +- strength and hue by 0 +- strength, in a drawn order."""
     for which in order.tolist():
         strength = strengths[which]
         if not strength:
@@ -87,7 +87,7 @@ def saturation(pixels: Pixels, factor: float) -> Pixels:
 
 
 def hue(pixels: Pixels, turn: float) -> Pixels:
-    """Turn the hue by a share of the full circle."""
+    """Turn the hue by a fraction of the full circle."""
     found = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
     found[..., 0] += np.uint8(round(turn * 256) % 256)
     return np.asarray(cv2.cvtColor(found, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)
@@ -136,7 +136,7 @@ def warp(pixels: Pixels, matrix: list[list[float]]) -> Pixels:
     cx, cy = (width - 1) / 2.0, (height - 1) / 2.0
     shifted = np.array([[a, b, x + cx - a * cx - b * cy], [c, d, y + cy - c * cx - d * cy]], dtype=np.float64)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    found = cv2.warpAffine(pixels, shifted, (width, height), flags=flags, borderValue=ERASE_FILL)
+    found = cv2.warpAffine(pixels, shifted, (width, height), flags=flags, borderValue=MEAN_COLOUR)
     return np.asarray(found, dtype=np.uint8)
 
 

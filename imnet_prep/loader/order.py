@@ -1,4 +1,4 @@
-"""The order of an epoch and who takes which part of it: pure functions of (seed, epoch, rank)."""
+"""The order of an epoch, and the part of it that each rank takes: pure functions of (seed, epoch, rank)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imnet_prep.loader.random_numbers import Stream, order_keys
 
 ORDERS = ("global", "blocks", "sequential")
 BLOCK_ROWS = 1024  # about 110 MB of original photographs: long enough for a disk to read at full speed
-WINDOW_BLOCKS = 16  # rows of as many blocks are shuffled together
+WINDOW_BLOCKS = 16  # the rows of this many blocks are shuffled together
 
 
 def epoch_order(
@@ -19,9 +19,9 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """Return the order in which an epoch visits the rows.
 
-    ``global`` sorts all rows by a key drawn from (seed, epoch, record id): it does not depend on how the records lie in
-    shards. ``blocks`` cuts the rows, as they lie on disk, into blocks, permutes the blocks, and shuffles inside
-    windows of some blocks: each block is read once, close together in time. ``sequential`` is as stored.
+    ``global`` sorts all rows by a key drawn from (seed, epoch, record id), so it does not depend on how the records are
+    spread over shards. ``blocks`` cuts the stored rows into blocks, permutes the blocks, and shuffles the rows of a
+    few blocks together, so each block is read within a short time. ``sequential`` is as stored.
 
     Args:
         kind: One of :data:`ORDERS`.
@@ -29,7 +29,7 @@ def epoch_order(
         epoch: From 0.
         ids: uint64 (N,), record ids in stored order, all different.
         block_rows: Rows of a block.
-        window: Blocks that are shuffled together.
+        window: Blocks whose rows are shuffled together.
 
     Returns:
         int64 (N,), a permutation of 0..N-1.
@@ -48,20 +48,20 @@ def epoch_order(
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankSampler:
     """The batches of one rank: batch ``k * ranks + rank`` of the single-rank run is this rank's batch ``k``.
 
-    So the union of the ranks' batches, in order, *is* the single-rank run with the same batch size, and the ranks'
-    batches of a step, one after the other, are one batch of ``ranks * batch_size`` consecutive records.
+    The batches of all ranks, in order, are therefore the single-rank run with the same batch size, and the ranks'
+    batches of one step together are one batch of ``ranks * batch_size`` consecutive records.
 
     Attributes:
         rows: Records of the split.
         batch_size: Rows of a batch on one rank.
         rank: From 0.
-        ranks: Number of them.
-        drop_last: Every rank takes the same number of whole batches; what is left over (less than
-            ``ranks * batch_size`` records, others each epoch) is not visited. Else every record is visited, the last
-            batch may be short, and ranks may differ by one batch.
+        ranks: Number of ranks.
+        drop_last: Every rank takes the same number of whole batches, and fewer than ``ranks * batch_size`` records are
+            left out, other ones each epoch. Otherwise every record is visited, the last batch may be short, and the
+            ranks' numbers of batches may differ by one.
     """
 
     rows: int
@@ -78,7 +78,7 @@ class Share:
         batches = -(-self.rows // self.batch_size)
         return max(0, -(-(batches - self.rank) // self.ranks))
 
-    def span(self, step: int) -> tuple[int, int]:
-        """Return the first and the end position, in the epoch's order, of this rank's batch ``step``."""
+    def span(self, step: int) -> slice:
+        """Return where this rank's batch ``step`` lies in the epoch's order."""
         start = (step * self.ranks + self.rank) * self.batch_size
-        return start, min(self.rows, start + self.batch_size)
+        return slice(start, min(self.rows, start + self.batch_size))

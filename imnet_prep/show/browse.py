@@ -152,7 +152,7 @@ def _add_images(get: Route, library: Library) -> None:
     def view(split: str, position: int) -> Response:
         options = pages.eval_options() if request.args.get("eval") else pages.train_options(_train_values())
         seed, epoch = _number("seed", MAX_SEED), _number("epoch", MAX_EPOCH)
-        return _file(library.view(split, position, options, seed, epoch), "image/jpeg")
+        return _file(library.view(split, position, options, seed, epoch), "image/png")
 
 
 def _file(data: bytes, kind: str) -> Response:

@@ -11,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.images.decode import PortableDecoder
 from imnet_prep.images.formats import sniff
 from imnet_prep.images.jpeg import ImageFault
-from imnet_prep.loader.augment import EvalOptions, TrainOptions
-from imnet_prep.loader.render import BatchMaker
+from imnet_prep.loader.options import Options
+from imnet_prep.loader.render import choose_decoder, render
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.scan import Row
-from imnet_prep.records.table import RowReader
 from imnet_prep.show.gather import decode
 from imnet_prep.show.html import thumbnail
 
@@ -37,6 +35,7 @@ class Library:
         """
         self.folder = RecordsFolder.open(records)
         self.manifest = self.folder.manifest
+        self._decoder = choose_decoder("auto")
         self.tables = {name: self.folder.table(name) for name, split in self.manifest.splits.items() if split.images}
         # Rows of each label, one after the other, in stored order.
         self._order = {name: np.argsort(table.label, kind="stable") for name, table in self.tables.items()}
@@ -95,19 +94,25 @@ class Library:
         """
         return dict(json.loads(self.folder.line(self.row(split, position).position).to_json()))
 
-    def view(self, split: str, position: int, options: TrainOptions | EvalOptions, seed: int, epoch: int) -> bytes:
-        """Make what the training or evaluation pipeline makes of a record, as a JPEG.
+    def view(self, split: str, position: int, options: Options, seed: int, epoch: int) -> bytes:
+        """Return the pixels that the loader makes of a record in an epoch, as a PNG.
 
         Args:
-            split: The split. position: The record's place in it.
-            options: Of the pipeline; mixing two images is left out.
-            seed: Of the run. epoch: From 0.
+            split: The split.
+            position: The record's place in it.
+            options: Of training or evaluation; images are not mixed.
+            seed: Of the run.
+            epoch: From 0.
 
         Raises:
-            PipelineError: It cannot be read or does not decode.
+            RecordsError: It cannot be read.
+            PipelineError: It does not decode.
         """
-        maker = BatchMaker(RowReader(self.tables[split]), PortableDecoder(), options, seed, "raise", "never")
-        pending, _ = maker.begin(epoch, np.array([position]))
-        maker.work(pending, 0)
-        pixels = pending.future.result().image[0, :, :, ::-1]
-        return bytes(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
+        row, table = self.row(split, position), self.tables[split]
+        sizes = np.array([[table.width[position], table.height[position]]])
+        pixels = np.empty((1, options.image_size, options.image_size, 3), dtype=np.uint8)
+        ids = table.ids[position : position + 1]
+        faults = render([row.image], sizes, ids, options, seed, epoch, pixels, self._decoder)
+        if faults:
+            raise PipelineError(f"{row.file}: row {row.row} ({row.name}): does not decode", got=faults[0])
+        return bytes(cv2.imencode(".png", pixels[0, :, :, ::-1])[1])

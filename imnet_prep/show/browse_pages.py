@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import urlencode
 
-from imnet_prep.loader.augment import EvalOptions, TrainOptions
+from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.show.browse_data import VIEW_SIDE, Library
 from imnet_prep.show.html import Html, facts, join, table, tag
 

@@ -16,8 +16,8 @@ from imnet_prep.check.repair import repair_index
 from imnet_prep.check.verify import verify
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.loader.augment import EvalOptions, TrainOptions
 from imnet_prep.loader.batches import open_batches
+from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path
 from imnet_prep.records.publish import changing

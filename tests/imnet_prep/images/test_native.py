@@ -19,13 +19,8 @@ from PIL import Image
 
 from imnet_prep.images.decode import INTERPOLATIONS, Geometry, PortableDecoder, image_size, jpeg_size
 from imnet_prep.images.native import NativeDecoder, load
-from imnet_prep.loader.augment import (
-    EvalOptions,
-    TrainOptions,
-    crop_draws,
-    eval_geometry,
-    train_geometry,
-)
+from imnet_prep.loader.augment import eval_geometry, train_geometry
+from imnet_prep.loader.options import EvalOptions, TrainOptions
 from tests.synthetic import encode, picture
 
 pytestmark = pytest.mark.skipif(load()[0] is None, reason=load()[1])
@@ -38,7 +33,7 @@ def _geometry(images: list[bytes], mode: str = "train", size: int = 48, epoch: i
     assert not faults
     if mode == "eval":
         return eval_geometry(EvalOptions(1, size), sizes)
-    return train_geometry(TrainOptions(1, size), sizes, crop_draws(0, epoch, np.arange(len(images), dtype=np.uint64)))
+    return train_geometry(TrainOptions(1, size), sizes, 0, epoch, np.arange(len(images), dtype=np.uint64))
 
 
 def _decode(
@@ -232,7 +227,7 @@ def test_no_mutation_crashes_either_decoder_or_lies_about_its_size() -> None:
         sizes, faults = decoder.sizes(images)
         if faults or sizes.prod() > 4_000_000:
             continue
-        geometry = train_geometry(TrainOptions(1, 32), sizes, crop_draws(0, number, np.array([0], dtype=np.uint64)))
+        geometry = train_geometry(TrainOptions(1, 32), sizes, 0, number, np.array([0], dtype=np.uint64))
         out = np.zeros((1, 32, 32, 3), dtype=np.uint8)
         faults = decoder.decode(images, geometry, "bilinear", out)
         decoded += not faults
@@ -263,6 +258,7 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(decoder: str, tmp_
     (tmp_path / "lies.jpg").write_bytes(data)
     program = (
         "import sys, numpy as np; from pathlib import Path; from imnet_prep.loader.augment import *\n"
+        "from imnet_prep.loader.options import *\n"
         "from imnet_prep.images.decode import Geometry, PortableDecoder\n"
         "from imnet_prep.images.native import NativeDecoder\n"
         "def peak_mb():\n"
@@ -308,7 +304,7 @@ def test_damaged_bytes_raise_no_sanitizer_alarm(tmp_path: Path) -> None:
     names = ["fuzz.cc", "decoder.cc", "resample.cc"]
     flags = ["-std=c++17", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if "own Huffman decoder" in load()[1]:
-        names += ["entropy.cc", "shrink.cc", "small.cc"]
+        names += ["entropy.cc", "shrink.cc", "decode_shrunk.cc"]
         flags.append("-DIMNET_FAST_ENTROPY")
     program = tmp_path / "fuzz"
     command = ["g++", *flags, *(str(source / name) for name in names), "-ljpeg", "-o", str(program)]

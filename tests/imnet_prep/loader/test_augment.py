@@ -14,16 +14,7 @@ from scipy.stats import kstest
 
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.decode import resize
-from imnet_prep.loader.augment import (
-    CROP_ATTEMPTS,
-    EvalOptions,
-    TrainOptions,
-    crop_draws,
-    erase_boxes,
-    eval_geometry,
-    mix,
-    train_geometry,
-)
+from imnet_prep.loader.augment import CROP_ATTEMPTS, erase_boxes, eval_geometry, mix, train_geometry
 from imnet_prep.loader.colour import (
     OPERATIONS,
     augment_colours,
@@ -34,6 +25,7 @@ from imnet_prep.loader.colour import (
     saturation,
     solarize,
 )
+from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.loader.random_numbers import Stream, uniforms
 from tests.synthetic import picture
 
@@ -48,7 +40,7 @@ def _ids(count: int) -> NDArray[np.uint64]:
 def test_crop_area_is_uniform_and_ratio_log_uniform_and_place_uniform() -> None:
     side = 1_000_000  # so large that rounding to whole pixels does not show; every crop of this range fits
     options = TrainOptions(1, scale=(0.08, 0.5), ratio=(3 / 4, 4 / 3))
-    found = train_geometry(options, np.full((DRAWS, 2), side, dtype=np.int32), crop_draws(0, 0, _ids(DRAWS)))
+    found = train_geometry(options, np.full((DRAWS, 2), side, dtype=np.int32), 0, 0, _ids(DRAWS))
     left, top, right, bottom = found.box.T
     wide, tall = right - left, bottom - top
     area = wide * tall / side**2
@@ -86,7 +78,7 @@ def _crop_by_the_book(options: TrainOptions, width: int, height: int, drawn: NDA
 def test_crops_equal_the_obvious_implementation(size: tuple[int, int]) -> None:
     options = TrainOptions(1)
     ids = _ids(300)
-    found = train_geometry(options, np.tile(np.array(size, dtype=np.int32), (300, 1)), crop_draws(4, 2, ids))
+    found = train_geometry(options, np.tile(np.array(size, dtype=np.int32), (300, 1)), 4, 2, ids)
     drawn = uniforms(4, 2, ids, np.arange(Stream.CROP, Stream.CROP + CROP_ATTEMPTS))
     assert found.limits.tolist() == [_crop_by_the_book(options, *size, one) for one in drawn]
     assert (found.limits[:, :2] >= 0).all()
@@ -219,8 +211,8 @@ def test_colours_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
     batch = np.stack([picture(seed, 0, 24, 24) for seed in range(4)])
     together, alone = batch.copy(), batch.copy()
     ids = _ids(4)
-    augment_colours(options, together, [0, 1, 2, 3], 0, 0, ids)
+    augment_colours(options, together, 0, 0, ids)
     for row in range(4):
-        augment_colours(options, alone, [row], 0, 0, ids[row : row + 1])
+        augment_colours(options, alone[row : row + 1], 0, 0, ids[row : row + 1])
     assert np.array_equal(together, alone)
     assert not np.array_equal(together, batch)

@@ -24,8 +24,9 @@ from PIL import Image
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
 from imnet_prep.images.native import load
-from imnet_prep.loader.batches import Batches, EvalOptions, TrainOptions, open_batches, to_dataset
-from imnet_prep.loader.render import CHUNK_ROWS
+from imnet_prep.loader.adapters import to_dataset
+from imnet_prep.loader.batches import CHUNK_ROWS, Batches, open_batches
+from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import Batch, record_id
 from tests.records import Entry, entries, rewrite_list, write_folder
@@ -471,7 +472,7 @@ def test_a_forked_child_gets_an_error_not_a_hang(records: Path) -> None:
 
 def test_a_process_that_is_interrupted_ends_at_once(records: Path) -> None:
     program = (
-        "import sys, time, pathlib; from imnet_prep.loader.batches import *\n"
+        "import sys, time, pathlib; from imnet_prep import TrainOptions, open_batches\n"
         "batches = open_batches(pathlib.Path(sys.argv[1]), 'train', TrainOptions(8))\n"
         "iterator = batches.epoch(0); next(iterator); print('ready', flush=True)\n"
         "while True: time.sleep(0.1)\n"
@@ -493,7 +494,7 @@ def test_iterating_again_is_the_next_epoch(records: Path) -> None:
 def test_without_the_library_opencv_decodes_and_asking_for_it_is_an_error(
     records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("imnet_prep.loader.batches", "imnet_prep.images.native"):
+    for module in ("imnet_prep.loader.render", "imnet_prep.images.native"):
         monkeypatch.setattr(f"{module}.load", lambda: (None, "the C++ decoder is not built"))
     with open_batches(records, "train", OPTIONS) as batches:
         assert "OpenCV" in batches.decoder

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from imnet_prep.cli.bench import bench as command
 
+from imnet_prep.cli.records import bench as command
 from imnet_prep.errors import PipelineError
 from imnet_prep.loader.batches import StageTimes
 from imnet_prep.loader.bench import BenchOptions, bench, limit_sentence
@@ -114,7 +114,7 @@ def test_the_limit_is_named(times: StageTimes, cores_used: float, workers: int, 
 
 
 def test_the_command_line_imports_neither_mindspore_nor_opencv_for_help() -> None:
-    program = "import sys, imnet_prep.cli.bench; sys.exit(any(name in sys.modules for name in ('mindspore', 'cv2')))"
+    program = "import sys, imnet_prep.cli.records; sys.exit(any(name in sys.modules for name in ('mindspore', 'cv2')))"
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
 
 

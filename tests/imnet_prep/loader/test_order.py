@@ -1,4 +1,4 @@
-"""The order of an epoch, and the ranks' shares of it."""
+"""The order of an epoch, and the part of it that each rank takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from imnet_prep.loader.order import ORDERS, Share, epoch_order
+from imnet_prep.loader.order import ORDERS, RankSampler, epoch_order
 from imnet_prep.types import record_id
 
 IDS = np.array([record_id("train", f"n{i}") for i in range(5000)], dtype=np.uint64)
@@ -43,14 +43,15 @@ def test_blocks_reads_few_blocks_at_a_time_and_shuffles_inside() -> None:
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize(("rows", "batch", "ranks"), [(103, 8, 1), (103, 8, 2), (103, 8, 3), (7, 8, 3), (64, 8, 2)])
 def test_the_ranks_batches_in_order_are_the_single_rank_run(rows: int, batch: int, ranks: int, drop_last: bool) -> None:
-    alone = Share(rows, batch, 0, 1, drop_last)
-    shares = [Share(rows, batch, rank, ranks, drop_last) for rank in range(ranks)]
-    spans = [share.span(step) for step in range(max(s.steps for s in shares)) for share in shares if step < share.steps]
+    alone = RankSampler(rows, batch, 0, 1, drop_last)
+    samplers = [RankSampler(rows, batch, rank, ranks, drop_last) for rank in range(ranks)]
+    most = max(one.steps for one in samplers)
+    spans = [one.span(step) for step in range(most) for one in samplers if step < one.steps]
     expected = [alone.span(step) for step in range(alone.steps)]
     if drop_last:
-        assert len({share.steps for share in shares}) == 1
+        assert len({one.steps for one in samplers}) == 1
         assert len(expected) - len(spans) < ranks
         expected = expected[: len(spans)]
     assert spans == expected
-    covered = sum(end - start for start, end in spans)
+    covered = sum(span.stop - span.start for span in spans)
     assert covered == (rows // (batch * ranks) * batch * ranks if drop_last else rows)

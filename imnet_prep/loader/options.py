@@ -1,0 +1,182 @@
+"""Options of the loader: what is done to an image, and how a split is read. Each is checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from imnet_prep.errors import PipelineError
+from imnet_prep.images.decode import INTERPOLATIONS
+from imnet_prep.loader.order import ORDERS
+from imnet_prep.loader.random_numbers import MAX_SEED
+
+MAX_IMAGE_SIZE = 4096
+EVAL_CROP_FRACTION = 224 / 256  # the usual centre crop: 224 of a short side of 256
+ON_ERROR = ("raise", "skip")
+NATIVE = ("auto", "on", "off")
+CHECKS = ("first", "always", "never")
+
+
+def check(valid: bool, name: str, expected: str, got: object) -> None:
+    """Raise a PipelineError that names an option, unless its value is valid."""
+    if not valid:
+        raise PipelineError(f"{name} is out of range", expected=expected, got=repr(got))
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise a PipelineError unless ``low <= value <= high``."""
+    check(low <= value <= high, name, f"{low} to {high}", value)
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise a PipelineError that lists the known choices, unless the value is one of them."""
+    if value not in known:
+        raise PipelineError(f"unknown {name}", expected=f"one of {', '.join(known)}", got=repr(value))
+
+
+def _check_output(batch_size: int, image_size: int, interpolation: str) -> None:
+    check(isinstance(batch_size, int) and batch_size >= 1, "batch_size", "a whole number from 1 on", batch_size)
+    check(
+        isinstance(image_size, int) and 1 <= image_size <= MAX_IMAGE_SIZE,
+        "image_size",
+        f"1 to {MAX_IMAGE_SIZE} pixels",
+        image_size,
+    )
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """How training images are made. The defaults are those of torchvision's reference scripts.
+
+    Attributes:
+        batch_size: Rows of a batch on one rank.
+        image_size: Side of the square output, pixels.
+        scale: Range of the crop's area as a fraction of the image's; uniform.
+        ratio: Range of the crop's width / height; log-uniform.
+        interpolation: One of :data:`~imnet_prep.images.decode.INTERPOLATIONS`.
+        flip_prob: Probability of a horizontal flip.
+        color_jitter: Strengths of brightness, contrast, saturation (factors in 1 +- strength) and hue (in turns).
+        randaugment_ops: RandAugment operations per image; 0 is off.
+        randaugment_magnitude: Their strength, 0 to 30.
+        erasing_prob: Probability that a box is erased.
+        erasing_scale: Range of the box's area as a fraction of the output's.
+        erasing_ratio: Range of the box's width / height.
+        mixup_alpha: Beta parameter of MixUp; 0 is off. With CutMix on too, each batch draws one of them.
+        cutmix_alpha: Beta parameter of CutMix; 0 is off.
+        drop_last: Leave out the records that do not fill a batch on every rank; each epoch leaves out others.
+    """
+
+    batch_size: int
+    image_size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
+    flip_prob: float = 0.5
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    randaugment_ops: int = 0
+    randaugment_magnitude: float = 9.0
+    erasing_prob: float = 0.0
+    erasing_scale: tuple[float, float] = (0.02, 1 / 3)
+    erasing_ratio: tuple[float, float] = (0.3, 3.3)
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        _check_output(self.batch_size, self.image_size, self.interpolation)
+        for name, most in (("scale", 1.0), ("erasing_scale", 1.0), ("ratio", 100.0), ("erasing_ratio", 100.0)):
+            low, high = getattr(self, name)
+            check(0 < low <= high <= most, name, f"0 < low <= high <= {most:g}", (low, high))
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            value = getattr(self, name)
+            check(isfinite(value) and value >= 0, name, "0 or more", value)
+        limits = {"flip_prob": 1, "erasing_prob": 1, "randaugment_ops": 16, "randaugment_magnitude": 30}
+        for name, limit in limits.items():
+            check_range(name, getattr(self, name), 0, limit)
+        jitter = self.color_jitter
+        check(
+            len(jitter) == 4 and all(0 <= value <= 1 for value in jitter[:3]) and 0 <= jitter[3] <= 0.5,
+            "color_jitter",
+            "4 strengths: brightness, contrast, saturation from 0 to 1, hue from 0 to 0.5",
+            jitter,
+        )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the rows of a batch are mixed, by MixUp or CutMix."""
+        return bool(self.mixup_alpha or self.cutmix_alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """How evaluation images are made: short side resized to ``resize``, centre crop of ``image_size``, antialiased.
+
+    Attributes:
+        batch_size: Rows of a batch on one rank; the last may be short.
+        image_size: Side of the square output, pixels.
+        resize: Short side before the crop, pixels; None keeps the crop at 224 / 256 of it.
+        interpolation: One of :data:`~imnet_prep.images.decode.INTERPOLATIONS`.
+    """
+
+    batch_size: int
+    image_size: int = 224
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        _check_output(self.batch_size, self.image_size, self.interpolation)
+        check(
+            self.resize is None or self.image_size <= self.resize <= 2 * MAX_IMAGE_SIZE,
+            "resize",
+            f"image_size ({self.image_size}) to {2 * MAX_IMAGE_SIZE} pixels",
+            self.resize,
+        )
+
+    @property
+    def short_side(self) -> int:
+        """The short side before the crop, pixels."""
+        return self.resize if self.resize is not None else round(self.image_size / EVAL_CROP_FRACTION)
+
+
+Options = TrainOptions | EvalOptions
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderOptions:
+    """How a split is read: keys, threads, ranks, order, and what to do with bad records.
+
+    Attributes:
+        seed: Key of every draw, together with the epoch and the record id.
+        workers: Decode threads; None takes as many as this process may use cores.
+        rank: This rank, from 0.
+        ranks: Number of ranks; each record goes to exactly one.
+        on_error: ``raise`` at a bad record, or ``skip`` it and count it.
+        order: Order of training: ``global`` shuffles all records, ``blocks`` suits storage where random reads are slow,
+            ``sequential`` is as stored. Evaluation is always as stored.
+        native: Use the C++ decoder where it is built (``auto``), insist on it (``on``), or decline it (``off``).
+        check: Compare each image with its SHA-256 at its ``first`` reading, ``always`` or ``never``.
+        prefetch: Batches that are made ahead; None queues two chunks per worker.
+    """
+
+    seed: int = 0
+    workers: int | None = None
+    rank: int = 0
+    ranks: int = 1
+    on_error: str = "raise"
+    order: str = "global"
+    native: str = "auto"
+    check: str = "first"
+    prefetch: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("on_error", ON_ERROR), ("order", ORDERS), ("native", NATIVE), ("check", CHECKS)):
+            check_choice(name, getattr(self, name), known)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("ranks", self.ranks, 1, 1 << 20)
+        check_range("rank", self.rank, 0, self.ranks - 1)
+        for name, most in (("workers", 1024), ("prefetch", 1 << 16)):
+            value = getattr(self, name)
+            if value is not None:
+                check_range(name, value, 1, most)
