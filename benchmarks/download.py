@@ -210,11 +210,11 @@ def ours(urls: list[str], work: Path, extra: list[str]) -> float:
     out = fresh(work)
     text = "".join(f"n{n % 50 + 1:08d}_{n}\t{url}\n" for n, url in enumerate(urls))
     (work / "list.txt").write_text(text)
-    code = "from imnet_prep.cli.download import download; download()"
     command = [
         sys.executable,
-        "-c",
-        code,
+        "-m",
+        "imnet_prep",
+        "download",
         "--urls",
         str(work / "list.txt"),
         "--out",

@@ -95,7 +95,7 @@ def run(fast: list[str], slow_base: str | None, work: Path) -> float:
         if slow_base and number % EVERY == 0:
             urls.append(f"{slow_base}/{number}.jpg")
     (work / "list.txt").write_text("".join(f"n00000001_{n}\t{url}\n" for n, url in enumerate(urls)))
-    command = [sys.executable, "-c", "from imnet_prep.cli.download import download; download()"]
+    command = [sys.executable, "-m", "imnet_prep", "download"]
     command += ["--urls", str(work / "list.txt"), "--out", str(work / "out"), "--allow-private", "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     if (ok := json.loads(done.stdout)["ok"]) != len(urls):

@@ -1,1 +1,1 @@
-"""The command lines: parse, build options, call one library function, render."""
+"""The commands. Each parses its options, calls one library function and prints the result."""

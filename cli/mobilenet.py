@@ -1,8 +1,8 @@
-"""``mbv2``: train, score and move a MobileNetV2."""
+"""``mbv2``: train, evaluate and convert MobileNetV2."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,80 +11,51 @@ import click
 from imnet_prep.types import Progress
 from mbv2.bench import BenchOptions
 
-from .inspect import run_report
-from .render import emit_json, guard, progress_bar, show, stop_requested, table
+from .options import CHECKPOINT, DEVICE, GROUP, JSON, RECORDS, REPLACE
+from .render import guard, progress_bar, show, stop_requested
 
-RECORDS = click.option("--records", required=True, type=click.Path(path_type=Path), help="Folder with a manifest.json.")
-DEVICE = click.option("--device-target", default="CPU", show_default=True, help="CPU, GPU or Ascend.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-BENCH = {field.name: field.default for field in fields(BenchOptions)}
+BENCH = BenchOptions()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings=GROUP)
 @click.version_option(package_name="imnet-prep")
 def main() -> None:
-    """MobileNetV2 on MindSpore: train and score it on verified records.
+    """Train MobileNetV2 on verified records, and evaluate, run or export it.
 
     Example: mbv2 train --records records --image-size 64 --epochs 2 --out run
     """
 
 
-def _print(result: Any, as_json: bool) -> None:
-    """Print a result's JSON object, or its rows for a person."""
-    if as_json:
-        emit_json(result.to_json())
-    else:
-        table(result.rows())
-
-
 @main.command()
-@click.option("--records", type=click.Path(path_type=Path), help="Folder with a manifest.json.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
-@click.option("--recipe", help="A recipe's name, or a YAML file of its fields. [default: tiny]")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML with the official MindSpore trainer's keys.")
+@click.option("--records", type=Path, help="A folder with a manifest.json.")
+@click.option("--out", required=True, type=Path, help="The folder of the run.")
+@click.option("--recipe", show_default="tiny", help="The name of a recipe, or a YAML file with its fields.")
+@click.option("--config", type=Path, help="A YAML file with the keys of the official MindSpore trainer.")
 @click.option("--epochs", type=int, help="Passes over the training images.")
-@click.option("--batch-size", type=int, help="Images a step.")
+@click.option("--batch-size", type=int, help="Images per step.")
 @click.option("--image-size", type=int, help="Side of the input, in pixels, 32 to 288.")
 @click.option("--width", type=float, help="Width multiplier, 0.35 to 1.4.")
-@click.option("--lr", type=float, help="Peak learning rate, used as it is (not scaled by the batch).")
+@click.option("--lr", type=float, help="Peak learning rate; not scaled by the batch size.")
 @click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Set any other field of the recipe.")
-@click.option("--pretrained", type=click.Path(path_type=Path), help="Checkpoint to start from; see mbv2 convert.")
-@click.option(
-    "--freeze", help="none, bn (keep BatchNorm's statistics) or backbone (train the head on cached features)."
-)
-@click.option("--features", type=click.Path(path_type=Path), help="Folder of cached features. [default: RUN/features]")
-@click.option("--device-target", help="CPU, GPU or Ascend. [default: CPU]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order, augmentation and dropout.")
-@click.option("--save-every", type=int, default=0, show_default=True, help="Steps between saves within an epoch.")
+@click.option("--pretrained", type=Path, help="The checkpoint to start from; see mbv2 convert.")
+@click.option("--freeze", help="none, bn (keep BatchNorm's statistics) or backbone (train only the head).")
+@click.option("--features", type=Path, show_default="RUN/features", help="The folder for cached features.")
+@click.option("--device-target", show_default="CPU", help="CPU, GPU or Ascend.")
+@click.option("--seed", default=0, help="Determines initial weights, order, augmentation and dropout.")
+@click.option("--save-every", default=0, help="Save every N steps within an epoch; 0: at its end only.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to RUN/events (needs tensorboardX).")
-@click.option("--resume", is_flag=True, help="Go on from RUN/last.ckpt, with the run's own recipe.")
+@click.option("--resume", is_flag=True, help="Continue from RUN/last.ckpt with the recipe of that run.")
 @JSON
 @guard
 def train(
-    records: Path | None,
-    out: Path,
-    recipe: str | None,
-    config: Path | None,
-    epochs: int | None,
-    batch_size: int | None,
-    image_size: int | None,
-    width: float | None,
-    lr: float | None,
-    assignments: tuple[str, ...],
-    pretrained: Path | None,
-    freeze: str | None,
-    features: Path | None,
-    device_target: str | None,
-    seed: int,
-    save_every: int,
-    tensorboard: bool,
-    resume: bool,
-    as_json: bool,
-) -> None:
-    """Train on the records' train split, score every epoch on its val split, keep the best.
+    records: Path | None, out: Path, recipe: str | None, config: Path | None, assignments: tuple[str, ...],
+    pretrained: Path | None, features: Path | None, device_target: str | None, seed: int, save_every: int,
+    tensorboard: bool, resume: bool, as_json: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """Train on the train split, evaluate after every epoch on the val split, and keep the best checkpoint.
 
-    Writes config.json, metrics.csv, log.jsonl, last.ckpt, best.ckpt and curves.png to the run's folder. Class count and
-    names come from the records. Stopped by Ctrl-C, a run is saved and goes on with --resume.
+    Writes config.json, metrics.csv, log.jsonl, last.ckpt, best.ckpt and curves.png to the folder of the run. Class
+    names and counts come from the records. Ctrl-C saves the run; continue it with --resume.
 
     Example: mbv2 train --records records --recipe tiny --epochs 20 --width 0.5 --out run
     """
@@ -99,61 +70,40 @@ def train(
     records, pretrained = records or official.records, pretrained or official.pretrained
     if records is None:
         raise click.UsageError("Missing option '--records'.")
-
-    flags = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "width": width,
-        "lr": lr,
-        "freeze": freeze,
-    }
-    base = stored_recipe(out) if resume else None
-    defaults = {**official.fields, **pretrained_fields(pretrained)}
-    name = recipe or (BASE_RECIPE if config else None)
-    resolved = resolve_recipe(name, flags, parse_assignments(assignments), base=base, defaults=defaults)
-    options = RunOptions(
-        records,
-        out,
-        resolved,
-        seed,
-        device_target or official.device_target or "CPU",
-        save_every=save_every,
-        resume=resume,
-        pretrained=pretrained,
-        features=features,
-        tensorboard=tensorboard,
+    resolved = resolve_recipe(
+        recipe or (BASE_RECIPE if config else None),
+        flags,  # epochs, batch_size, image_size, width, lr and freeze
+        parse_assignments(assignments),
+        base=stored_recipe(out) if resume else None,
+        defaults={**official.fields, **pretrained_fields(pretrained)},
     )
+    options = RunOptions(
+        records, out, resolved, seed, device_target or official.device_target or "CPU", save_every=save_every,
+        resume=resume, pretrained=pretrained, features=features, tensorboard=tensorboard,
+    )  # fmt: skip
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)
     if result.already_done and not as_json:
         click.echo("already done", err=True)
-    _print(result, as_json)
+    show(result.to_json(), as_json, result.rows())
 
 
 @main.command("eval")
 @RECORDS
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
-@click.option("--split", default="val", show_default=True, help="The split to score.")
-@click.option("--per-class", type=click.Path(path_type=Path), help="Write a CSV row a class.")
-@click.option("--real-labels", type=click.Path(path_type=Path), help="JSON of several right labels an image (ReaL).")
-@click.option("--confusion", type=click.Path(path_type=Path), help="Draw the confusion matrix, a PNG.")
+@CHECKPOINT
+@click.option("--split", default="val", help="The split to evaluate on.")
+@click.option("--per-class", type=Path, metavar="FILE.csv", help="Write one row per class.")
+@click.option("--real-labels", type=Path, metavar="FILE.json", help="Several correct labels per image (ReaL).")
+@click.option("--confusion", type=Path, metavar="FILE.png", help="Draw the confusion matrix.")
 @DEVICE
 @JSON
 @guard
 def evaluate(
-    records: Path,
-    checkpoint: Path,
-    split: str,
-    per_class: Path | None,
-    real_labels: Path | None,
-    confusion: Path | None,
-    device_target: str,
-    as_json: bool,
+    records: Path, checkpoint: Path, per_class: Path | None, confusion: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Score a checkpoint: top-1 and top-5 over every image of a split, each exactly once.
+    """Compute top-1 and top-5 accuracy over every image of a split, each exactly once.
 
-    Preprocessing comes from the checkpoint, class names and counts from the records.
+    Preprocessing comes from the checkpoint; class names and counts come from the records.
 
     Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
     """
@@ -163,73 +113,55 @@ def evaluate(
 
     refuse_inside_records(per_class, confusion)
     with stop_requested() as stop, progress_bar("eval") as progress:
-        scores, classes = evaluate_checkpoint(
-            records,
-            checkpoint,
-            split=split,
-            real_labels=real_labels,
-            device_target=device_target,
-            stop=stop,
-            progress=progress,
-        )
+        scores, classes = evaluate_checkpoint(records, checkpoint, stop=stop, progress=progress, **options)
     if per_class:
         write_per_class(per_class, scores, classes)
     if confusion:
         draw_confusion(confusion, scores.confusion, classes)
-    _print(scores, as_json)
+    show(scores.to_json(), as_json, scores.rows())
 
 
 @main.command()
-@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("weights", type=Path)
 @click.option("--from", "source", required=True, help="timm, torchvision, mindcv or mindspore-models.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint to write.")
-@click.option("--padding", default="symmetric", show_default=True, help="same for weights that come from TensorFlow.")
-@click.option("--mean", type=float, nargs=3, help="Of RGB in 0..1. [default: ImageNet's]")
-@click.option("--std", type=float, nargs=3, help="Of RGB in 0..1. [default: ImageNet's]")
-@click.option("--bn-eps", type=float, help="BatchNorm's epsilon. [default: 1e-3 with same padding, else 1e-5]")
-@click.option("--image-size", type=int, default=224, show_default=True, help="Side of the input, in pixels.")
+@click.option("--out", required=True, type=Path, help="The checkpoint to write.")
+@click.option("--padding", default="symmetric", help="symmetric, or same for weights from TensorFlow.")
+@click.option("--mean", type=float, nargs=3, show_default="ImageNet's", help="Mean of RGB in 0..1.")
+@click.option("--std", type=float, nargs=3, show_default="ImageNet's", help="Standard deviation of RGB in 0..1.")
+@click.option("--bn-eps", type=float, show_default="1e-3 with same padding, else 1e-5", help="BatchNorm's epsilon.")
+@click.option("--image-size", default=224, help="Side of the input, in pixels.")
 @JSON
 @guard
-def convert(
-    weights: Path,
-    source: str,
-    out: Path,
-    padding: str,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    bn_eps: float | None,
-    image_size: int,
-    as_json: bool,
-) -> None:
-    """Bring weights of another project into a checkpoint of ours; every tensor is accounted for.
+def convert(weights: Path, source: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Convert the weights of another project to a checkpoint; every tensor must be used.
 
-    Reads .safetensors, .ckpt and, where PyTorch is installed, .pth. Padding and preprocessing are kept in the
-    checkpoint and used by eval, predict, fine-tuning and export.
+    Reads .safetensors, .ckpt and, if PyTorch is installed, .pth. Padding and preprocessing are saved in the checkpoint
+    and used by eval, predict, fine-tuning and export.
 
     Example: mbv2 convert mobilenetv2_100.safetensors --from timm --out mobilenetv2.ckpt
     """
     from mbv2.convert import ConvertOptions, convert_weights
 
-    options = ConvertOptions(padding, mean, std, bn_eps, image_size)
-    _print(convert_weights(weights, source, out, options), as_json)
+    result = convert_weights(weights, source, out, ConvertOptions(**options))
+    show(result.to_json(), as_json, result.rows())
 
 
 @main.command()
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option("--top", type=int, default=5, show_default=True, help="Guesses an image.")
-@click.option("--sheet", type=click.Path(path_type=Path), help="Draw a contact sheet, a PNG.")
+@CHECKPOINT
+@click.argument("images", nargs=-1, required=True, type=Path, metavar="IMAGE...")
+@click.option("--top", default=5, help="Number of predictions per image.")
+@click.option("--sheet", type=Path, metavar="FILE.png", help="Draw a contact sheet.")
 @DEVICE
 @JSON
 @guard
 def predict(
     checkpoint: Path, images: tuple[Path, ...], top: int, sheet: Path | None, device_target: str, as_json: bool
 ) -> None:
-    """Guess the classes of images, or of all images in folders.
+    """Predict the classes of images, or of all images in folders.
 
     Preprocessing and class names come from the checkpoint.
 
-    Example: mbv2 predict --checkpoint run/best.ckpt photo.jpg folder --sheet guesses.png
+    Example: mbv2 predict --checkpoint run/best.ckpt photo.jpg folder --sheet predictions.png
     """
     from imnet_prep.records.publish import refuse_inside_records
     from mbv2.predict import contact_sheet, predict_images
@@ -239,24 +171,22 @@ def predict(
         found = predict_images(checkpoint, images, top=top, device_target=device_target, stop=stop, progress=progress)
     if sheet:
         contact_sheet(sheet, found)
-    if as_json:
-        emit_json({"predictions": [prediction.to_json() for prediction in found]})
-    else:
-        table([prediction.row() for prediction in found])
+    predictions = [prediction.to_json() for prediction in found]
+    show({"predictions": predictions}, as_json, [prediction.row() for prediction in found])
 
 
 @main.command()
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A .ckpt of mbv2.")
+@CHECKPOINT
 @click.option("--format", "kind", required=True, help="mindir, onnx or onnx-int8.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
-@click.option("--calibrate", type=click.Path(path_type=Path), help="Records to choose 8-bit ranges and score by.")
-@click.option("--split", default="val", show_default=True, help="The split of --calibrate.")
+@click.option("--out", required=True, type=Path, help="The file to write.")
+@click.option("--calibrate", type=Path, metavar="RECORDS", help="Records for choosing 8-bit ranges and for scoring.")
+@click.option("--split", default="val", help="The split of --calibrate.")
 @JSON
 @guard
 def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split: str, as_json: bool) -> None:
-    """Write a checkpoint for other runtimes, run both, and print the largest difference.
+    """Export a checkpoint for other runtimes, run both, and print the largest difference.
 
-    The file takes uint8 images (N, H, W, 3) in RGB, any N, normalises inside and gives logits.
+    The exported network takes uint8 images (N, H, W, 3) in RGB, for any N, normalises them and returns logits.
 
     Example: mbv2 export --checkpoint run/best.ckpt --format onnx --out mobilenetv2.onnx
     """
@@ -266,37 +196,49 @@ def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split
         result = export_checkpoint(
             checkpoint, kind, out, calibrate=calibrate, split=split, stop=stop, progress=progress
         )
-    _print(result, as_json)
+    show(result.to_json(), as_json, result.rows())
 
 
 @main.command()
-@click.option("--mode", default=BENCH["mode"], show_default=True, help="train (whole steps) or eval (inference).")
-@click.option("--batch-size", type=int, default=BENCH["batch_size"], show_default=True, help="Images a step.")
-@click.option("--image-size", type=int, default=BENCH["image_size"], show_default=True, help="Side, in pixels.")
-@click.option("--width", type=float, default=BENCH["width"], show_default=True, help="Width multiplier, 0.35 to 1.4.")
-@click.option("--steps", type=int, default=BENCH["steps"], show_default=True, help="Measured steps, after warm-up.")
-@click.option("--standard-ops", is_flag=True, help="MindSpore's own operators, not the C++ ones.")
+@click.option("--mode", default=BENCH.mode, help="train (whole steps) or eval (inference).")
+@click.option("--batch-size", default=BENCH.batch_size, help="Images per step.")
+@click.option("--image-size", default=BENCH.image_size, help="Side of the input, in pixels.")
+@click.option("--width", default=BENCH.width, help="Width multiplier, 0.35 to 1.4.")
+@click.option("--steps", default=BENCH.steps, help="Measured steps, after warm-up.")
+@click.option("--standard-ops", is_flag=True, help="Use MindSpore's operators in place of the C++ ones.")
 @JSON
 @guard
-def bench(
-    mode: str, batch_size: int, image_size: int, width: float, steps: int, standard_ops: bool, as_json: bool
-) -> None:
-    """Measure how fast the network trains, or guesses, on this machine: the median step, and the operators in use.
+def bench(standard_ops: bool, as_json: bool, **options: Any) -> None:
+    """Measure the median time of a training or inference step on this machine.
 
-    A train step is whole: uint8 batch in, forward, backward, update. Compilation and warm-up are left out.
+    A training step goes from a uint8 batch to the updated weights. Compilation and warm-up are left out.
 
     Example: mbv2 bench --batch-size 32 --image-size 224 --json
     """
     from mbv2.bench import bench as run
 
-    kernels = "standard" if standard_ops else "auto"
-    options = BenchOptions(mode, batch_size, image_size, width, steps=steps, kernels=kernels)
+    settings = BenchOptions(**options, kernels="standard" if standard_ops else BENCH.kernels)
     with progress_bar("bench") as progress:
-        result = run(options, lambda done, total: progress(Progress(done, total, unit="steps")))
+        result = run(settings, lambda done, total: progress(Progress(done, total, unit="steps")))
     show(asdict(result), as_json)
 
 
-main.add_command(run_report)
+@main.command("report")
+@click.argument("run", type=Path, metavar="RUN")
+@click.option("--out", default=Path("run.html"), type=Path, help="The HTML file to write.")
+@click.option("--records", type=Path, help="Evaluate the best checkpoint on these records, by class.")
+@click.option("--split", default="val", help="The split of --records.")
+@DEVICE
+@REPLACE
+@JSON
+@guard
+def report(run: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write a self-contained HTML report about a training run: curves, recipe, speed and, with --records, accuracy.
 
-if __name__ == "__main__":
-    main()
+    Example: mbv2 report run --records records --out run.html
+    """
+    from mbv2.report import RunReportOptions, write_run_report
+
+    with progress_bar("report") as progress:
+        result = write_run_report(run, out, RunReportOptions(**options), progress)
+    show(result, as_json)

@@ -1,68 +1,132 @@
-"""``imnet-prep``: URL lists, archives and folders to verified MindRecord shards."""
+"""``imnet-prep``: download, convert and check."""
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from imnet_prep.errors import IntegrityError
+from imnet_prep.download.options import ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
+from imnet_prep.errors import DownloadError
 
-from .bench import bench
-from .download import download
-from .inspect import adopt, browse, repair_index, report, reshard
-from .render import emit_json, guard, progress_bar, show, stop_requested, table
+from .options import GROUP, JSON, KEEP_CLASSES, WORKERS
+from .records import adopt, bench, browse, info, repair_index, report, reshard, verify
+from .render import guard, progress_bar, show, stop_requested
 
-FOLDER = click.Path(path_type=Path)
+FETCH, POLITE, CONTENT = FetchOptions(), PoliteOptions(), ContentOptions()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings=GROUP)
 @click.version_option(package_name="imnet-prep")
 def main() -> None:
-    """ImageNet as you have it, to verified and reproducible MindRecord shards.
+    """Turn any copy of ImageNet into verified, reproducible MindRecord shards.
 
     \b
-    imnet-prep demo                                         see all of it work, in a few minutes
-    imnet-prep to-mindrecord my-photos --out records        a folder a class
+    imnet-prep demo                                         run every step on a small generated data set
+    imnet-prep to-mindrecord my-photos --out records        convert one folder per class
     imnet-prep verify records --level hash
-    mbv2 train --records records --out run                  then train on them
+    mbv2 train --records records --out run                  then train on the records
     """
 
 
-for _command in (download, bench, report, browse, repair_index, adopt, reshard):
+for _command in (verify, info, report, browse, bench, repair_index, adopt, reshard):
     main.add_command(_command)
 
 
+@main.command()
+@click.option("--urls", multiple=True, required=True, type=Path, help="URL lists, plain or gzip; several may follow.")
+@click.argument("more_urls", nargs=-1, type=Path, metavar="[FILE]...")
+@click.option("--out", required=True, type=Path, help="The download folder. An interrupted download resumes here.")
+@click.option("--wnid", help="The class of lines that hold only a URL.")
+@click.option("--wnids", type=Path, help="Keep only the classes in this file, one per line.")
+@click.option("--concurrency", default=POLITE.concurrency, help="Maximum number of fetches at a time.")
+@click.option("--per-host", default=POLITE.per_host, help="Maximum number of connections to one host.")
+@click.option("--rate-per-host", default=POLITE.rate_per_host, help="Requests per second to one host; 0: no limit.")
+@click.option("--timeout-s", default=FETCH.timeout_s, help="Total time of one attempt, including redirects.")
+@click.option("--max-bytes", default=FETCH.max_bytes, help="Largest response, also after decompression.")
+@click.option("--retries", default=POLITE.retries, help="Retries of failures that may be temporary.")
+@click.option("--max-failed", default="100%", metavar="P%", help="Fail (exit 3) above this share of failed URLs.")
+@click.option("--retry-failed", is_flag=True, help="Try the URLs that failed temporarily again.")
+@click.option("--short-side", type=int, help="Resize to this short side, in pixels, and store as JPEG.")
+@click.option("--quality", default=CONTENT.quality, help="JPEG quality with --short-side.")
+@click.option("--allow-private", is_flag=True, help="Allow private and loopback addresses, for your own servers.")
+@click.option("--ignore-opt-out", is_flag=True, help="Ignore X-Robots-Tag: noai and noimageai.")
+@JSON
+@guard
+def download(
+    urls: tuple[Path, ...], more_urls: tuple[Path, ...], out: Path, wnid: str | None, wnids: Path | None,
+    concurrency: int, per_host: int, rate_per_host: float, timeout_s: float, max_bytes: int, retries: int,
+    max_failed: str, retry_failed: bool, short_side: int | None, quality: int, allow_private: bool,
+    ignore_opt_out: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Download the images of URL lists to OUT/<class>/<id>.<ext> and account for every URL.
+
+    A line is "id<TAB>url", "id url", "wnid url", or just a URL with --wnid. To resume, run the same command again. Exit
+    codes: 0 done, 1 error, 3 more failures than --max-failed, 130 interrupted.
+
+    Example: imnet-prep download --urls fall11_urls.txt --out images --wnids keep.txt --short-side 256
+    """
+    from imnet_prep.download.run import download as run
+
+    fetch = FetchOptions(
+        timeout_s=timeout_s, max_bytes=max_bytes, allow_private=allow_private, honour_opt_out=not ignore_opt_out
+    )
+    polite = PoliteOptions(concurrency=concurrency, per_host=per_host, rate_per_host=rate_per_host, retries=retries)
+    content = ContentOptions(short_side=short_side, quality=quality)
+    options = DownloadOptions(
+        urls=(*urls, *more_urls), out=out, wnid=wnid, wnids=wnids, max_failed_frac=_fraction(max_failed),
+        retry_failed=retry_failed, fetch=fetch, polite=polite, content=content,
+    )  # fmt: skip
+    with stop_requested() as stop, progress_bar("download") as progress:
+        result = run(options, progress, stop)
+    totals = asdict(result.totals)
+    rows = [
+        *((name, str(totals[name])) for name in ("requested", "ok")),
+        *((f"  {reason}", str(count)) for reason, count in totals["failed"].items()),
+        *((name, str(totals[name])) for name in ("pending", "malformed", "repeated", "bytes")),
+        ("seconds", f"{result.seconds:.1f}"),
+        ("folder", str(out)),
+        *((f"  failed at {host}", str(count)) for host, count in result.top_hosts),
+    ]
+    show(totals | {"seconds": round(result.seconds, 3)}, as_json, rows)
+    if result.verdict is not None:
+        raise result.verdict
+
+
+def _fraction(text: str) -> float:
+    """Read ``95%`` or ``0.95`` as a fraction."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise DownloadError("--max-failed is not a share", expected="for example 95%", got=repr(text)) from error
+
+
 @main.command("to-mindrecord")
-@click.argument("sources", nargs=-1, required=True, type=FOLDER, metavar="SOURCE...")
-@click.option("--out", required=True, type=FOLDER, help="The records folder to make.")
-@click.option("--split", metavar="train|val|test", help="Where a source does not say which split it is.")
+@click.argument("sources", nargs=-1, required=True, type=Path, metavar="SOURCE...")
+@click.option("--out", required=True, type=Path, help="The records folder to write.")
+@click.option("--split", metavar="train|val|test", help="The split of sources that do not tell it.")
 @click.option(
-    "--shards",
-    type=int,
-    metavar="N",
-    help="Shards of each split; if not given one a 64 MiB or 8,192 images, at most 128.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Fixes order and shard membership.")
-@click.option("--workers", type=int, metavar="N", help="Worker processes; one a core if not given. Changes no byte.")
-@click.option(
-    "--label-space", default="found", show_default=True, metavar="found|imagenet1k|FILE",
-    help="Number the classes that are there; or as ImageNet's 1,000; or as a file lists them.",
+    "--shards", type=int, metavar="N", show_default="one per 64 MiB or 8,192 images, at most 128",
+    help="Shards per split.",
 )  # fmt: skip
-@click.option("--keep-classes", type=FOLDER, metavar="FILE", help="Keep only the classes in this list, one a line.")
-@click.option("--max-per-class", type=int, metavar="N", help="Keep at most N images of a class, chosen by the seed.")
-@click.option("--short-side", type=int, metavar="PIXELS", help="Store shrunk to this short side (256 is usual).")
-@click.option("--quality", type=int, default=90, show_default=True, help="JPEG quality with --short-side.")
-@click.option("--duplicates", default="keep", show_default=True, metavar="keep|reject", help="Images with equal bytes.")
-@click.option("--max-rejected", default="1%", show_default=True, metavar="N|P%", help="More rejected: exit 3.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--seed", default=0, help="Determines the order and which shard an image is in.")
+@WORKERS
 @click.option(
-    "--force", is_flag=True, help="Replace another plan's work; a finished folder only once the new one is whole."
-)
-@click.option("--executor", default="local", show_default=True, metavar="local|dask", help="Who does the work.")
+    "--label-space", default="found", metavar="found|imagenet1k|FILE",
+    help="Number the classes that are found, or use ImageNet's 1,000 labels, or those of a file.",
+)  # fmt: skip
+@KEEP_CLASSES
+@click.option("--max-per-class", type=int, metavar="N", help="Keep at most N images per class, chosen by the seed.")
+@click.option("--short-side", type=int, metavar="PIXELS", help="Shrink to this short side (256 is usual).")
+@click.option("--quality", default=90, help="JPEG quality with --short-side.")
+@click.option("--duplicates", default="keep", metavar="keep|reject", help="What to do with identical files.")
+@click.option("--max-rejected", default="1%", metavar="N|P%", help="Fail (exit 3) above this many rejections.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--force", is_flag=True, help="Start over if the plan differs; replace a finished folder at the end.")
+@click.option("--executor", default="local", metavar="local|dask", help="Where the work is done.")
 @click.option("--scheduler", metavar="ADDR", help="Address of the Dask scheduler.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@JSON
 @guard
 def to_mindrecord(
     sources: tuple[Path, ...], out: Path, split: str | None, shards: int | None, seed: int, workers: int | None,
@@ -71,10 +135,10 @@ def to_mindrecord(
 ) -> None:  # fmt: skip
     """Convert archives and folders to MindRecord shards with a manifest.
 
-    SOURCE is an official ILSVRC2012 archive (train, val and devkit together, in any order), the trees extracted from
-    them, Kaggle's layout, Tiny-ImageNet, a folder of class folders (with or without train/ and val/), or a folder made
-    by `imnet-prep download`. Archives are read in place, never unpacked. Every image is decoded once. Interrupted, the
-    same command goes on.
+    SOURCE is an official ILSVRC2012 archive (train, val and devkit in any order), an extracted tree, Kaggle's layout,
+    Tiny-ImageNet, a folder with one folder per class (with or without train/ and val/ above), or a folder made by
+    `imnet-prep download`. Archives are read in place. Every image is decoded once. To resume, run the same command
+    again.
 
     Example: imnet-prep to-mindrecord ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz
     --out records
@@ -90,62 +154,17 @@ def to_mindrecord(
         store=ValidateOptions(short_side=short_side, quality=quality), duplicates=duplicates,
     )  # fmt: skip
     options = ConvertOptions(workers, max_rejected, executor, scheduler, force)
-    arguments = (sources, out, split, plan_options, options)
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:
-        result = preview(*arguments, progress, stop) if dry_run else convert(*arguments, progress, stop)
+        result = (preview if dry_run else convert)(sources, out, split, plan_options, options, progress, stop)
     show(result.to_json(), as_json)
 
 
 @main.command()
-@click.argument("records", type=FOLDER, metavar="DIR")
-@click.option("--level", default="hash", show_default=True, metavar="quick|hash|decode", help="How deep to look.")
-@click.option("--expect", metavar="ilsvrc2012", help="Compare the counts with those of the published data set.")
-@click.option("--workers", type=int, metavar="N", help="Files read or decoded at a time; one a core if not given.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@guard
-def verify(records: Path, level: str, expect: str | None, workers: int | None, as_json: bool) -> None:
-    """Compare a records folder with its manifest; exit 3 where they differ.
-
-    quick looks at sizes, headers and indexes; hash reads every byte as well; decode also looks at every record: that it
-    decodes, is what was stored, has the label that its name says, and is not there twice (a warning).
-
-    Example: imnet-prep verify records --level decode
-    """
-    from imnet_prep.check import verify as verification
-
-    with progress_bar("verify") as progress:
-        result = verification.verify(records, level, workers, progress, expect)
-    if as_json:
-        show(result.to_json(), as_json)
-    else:
-        for problem in (*result.warnings, *result.problems):
-            click.echo(problem.to_line("warning: " if problem in result.warnings else ""))
-        state = "ok" if result.ok else f"{len(result.problems)} problem(s)"
-        click.echo(f"{records}: {state} at level {level}: {result.shards} shards, {result.records} records")
-    if not result.ok:
-        sys.exit(IntegrityError.exit_code)
-
-
-@main.command()
-@click.argument("records", type=FOLDER, metavar="DIR")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest's summary as one JSON object.")
-@guard
-def info(records: Path, as_json: bool) -> None:
-    """Say what a records folder holds, from its manifest alone.
-
-    Example: imnet-prep info records
-    """
-    from imnet_prep.show.info import describe
-
-    show(describe(records), as_json)
-
-
-@main.command()
-@click.option("--out", default=Path("imnet-demo"), show_default=True, type=FOLDER, help="Where everything goes.")
-@click.option("--epochs", type=int, metavar="N", help="Training epochs; enough to learn the set if not given.")
+@click.option("--out", default=Path("imnet-demo"), type=Path, help="The folder for all results.")
+@click.option("--epochs", type=int, metavar="N", show_default="enough to learn the set", help="Training epochs.")
 @guard
 def demo(out: Path, epochs: int | None) -> None:
-    """Draw a small image set, serve and download it, convert, verify, train and evaluate: the whole way in minutes.
+    """Generate a small data set, then download, convert, verify, train and evaluate it, in a few minutes.
 
     Example: imnet-prep demo --out /tmp/imnet-demo
     """
@@ -153,5 +172,5 @@ def demo(out: Path, epochs: int | None) -> None:
 
     with stop_requested() as stop:
         result = run_demo(out, epochs, progress_bar, stop)
-    table(result.rows)
-    emit_json(result.to_json())
+    show({}, False, result.rows)
+    show(result.to_json(), True)

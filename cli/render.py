@@ -1,14 +1,15 @@
-"""How results, errors and progress reach a person: stdout is the result, stderr is everything else."""
+"""Print results to stdout, errors and progress to stderr, and handle signals."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -34,7 +35,8 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
                 stream.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         try:
-            return command(*args, **kwargs)
+            with _safe_path():
+                return command(*args, **kwargs)
         except ImnetError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
@@ -47,23 +49,26 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
-def show(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result: one JSON object, or a line a value for a person."""
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep worker processes from importing a module, such as types.py, from the current folder."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+
+
+def show(result: dict[str, Any], as_json: bool, rows: Iterable[tuple[str, str]] | None = None) -> None:
+    """Print a result: as one JSON object, or as aligned rows (by default one per value)."""
     if as_json:
-        emit_json(result)
-    else:
-        table(list(_rows(result)))
-
-
-def emit_json(result: dict[str, Any]) -> None:
-    """Print the one JSON object that ``--json`` promises."""
-    click.echo(json.dumps(result, sort_keys=True))
-
-
-def table(rows: list[tuple[str, str]]) -> None:
-    """Print ``name  value`` lines, aligned."""
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
+        click.echo(json.dumps(result, sort_keys=True))
+        return
+    lines = list(_rows(result) if rows is None else rows)
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, value in lines:
         click.echo(f"{name:<{width}}  {value}")
 
 
@@ -85,9 +90,8 @@ def _rows(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[ProgressCallback]:
-    """Yield a callback that draws a bar on a terminal, or prints a line now and then elsewhere."""
+    """Yield a callback that draws a bar on a terminal, and elsewhere prints a line every 10 seconds."""
     live = sys.stderr.isatty()
-    bar = tqdm(desc=label, unit="img", smoothing=0.05, dynamic_ncols=True, file=sys.stderr, disable=not live)
     started = last = time.monotonic()
 
     def update(progress: Progress) -> None:
@@ -95,41 +99,38 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
         now = time.monotonic()
         pace = f"{progress.bytes_done / max(1e-9, now - started) / 1e6:.1f} MB/s" if progress.bytes_done else ""
         counts = (f"{name} {count}" for name, count in progress.counts)
-        extras = [*filter(None, (*counts, pace, progress.note))]
+        extras = ", ".join(filter(None, (*counts, pace, progress.note)))
         if live:
             bar.total, bar.unit = progress.total, f" {progress.unit}"
-            bar.set_postfix_str(", ".join(extras), refresh=False)
+            bar.set_postfix_str(extras, refresh=False)
             bar.update(progress.done - bar.n)
-            return
-        if now - last >= LOG_EVERY_S or (progress.done == progress.total and now - started >= LOG_EVERY_S):
+        elif now - last >= LOG_EVERY_S or (progress.done == progress.total and now - started >= LOG_EVERY_S):
             last = now
             rate = progress.done / (now - started)
-            total = f"/{progress.total}" if progress.total is not None else ""
-            left = f", {(progress.total - progress.done) / rate:.0f} s left" if progress.total and rate else ""
-            line = f"{label}: {progress.done}{total} {progress.unit}, {rate:.1f}/s{left}"
-            click.echo(", ".join([line, *extras]), err=True)
+            line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}, {rate:.1f}/s"
+            if progress.total and rate:
+                line += f", {(progress.total - progress.done) / rate:.0f} s left"
+            click.echo(", ".join(filter(None, (line, extras))), err=True)
 
-    try:
+    with tqdm(desc=label, unit="img", smoothing=0.05, dynamic_ncols=True, file=sys.stderr, disable=not live) as bar:
         yield update
-    finally:
-        bar.close()
 
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGINT or SIGTERM has come; a second signal stops at once."""
-    hits: list[int] = []
+    """Yield a function that tells whether SIGINT or SIGTERM was received; a second signal stops at once."""
+    received: list[int] = []
 
     def note(signum: int, _frame: object) -> None:
-        hits.append(signum)
-        if len(hits) > 1:
+        received.append(signum)
+        if len(received) > 1:
             raise KeyboardInterrupt
-        click.echo("stopping: finishing what is in hand (again to stop at once)", err=True)
+        click.echo("stopping: finishing the work in hand (press again to stop at once)", err=True)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(hits)
+        yield lambda: bool(received)
     finally:
         for number, handler in previous.items():
-            # Asked to stop, the process is on its way out: another signal now must not spoil its exit code.
-            signal.signal(number, signal.SIG_IGN if hits else handler)
+            # The process is ending: another signal must not change its exit code.
+            signal.signal(number, signal.SIG_IGN if received else handler)

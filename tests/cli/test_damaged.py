@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from imnet_prep.cli.prep import main
 
+from imnet_prep.cli.prep import main
 from imnet_prep.records.manifest import MANIFEST
 from tests.records import copy, keep_permissions, make_records, reseal
 

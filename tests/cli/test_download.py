@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from imnet_prep.cli.download import download
 
+from imnet_prep.cli.prep import download
 from tests.imnet_prep.download.servers import Exchange, Server, images, write_list
 
 KEYS = {"requested", "ok", "failed", "pending", "malformed", "repeated", "bytes", "seconds"}
@@ -124,11 +124,11 @@ def test_ctrl_c_finishes_what_is_in_hand_and_exits_130(tmp_path: Path) -> None:
 
     with Server(slow) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(300)])
-        code = "from imnet_prep.cli.download import download; download()"
         command = [
             sys.executable,
-            "-c",
-            code,
+            "-m",
+            "imnet_prep",
+            "download",
             "--urls",
             str(lists),
             "--out",
@@ -151,7 +151,8 @@ def test_ctrl_c_finishes_what_is_in_hand_and_exits_130(tmp_path: Path) -> None:
 
 
 def test_help_is_quick_to_load() -> None:
-    code = "import sys; import imnet_prep.cli.download; print(sorted(set(sys.modules) & {'mindspore', 'requests', 'cv2', 'numpy'}))"
+    loaded = "sorted(set(sys.modules) & {'mindspore', 'requests', 'cv2', 'numpy'})"
+    code = f"import sys; import imnet_prep.cli.prep; print({loaded})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "mindspore" not in done.stdout
     assert "requests" not in done.stdout

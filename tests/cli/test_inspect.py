@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from imnet_prep.cli.mobilenet import main as mobilenet
 from imnet_prep.cli.prep import main
-
 from tests.records import copy, flip, make_records
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
-from imnet_prep.cli.mobilenet import main
 from PIL import Image
 
 from imnet_prep.build.convert import convert
 from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
+from imnet_prep.cli.mobilenet import main
 from mbv2.checkpoint import read_checkpoint
 from mbv2.recipe import Recipe, recipe_names
 from tests.synthetic import WNIDS, picture
@@ -271,7 +271,8 @@ def test_every_option_is_read_and_named(command: str, flag: str, argument: str) 
     function = inspect.unwrap(main.commands[command].callback or pytest.fail("a command without code"))
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    assert argument in read
+    rest = {item.name for item in inspect.signature(function).parameters.values() if item.kind is item.VAR_KEYWORD}
+    assert argument in read or rest & read  # passed on whole, to a function that refuses a name it does not know
     named = re.compile(rf"{re.escape(flag)}(?![\w-])")
     assert any(named.search(path.read_text()) for path in (ROOT / "docs").glob("*.md")), f"no page names {flag}"
     assert any(named.search(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")), f"no test names {flag}"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from imnet_prep.cli.mobilenet import main as mobilenet
 from imnet_prep.cli.prep import main as prep
-
 from tests.records import copy, keep_permissions, make_records
 from tests.synthetic import make_image_folder
 

@@ -1,0 +1,19 @@
+"""The arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+GROUP = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+DIR = click.argument("records", type=Path, metavar="DIR")
+RECORDS = click.option("--records", required=True, type=Path, help="A folder with a manifest.json.")
+CHECKPOINT = click.option("--checkpoint", required=True, type=Path, help="A checkpoint of mbv2 (.ckpt).")
+DEVICE = click.option("--device-target", default="CPU", help="CPU, GPU or Ascend.")
+WORKERS = click.option(
+    "--workers", type=int, metavar="N", show_default="one per core", help="Worker processes; the output is identical."
+)
+KEEP_CLASSES = click.option("--keep-classes", type=Path, metavar="FILE", help="Keep only these classes, one per line.")
+REPLACE = click.option("--force", is_flag=True, help="Replace OUT even if it is not a report.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
