@@ -123,7 +123,7 @@ def export_checkpoint(
         run = _run_mindir(out)
     else:
         run = _write_onnx(loaded, kind, out, calibrate, split)
-    plain = network_predict(build_network(loaded, kernels="standard"))
+    plain = network_predict(build_network(loaded))
     difference = _compare(plain, run, _check_images(loaded, calibrate, split))
     if calibrate is None:
         return ExportResult(out, kind, out.stat().st_size, difference)

@@ -1,8 +1,8 @@
 """Every command line of README and docs runs, on small inputs of the names they use.
 
-README comes first; each other page starts from a copy of what that left. Some options are added: ``--allow-private`` for
-the test's own server, one small epoch for training, one second for a benchmark. What is no command of ours (``pip``,
-``make``, ``msrun``) is tested elsewhere.
+README comes first; each other page starts from a copy of what that left. Some options are added: ``--allow-private``
+for the test's own server, one small epoch for training, one second for a benchmark. What is no command of ours
+(``pip``, ``make``, ``msrun``) is tested elsewhere.
 """
 
 from __future__ import annotations
