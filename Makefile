@@ -34,7 +34,9 @@ test-long: venv
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	for platform in linux darwin win32; do \
+	  $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit 1; \
+	done
 
 # The peers, each in an environment of its own (6 GB): their NumPy is not MindSpore's.
 bench: venv .venv-peers/.installed .venv-img2dataset/.installed

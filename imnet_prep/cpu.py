@@ -1,10 +1,11 @@
-"""How many cores this process may use, and which libraries are installed."""
+"""Count the cores that this process may use, and find the versions of installed libraries."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +14,8 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<quota us> <period us>" or "m
 
 
 def cpu_count() -> int:
-    """Count the cores this process may use: its affinity mask, lowered to a container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the cores that this process may use: those of its affinity, or fewer in a container with a quota."""
+    cores = _affinity() or os.cpu_count() or 1
     try:
         quota, period = _CGROUP_QUOTA.read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -22,10 +23,23 @@ def cpu_count() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def _affinity() -> int:
+    """Count the cores on which this process may run; 0 where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    if sys.platform == "win32":
+        import ctypes
+
+        mine, all_cores, this_process = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p(-1)
+        ctypes.windll.kernel32.GetProcessAffinityMask(this_process, ctypes.byref(mine), ctypes.byref(all_cores))
+        return mine.value.bit_count()  # 0 also where the process runs on several groups of 64 cores
+    return 0
+
+
 def library_versions(*names: str) -> dict[str, str]:
     """Return the versions of installed distributions by their names.
 
-    ``opencv`` stands for whichever distribution of OpenCV is installed; where there is none (conda, an own build), the
+    ``opencv`` stands for whichever distribution of OpenCV is installed. Where there is none (conda, an own build), the
     key is ``opencv`` and the version is OpenCV's own. Any other that is not installed has an empty version.
     """
     found: dict[str, str] = {}

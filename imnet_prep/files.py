@@ -1,32 +1,37 @@
-"""Files and folders that are there whole or not at all."""
+"""Read, write, flush and lock files, on Linux, macOS and Windows alike."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import sqlite3
 import stat
+import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
 READ_BYTES = 1 << 20
 MAX_OPEN_FILES = 256
+# What only some systems have: 0 or None elsewhere.
+_BINARY, _NONBLOCK, _NOFOLLOW = (getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_NOFOLLOW"))
+_pread, _fadvise = getattr(os, "pread", None), getattr(os, "posix_fadvise", None)
+_WILL_NEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
 
 
 def write_atomically(path: Path, data: bytes, *, stage: Path | None = None) -> None:
-    """Write a file that is there whole or not at all, also after a power loss.
+    """Write a file so that it is whole or absent, also after a power loss.
 
     Args:
         path: The file.
         data: Its bytes.
-        stage: A folder of the same file system in which it is written first. Without one that happens beside ``path``,
-            under one name, so that whatever a kill leaves there is replaced by the next write.
+        stage: A folder of the same file system in which to write it first. By default it is first written beside
+            ``path``, always under the same name, so the next write replaces what a kill left there.
     """
     temporary = path.with_name(f".{path.name}.tmp") if stage is None else stage / f"{uuid.uuid4().hex}.tmp"
     try:
@@ -44,8 +49,13 @@ def write_atomically(path: Path, data: bytes, *, stage: Path | None = None) -> N
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to the disk. Windows flushes the names itself."""
+    flags = os.O_RDONLY
+    if sys.platform == "win32":
+        if path.is_dir():
+            return
+        flags = os.O_RDWR  # it flushes no file that is open for reading only
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -53,7 +63,7 @@ def sync(path: Path) -> None:
 
 
 def _open_plain(path: str | Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
+    descriptor = os.open(path, os.O_RDONLY | _BINARY | _NONBLOCK)  # a FIFO would wait for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
@@ -70,73 +80,107 @@ def open_plain(path: str | Path) -> BinaryIO:
 
 
 class PlainFile:
-    """A regular file, open for positioned reads. It is closed when nobody holds it any more, so threads share it.
+    """A regular file, open for reads at any offset, also from several threads. It is closed with its last reference.
 
     Raises:
         OSError: It cannot be opened, or is no regular file.
     """
 
-    __slots__ = ("descriptor",)
+    __slots__ = ("_descriptor", "_seeking")
 
     def __init__(self, path: str | Path) -> None:
-        self.descriptor = _open_plain(path)
+        self._descriptor = _open_plain(path)
+        self._seeking = threading.Lock()
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the file."""
+        return os.fstat(self._descriptor).st_size
 
     def read(self, size_bytes: int, offset: int) -> bytes:
-        """Read a byte range; shorter only where the file ends."""
-        data = os.pread(self.descriptor, size_bytes, offset)
+        """Read a byte range; the result is shorter only at the end of the file."""
+        data = self._read_some(size_bytes, offset)
         while data and len(data) < size_bytes:
-            more = os.pread(self.descriptor, size_bytes - len(data), offset + len(data))
+            more = self._read_some(size_bytes - len(data), offset + len(data))
             if not more:
                 break
             data += more
         return data
 
+    def _read_some(self, size_bytes: int, offset: int) -> bytes:
+        if _pread:
+            return bytes(_pread(self._descriptor, size_bytes, offset))
+        with self._seeking:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.read(self._descriptor, size_bytes)
+
+    def will_need(self, size_bytes: int, offset: int) -> None:
+        """Tell the system, where it listens, that a byte range will be read soon."""
+        if _fadvise:
+            _fadvise(self._descriptor, offset, size_bytes, _WILL_NEED)
+
 
 @cache
 def max_open_files() -> int:
-    """Return how many files one cache may keep open: 256, or a third of what the process may have open."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return MAX_OPEN_FILES
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MAX_OPEN_FILES if soft < 0 else max(4, min(MAX_OPEN_FILES, soft // 3))
+    """Return how many files one cache may keep open: 256, or a third of the process's limit if that is less."""
+    if sys.platform != "win32":
+        with suppress(ImportError):
+            import resource
+
+            if (soft := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) >= 0:
+                return max(4, min(MAX_OPEN_FILES, soft // 3))
+    return MAX_OPEN_FILES
 
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold a lock file that goes away with the lock.
+    """Hold a lock file, which is deleted with the lock. The system ends the lock of a process that dies.
 
     Raises:
         BlockingIOError: Another process holds it.
         OSError: It cannot be made.
     """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.sameopenfile(descriptor, there := os.open(path, os.O_RDONLY | os.O_CLOEXEC)):
-                    os.close(there)
-                    break
-                os.close(there)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the holder before us removed it after we opened it: take the new one
+    descriptor = _locked(path)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held
-        os.close(descriptor)
+        if sys.platform == "win32":  # an open file cannot be deleted, nor one that another process has opened since
+            os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
+        else:
+            path.unlink(missing_ok=True)  # while it is held
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    from filelock import lock_descriptor
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o644)
+        try:
+            if not lock_descriptor(descriptor, blocking=False):
+                raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the last holder deleted it after it was opened here: take the new one
+
+
+def is_possible_name(name: str) -> bool:
+    """Tell whether this system takes a name for a file: Windows reserves some, and drops dots and spaces at the end."""
+    return os.name != "nt" or not (PureWindowsPath(name).is_reserved() or name.endswith((".", " ")))
 
 
 def sqlite_failure(error: sqlite3.Error, path: Path) -> OSError:
-    """Return the OSError that stands behind an error of SQLite while writing."""
+    """Return the OSError behind an error of SQLite while writing."""
     number = errno.ENOSPC if "full" in str(error) else errno.EIO
     return OSError(number, f"SQLite: {error}", str(path))
 

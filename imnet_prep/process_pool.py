@@ -1,16 +1,16 @@
-"""A pool of processes for tasks of any kind, made as they are wanted, with a count of how far each one is.
+"""Start worker processes, and carry out tasks in a pool of them with progress.
 
-Workers are spawned (not forked: the threads of OpenCV and MindSpore do not survive that), leave the terminal's signals
-to the parent, and die with it.
+Workers are spawned on every system: the threads of OpenCV and MindSpore do not survive a fork. They leave the signals
+of the terminal to the parent, and die with it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,25 +23,44 @@ from imnet_prep.errors import PlanError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int, int, int], None]  # images, bytes and bad ones since the last call
+SPAWN = multiprocessing.get_context("spawn")
+# What Ctrl-C, a supervisor, and Ctrl-Break (on Windows alone) send.
+STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGBREAK")]
+MAX_PROCESSES = 30 if sys.platform == "win32" else 1000  # Windows waits for 63 handles at once; a download needs 2 each
 POLL_S = 0.2
 SMALL_BYTES = 64 << 20  # hashed before a second process has started
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _live: Any = None  # in a worker: images, bytes and bad ones of each task in hand, shared with the parent
 
 
+def begin_worker() -> None:
+    """Prepare a spawned process for work: it ignores the signals, uses one thread, and dies with its parent."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True, name="parent").start()
+    import cv2
+
+    cv2.setNumThreads(1)  # the processes share the cores already
+
+
+def _die_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
+
+
 def process_count(asked: int | None) -> int:
-    """Return the number of processes asked for, or one a core that this process may use.
+    """Return the number of processes asked for, by default one per usable core.
 
     Raises:
         PlanError: Less than one was asked for.
     """
     if asked is not None and asked < 1:
         raise PlanError("--workers is out of range", expected="1 or more", got=str(asked))
-    return asked or cpu_count()
+    return min(asked or cpu_count(), MAX_PROCESSES)
 
 
 def worker_count(asked: int | None, size_bytes: int) -> int:
-    """Choose a number of processes for work that is little more than copying and hashing some bytes."""
+    """Return the number of processes for work that mostly copies and hashes: one where there is little of it."""
     return process_count(asked) if asked is not None or size_bytes >= SMALL_BYTES else 1
 
 
@@ -52,17 +71,17 @@ def run_processes(
     report: Advance,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Result, None, None]:
-    """Carry out tasks and give each result as it comes, in any order.
+    """Carry out tasks and yield each result when it is there, in any order.
 
-    At most ``width`` tasks are in hand and no other is made yet, so memory does not grow with their number. Close the
-    iterator (:func:`contextlib.closing`) where it is not read to its end: the workers are killed then.
+    At most ``width`` tasks are taken at a time, so memory does not grow with their number. Close the iterator
+    (:func:`contextlib.closing`) if you do not read it to its end: that kills the workers.
 
     Args:
-        function: What a worker does with a task; from a module. It says now and then how far it is.
-        tasks: Taken one by one as workers come free.
-        width: Number of processes; for 1 the work is done in this one, which is there already.
-        report: Told the totals of this run so far: images, bytes and bad ones.
-        stop: Once true, no further task begins; those in hand are finished and given.
+        function: Carries out a task; must be importable. It reports its progress through its second argument.
+        tasks: Taken one by one as workers become free.
+        width: Number of processes; with 1 the work is done in this process.
+        report: Called with the totals of this run so far: images, bytes and bad ones.
+        stop: Once it returns true, no further task begins; those in hand are finished and yielded.
 
     Raises:
         PlanError: A worker process was killed.
@@ -70,10 +89,9 @@ def run_processes(
     if width <= 1:
         yield from _run_here(function, tasks, report, stop)
         return
-    context = multiprocessing.get_context("spawn")
-    live = context.RawArray("q", 3 * width)  # no lock: a worker killed while it holds one would stop all others
+    live = SPAWN.RawArray("q", 3 * width)  # no lock: a worker killed while it holds one would stop all others
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(width, context, _begin_worker, (live, os.getpid()))
+    pool = ProcessPoolExecutor(width, SPAWN, _begin_counted, (live,))
     finished = False
     try:
         yield from drive(pool, partial(_counted, function), live, iter(tasks), report, stop)
@@ -105,22 +123,14 @@ def _run_here(
         yield function(task, advance)
 
 
-def _begin_worker(live: Any, parent: int) -> None:
+def _begin_counted(live: Any) -> None:
     global _live  # noqa: PLW0603, a process-wide handle is what an initializer is for
     _live = live
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-    import cv2
-
-    cv2.setNumThreads(1)
+    begin_worker()
 
 
 def _counted(function: Callable[[Task, Advance], Result], task: Task, slot: int) -> Result:
-    """Carry out a task that reports its progress through the memory shared with the parent."""
+    """Carry out a task that reports its progress through shared memory."""
 
     def advance(images: int, size: int, bad: int) -> None:
         for position, value in enumerate((images, size, bad), 3 * slot):
@@ -137,7 +147,7 @@ def drive(
     report: Advance,
     stop: Callable[[], bool],
 ) -> Generator[Result, None, None]:
-    """Keep as many tasks in hand as there are slots of three in ``live``, so that stopping waits for no more."""
+    """Carry out tasks in a pool, at most one for each slot of three numbers in ``live``, so that a stop is quick."""
     free = list(range(len(live) // 3))
     in_hand: dict[Future[Result], int] = {}
     total = [0, 0, 0]

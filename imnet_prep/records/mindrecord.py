@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import msgpack
 import numpy as np
@@ -194,7 +193,7 @@ def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
         got = "" if not os.path.lexists(database) else "no regular file"
         raise RecordsError(f"{database}: the index is missing", got=got, remedy=remedy)
     try:
-        address = f"file:{quote(os.fsencode(database.resolve()))}?mode=ro&immutable=1"
+        address = f"{database.resolve().as_uri()}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True)) as connection:
             kinds = connection.execute("SELECT type FROM sqlite_master WHERE name = 'INDEXES'").fetchall()
             if kinds != [("table",)]:  # a view could go on for ever
@@ -264,7 +263,7 @@ def index_from_data(path: Path, header: Header) -> RowIndex:
 
 def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) -> Iterator[tuple[int, int]]:
     """Yield start and end of each row up to a cut; ``parts`` length-prefixed parts make a row."""
-    size = os.fstat(file.descriptor).st_size
+    size = file.size_bytes
     for page in (page for page in header.pages if page.kind == kind):
         position = header.offset(page.page_id)
         page_end = position + page.used_bytes

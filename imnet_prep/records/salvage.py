@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -82,7 +81,7 @@ def _stored_places(shard: Shard) -> Iterator[tuple[int, int]]:
 
 def _page_places(file: PlainFile, split: SplitInfo) -> Iterator[tuple[int, int]]:
     """Yield place and size of each part of a page that is preceded by its length."""
-    size = os.fstat(file.descriptor).st_size
+    size = file.size_bytes
     for page in range(split.header_size, size, split.page_size):
         start, end = page, min(page + split.page_size, size)
         while start + LENGTH.size < end:

@@ -185,7 +185,7 @@ class ShardWriter:
         self._used = 0
 
     def _write_page(self, page_id: int, data: bytearray | memoryview) -> None:
-        _write_all(self._file.fileno(), data, self.layout.header_size + page_id * self.layout.page_size)
+        _write_all(self._file, data, self.layout.header_size + page_id * self.layout.page_size)
         self._sums.append(_word_sum(data))
 
     def finish(self) -> Written:
@@ -198,9 +198,9 @@ class ShardWriter:
         self._flush()
         raw = self._write_raw()
         header = self._header()
-        _write_all(self._file.fileno(), header, 0)
-        os.fchmod(self._file.fileno(), 0o644)
+        _write_all(self._file, header, 0)
         self._file.close()
+        self.path.chmod(0o644)
         blob = self._blob
         rows = (
             (row, *place, blob[3 * row], *blob[3 * row : 3 * row + 3], self._labels[row])
@@ -278,12 +278,13 @@ def _page(
     }
 
 
-def _write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+def _write_all(file: io.FileIO, data: bytes | bytearray | memoryview, offset: int) -> None:
+    file.seek(offset)
     done = 0
     with memoryview(data) as view:
         while done < len(view):
             with view[done:] as rest:  # released at once: what is behind it may be about to grow
-                done += os.pwrite(descriptor, rest, offset + done)
+                done += file.write(rest)
 
 
 def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[str] | None = None) -> None:
@@ -319,8 +320,8 @@ def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[st
         connection.close()
     with database.open("r+b", buffering=0) as file:
         if fields is None:
-            _write_all(file.fileno(), SQLITE_VERSION.to_bytes(4, "big"), SQLITE_VERSION_OFFSET)
-        os.fchmod(file.fileno(), 0o644)
+            _write_all(file, SQLITE_VERSION.to_bytes(4, "big"), SQLITE_VERSION_OFFSET)
+        database.chmod(0o644)
         os.fsync(file.fileno())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import binascii
 import hashlib
 import json
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -199,14 +198,12 @@ class RowReader:
         self._file.cache_clear()
 
     def will_need(self, positions: NDArray[np.int64]) -> None:
-        """Tell the kernel which rows come next, so that it can read them in the best order."""
-        if not hasattr(os, "posix_fadvise"):  # not everywhere; it changes only the speed
-            return
+        """Tell the system which rows come next, so that it can read them in the best order."""
         table = self.table
         columns = table.shard[positions], table.start[positions], table.size[positions]
         for shard, start, size in zip(*(column.tolist() for column in columns), strict=True):
-            with suppress(OSError):  # the read itself will tell
-                os.posix_fadvise(self._file(shard).descriptor, start, size, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # the read itself reports it
+                self._file(shard).will_need(size, start)
 
     def image(self, position: int) -> bytes:
         """Read one image.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby, takewhile
@@ -50,7 +49,7 @@ class TarSource(Source):
         Raises:
             SourceError: It is cut: nothing can be read after the damage, and no zero blocks end it.
         """
-        for found in walk(file.descriptor, 0, os.fstat(file.descriptor).st_size, suffix=suffix):
+        for found in walk(file, 0, file.size_bytes, suffix=suffix):
             # Zeros at the end prove nothing where there are inner tars: every one of them has them.
             if isinstance(found, Damage) and found.last and (suffix or not ends_in_zeros(file)):
                 raise self._cut(found)
@@ -76,7 +75,7 @@ def _open(path: Path) -> PlainFile:
 
 def ends_in_zeros(file: PlainFile) -> bool:
     """Tell whether a tar has its end: then a member that claims more than there is lies, and the tar is not cut."""
-    tail = file.read(_END_BYTES, max(0, os.fstat(file.descriptor).st_size - _END_BYTES))
+    tail = file.read(_END_BYTES, max(0, file.size_bytes - _END_BYTES))
     return len(tail) == _END_BYTES and not any(tail)
 
 
@@ -110,7 +109,7 @@ def _class_tars(file: PlainFile, tars: Iterable[_Row], split: str, class_name: s
     """Walk the tars of one class: first what is no image, then the images by name."""
     rows: list[_Row] = []
     for _, start, size_bytes in tars:
-        for found in _files(walk(file.descriptor, start, start + size_bytes), split, class_name):
+        for found in _files(walk(file, start, start + size_bytes), split, class_name):
             if isinstance(found, Rejected):
                 yield found
             elif (parts := found.parts) == [""]:
@@ -129,7 +128,7 @@ class TarFolder(Source):
         for path in sorted(self.path.iterdir()):
             if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
                 file = _open(path)
-                whole = (path.stem, 0, os.fstat(file.descriptor).st_size)
+                whole = (path.stem, 0, file.size_bytes)
                 yield from _class_tars(file, [whole], self.split, path.stem, path)
             else:
                 ignored[suffix_of(path.name)] += 1
@@ -246,7 +245,7 @@ def peek(path: Path) -> tuple[str, str]:
         SourceError: It is no tar, is cut before anything could be told, or holds nothing.
     """
     file, seen = PlainFile(path), 0
-    for found in walk(file.descriptor, 0, os.fstat(file.descriptor).st_size):
+    for found in walk(file, 0, file.size_bytes):
         if isinstance(found, Damage):
             if found.last and seen == 0:
                 raise SourceError(f"{path} is not a tar archive that can be read", got=found.fault)

@@ -9,10 +9,11 @@ Source: POSIX.1-2001 pax interchange format; GNU tar manual, "Basic Tar Format";
 from __future__ import annotations
 
 import enum
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from imnet_prep.files import PlainFile
 
 BLOCK = 512
 _MAX_META_BYTES = 1 << 20  # a long name or pax header beyond a MiB is an attack
@@ -86,11 +87,11 @@ class _Extra:
     sparse: bool = False
 
 
-def walk(descriptor: int, start: int, end: int, *, suffix: bytes = b"") -> Iterator[Member | Damage]:
+def walk(file: PlainFile, start: int, end: int, *, suffix: bytes = b"") -> Iterator[Member | Damage]:
     """Yield the members between two offsets, in their order.
 
     Args:
-        descriptor: The outermost file.
+        file: The outermost file.
         start: First byte of the tar.
         end: One past its last byte.
         suffix: After damage, go on at the next header whose name ends so: in a tar of tars, ``.tar``, lest an inner
@@ -100,24 +101,24 @@ def walk(descriptor: int, start: int, end: int, *, suffix: bytes = b"") -> Itera
         Members, and damage where there is some.
     """
     at, extra, common = start, _Extra(), _Extra()
-    while at + BLOCK <= end and len(header := os.pread(descriptor, BLOCK, at)) == BLOCK:
+    while at + BLOCK <= end and len(header := file.read(BLOCK, at)) == BLOCK:
         if header == _ZERO:
             return
         name, fault = "", f"no tar header at byte {at - start}"
         if is_header(header):
-            member, after, fault = _parse(descriptor, header, at, extra, common)
+            member, after, fault = _parse(file, header, at, extra, common)
             name = member.name
             if not fault and after > end:
                 fault = f"says {member.size_bytes} bytes, only {max(0, end - member.offset)} are left"
         if fault:
-            found = _next_header(descriptor, at + BLOCK, end, suffix)
+            found = _next_header(file, at + BLOCK, end, suffix)
             yield Damage(name, fault, last=found is None)
             if found is None:
                 return
             after, extra = found, _Extra()
         elif (flag := header[156:157]) in _EXTENSIONS:
             target = common if flag == b"g" else extra
-            _extend(target, flag, os.pread(descriptor, member.size_bytes, member.offset))
+            _extend(target, flag, file.read(member.size_bytes, member.offset))
         else:
             yield member
             extra = _Extra()
@@ -140,7 +141,7 @@ def _octal(field: bytes) -> int | None:
     return None if digits.strip(b"01234567") else int(digits or b"0", 8)
 
 
-def _parse(descriptor: int, header: bytes, at: int, extra: _Extra, common: _Extra) -> tuple[Member, int, str]:
+def _parse(file: PlainFile, header: bytes, at: int, extra: _Extra, common: _Extra) -> tuple[Member, int, str]:
     """Return the member, where the next header is, and what is wrong with this one (or an empty string)."""
     flag, body = header[156:157], at + BLOCK
     raw = header[:100].split(b"\x00")[0]
@@ -163,7 +164,7 @@ def _parse(descriptor: int, header: bytes, at: int, extra: _Extra, common: _Extr
         size = 0
     if flag == b"S":
         more = header[482]
-        while more and len(block := os.pread(descriptor, BLOCK, body)) == BLOCK:
+        while more and len(block := file.read(BLOCK, body)) == BLOCK:
             more, body = block[504], body + BLOCK
     return Member(name, kind, body, size), body + (size + BLOCK - 1) // BLOCK * BLOCK, ""
 
@@ -196,10 +197,10 @@ def _pax_records(body: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += int(head)
 
 
-def _next_header(descriptor: int, at: int, end: int, suffix: bytes) -> int | None:
+def _next_header(file: PlainFile, at: int, end: int, suffix: bytes) -> int | None:
     """Search block by block for the next ustar header whose name ends in ``suffix``."""
     while at + BLOCK <= end:
-        chunk = os.pread(descriptor, min(_SEARCH_BYTES, end - at), at)
+        chunk = file.read(min(_SEARCH_BYTES, end - at), at)
         if len(chunk) < BLOCK:
             return None
         for place in range(0, len(chunk) - BLOCK + 1, BLOCK):

@@ -17,6 +17,7 @@ import pytest
 from imnet_prep import catalog
 from imnet_prep.check.verify import verify
 from imnet_prep.errors import SourceError
+from imnet_prep.files import PlainFile
 from imnet_prep.sources import Found, Source, detect, merge, read
 from imnet_prep.sources.labels import read_devkit
 from imnet_prep.sources.tar import Damage, Member, walk
@@ -471,19 +472,17 @@ def test_damaged_archives_never_crash_the_walk(tmp_path: Path) -> None:
                 assert item.offset + item.size_bytes <= len(data)
 
 
-def test_a_walk_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_walk_reads_headers_only(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar_bytes({f"cat/{k}.bin": bytes(100_000) for k in range(20)}))
     asked: list[int] = []
-    pread = os.pread
 
-    def counted(fd: int, size: int, at: int) -> bytes:
-        asked.append(size)
-        return pread(fd, size, at)
+    class Counted(PlainFile):
+        def read(self, size_bytes: int, offset: int) -> bytes:
+            asked.append(size_bytes)
+            return super().read(size_bytes, offset)
 
-    monkeypatch.setattr(os, "pread", counted)
-    descriptor = os.open(tmp_path / "x.tar", os.O_RDONLY)
-    members = [m for m in walk(descriptor, 0, os.fstat(descriptor).st_size) if isinstance(m, Member)]
-    os.close(descriptor)
+    file = Counted(tmp_path / "x.tar")
+    members = [m for m in walk(file, 0, file.size_bytes) if isinstance(m, Member)]
     assert len(members) == 20
     assert sum(asked) == 21 * 512
 
@@ -587,9 +586,7 @@ def test_synsets_above_the_classes_are_no_labels(net: SyntheticImageNet) -> None
 def test_damage_says_whether_anything_follows(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes({"cat/1.jpg": jpeg()})[:700])
-    descriptor = os.open(path, os.O_RDONLY)
-    (damage,) = (item for item in walk(descriptor, 0, 700) if isinstance(item, Damage))
-    os.close(descriptor)
+    (damage,) = (item for item in walk(PlainFile(path), 0, 700) if isinstance(item, Damage))
     assert damage.last
     assert damage.name == "cat/1.jpg"
 
