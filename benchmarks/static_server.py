@@ -31,7 +31,7 @@ def main() -> None:
     folder, port_file = sys.argv[1:]
     server = Server(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     fresh = Path(port_file + ".new")
-    fresh.write_text(str(server.server_port))
+    fresh.write_text(str(server.server_port), encoding="utf-8")
     os.replace(fresh, port_file)
     server.serve_forever()
 

@@ -32,7 +32,7 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # the name of a file need not be UTF-8
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         try:
             with _safe_path():
@@ -118,7 +118,9 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGINT or SIGTERM was received; a second signal stops at once."""
+    """Yield a function that tells whether Ctrl-C or SIGTERM was received; a second signal stops at once."""
+    from imnet_prep.process_pool import STOP_SIGNALS
+
     received: list[int] = []
 
     def note(signum: int, _frame: object) -> None:
@@ -127,7 +129,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         click.echo("stopping: finishing the work in hand (press again to stop at once)", err=True)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield lambda: bool(received)
     finally:

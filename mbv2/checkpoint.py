@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError
+from imnet_prep.files import sync
 from mbv2.runtime import import_mindspore
 
 if TYPE_CHECKING:
@@ -131,14 +131,9 @@ def save_checkpoint(path: Path, tensors: Tensors, meta: Meta) -> None:
         partial.unlink(missing_ok=True)
         ms.save_checkpoint(entries, str(partial), append_dict={META_TAG: json.dumps(document, sort_keys=True)})
         partial.chmod(0o644)  # MindSpore leaves it read-only for its owner alone
-        with partial.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync(partial)
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}", got=str(error)) from error
 

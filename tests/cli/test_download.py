@@ -103,7 +103,7 @@ def test_bad_input_is_one_line_and_exit_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("list").write_text("n01440764_1 http://127.0.0.1/x\n")
+    Path("list").write_text("n01440764_1 http://127.0.0.1/x\n", encoding="utf-8")
     done = _run(*args)
     assert done.exit_code == 1
     assert done.stdout == ""

@@ -653,7 +653,7 @@ def _kill_group(stage: Stage, wait_s: float) -> bool:
     try:
         process.wait(wait_s)
     except subprocess.TimeoutExpired:
-        semaphores = set(_SEMAPHORE.findall(Path(f"/proc/{process.pid}/maps").read_text()))
+        semaphores = set(_SEMAPHORE.findall(Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         with suppress(ProcessLookupError):  # a worker that is still being ended may hold what it inherited

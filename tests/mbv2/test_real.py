@@ -18,7 +18,7 @@ FILES = ["cat/ILSVRC2012_val_00000002.JPEG", "dog/ILSVRC2012_val_00000001.JPEG",
 
 
 def written(path: Path, document: object) -> Path:
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
     return path
 
 

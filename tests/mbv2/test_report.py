@@ -35,7 +35,7 @@ def make_run(folder: Path, epochs: int = 3) -> Path:
 
 
 def words(page: Path) -> str:
-    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text()).split())
+    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8")).split())
 
 
 @pytest.fixture(scope="module")

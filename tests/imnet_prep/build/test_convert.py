@@ -265,7 +265,7 @@ def test_options_are_checked(wrong: dict[str, Any]) -> None:
 
 
 def put_file(out: Path) -> None:
-    out.write_text("mine")
+    out.write_text("mine", encoding="utf-8")
 
 
 def put_folder(out: Path) -> None:

@@ -131,7 +131,7 @@ def test_folders_are_merged_in_any_order(clean: Path, tmp_path: Path) -> None:
 
 
 def renamed_copies(records: Path, names: Path, out: Path) -> Path:
-    names.write_text("".join(f"{name}\tx{name}\n" for name in load_manifest(records).classes))
+    names.write_text("".join(f"{name}\tx{name}\n" for name in load_manifest(records).classes), encoding="utf-8")
     run([records], out, shards=1, rename_classes=names)
     return out
 

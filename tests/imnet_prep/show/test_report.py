@@ -54,7 +54,7 @@ def made(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(page: Path) -> str:
     """The text of a page."""
-    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text()).split())
+    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8")).split())
 
 
 def test_report_says_what_is_in_the_records(made: Path, records: Path) -> None:
@@ -64,7 +64,7 @@ def test_report_says_what_is_in_the_records(made: Path, records: Path) -> None:
     assert "52 images in 3 classes" in said
     assert "truncated" in said
     assert "broken.jpg" in said
-    assert re.search(r'<img src="data:image/jpeg[^>]+alt="train/[^"]+broken.jpg"', made.read_text())
+    assert re.search(r'<img src="data:image/jpeg[^>]+alt="train/[^"]+broken.jpg"', made.read_text(encoding="utf-8"))
     assert "was not a JPEG: converted" in said
     assert "1 records have the same bytes" in said
     assert "same picture, mirrored" in said
@@ -93,7 +93,7 @@ def test_worker_count_changes_no_byte(records: Path, made: Path, tmp_path: Path)
 
 
 def test_report_names_nothing_outside_itself(made: Path) -> None:
-    page = made.read_text()
+    page = made.read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href|action|url)\s*[=(]\s*["']?(?!data:|#)[^"'#\s>]""", page)
     assert "default-src 'none'" in page
 
