@@ -1,4 +1,4 @@
-"""The house rules that code can check: direction of imports, what ``--help`` costs, and where facts are found."""
+"""Rules of the architecture that a test can check: who imports whom, what ``--help`` costs, who opens records."""
 
 from __future__ import annotations
 
@@ -12,32 +12,90 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {"imnet_prep": {"imnet_prep"}, "mbv2": {"mbv2", "imnet_prep"}, "cli": {"cli", "mbv2", "imnet_prep"}}
+PACKAGES = ("imnet_prep", "mbv2", "cli")
+LADDER = (  # each imports only from its own line and from those above it
+    ("types", "errors", "catalog"),
+    ("files", "cpu", "process_pool"),
+    ("images",),
+    ("records",),
+    ("download",),
+    ("sources",),
+    ("build",),
+    ("check",),
+    ("loader",),
+    ("show",),
+    ("imnet_prep",),  # its __init__.py, which offers the loader
+    ("mbv2",),
+    ("cli",),
+)
+STEP = {room: step for step, rooms in enumerate(LADDER) for room in rooms}
+MAX_LINES = 400
+LONGER = {"mbv2/train.py"}  # the one orchestrator of its package
 HEAVY = ("mindspore", "cv2", "torch", "scipy", "dask", "distributed", "matplotlib", "pandas")
 
 
-def imported(path: Path) -> Iterator[str]:
+def modules() -> Iterator[tuple[str, Path]]:
+    """Yield the dotted name and the file of every installed module; the folder cli is imnet_prep.cli."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join((*(["imnet_prep"] if package == "cli" else []), *parts)).removesuffix(".__init__"), path
+
+
+def imported(name: str, path: Path) -> Iterator[str]:
+    """Yield the dotted name of everything that a module imports, also inside functions and relative to itself."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                source = ".".join(filter(None, (*package.split(".")[: -node.level + 1 or None], source)))
+            yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_go_one_way(package: str) -> None:
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        for name in imported(path):
-            top = name.split(".")[0]
-            assert top not in ALLOWED or top in ALLOWED[package], f"{path} imports {name}"
+def room(name: str) -> str | None:
+    """Return the room that a dotted name lies in, or None for other packages."""
+    package, _, rest = name.partition(".")
+    first = rest.split(".")[0]
+    if package == "imnet_prep":
+        return first if first in STEP else package
+    return package if package == "mbv2" else None
+
+
+def test_every_room_imports_only_from_those_before_it() -> None:
+    seen = set()
+    for name, path in modules():
+        here = room(name) or pytest.fail(name)
+        assert here != "imnet_prep" or name in {"imnet_prep", "imnet_prep.__main__"}, (
+            f"{name} has no place in the ladder"
+        )
+        seen.add(here)
+        for other in () if path.name == "__main__.py" else imported(name, path):
+            there = room(other)
+            assert there is None or STEP[there] <= STEP[here], f"{name} imports {other}"
+    assert seen == set(STEP)
+
+
+def test_nobody_imports_the_commands() -> None:
+    """Under the name ``cli`` they would be loaded a second time; only tests and ``python -m`` import them at all."""
+    for name, path in modules():
+        if room(name) != "cli" and path.name != "__main__.py":
+            assert not [other for other in imported(name, path) if room(other) == "cli"], name
+    for folder in (*PACKAGES, "tests", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not [name for name in imported(folder, path) if name.split(".")[0] in {"cli", "manifests"}], path
 
 
 def test_nothing_installed_imports_tests_or_benchmarks() -> None:
-    for package in ALLOWED:
-        for path in (ROOT / package).rglob("*.py"):
-            assert not {name.split(".")[0] for name in imported(path)} & {"tests", "benchmarks"}, path
+    for name, path in modules():
+        assert not {other.split(".")[0] for other in imported(name, path)} & {"tests", "benchmarks"}, path
+
+
+def test_no_module_is_long() -> None:
+    lines = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8").count("\n") for _, path in modules()}
+    assert {name for name, count in lines.items() if count > MAX_LINES} <= LONGER
 
 
 @pytest.mark.parametrize("module", ["imnet_prep.cli.prep", "imnet_prep.cli.mobilenet"])
@@ -75,7 +133,7 @@ WRITERS = {"ShardWriter", "read_back", "write_index", "write_lines", "rejected_b
 
 
 def outside_records() -> Iterator[tuple[str, ast.Module]]:
-    for package in ALLOWED:
+    for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
             if not name.startswith("imnet_prep/records/"):
@@ -131,7 +189,7 @@ def test_only_one_place_chooses_the_image_column() -> None:
         pairs = (node.elts for node in ast.walk(tree) if isinstance(node, ast.Tuple | ast.List))
         return any({"image", "data"} == {e.value for e in pair if isinstance(e, ast.Constant)} for pair in pairs)
 
-    files = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     found = [path.name for path in files if chooses(ast.parse(path.read_text(encoding="utf-8")))]
     assert found == ["mindrecord.py"]
 
