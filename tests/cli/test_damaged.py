@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from click.testing import CliRunner
 
 from imnet_prep.cli.prep import main
 from imnet_prep.records.manifest import MANIFEST
+from tests.imnet_prep.obstacles import make_fifo, no_hang
 from tests.records import copy, keep_permissions, make_records, reseal
 
 pytest.importorskip("flask")
@@ -25,14 +24,8 @@ pytest.importorskip("flask")
 @pytest.fixture(autouse=True)
 def no_waiting() -> Iterator[None]:
     """End what waits, for a FIFO's writer say, with an error that no command expects."""
-
-    def end(*_: object) -> None:
-        raise AssertionError("it waits")
-
-    signal.signal(signal.SIGALRM, end)
-    signal.alarm(100)
-    yield
-    signal.alarm(0)
+    with no_hang(100):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +153,7 @@ def test_what_is_no_file_is_named(name: str, put: str, records: Path) -> None:
     path = next(records.glob(name))
     path.unlink()
     if put == "pipe":
-        os.mkfifo(path)
+        make_fifo(path)
     elif put == "folder":
         path.mkdir()
     elif put != "nothing":

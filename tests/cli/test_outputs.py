@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from imnet_prep.cli.mobilenet import main as mobilenet
 from imnet_prep.cli.prep import main as prep
+from tests.imnet_prep.obstacles import make_fifo
 from tests.records import copy, keep_permissions, make_records
 from tests.synthetic import make_image_folder
 
@@ -123,7 +124,9 @@ def test_a_file_that_no_report_wrote_stays_unless_forced(records: Path, tmp_path
 @pytest.mark.parametrize("program", ["imnet-prep", "mbv2"])
 def test_a_report_replaces_files_alone(program: str, force: tuple[str, ...], records: Path, tmp_path: Path) -> None:
     """What stands at the places stays what it is, devices above all: root may replace them."""
-    os.mkfifo(tmp_path / "pipe")
+    if sys.platform == "win32":
+        pytest.skip("Windows has nothing like it")
+    make_fifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("text")
     (tmp_path / "dangling").symlink_to(tmp_path / "none")
@@ -153,6 +156,8 @@ def run(*arguments: str | Path, prepare: Callable[[], None] | None = None) -> su
 
 def small_files() -> None:
     """Let no file grow beyond 8 kB, as a disk that is full."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has nothing like it")
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
 

@@ -38,8 +38,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.records import command
 from tests.synthetic import WNIDS, make_image_folder
+
+if sys.platform != "linux":
+    pytest.skip("strace, /proc and pidfd are needed", allow_module_level=True)
 
 REPOSITORY = Path(__file__).parents[2]
 MEMORY_DISK = Path("/dev/shm")  # many small runs: a real disk's fsync would take most of the time

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,8 @@ def shared_folder() -> Iterator[Path]:
 @contextmanager
 def unprivileged() -> Iterator[None]:
     """Be a user for whom the permissions of files count; what is to be imported must have been before."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has nothing like it")
     if os.geteuid() != 0:
         yield
         return
@@ -50,6 +54,38 @@ def unprivileged() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+def make_fifo(path: Path) -> None:
+    """Make a FIFO, for whose writer an open would wait."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has nothing like it")
+    os.mkfifo(path)
+
+
+def kill(pid: int) -> None:
+    """Kill a process, which cannot do anything about it."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has nothing like it")
+    os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def no_hang(limit_s: int) -> Iterator[None]:
+    """Fail, in place of waiting for ever."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    if sys.platform == "win32":
+        pytest.skip("Windows has nothing like it")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit_s)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def names_below(folder: Path) -> set[str]:

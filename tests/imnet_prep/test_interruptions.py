@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,6 +22,9 @@ from tests.imnet_prep.interruptions import (
     sweep,
     work_seconds,
 )
+
+if sys.platform != "linux":
+    pytest.skip("strace, /proc and pidfd are needed", allow_module_level=True)
 
 LONG_LIMIT_S = 3600
 SURE_S = 0.2  # no command is done so soon: its workers have not started

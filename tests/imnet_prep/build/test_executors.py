@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.plan import PlanOptions
 from imnet_prep.errors import ImnetError, Interrupted, PlanError
 from imnet_prep.types import Progress
+from tests.imnet_prep.obstacles import kill
 from tests.records import digests, names, quiet, run
 from tests.synthetic import make_image_folder
 
@@ -66,7 +66,7 @@ def killed_once(then: list[int]) -> None:
     """Kill the first worker process that appears."""
     for _ in range(600):
         for pid in children():
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
             then.append(pid)
             return
         time.sleep(0.01)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from imnet_prep.files import file_digest
 from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.records.shards import ShardWriter
+from tests.imnet_prep.obstacles import make_fifo
 from tests.records import command, copy, flip, make_records, names, quiet, read_records, reseal
 from tests.synthetic import WNIDS, encode, picture
 
@@ -212,7 +212,7 @@ def test_a_list_of_rejections_that_is_not_the_manifests_is_refused(mixed: Path, 
     data = listed.read_bytes()
     listed.unlink()
     if damage == "a FIFO":
-        os.mkfifo(listed)
+        make_fifo(listed)
     elif damage != "missing":
         listed.write_bytes(data[:-9] if damage == "cut" else bytes([data[0], data[1] ^ 1]) + data[2:])
     with pytest.raises(IntegrityError, match=r"rejected\.jsonl: the list of rejected images is not the manifest's"):

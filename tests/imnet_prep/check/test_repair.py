@@ -16,7 +16,7 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path, read_header
 from imnet_prep.records.publish import DAMAGED_FOLDER
-from tests.imnet_prep.obstacles import names_below, shared_folder, unprivileged
+from tests.imnet_prep.obstacles import make_fifo, names_below, shared_folder, unprivileged
 from tests.records import copy, flip, make_records, prep, quiet, read_records
 from tests.records import digests as all_digests
 from tests.synthetic import WNIDS, jpeg
@@ -268,9 +268,9 @@ def test_a_folder_in_place_of_an_index_is_kept_aside(records: Path, whole: Path)
 def test_things_that_are_no_files_do_not_hang(records: Path, whole: Path, state: str) -> None:
     shards = sorted(records.glob("train/*.mindrecord"))
     shards[0].unlink()
-    os.mkfifo(shards[0])
+    make_fifo(shards[0])
     index_path(shards[1]).unlink()
-    os.mkfifo(index_path(shards[1]))
+    make_fifo(index_path(shards[1]))
     if state == "index gone":
         index_path(shards[0]).unlink()
     elif state == "shard damaged":

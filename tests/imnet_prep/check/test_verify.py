@@ -27,7 +27,7 @@ from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.mindrecord import Shard, read_header
 from imnet_prep.types import Progress
 from tests.imnet_prep.check.test_duplicates import scene
-from tests.imnet_prep.obstacles import shared_folder, unprivileged
+from tests.imnet_prep.obstacles import make_fifo, shared_folder, unprivileged
 from tests.records import copy, flip, make_records, quiet, read_records, reseal, shard_files
 from tests.synthetic import encode
 
@@ -429,7 +429,7 @@ def place(records: Path, name: str) -> Path:
 
 def fifo(path: Path) -> None:
     path.unlink()
-    os.mkfifo(path)
+    make_fifo(path)
 
 
 def a_folder(path: Path) -> None:

@@ -32,6 +32,7 @@ from imnet_prep.download import (
 )
 from imnet_prep.errors import BudgetError, DownloadError, Interrupted
 from tests.imnet_prep.download.servers import Exchange, Server, images, picture, write_list
+from tests.imnet_prep.obstacles import kill
 
 LOCAL = FetchOptions(allow_private=True, timeout_s=20)
 
@@ -343,6 +344,8 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) ->
             ):
                 time.sleep(0.003)
             # Now and then only the parent: its workers must then die of themselves.
+            if sys.platform == "win32":
+                pytest.skip("Windows has nothing like it")
             with contextlib.suppress(ProcessLookupError):  # it may just have come to its end
                 (os.kill if kill % 2 else os.killpg)(process.pid, signal.SIGKILL)
             process.wait()
@@ -374,7 +377,7 @@ def test_a_worker_that_dies_costs_no_url(tmp_path: Path) -> None:
             for entry in Path("/proc").iterdir():
                 if entry.name.isdigit() and _is_worker(entry):
                     killed.append(int(entry.name))
-            os.kill(killed[0], signal.SIGKILL)
+            kill(killed[0])
         images(exchange)
 
     with Server(route) as server:

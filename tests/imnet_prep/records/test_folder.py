@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.scan import CHUNK_ROWS, Row, map_rows
 from imnet_prep.types import Progress
+from tests.imnet_prep.obstacles import make_fifo
 from tests.records import copy, make_records, quiet
 
 Seen = tuple[int, str, str, int, str, str]
@@ -100,7 +100,7 @@ def test_a_record_list_that_is_not_the_shards_is_refused(records: Path, tmp_path
     }
     path.unlink()
     if damage == "FIFO":
-        os.mkfifo(path)
+        make_fifo(path)
     elif damage != "gone":
         path.write_bytes(data[damage])
     assert not folder.list_is_whole("train")

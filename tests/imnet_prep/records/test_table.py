@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from imnet_prep.records.manifest import MANIFEST, load_manifest
 from imnet_prep.records.record_list import RECORDS
 from imnet_prep.records.table import RowReader, RowTable, load_rows
 from imnet_prep.types import record_id
+from tests.imnet_prep.obstacles import make_fifo, no_hang
 from tests.records import Entry, rewrite_list, write_folder
 from tests.synthetic import encode, picture
 
@@ -39,22 +37,6 @@ def records(tmp_path: Path, rows: list[Entry]) -> Path:
 
 def _load(records: Path) -> RowTable:
     return load_rows(records, load_manifest(records), "train")
-
-
-@contextmanager
-def no_hang() -> Iterator[None]:
-    """Fail, in place of waiting for ever."""
-
-    def stop(*_: object) -> None:
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_every_record_has_its_label_id_and_bytes(records: Path, rows: list[Entry]) -> None:
@@ -192,8 +174,8 @@ def test_an_index_that_is_no_database_is_refused(records: Path) -> None:
 def test_a_fifo_in_place_of_a_file_is_an_error_not_a_hang(records: Path, name: str) -> None:
     path = records / "train" / name
     path.unlink()
-    os.mkfifo(path)
-    with no_hang(), pytest.raises(RecordsError, match=name):
+    make_fifo(path)
+    with no_hang(60), pytest.raises(RecordsError, match=name):
         _load(records)
 
 
@@ -201,8 +183,8 @@ def test_a_fifo_in_place_of_an_opened_shard_is_an_error_not_a_hang(records: Path
     reader = RowReader(_load(records))
     path = records / "train" / "train-00000-of-00002.mindrecord"
     path.unlink()
-    os.mkfifo(path)
-    with no_hang():
+    make_fifo(path)
+    with no_hang(60):
         reader.will_need(np.arange(len(NAMES)))
         with pytest.raises(PipelineError, match="not a regular file"):
             reader.image(0)

@@ -12,6 +12,7 @@ import pytest
 from imnet_prep.errors import SourceError
 from imnet_prep.sources import Found, detect, merge, read
 from imnet_prep.types import SPLITS, ImageRef, RawImage, Reason, Rejected
+from tests.imnet_prep.obstacles import make_fifo
 from tests.synthetic import devkit_bytes, jpeg, make_image_folder, make_imagenet, make_tiny_imagenet, meta_mat
 
 
@@ -120,7 +121,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 
 def test_what_is_not_a_file_is_rejected_and_does_not_hang(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "x", ["cat"], 1, [])
-    os.mkfifo(root / "cat" / "pipe.jpg")
+    make_fifo(root / "cat" / "pipe.jpg")
     (bad,) = (item for item in detect([root])[0].refs() if isinstance(item, Rejected))
     assert (bad.file_name, bad.reason) == ("cat/pipe.jpg", Reason.UNREADABLE)
 
