@@ -18,8 +18,10 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import click
 import pytest
 
+from imnet_prep.cli.prep import main
 from tests.mbv2.test_convert import foreign, random_weights, write
 from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet
 
@@ -124,3 +126,12 @@ def test_the_chinese_readme_is_in_step() -> None:
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_every_option_is_documented(command: str) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for option in (item for item in main.commands[command].params if isinstance(item, click.Option)):
+        flag = max(option.opts, key=len)
+        assert option.help, f"{command} {flag}"
+        assert re.search(rf"{flag}(?![\w-])", text), f"no page names {flag} of {command}"
