@@ -1,11 +1,11 @@
-"""How fast the pipeline is on this machine, where its time goes, and what limits it."""
+"""Measure how fast the loader is on this machine, where its time goes, and what limits it."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODES = ("train", "eval")
 WINDOWS = 5  # parts of the measured time; their median counts
 WARM_UP_S = 1.0
-BUSY = 0.85  # from this share of use on, something is the limit
+BUSY = 0.85  # a resource that is used more than this fraction of the time is the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,11 @@ class BenchOptions:
 
     Attributes:
         mode: ``train`` (random crops, shuffled) or ``eval`` (centre crops, in order).
-        batch_size: Rows of a batch. image_size: Side of the output, pixels.
-        workers: Decode threads; the cores this process may use where None.
+        batch_size: Rows of a batch.
+        image_size: Side of the output, pixels.
+        workers: Decode threads; None takes as many as this process may use cores.
         seconds: How long to measure, after a warm-up of a second and the first batches.
-        native: ``auto``, ``on`` or ``off``: the C++ decoder.
+        native: The C++ decoder: ``auto``, ``on`` or ``off``.
     """
 
     mode: str = "train"
@@ -54,11 +55,21 @@ class BenchResult:
     """What was measured. Times are worker time per image, all threads together.
 
     Attributes:
-        images_per_s: Median over five windows; ``slowest`` and ``fastest`` are the extremes.
-        mode: As asked. split: The split read. batch_size, image_size, workers: As run.
+        images_per_s: Median over five windows.
+        slowest: Images per second in the slowest window.
+        fastest: Images per second in the fastest window.
+        mode: ``train`` or ``eval``.
+        split: The split that was read.
+        batch_size: Rows of a batch.
+        image_size: Side of the output, pixels.
+        workers: Decode threads.
         decoder: Which decoder ran.
-        read_ms, check_ms, decode_ms, augment_ms: Milliseconds an image, by stage.
-        cores: Cores this process may use. cores_used_frac: Share of them that it used.
+        read_ms: Milliseconds per image to read it.
+        check_ms: Milliseconds per image to compare its digest.
+        decode_ms: Milliseconds per image to decode and resize it.
+        augment_ms: Milliseconds per image to augment it.
+        cores: Cores that this process may use.
+        cores_used_frac: Fraction of them that it used.
         memory_bytes: Bound on the decoded images held.
         limit: A sentence that says what limits the rate.
     """
@@ -82,8 +93,8 @@ class BenchResult:
     limit: str
 
 
-def bench(records: Path, options: BenchOptions, progress: ProgressCallback | None = None) -> BenchResult:
-    """Iterate :func:`~imnet_prep.loader.batches.open_batches` as training or evaluation does, and measure.
+def bench(records: Path, options: BenchOptions, progress: ProgressCallback = lambda done: None) -> BenchResult:
+    """Iterate :func:`~imnet_prep.loader.batches.open_batches` as training or evaluation does, and measure it.
 
     Raises:
         RecordsError: The folder is not usable.
@@ -96,13 +107,13 @@ def bench(records: Path, options: BenchOptions, progress: ProgressCallback | Non
     wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")
     split = next((name for name in wanted if name in splits and splits[name].images), wanted[0])
     kind = TrainOptions if options.mode == "train" else EvalOptions
-    pipeline = kind(batch_size=options.batch_size, image_size=options.image_size)
-    with open_batches(records, split, pipeline, workers=options.workers, native=options.native) as batches:
+    output = kind(batch_size=options.batch_size, image_size=options.image_size)
+    with open_batches(records, split, output, workers=options.workers, native=options.native) as batches:
         return _measure(batches, options, progress)
 
 
-def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback | None) -> BenchResult:
-    stream = chain.from_iterable(map(batches.epoch, count()))
+def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback) -> BenchResult:
+    stream = chain.from_iterable(repeat(batches))  # each pass is the next epoch
     warm = time.perf_counter() + WARM_UP_S
     for number, _ in enumerate(stream):
         if number >= batches.prefetch and time.perf_counter() >= warm:
@@ -110,17 +121,16 @@ def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback
     before, cpu, began = batches.times, time.process_time(), time.perf_counter()
     rates: list[float] = []
     total = 0
-    while len(rates) < WINDOWS:
+    for _ in range(WINDOWS):
         start, images = time.perf_counter(), 0
         while time.perf_counter() - start < options.seconds / WINDOWS:
             images += len(next(stream))
         rates.append(images / (time.perf_counter() - start))
         total += images
-        if progress is not None:
-            progress(Progress(total, None))
+        progress(Progress(total, None))
     wall, used = time.perf_counter() - began, time.process_time() - cpu
     times, cores = batches.times - before, cpu_count()
-    share = used / (wall * cores)
+    cores_used_frac = used / (wall * cores)
     made = max(1, times.images)
     return BenchResult(
         images_per_s=round(statistics.median(rates), 1),
@@ -137,9 +147,9 @@ def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback
         decode_ms=round(1e3 * times.decode_s / made, 4),
         augment_ms=round(1e3 * times.augment_s / made, 4),
         cores=cores,
-        cores_used_frac=round(share, 3),
+        cores_used_frac=round(cores_used_frac, 3),
         memory_bytes=batches.memory_bytes,
-        limit=limit_sentence(times, wall, share, batches.workers, cores),
+        limit=limit_sentence(times, wall, cores_used_frac, batches.workers, cores),
     )
 
 
@@ -147,10 +157,11 @@ def limit_sentence(times: StageTimes, wall_s: float, cores_used_frac: float, wor
     """Say what limits the rate.
 
     Args:
-        times: Worker time by stage in the measured time.
-        wall_s: The measured time, seconds.
+        times: Worker time by stage.
+        wall_s: How long it was measured, seconds.
         cores_used_frac: Processor time over cores and wall time, 0 to 1.
-        workers: Decode threads. cores: Cores this process may use.
+        workers: Decode threads.
+        cores: Cores that this process may use.
     """
     stages = {
         "reading": times.read_s,
@@ -165,9 +176,11 @@ def limit_sentence(times: StageTimes, wall_s: float, cores_used_frac: float, wor
     if cores_used_frac >= BUSY:
         return f"The cores limit it: {cores_used_frac:.0%} of {cores} are in use, and {part}."
     if busy < BUSY:
-        return f"The workers wait for the caller {1 - busy:.0%} of the time: what takes the batches limits it."
+        return f"The caller limits it: the workers wait {1 - busy:.0%} of the time for batches to be taken."
     if largest == "reading":
         return f"The storage limits it: {part}, and {cores_used_frac:.0%} of {cores} cores are in use."
     if workers < cores:
         return f"The number of workers limits it: {workers} for {cores} cores, and {part}."
-    return f"Other work on this machine limits it: the workers are busy, yet get {cores_used_frac:.0%} of the cores."
+    return (
+        f"Other work on this machine limits it: the workers are busy but get only {cores_used_frac:.0%} of the cores."
+    )

@@ -49,13 +49,11 @@ def _jitter(
 ) -> Pixels:
     """Change brightness, contrast and saturation by 1 +- strength and hue by 0 +- strength, in a drawn order."""
     for which in order.tolist():
-        strength = strengths[which]
-        if not strength:
-            continue
-        centred = (2.0 * float(drawn[which]) - 1.0) * strength
-        pixels = (
-            hue(pixels, centred) if which == 3 else (brightness, contrast, saturation)[which](pixels, 1.0 + centred)
-        )
+        change = (2.0 * float(drawn[which]) - 1.0) * strengths[which]
+        if which == 3 and change:
+            pixels = hue(pixels, change)
+        elif change:
+            pixels = (brightness, contrast, saturation)[which](pixels, 1.0 + change)
     return pixels
 
 
@@ -136,8 +134,8 @@ def warp(pixels: Pixels, matrix: list[list[float]]) -> Pixels:
     cx, cy = (width - 1) / 2.0, (height - 1) / 2.0
     shifted = np.array([[a, b, x + cx - a * cx - b * cy], [c, d, y + cy - c * cx - d * cy]], dtype=np.float64)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    found = cv2.warpAffine(pixels, shifted, (width, height), flags=flags, borderValue=MEAN_COLOUR)
-    return np.asarray(found, dtype=np.uint8)
+    warped = cv2.warpAffine(pixels, shifted, (width, height), flags=flags, borderValue=MEAN_COLOUR)
+    return np.asarray(warped, dtype=np.uint8)
 
 
 def _rotate(pixels: Pixels, degrees: float) -> Pixels:
@@ -145,7 +143,7 @@ def _rotate(pixels: Pixels, degrees: float) -> Pixels:
     return warp(pixels, [[np.cos(turn), np.sin(turn), 0.0], [-np.sin(turn), np.cos(turn), 0.0]])
 
 
-# Each takes the image and the magnitude, -1 to 1 (its sign is drawn; operations without a direction ignore it).
+# Each takes the image and the magnitude, -1 to 1. Its sign is drawn; operations without a direction ignore it.
 OPERATIONS: dict[str, Callable[[Pixels, float], Pixels]] = {
     "identity": lambda pixels, _: pixels,
     "shear_x": lambda pixels, m: warp(pixels, [[1.0, SHEAR * m, 0.0], [0.0, 1.0, 0.0]]),

@@ -103,7 +103,7 @@ def test_a_batch_larger_than_the_split_is_named(records: Path) -> None:
     ("times", "cores_used", "workers", "says"),
     [
         (StageTimes(0.1, 0.1, 1.8, 0.0, 100), 0.98, 2, "The cores limit it"),
-        (StageTimes(0.1, 0.1, 0.2, 0.0, 100), 0.3, 2, "what takes the batches limits it"),
+        (StageTimes(0.1, 0.1, 0.2, 0.0, 100), 0.3, 2, "The caller limits it"),
         (StageTimes(1.8, 0.0, 0.2, 0.0, 100), 0.2, 2, "The storage limits it"),
         (StageTimes(0.0, 0.0, 1.0, 0.0, 100), 0.5, 1, "The number of workers limits it"),
         (StageTimes(0.0, 0.0, 2.0, 0.0, 100), 0.4, 2, "Other work on this machine limits it"),
