@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,8 +135,12 @@ def save_checkpoint(path: Path, tensors: Tensors, meta: Meta) -> None:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}", got=str(error)) from error
+    except (OSError, RuntimeError) as error:  # MindSpore turns some of the first into the second
+        raise CheckpointError(f"cannot write {path}", got=" ".join(str(error).split())[:200]) from error
+    finally:
+        for left in (partial, partial.with_suffix(".tmp")):  # MindSpore writes the second and renames it
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -11,7 +11,7 @@ from imnet_prep.errors import TrainError
 from mbv2.recipe import Recipe, recipe_from_fields
 from mbv2.runlog import verdict
 
-LAST, BEST, CONFIG, CURVES = "last.ckpt", "best.ckpt", "config.json", "curves.png"
+LAST, BEST, CONFIG, CURVES, LOCK = "last.ckpt", "best.ckpt", "config.json", "curves.png", ".lock"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, Interrupted, TrainError
+from imnet_prep.files import exclusive_lock, write_atomically
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Batch, Progress, ProgressCallback
@@ -38,9 +39,10 @@ from mbv2.curves import draw_curves
 from mbv2.data import AnyBatch, RunData, batch_inputs, fill_rows, open_run_data
 from mbv2.evaluate import Scores, network_predict, score_batches, sum_over_ranks
 from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
+from mbv2.identity import find_last, run_identity
 from mbv2.pretrained import load_pretrained, load_teacher, network_config, pretrained_fields
 from mbv2.ranks import wait_for_all
-from mbv2.run import BEST, CONFIG, CURVES, LAST, Pace, Position, RunOptions, RunResult, stored_recipe
+from mbv2.run import BEST, CONFIG, CURVES, LAST, LOCK, Pace, Position, RunOptions, RunResult, stored_recipe
 from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics, verdict
 from mbv2.runtime import runtime, start_mindspore, versions
 from mbv2.schedule import learning_rate
@@ -88,8 +90,10 @@ def train(
             RecordsFolder.open(options.records)  # a folder that is none is said before MindSpore is started
             here = start_mindspore(options.device_target)
             data = open_run_data(options.records, options.recipe, options.seed, stack, rank=here.rank, ranks=here.ranks)
-        start_mindspore(options.device_target)
-        last = _find_last(options, data)
+        here = start_mindspore(options.device_target)
+        if here.rank == 0:
+            stack.enter_context(_locked(options.out))
+        last = find_last(options, data, here.ranks)
         wait_for_all()  # no rank writes before all have looked
         if last is not None and last.meta.epoch >= options.recipe.epochs:
             return _finished(options, last)
@@ -97,47 +101,19 @@ def train(
         return _Run(options, data, last, stop, progress).run()
 
 
-def _identity(options: RunOptions, data: RunData, origin: str = "") -> dict[str, Any]:
-    """Return what must be the same for a run to be the same.
-
-    Args:
-        options: Of the run.
-        data: Of the run.
-        origin: Digest of the weights that a resumed run once started from, where they are not given again.
-    """
-    recipe = {
-        k: v for k, v in asdict(options.recipe).items() if k not in ("name", "command", "source", "expected_top1")
-    }
-    if options.pretrained is not None:
-        origin = read_checkpoint(options.pretrained).digest()
-    if options.recipe.distill_from:
-        recipe["distill_from"] = read_checkpoint(Path(options.recipe.distill_from)).digest()
-    return {"seed": options.seed, "records": data.digest, "pretrained": origin, **recipe}
-
-
-def _find_last(options: RunOptions, data: RunData) -> Checkpoint | None:
-    """Decide what is to be done with what the run's folder holds."""
-    path = options.out / LAST
-    if not path.exists():
-        return None
-    last = read_checkpoint(path)
-    have = last.meta.training.get("identity", {})
-    want = _identity(options, data, have.get("pretrained", "") if options.resume else "")
-    differing = [name for name in want if have.get(name) != want[name]]
-    finished = last.meta.epoch >= int(have.get("epochs", 0))
-    if differing:
-        name = differing[0]
-        raise TrainError(
-            f"{options.out} holds another run: {', '.join(differing)} differ",
-            expected=f"{name} {have.get(name)!r} to go on with it",
-            got=f"{want[name]!r}",
-            remedy="choose another --out",
-        )
-    if not finished and not options.resume:
-        raise TrainError(
-            f"{options.out} holds this run, unfinished", remedy="go on with --resume, or choose another --out"
-        )
-    return last
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Make the run's folder, and keep other runs out of it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(out / LOCK):
+            yield
+    except BlockingIOError as error:
+        remedy = "wait for it to end, or choose another --out"
+        raise TrainError(f"another process is training in {out}", remedy=remedy) from error
+    except OSError as error:
+        remedy = f"mend that, then go on with --resume where {out / LAST} is there"
+        raise TrainError(f"cannot write in the run's folder {out}", got=str(error), remedy=remedy) from error
 
 
 def _finished(options: RunOptions, last: Checkpoint) -> RunResult:
@@ -176,7 +152,7 @@ class _Run:
         start = read_checkpoint(options.pretrained) if options.pretrained else None
         if last is not None:
             start = last.without_state()
-        self.identity = last.meta.training["identity"] if last is not None else _identity(options, data)
+        self.identity = last.meta.training["identity"] if last is not None else run_identity(options, data, self.ranks)
         self.config = network_config(recipe, len(data.classes), start)
         ms.set_seed(options.seed)
         self.net = MobileNetV2(self.config, kernels=options.kernels)
@@ -266,10 +242,6 @@ class _Run:
 
     def run(self) -> RunResult:
         out, last = self.options.out, self.last
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainError(f"cannot make the run's folder {out}", got=error.strerror or str(error)) from error
         if last is not None:
             self._restore(last)
         if self.rank == 0:
@@ -531,6 +503,4 @@ class _Run:
             "versions": versions(),
         }
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-        partial = self.options.out / f"{CONFIG}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.options.out / CONFIG)
+        write_atomically(self.options.out / CONFIG, text.encode())
