@@ -23,8 +23,8 @@ from imnet_prep.build.job import ConvertOptions, ConvertResult
 from imnet_prep.build.plan import PlanOptions
 from imnet_prep.errors import IntegrityError
 from imnet_prep.files import file_digest
+from imnet_prep.images.batch_decoder import image_size
 from imnet_prep.images.check import ValidateOptions
-from imnet_prep.images.decode import image_size
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo, _canonical, _self_digest, load_manifest
 from imnet_prep.records.record_list import RECORDS, RecordLine, read_lines, write_lines
 from imnet_prep.records.shards import ShardWriter, choose_layout, read_back

@@ -20,7 +20,7 @@ from imnet_prep.build.plan import Plan, shard_refs
 from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.files import sync, write_atomically
 from imnet_prep.images.check import ValidateOptions, validate
-from imnet_prep.images.thumbnail import glimpse
+from imnet_prep.images.thumbnail import thumbnail
 from imnet_prep.process_pool import Advance
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.publish import BUILD_WORK
@@ -215,7 +215,7 @@ def _store(
         return _known(ref, raw, label, row)
     sample = raw if isinstance(raw, Rejected) else validate(raw, store)
     if isinstance(sample, Rejected):
-        seen = glimpse(raw.data, store.max_pixels) if glimpsed and isinstance(raw, RawImage) else ""
+        seen = thumbnail(raw.data, store.max_pixels) if glimpsed and isinstance(raw, RawImage) else ""
         return replace(sample, thumbnail=seen)
     return sample.image, RecordLine(
         shard=0,

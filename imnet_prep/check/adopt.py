@@ -24,7 +24,7 @@ from imnet_prep.check.rows import BASE, END, names_agree
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest, write_atomically
 from imnet_prep.images.check import examine
-from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.perceptual_hash import SIDE
 from imnet_prep.records.discover import find_records
 from imnet_prep.records.folder import RecordsFolder

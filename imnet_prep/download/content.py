@@ -8,8 +8,8 @@ import numpy as np
 
 from imnet_prep.download.fetch import Body, Failure
 from imnet_prep.download.options import ContentOptions, FailReason
-from imnet_prep.images import imaging
 from imnet_prep.images.check import ValidateOptions, validate
+from imnet_prep.images.decode import decode_jpeg
 from imnet_prep.images.formats import sniff
 from imnet_prep.types import ImageRef, RawImage, Reason, Sample
 
@@ -76,7 +76,7 @@ def _may_be_flat(sample: Sample) -> bool:
 
 def _colours(sample: Sample) -> tuple[bool, bool]:
     """Say whether an image has one colour, and whether one colour dominates it."""
-    pixels, _ = imaging.decode_jpeg(sample.image, reduce=8)
+    pixels, _ = decode_jpeg(sample.image, reduce=8)
     if pixels is None:
         return False, False
     by_pixel = pixels.reshape(-1, 3)

@@ -3,6 +3,8 @@
 A clean JPEG is stored byte for byte. What training decoders would read differently or not at all (another format, CMYK,
 an EXIF orientation) becomes a baseline RGB JPEG. What is not whole is rejected with its reason. docs/validation.md has
 the table.
+
+Three steps, each in one function: :func:`read_header` reads, :func:`decide` decides, :func:`store` stores.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from imnet_prep.errors import PlanError
-from imnet_prep.images import imaging
-from imnet_prep.images.formats import check_container, sniff
-from imnet_prep.images.jpeg import ImageFault, JpegInfo, read_markers, without_oddities
-from imnet_prep.images.native import decode_shrunk
-from imnet_prep.images.native.scan import clean_end
+from imnet_prep.images.decode import Pixels, decode_cmyk_jpeg, decode_jpeg, decode_other
+from imnet_prep.images.encode import encode_jpeg, orient, short_side_size, shrink, to_grey
+from imnet_prep.images.fault import ImageFault
+from imnet_prep.images.formats import MAX_JPEG_SIDE, check_container, refuse_bomb, sniff
+from imnet_prep.images.jpeg import JpegInfo, read_markers, without_oddities
+from imnet_prep.images.native import clean_end, decode_shrunk
 from imnet_prep.types import Change, RawImage, Reason, Rejected, Sample
 
 CONVERT_QUALITY = 95  # a conversion is not meant to be seen; 4:4:4 at 95 stays above 40 dB on photographs
@@ -43,7 +47,7 @@ class ValidateOptions:
     max_bytes: int = 1 << 25
 
     def __post_init__(self) -> None:
-        if self.short_side is not None and not 8 <= self.short_side <= imaging.MAX_JPEG_SIDE:
+        if self.short_side is not None and not 8 <= self.short_side <= MAX_JPEG_SIDE:
             raise PlanError("--short-side is out of range", expected="8 pixels or more", got=str(self.short_side))
         if not 1 <= self.quality <= 100:
             raise PlanError("--quality is out of range", expected="1 to 100", got=str(self.quality))
@@ -65,10 +69,8 @@ def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
     """
     ref = raw.ref
     try:
-        if not raw.data:
-            raise ImageFault(Reason.EMPTY, "zero bytes")
-        kind = sniff(raw.data)
-        image, width, height, changes = _jpeg(raw.data, options) if kind == "JPEG" else _other(raw.data, kind, options)
+        header = read_header(raw.data, options.max_pixels, scan=options.short_side is None)
+        image, width, height, changes = store(raw.data, header, decide(header, options), options)
         if len(image) > options.max_bytes:
             raise ImageFault(Reason.TOO_LARGE, f"{len(image)} bytes, a record holds at most {options.max_bytes}")
     except ImageFault as fault:
@@ -82,13 +84,102 @@ def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Header:
+    """What an image says of itself, before any pixel is decoded.
+
+    Attributes:
+        kind: Pillow's name of the format.
+        jpeg: What the markers of a JPEG say; None for another format.
+        deep: An image of another format has 16 bits a sample.
+        clean: The C++ library read every bit of a JPEG and found no fault.
+    """
+
+    kind: str
+    jpeg: JpegInfo | None = None
+    deep: bool = False
+    clean: bool = False
+
+
+class Action(Enum):
+    """What is done to an image: keep its bytes, encode its pixels again, or convert them as well."""
+
+    KEEP = auto()
+    ENCODE = auto()
+    CONVERT = auto()
+
+
+def read_header(data: bytes, max_pixels: int, *, scan: bool = False) -> Header:
+    """Read what an image says of itself.
+
+    Args:
+        data: The bytes.
+        max_pixels: Refuse a JPEG of more pixels than these.
+        scan: Have the C++ library read the pixels' bits as well, which saves a decode of what is kept.
+
+    Raises:
+        ImageFault: It is no image, not whole by its header, or too large.
+    """
+    if not data:
+        raise ImageFault(Reason.EMPTY, "zero bytes")
+    kind = sniff(data)
+    if kind != "JPEG":
+        return Header(kind, deep=check_container(data, kind))
+    scan_end = clean_end(data) if scan else 0
+    info = read_markers(data, scan_end)
+    refuse_bomb(info.width, info.height, max_pixels)
+    return Header(kind, info, clean=scan_end > 0)
+
+
+def decide(header: Header, options: ValidateOptions) -> Action:
+    """Return what is to be done to an image.
+
+    Raises:
+        ImageFault: A JPEG of so many components cannot be stored.
+    """
+    info = header.jpeg
+    if info is None:
+        return Action.CONVERT
+    if info.components not in (1, 3, 4):
+        raise ImageFault(Reason.CORRUPT, f"a JPEG of {info.components} components")
+    if not info.plain or info.components == 4 or info.orientation != 1:
+        return Action.CONVERT
+    if options.short_side is None or (min(info.width, info.height) <= options.short_side and not info.progressive):
+        return Action.KEEP
+    return Action.ENCODE
+
+
+def store(
+    data: bytes, header: Header, action: Action, options: ValidateOptions
+) -> tuple[bytes, int, int, list[Change]]:
+    """Return the bytes to store, their width and height in pixels, and what was noticed or changed.
+
+    Raises:
+        ImageFault: The image is not whole.
+    """
+    info = header.jpeg
+    if info is None:
+        pixels, changes = decode_other(data, header.kind, deep=header.deep, max_pixels=options.max_pixels)
+        return _encode(pixels, (pixels.shape[1], pixels.shape[0]), options, [Change.FORMAT, *changes])
+    changes = _noticed(info, len(data))
+    if action is Action.KEEP:
+        # libjpeg decodes what the scan calls clean without a warning, so the scan only saves time.
+        if not header.clean and not clean_end(data):
+            _undamaged(data, info, *decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE), changes)
+        return data, info.width, info.height, changes
+    shrunk = _shrunk_at_once(data, info, options) if action is Action.ENCODE else None
+    pixels = orient(_decode_checked(data, info, options, changes), info.orientation) if shrunk is None else shrunk
+    size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
+    return _encode(pixels, size, options, changes)
+
+
+@dataclass(frozen=True, slots=True)
 class Examined:
     """A stored image that is whole: its size as stored, what was noticed, and a small grey copy, uint8 (H, W)."""
 
     width: int
     height: int
     changes: tuple[Change, ...]
-    grey: imaging.Pixels
+    grey: Pixels
 
 
 def examine(data: bytes, short_side: int) -> Examined:
@@ -102,66 +193,40 @@ def examine(data: bytes, short_side: int) -> Examined:
         ImageFault: It is not whole, or no image.
     """
     options = ValidateOptions()
-    if not data:
-        raise ImageFault(Reason.EMPTY, "zero bytes")
-    kind = sniff(data)
-    if kind != "JPEG":
-        pixels, _ = imaging.decode_other(data, kind, deep=check_container(data, kind), max_pixels=options.max_pixels)
-        return Examined(pixels.shape[1], pixels.shape[0], (), imaging.grey(pixels))
-    info = read_markers(data)
-    imaging.refuse_bomb(info.width, info.height, options.max_pixels)
+    header = read_header(data, options.max_pixels)
+    info = header.jpeg
+    if info is None:
+        pixels, _ = decode_other(data, header.kind, deep=header.deep, max_pixels=options.max_pixels)
+        return Examined(pixels.shape[1], pixels.shape[0], (), to_grey(pixels))
     changes = _noticed(info, len(data))
     if info.plain and info.components in (1, 3):
-        decoded = imaging.decode_jpeg(data, grey=True, reduce=_reduction(info, short_side))
+        decoded = decode_jpeg(data, grey=True, reduce=_reduction(info, short_side))
         grey = _undamaged(data, info, *decoded, changes)
     else:
-        grey = imaging.grey(_decode_checked(data, info, options, changes))
+        grey = to_grey(_decode_checked(data, info, options, changes))
     seen = (Change.PROGRESSIVE, Change.GREYSCALE, Change.EXIF_DAMAGED, Change.TRAILING_BYTES)
     return Examined(info.width, info.height, tuple(change for change in seen if change in changes), grey)
 
 
-def _jpeg(data: bytes, options: ValidateOptions) -> tuple[bytes, int, int, list[Change]]:
-    # What the scan calls clean libjpeg decodes without a word, so it only saves time.
-    scan_end = clean_end(data) if options.short_side is None else 0
-    info = read_markers(data, scan_end)
-    imaging.refuse_bomb(info.width, info.height, options.max_pixels)
-    if info.components not in (1, 3, 4):
-        raise ImageFault(Reason.CORRUPT, f"a JPEG of {info.components} components")
-    changes = _noticed(info, len(data))
-    convert = not info.plain or info.components == 4 or info.orientation != 1
-    shrinks = options.short_side is not None and (
-        min(info.width, info.height) > options.short_side or (info.progressive and not convert)
-    )
-    if not convert and not shrinks:
-        if not (scan_end if options.short_side is None else clean_end(data)):
-            _undamaged(data, info, *imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE), changes)
-        return data, info.width, info.height, changes
-    size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
-    pixels = None if convert else _shrunk_at_once(data, info, options)
-    if pixels is None:
-        pixels = imaging.orient(_decode_checked(data, info, options, changes), info.orientation)
-    return _store(pixels, size, options, changes)
-
-
 def _noticed(info: JpegInfo, size_bytes: int) -> list[Change]:
-    seen = (
-        (Change.FORMAT, not info.plain and info.precision == 8),
-        (Change.CMYK, info.components == 4),
-        (Change.SIXTEEN_BIT, info.precision != 8),
-        (Change.ORIENTED, info.orientation != 1),
-        (Change.PROGRESSIVE, info.progressive),
-        (Change.GREYSCALE, info.components == 1),
-        (Change.EXIF_DAMAGED, info.exif_damaged),
-        (Change.TRAILING_BYTES, size_bytes > info.size_bytes),
-    )
-    return [change for change, is_so in seen if is_so]
+    seen = {
+        Change.FORMAT: not info.plain and info.precision == 8,
+        Change.CMYK: info.components == 4,
+        Change.SIXTEEN_BIT: info.precision != 8,
+        Change.ORIENTED: info.orientation != 1,
+        Change.PROGRESSIVE: info.progressive,
+        Change.GREYSCALE: info.components == 1,
+        Change.EXIF_DAMAGED: info.exif_damaged,
+        Change.TRAILING_BYTES: size_bytes > info.size_bytes,
+    }
+    return [change for change, is_so in seen.items() if is_so]
 
 
-def _shrunk_at_once(data: bytes, info: JpegInfo, options: ValidateOptions) -> imaging.Pixels | None:
-    """Do with the C++ library what :func:`_decode_checked` and :func:`imaging.shrink` do, where every bit is clean."""
+def _shrunk_at_once(data: bytes, info: JpegInfo, options: ValidateOptions) -> Pixels | None:
+    """Do with the C++ library what :func:`_decode_checked` and :func:`shrink` do, where every bit is clean."""
     if options.short_side is None or min(info.width, info.height) <= options.short_side:
         return None
-    pixels, end = decode_shrunk.decode(
+    pixels, end = decode_shrunk(
         data,
         components=info.components,
         reduce=_reduction(info, options.short_side),
@@ -177,23 +242,21 @@ def _reduction(info: JpegInfo, short_side: int) -> int:
     return max((divisor for divisor in (1, 2, 4, 8) if divisor <= room), default=1)
 
 
-def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, changes: list[Change]) -> imaging.Pixels:
+def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, changes: list[Change]) -> Pixels:
     """Decode at the smallest scale that still has the pixels asked for, and refuse what the decoder made up."""
     if info.components == 4:
-        _, said = imaging.decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
-        return _undamaged(data, info, imaging.decode_cmyk_jpeg(data), said, changes)
+        _, said = decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
+        return _undamaged(data, info, decode_cmyk_jpeg(data), said, changes)
     reduce = _reduction(info, options.short_side) if options.short_side is not None and info.plain else 1
-    decoded = imaging.decode_jpeg(data, grey=info.components == 1, reduce=reduce)
+    decoded = decode_jpeg(data, grey=info.components == 1, reduce=reduce)
     return _undamaged(data, info, *decoded, changes)
 
 
-def _undamaged(
-    data: bytes, info: JpegInfo, pixels: imaging.Pixels | None, said: str, changes: list[Change]
-) -> imaging.Pixels:
+def _undamaged(data: bytes, info: JpegInfo, pixels: Pixels | None, said: str, changes: list[Change]) -> Pixels:
     """Return what was decoded, or raise an :class:`ImageFault` where the decoder gave up or made something up."""
     damage = _DAMAGE.search(said)
     if said and damage is None and pixels is not None:
-        _, said = imaging.decode_jpeg(without_oddities(data, info), grey=True, reduce=_CHECK_REDUCE)
+        _, said = decode_jpeg(without_oddities(data, info), grey=True, reduce=_CHECK_REDUCE)
         damage = _DAMAGE.search(said)
     if pixels is not None and damage is None:
         return pixels
@@ -206,14 +269,8 @@ def _undamaged(
     raise ImageFault(Reason.TRUNCATED if "remature end" in words else Reason.CORRUPT, words)
 
 
-def _other(data: bytes, kind: str, options: ValidateOptions) -> tuple[bytes, int, int, list[Change]]:
-    deep = check_container(data, kind)
-    pixels, changes = imaging.decode_other(data, kind, deep=deep, max_pixels=options.max_pixels)
-    return _store(pixels, (pixels.shape[1], pixels.shape[0]), options, [Change.FORMAT, *changes])
-
-
-def _store(
-    pixels: imaging.Pixels, size: tuple[int, int], options: ValidateOptions, changes: list[Change]
+def _encode(
+    pixels: Pixels, size: tuple[int, int], options: ValidateOptions, changes: list[Change]
 ) -> tuple[bytes, int, int, list[Change]]:
     """Shrink where asked, and encode.
 
@@ -226,15 +283,8 @@ def _store(
     if options.short_side is not None and min(size) > options.short_side:
         width, height = short_side_size(*size, options.short_side)
         if (width, height) != (pixels.shape[1], pixels.shape[0]):
-            pixels = imaging.shrink(pixels, width, height)
+            pixels = shrink(pixels, width, height)
         changes = [*changes, Change.RESIZED]
     quality = CONVERT_QUALITY if options.short_side is None else options.quality
-    image = imaging.encode_jpeg(pixels, quality, halve_chroma=options.short_side is not None)
+    image = encode_jpeg(pixels, quality, halve_chroma=options.short_side is not None)
     return image, pixels.shape[1], pixels.shape[0], changes
-
-
-def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Scale a size so that its short side is ``short_side``, the long one rounded to the nearest pixel."""
-    if width <= height:
-        return short_side, max(short_side, (height * short_side + width // 2) // width)
-    return max(short_side, (width * short_side + height // 2) // height), short_side

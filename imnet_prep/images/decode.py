@@ -1,164 +1,202 @@
-"""The portable decoder: OpenCV decodes, Pillow resizes; both leave the GIL. What it makes is the definition.
-
-The C++ decoder (:mod:`imnet_prep.images.native`) has the same methods and stays within a stated tolerance of this one.
-"""
+"""Decode images for storage: every complaint of a decoder is read, and none is printed."""
 
 from __future__ import annotations
 
 import io
-import struct
+import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-SOI = b"\xff\xd8"  # how a JPEG begins
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, a quarter of 2**32 / 6
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-INTERPOLATIONS = tuple(_FILTERS)  # Pillow's filters, antialiased when reducing
-_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # stored pixels are upright; the tag is not looked at
-_FRAME_MARKERS = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
-Fault = tuple[int, str]
-"""A row's position in the call and one line that says why it does not decode."""
+from imnet_prep.images.fault import ImageFault
+from imnet_prep.images.formats import refuse_bomb
+from imnet_prep.images.jpeg import jpeg_size, reporting
+from imnet_prep.images.native import clean_end, decode_whole
+from imnet_prep.images.stderr import captured_stderr, process_lock
+from imnet_prep.images.tiff import ORIENTATION
+from imnet_prep.types import Change, Reason
 
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where the output square comes from in each image.
-
-    Attributes:
-        sizes: int32 (N, 2): width and height of the images that it was made for; decoders refuse others.
-        limits: int32 (N, 4): left, top, right, bottom of the pixels that may be looked at.
-        box: float64 (N, 4): the rectangle that becomes the square, inside ``limits``.
-        flip: bool (N,): mirrored left to right.
-    """
-
-    sizes: NDArray[np.int32]
-    limits: NDArray[np.int32]
-    box: NDArray[np.float64]
-    flip: NDArray[np.bool_]
-
-    def of(self, rows: NDArray[np.int64] | slice) -> Geometry:
-        """Return the geometry of some of the images."""
-        return Geometry(self.sizes[rows], self.limits[rows], self.box[rows], self.flip[rows])
+Pixels = NDArray[np.uint8]  # (H, W) grey or (H, W, 3) BGR, OpenCV's order
+_FILE_BUFFER = 4096  # bytes that libjpeg reads of a file at once (INPUT_BUF_SIZE in jdatasrc.c)
+_REPORTED = 448  # bytes before a buffer's end: an MCU that begins there is decoded slowly (BUFSIZE in jdhuff.c is 512)
+# Everything that Pillow's plugins raise on damaged files; each is the image's fault, not ours.
+PILLOW_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    MemoryError,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Read width and height from a JPEG's frame header; None where there is none.
-
-    Source: ITU-T T.81, annex B.
-    """
-    position = 2 if data.startswith(SOI) else len(data)
-    while position + 9 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker in _FRAME_MARKERS:
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            return (width, height) if width and height else None
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
-            position += 2
-        else:
-            length = struct.unpack_from(">H", data, position + 2)[0]
-            if length < 2 or marker in (0xD9, 0xDA):
-                break
-            position += 2 + length
-    return None
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """Read width and height from the header of an image of any format that Pillow knows.
-
-    Raises:
-        ValueError: It is no image, or has more than :data:`MAX_PIXELS` pixels.
-    """
-    size = jpeg_size(data)
-    if size is None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the limit below is ours
-                with Image.open(io.BytesIO(data)) as picture:
-                    size = picture.size
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"no image header: {error}") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"{size[0]} x {size[1]} pixels, more than the {MAX_PIXELS} allowed")
-    return size
-
-
-class PortableDecoder:
-    """Bytes to pixels, many images a call; safe to share between threads. This one is OpenCV and Pillow."""
-
-    name = "portable (OpenCV decode, Pillow resize)"
-
-    def sizes(self, images: Sequence[bytes]) -> tuple[NDArray[np.int32], list[Fault]]:
-        """Read widths and heights, int32 (N, 2), from the headers; zeros where a fault is reported."""
-        found = np.zeros((len(images), 2), dtype=np.int32)
-        faults: list[Fault] = []
-        for number, data in enumerate(images):
-            try:
-                found[number] = image_size(data)
-            except ValueError as error:
-                faults.append((number, str(error)))
-        return found, faults
-
-    def decode(
-        self, images: Sequence[bytes], geometry: Geometry, interpolation: str, out: NDArray[np.uint8]
-    ) -> list[Fault]:
-        """Decode into ``out``, uint8 (N, S, S, 3) RGB; rows with a fault are left undefined.
-
-        An image whose header gives another size than ``geometry.sizes`` is a fault, before memory is taken for it.
-        """
-        faults: list[Fault] = []
-        for number, data in enumerate(images):
-            try:
-                (wide, tall), listed = image_size(data), geometry.sizes[number].tolist()
-                if [wide, tall] != listed:
-                    raise ValueError(f"{wide} x {tall} by its header, {listed[0]} x {listed[1]} by the record list")
-                pixels = decode_rgb(data)
-                left, top, right, bottom = geometry.limits[number].tolist()
-                if right > pixels.shape[1] or bottom > pixels.shape[0]:
-                    raise ValueError(f"decodes to {pixels.shape[1]} x {pixels.shape[0]}, not as its header says")
-                box = geometry.box[number] - (left, top, left, top)
-                square = resize(pixels[top:bottom, left:right], tuple(box.tolist()), interpolation, out.shape[1])
-                out[number] = square[:, ::-1] if geometry.flip[number] else square
-            except (ValueError, cv2.error) as error:
-                faults.append((number, " ".join(str(error).split())))
-        return faults
-
-
-def decode_rgb(data: bytes) -> NDArray[np.uint8]:
-    """Decode an image to uint8 (H, W, 3) RGB, whatever its orientation tag says.
-
-    Raises:
-        ValueError: It does not decode.
-    """
-    pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _FLAGS) if data else None
-    if pixels is None:
-        raise ValueError("does not decode: truncated, or no image")
-    return np.asarray(pixels, dtype=np.uint8)
-
-
-def resize(pixels: NDArray[np.uint8], box: tuple[float, ...], interpolation: str, size: int) -> NDArray[np.uint8]:
-    """Resize a rectangle to a square with Pillow's antialiased filters.
+def decode_jpeg(data: bytes, *, grey: bool = False, reduce: int = 1) -> tuple[Pixels | None, str]:
+    """Decode a JPEG, EXIF orientation not applied; the whole entropy-coded stream is read at every scale.
 
     Args:
-        pixels: uint8 (H, W, 3).
-        box: Left, top, right, bottom in pixels, fractions allowed.
-        interpolation: See :data:`INTERPOLATIONS`.
-        size: Side of the square, pixels.
+        data: A file that :func:`imnet_prep.images.jpeg.read_markers` accepted.
+        grey: One channel instead of BGR.
+        reduce: Divide both sides by 1, 2, 4 or 8 in the DCT domain.
 
     Returns:
-        uint8 (size, size, 3).
+        The pixels, or None where the decoder gave up; and the decoder's first complaint, or an empty string.
     """
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(picture.resize((size, size), _FILTERS[interpolation], box=(box[0], box[1], box[2], box[3])))
+    if (decoded := _decode_natively(data, grey=grey, reduce=reduce)) is not None:
+        return decoded
+    flag = getattr(cv2, f"IMREAD_REDUCED_{'GRAYSCALE' if grey else 'COLOR'}_{reduce}") if reduce > 1 else int(not grey)
+    copy = reporting(data)
+    pixels, said = _heard(cv2.imdecode, np.frombuffer(copy or data, np.uint8), flag)
+    if copy is None and not clean_end(data):
+        said = _said_of_files(data, said)
+    return pixels, said
+
+
+def decode_quietly(data: bytes) -> Pixels | None:
+    """Decode an image to BGR, uint8 (H, W, 3), ignoring its orientation tag; return None if it does not decode."""
+    decoded = _decode_natively(data, grey=False, reduce=1)
+    return (decoded or _heard(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[0]
+
+
+def _decode_natively(data: bytes, *, grey: bool, reduce: int) -> tuple[Pixels | None, str] | None:
+    """Decode a JPEG with the C++ library, where that gives OpenCV's pixels; None where it cannot tell."""
+    size = jpeg_size(data)
+    return decode_whole(data, grey=grey, reduce=reduce, size=size) if size else None
+
+
+def _heard(decode: Callable[[Any, int], Any], source: object, flag: int) -> tuple[Pixels | None, str]:
+    with captured_stderr() as heard:
+        try:
+            pixels = decode(source, flag | cv2.IMREAD_IGNORE_ORIENTATION)
+        except (cv2.error, MemoryError):
+            pixels = None
+    return pixels, heard.text
+
+
+def _said_of_files(data: bytes, said: str) -> str:
+    """Return what libjpeg says of a JPEG that no restart interval makes it report, or ``said`` where that is all.
+
+    libjpeg-turbo decodes an MCU slowly, and reports, where it begins near the end of the input buffer. The buffer of a
+    file is small, so comments of different lengths at the front bring each MCU near the end of one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "image.jpg")
+        for shift in range(0, _FILE_BUFFER, _REPORTED):
+            comment = b"\xff\xfe" + (shift - 2).to_bytes(2, "big") + bytes(shift - 4) if shift else b""
+            path.write_bytes(data[:2] + comment + data[2:])
+            _, heard = _heard(cv2.imread, str(path), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+            if heard != said:
+                return heard
+    return said
+
+
+def decode_cmyk_jpeg(data: bytes) -> Pixels:
+    """Decode a CMYK or YCCK JPEG to BGR: each of R, G, B is its ink's complement times black's, no ICC profile used.
+
+    The samples are taken as inverted, as Adobe's programs write them with and without their marker.
+
+    Raises:
+        ImageFault: It does not decode.
+    """
+    with opened(data, "JPEG") as image:
+        image.load()
+        return bgr(image.convert("RGB"))
+
+
+@contextmanager
+def opened(data: bytes, kind: str) -> Iterator[Image.Image]:
+    """Open with Pillow, and turn its exceptions into an :class:`ImageFault`; nothing is printed."""
+    # Pillow keeps every library silent but libtiff.
+    with captured_stderr() if kind == "TIFF" else process_lock(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=[kind]) as image:
+                yield image
+        except Image.DecompressionBombError as exc:
+            raise ImageFault(Reason.TOO_MANY_PIXELS, str(exc)) from exc
+        except PILLOW_FAULTS as exc:
+            reason = Reason.TRUNCATED if "truncated" in str(exc).lower() else Reason.CORRUPT
+            said = " ".join(str(exc).partition("<_io.BytesIO")[0].split())  # where it lies differs from run to run
+            raise ImageFault(reason, f"{kind}: {said or type(exc).__name__}") from exc
+
+
+def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tuple[Pixels, list[Change]]:
+    """Decode PNG, GIF, WebP, BMP or TIFF to 8-bit BGR, upright, transparency over white.
+
+    Args:
+        data: The file's bytes.
+        kind: Pillow's name of the format.
+        deep: The header says 16 bits a sample.
+        max_pixels: Refuse more pixels than these before anything is decoded.
+
+    Returns:
+        The pixels, and what was noticed or changed.
+
+    Raises:
+        ImageFault: It does not decode, has more frames than one, or more pixels than allowed.
+    """
+    with opened(data, kind) as image:
+        refuse_bomb(*image.size, max_pixels)
+        if _has_second_frame(image):
+            raise ImageFault(Reason.ANIMATED, f"{kind} with more than one frame")
+        orientation, damaged = _orientation(image)
+        image.load()
+        seen = {
+            Change.ORIENTED: orientation != 1,
+            Change.EXIF_DAMAGED: damaged,
+            Change.CMYK: image.mode == "CMYK",
+            Change.SIXTEEN_BIT: deep or image.mode.startswith("I"),
+            Change.ALPHA: image.has_transparency_data,
+        }
+        upright: Image.Image = image
+        if orientation != 1 and _orientation(image)[0] != 1:  # Pillow turns a TIFF by itself while loading
+            upright = ImageOps.exif_transpose(upright)
+        if image.has_transparency_data:
+            over = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        return bgr(_eight_bit(upright, deep=deep)), [change for change, is_so in seen.items() if is_so]
+
+
+def _has_second_frame(image: Image.Image) -> bool:
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _orientation(image: Image.Image) -> tuple[int, bool]:
+    """Return the orientation, 1 to 8, and whether the EXIF block is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except PILLOW_FAULTS:
+        return 1, True
+    known = isinstance(value, int) and 0 <= value <= 8
+    return (value if known and value else 1), not known
+
+
+def _eight_bit(image: Image.Image, *, deep: bool) -> Image.Image:
+    """Reduce 16-bit grey to its high byte, as Pillow does with 16-bit colour."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and deep):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ImageFault(Reason.CORRUPT, "32-bit samples: their range is not defined")
+    return image
+
+
+def bgr(image: Image.Image) -> Pixels:
+    """Return Pillow's image as pixels, uint8 (H, W, 3)."""
+    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])

@@ -12,13 +12,15 @@ import struct
 import zlib
 from collections.abc import Callable
 
-from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.images.fault import ImageFault
+from imnet_prep.images.tiff import BITS_PER_SAMPLE, SHORT, first_directory
 from imnet_prep.types import Reason
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _KNOWN = (
     (b"\xff\xd8\xff", "JPEG"),
-    (PNG_SIGNATURE, "PNG"),
+    (_PNG_SIGNATURE, "PNG"),
     (b"GIF87a", "GIF"),
     (b"GIF89a", "GIF"),
     (b"BM", "BMP"),
@@ -54,6 +56,16 @@ def sniff(data: bytes) -> str:
     raise ImageFault(Reason.NOT_AN_IMAGE, f"looks like {looks}" if looks else f"begins with {data[:8].hex(' ')}")
 
 
+def refuse_bomb(width: int, height: int, max_pixels: int) -> None:
+    """Raise an :class:`ImageFault` for more pixels than ``max_pixels``, or more on a side than a JPEG can hold."""
+    if width * height > max_pixels:
+        raise ImageFault(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels, at most {max_pixels} are allowed")
+    if max(width, height) > MAX_JPEG_SIDE:
+        raise ImageFault(
+            Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels, a JPEG holds at most {MAX_JPEG_SIDE} a side"
+        )
+
+
 def check_container(data: bytes, kind: str) -> bool:
     """Check that the container is whole and holds one frame.
 
@@ -70,7 +82,7 @@ def check_container(data: bytes, kind: str) -> bool:
 
 
 def _check_png(data: bytes) -> bool:
-    at, depth, pixels_seen, name = len(PNG_SIGNATURE), 0, False, b""
+    at, depth, pixels_seen, name = len(_PNG_SIGNATURE), 0, False, b""
     while name != b"IEND":
         if at + 12 > len(data):
             raise ImageFault(Reason.TRUNCATED, "PNG without its end chunk (IEND)")
@@ -114,17 +126,14 @@ def _check_bmp(data: bytes) -> None:
 
 
 def _tiff_is_deep(data: bytes) -> bool:
-    """Look up BitsPerSample (tag 258) in the first directory; what is damaged is left for the decoder to find."""
-    order = "<" if data[:2] == b"II" else ">"
+    """Look up the bits a sample in the first directory; the decoder finds what is damaged."""
     if len(data) < 10:
         raise ImageFault(Reason.TRUNCATED, f"TIFF of {len(data)} bytes")
-    (start,) = struct.unpack_from(order + "I", data, 4)
-    if start + 2 > len(data):
+    directory = first_directory(data)
+    if directory is None:
         raise ImageFault(Reason.TRUNCATED, "TIFF ends before its directory")
-    (count,) = struct.unpack_from(order + "H", data, start)
-    for at in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind, number, value = struct.unpack_from(order + "HHII", data, at)
-        if tag == 258 and kind == 3:
-            place = value if number > 2 else at + 8
-            return data[place : place + 2] == struct.pack(order + "H", 16)
+    for tag, kind, number, at in directory.entries:
+        if tag == BITS_PER_SAMPLE and kind == SHORT:
+            place = int.from_bytes(data[at : at + 4], directory.order) if number > 2 else at
+            return data[place : place + 2] == (16).to_bytes(2, directory.order)
     return False

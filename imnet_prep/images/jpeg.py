@@ -8,8 +8,11 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
+from imnet_prep.images.fault import ImageFault
+from imnet_prep.images.tiff import FIELD_BYTES, ORIENTATION, SHORT, first_directory
 from imnet_prep.types import Reason
 
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
@@ -24,16 +27,6 @@ _MAX_RESTART_INTERVAL = 0xFFFF  # MCUs
 _MAX_SCANS = 500  # encoders write about 10; each is a pass over every block, so thousands are an attack
 # In entropy-coded data FF 00 is a stuffed FF, FF D0-D7 a restart, FF FF a fill byte; anything else ends the scan.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
-_ORIENTATION_TAG = 0x0112
-_TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # by field type
-
-
-class ImageFault(Exception):
-    """Why an image cannot be kept: the reason and the detail of its rejection. Never leaves :func:`validate`."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +61,7 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
 
     Args:
         data: The file's bytes.
-        scan_end: What :func:`.native.scan.clean_end` returns for them; saves the search for the end of the scan.
+        scan_end: What :func:`~imnet_prep.images.native.clean_end` returns for them, which saves the search for the end.
 
     Returns:
         What the headers say.
@@ -85,7 +78,7 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
                 raise ImageFault(Reason.CORRUPT, "two frame headers")
             frame = (marker, body)
         elif marker == _APP1 and body.startswith(b"Exif") and exif is None:
-            exif = read_orientation(body[6:])
+            exif = _read_orientation(body[6:])
         elif marker == SOS:
             scans += 1
             if frame is None:
@@ -94,7 +87,63 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
                 raise ImageFault(Reason.CORRUPT, f"more than {_MAX_SCANS} scans")
     if frame is None or scans == 0:
         raise ImageFault(Reason.CORRUPT, "no image between the start and end markers")
-    return _info(frame, *(exif or (1, False)), end)
+    width, height, components, precision = _read_frame(frame[1])
+    orientation, exif_damaged = exif or (1, False)
+    return JpegInfo(
+        width=width,
+        height=height,
+        components=components,
+        precision=precision,
+        progressive=frame[0] in _PROGRESSIVE,
+        plain=precision == 8 and frame[0] in _PLAIN,
+        orientation=orientation,
+        exif_damaged=exif_damaged,
+        size_bytes=end,
+    )
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height by the first frame header; None where there is none. Nothing after it is read."""
+    with suppress(ImageFault):
+        for marker, body, _, _ in _segments(data):
+            if marker in _SOF:
+                return _read_frame(body)[:2]
+            if marker == SOS:
+                break
+    return None
+
+
+def _read_frame(body: bytes) -> tuple[int, int, int, int]:
+    """Return a frame header's width, height, number of components, and bits a sample."""
+    if len(body) < 6 or len(body) < 6 + 3 * body[5]:
+        raise ImageFault(Reason.CORRUPT, "the frame header is too short")
+    precision, height, width, components = struct.unpack_from(">BHHB", body)
+    if width == 0 or height == 0:
+        raise ImageFault(Reason.CORRUPT, f"the header gives {width} x {height} pixels")
+    return width, height, components, precision
+
+
+def _read_orientation(exif: bytes) -> tuple[int, bool]:
+    """Read the orientation from an EXIF block, which is a TIFF without pixels.
+
+    Returns:
+        The orientation, 1 to 8 (1 where none is given), and whether the block is damaged.
+    """
+    directory = first_directory(exif) if exif.startswith((b"II*\x00", b"MM\x00*")) else None
+    if directory is None or directory.start < 8:
+        return 1, True
+    orientation, damaged = 1, not directory.whole
+    for tag, kind, number, at in directory.entries:
+        value = int.from_bytes(exif[at : at + 2], directory.order)
+        if tag == ORIENTATION:
+            if kind == SHORT and number == 1 and 1 <= value <= 8:
+                orientation = value
+            elif value != 0:  # 0 is what cameras write for "not known"
+                damaged = True
+        else:
+            size = FIELD_BYTES.get(kind, 0) * number
+            damaged |= kind not in FIELD_BYTES or (size > 4 and value + size > len(exif))
+    return orientation, damaged
 
 
 def without_oddities(data: bytes, info: JpegInfo) -> bytes:
@@ -203,54 +252,3 @@ def _marker_at(data: bytes, at: int) -> tuple[int, int]:
     if data[at] == 0:
         raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}")
     return data[at], at + 1
-
-
-def _info(frame: tuple[int, bytes], orientation: int, damaged: bool, end: int) -> JpegInfo:
-    marker, body = frame
-    if len(body) < 6 or len(body) < 6 + 3 * body[5]:
-        raise ImageFault(Reason.CORRUPT, "the frame header is too short")
-    precision, height, width, components = struct.unpack_from(">BHHB", body)
-    if width == 0 or height == 0:
-        raise ImageFault(Reason.CORRUPT, f"the header gives {width} x {height} pixels")
-    return JpegInfo(
-        width=width,
-        height=height,
-        components=components,
-        precision=precision,
-        progressive=marker in _PROGRESSIVE,
-        plain=precision == 8 and marker in _PLAIN,
-        orientation=orientation,
-        exif_damaged=damaged,
-        size_bytes=end,
-    )
-
-
-def read_orientation(tiff: bytes) -> tuple[int, bool]:
-    """Read the orientation from an EXIF block (a TIFF without pixels).
-
-    Args:
-        tiff: The block, from its byte-order mark on.
-
-    Returns:
-        The orientation, 1 to 8 (1 where none is given), and whether the block is damaged.
-    """
-    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
-    if order is None or len(tiff) < 8:
-        return 1, True
-    (start,) = struct.unpack_from(order + "I", tiff, 4)
-    if start < 8 or start + 2 > len(tiff):
-        return 1, True
-    (count,) = struct.unpack_from(order + "H", tiff, start)
-    orientation, damaged = 1, start + 2 + 12 * count > len(tiff)
-    for at in range(start + 2, min(start + 2 + 12 * count, len(tiff) - 11), 12):
-        tag, kind, number, value = struct.unpack_from(order + "HHIH", tiff, at)
-        if tag == _ORIENTATION_TAG:
-            if kind == 3 and number == 1 and 1 <= value <= 8:
-                orientation = value
-            elif value != 0:  # 0 is what cameras write for "not known"
-                damaged = True
-        elif kind not in _TIFF_BYTES or (
-            _TIFF_BYTES[kind] * number > 4 and value + _TIFF_BYTES[kind] * number > len(tiff)
-        ):
-            damaged = True
-    return orientation, damaged

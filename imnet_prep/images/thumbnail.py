@@ -1,39 +1,44 @@
-"""What can still be seen of an image that was kept out, small, for the report: a whole picture would need its bytes."""
+"""Draw a thumbnail of an image that was rejected, for the report: as much of it as still decodes."""
 
 from __future__ import annotations
 
 import base64
+import re
 
-from PIL import ImageFile
-
-from imnet_prep.images import imaging
-from imnet_prep.images.formats import sniff
-from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.images.decode import bgr, opened
+from imnet_prep.images.encode import encode_jpeg, shrink
+from imnet_prep.images.fault import ImageFault
+from imnet_prep.images.formats import refuse_bomb, sniff
 
 SIDE, QUALITY = 96, 70
+_PARTIAL = re.compile("truncated|when reading image file")  # Pillow's words where it has decoded a part
 
 
-def glimpse(data: bytes, max_pixels: int) -> str:
-    """Return a JPEG of at most 96 pixels a side in base64; empty where nothing can be seen, or it would be a bomb.
+def thumbnail(data: bytes, max_pixels: int) -> str:
+    """Return a JPEG of at most 96 pixels a side in base64; empty where nothing decodes, or the image is too large.
 
-    What a damaged file still gives is shown: the upper part of a cut JPEG, the first frame of an animation.
+    What a damaged file still has is shown: the upper part of a cut JPEG, the first frame of an animation.
 
     Args:
         data: The bytes as found.
-        max_pixels: More than these by the header are not decoded.
+        max_pixels: Decode nothing with more pixels by its header.
     """
     try:
-        with imaging.opened(data, sniff(data)) as image:
-            imaging.refuse_bomb(*image.size, max_pixels)
+        kind = sniff(data)
+        # With an end marker, the decoder hands out the last rows of a cut JPEG as well.
+        with opened(data + b"\xff\xd9" if kind == "JPEG" else data, kind) as image:
+            refuse_bomb(*image.size, max_pixels)
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded no larger than needed
-            ImageFile.LOAD_TRUNCATED_IMAGES = True  # nobody else uses Pillow meanwhile: `opened` holds a lock
             try:
-                pixels = imaging.bgr(image)
-            finally:
-                ImageFile.LOAD_TRUNCATED_IMAGES = False
+                image.load()
+            except OSError as error:
+                if not _PARTIAL.search(str(error)):
+                    raise
+            image.tile = []  # type: ignore[attr-defined]  # so that Pillow hands out what it has decoded so far
+            pixels = bgr(image)
         height, width = pixels.shape[:2]
         scale = SIDE / max(width, height, SIDE)
-        small = imaging.shrink(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
-        return base64.b64encode(imaging.encode_jpeg(small, QUALITY, halve_chroma=True)).decode()
+        small = shrink(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
+        return base64.b64encode(encode_jpeg(small, QUALITY, halve_chroma=True)).decode()
     except (ImageFault, MemoryError):
         return ""

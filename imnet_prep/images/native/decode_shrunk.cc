@@ -1,7 +1,7 @@
 // A JPEG to its shrunk pixels in one pass: no whole image lies in memory, and every compressed bit is read.
 //
 // Strict: it succeeds only where libjpeg has nothing to complain of, from the first marker to the last bit before the
-// end marker. Whatever else it meets, the caller decides otherwise (imnet_prep/images/native/decode_shrunk.py).
+// end marker. Whatever else it meets, the caller decides otherwise (imnet_prep/images/check.py).
 //
 // Source: libjpeg-turbo's libjpeg.txt (scaled decompression, error handling by longjmp).
 
@@ -15,10 +15,10 @@
 
 #include <jpeglib.h>
 
+#include "api.h"
 #include "entropy.h"
+#include "sampling.h"
 #include "shrink.h"
-
-#define IMNET_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -77,7 +77,6 @@ class Handle {
   bool Start(const Request& request);
   const uint8_t* Rows(const Request& request);
   void Prepare(const Request& request);
-  bool KnownSampling() const;
 
   jpeg_decompress_struct info_{};
   ErrorManager errors_{};
@@ -91,7 +90,7 @@ bool Handle::Start(const Request& request) {
   if (request.size_bytes < 2 || request.data[0] != 0xFF || request.data[1] != 0xD8) return false;
   jpeg_mem_src(&info_, request.data, static_cast<unsigned long>(request.size_bytes));
   jpeg_read_header(&info_, TRUE);
-  if (info_.data_precision != 8 || info_.num_components != request.channels || !KnownSampling()) return false;
+  if (info_.data_precision != 8 || info_.num_components != request.channels || !imnet::KnownSampling(info_)) return false;
   if (info_.jpeg_color_space != (request.channels == 1 ? JCS_GRAYSCALE : JCS_YCbCr)) return false;
   info_.out_color_space = request.channels == 1 ? JCS_GRAYSCALE : JCS_EXT_BGR;
   info_.scale_num = 1;
@@ -107,16 +106,6 @@ bool Handle::Start(const Request& request) {
   }
   Prepare(request);
   return true;
-}
-
-// Those whose pixels have been the same in every libjpeg since version 6b: grey, 4:4:4, 4:2:2 and 4:2:0.
-bool Handle::KnownSampling() const {
-  if (info_.num_components == 1) return true;
-  const jpeg_component_info* const part = info_.comp_info;
-  for (int i = 1; i < info_.num_components; ++i) {
-    if (part[i].h_samp_factor != 1 || part[i].v_samp_factor != 1) return false;
-  }
-  return part[0].v_samp_factor <= part[0].h_samp_factor && part[0].h_samp_factor <= 2;
 }
 
 // Weights and buffers. Nothing here calls libjpeg, so nothing jumps over the vectors.
@@ -144,13 +133,13 @@ const uint8_t* Handle::Rows(const Request& request) {
 
 }  // namespace
 
-IMNET_API void* imnet_small_new() { return new (std::nothrow) Handle; }
+IMNET_API void* imnet_decode_shrunk_new() { return new (std::nothrow) Handle; }
 
-IMNET_API void imnet_small_free(void* handle) { delete static_cast<Handle*>(handle); }
+IMNET_API void imnet_decode_shrunk_free(void* handle) { delete static_cast<Handle*>(handle); }
 
 // Decodes at 1 / reduce, in_width x in_height, and shrinks to out: uint8 (out_height, out_width, channels), BGR or grey.
 // Returns the byte behind the end marker, or 0: left to others.
-IMNET_API size_t imnet_small_decode(void* handle, const uint8_t* data, size_t size_bytes, int reduce, int channels,
+IMNET_API size_t imnet_decode_shrunk(void* handle, const uint8_t* data, size_t size_bytes, int reduce, int channels,
                                     int in_width, int in_height, int out_width, int out_height, uint8_t* out) {
   const bool known = (channels == 1 || channels == 3) && (reduce == 1 || reduce == 2 || reduce == 4 || reduce == 8);
   if (handle == nullptr || !known || out_width < 1 || out_height < 1) return 0;

@@ -1,6 +1,6 @@
 // Batch JPEG decoder: bytes to the resampled, flipped crop in the batch, looking only at the crop's part of the image.
 //
-// Plain C interface, loaded by ctypes (imnet_prep/images/native/__init__.py). One handle a thread; handles share nothing.
+// Plain C interface, loaded by ctypes (imnet_prep/images/batch_decoder.py). One handle a thread; handles share nothing.
 // Source: libjpeg-turbo's libjpeg.txt (partial decompression, scaled decompression, error handling by longjmp).
 
 #include <csetjmp>
@@ -16,17 +16,14 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+#include "api.h"
 #include "resample.h"
 #ifdef IMNET_FAST_ENTROPY
 #include "entropy.h"
 #endif
 
-#define IMNET_API extern "C" __attribute__((visibility("default")))
-
 namespace {
 
-constexpr int kAbi = 3;
-constexpr int kMessageBytes = 256;
 constexpr int kMaxScans = 500;   // encoders write about 10; each is a pass over every block, so thousands are an attack
 constexpr int kRowsAtOnce = 4;   // most rows that libjpeg makes in one go (a sampling factor is at most 4)
 // Reduced in the DCT domain while the rest is still reduced by this factor: the mean difference of any of 250 real
@@ -157,7 +154,7 @@ Status Handle::Try(const Request& request, char* message, bool fast) {
   Status status = kGood;
   if (setjmp(errors_.jump)) {
     Reset();
-    std::snprintf(message, kMessageBytes, "%s", errors_.message);
+    std::snprintf(message, imnet::kMessageBytes, "%s", errors_.message);
     return kFault;
   }
   jpeg_create_decompress(&info_);  // anew for each image, as libjpeg keeps tables that the next image may lack
@@ -166,7 +163,7 @@ Status Handle::Try(const Request& request, char* message, bool fast) {
   if (status == kGood) Rows(request);
   Reset();
   if (errors_.corrupt) {
-    std::snprintf(message, kMessageBytes, "damaged image data: %s", errors_.message);
+    std::snprintf(message, imnet::kMessageBytes, "damaged image data: %s", errors_.message);
     return kFault;
   }
   return status;
@@ -265,9 +262,7 @@ void Handle::Rows(const Request& request) {
 
 }  // namespace
 
-IMNET_API int imnet_jpeg_abi() { return kAbi; }
-
-IMNET_API const char* imnet_jpeg_library() {
+IMNET_API const char* imnet_decoder() {
   static const char* const text = [] {
     static char buffer[96];
 #define IMNET_TEXT2(x) #x
@@ -284,15 +279,15 @@ IMNET_API const char* imnet_jpeg_library() {
   return text;
 }
 
-IMNET_API void* imnet_jpeg_new() { return new (std::nothrow) Handle; }
+IMNET_API void* imnet_batch_new() { return new (std::nothrow) Handle; }
 
-IMNET_API void imnet_jpeg_free(void* handle) { delete static_cast<Handle*>(handle); }
+IMNET_API void imnet_batch_free(void* handle) { delete static_cast<Handle*>(handle); }
 
 // Decodes n images. listed: int32 (n, 2), width and height that the header must give; limits: int32 (n, 4);
 // box: float64 (n, 4); flip: uint8 (n); out: uint8 (n, size, size, 3);
-// flags: see Flags; status: int32 (n), see Status; messages: n times kMessageBytes bytes, zero-terminated where the status is kFault.
+// flags: see Flags; status: int32 (n), see Status; messages: n times imnet::kMessageBytes bytes, zero-terminated where the status is kFault.
 // Returns the number of images that are not good, or -1 for arguments out of range.
-IMNET_API int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes,
+IMNET_API int imnet_batch_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes,
                                 const int32_t* listed, const int32_t* limits, const double* box, const uint8_t* flip,
                                 int filter, int size, int flags, uint8_t* out, int32_t* status, char* messages) {
   if (handle == nullptr || n < 0 || size < 1 || filter < 0 || filter >= imnet::kFilters) return -1;
@@ -310,7 +305,7 @@ IMNET_API int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data,
     request.reduce = (flags & kReduce) != 0;
     request.fast = (flags & kFast) != 0;
     request.out = out + static_cast<size_t>(i) * size * size * 3;
-    char* message = messages + static_cast<size_t>(i) * kMessageBytes;
+    char* message = messages + static_cast<size_t>(i) * imnet::kMessageBytes;
     if (request.limits[0] < 0 || request.limits[1] < 0 || request.limits[2] <= request.limits[0] ||
         request.limits[3] <= request.limits[1] || request.limits[2] > request.listed[0] ||
         request.limits[3] > request.listed[1]) {
@@ -320,7 +315,7 @@ IMNET_API int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data,
       status[i] = static_cast<Handle*>(handle)->Decode(request, message);
     } catch (const std::exception& error) {  // out of memory
       static_cast<Handle*>(handle)->Reset();
-      std::snprintf(message, kMessageBytes, "%s", error.what());
+      std::snprintf(message, imnet::kMessageBytes, "%s", error.what());
       status[i] = kFault;
     }
     bad += status[i] != kGood;

@@ -1,7 +1,7 @@
 // Feeds damaged JPEGs to the decoder under sanitizers; not part of the installed library (see test_native.py).
 //
 //   g++ -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DIMNET_FAST_ENTROPY
-//       fuzz.cc decoder.cc entropy.cc resample.cc shrink.cc small.cc -ljpeg -o fuzz && ./fuzz ROUNDS SEED FILE...
+//       fuzz.cc decoder.cc entropy.cc resample.cc shrink.cc decode_shrunk.cc -ljpeg -o fuzz && ./fuzz ROUNDS SEED FILE...
 
 #include <algorithm>
 #include <cstddef>
@@ -14,15 +14,15 @@
 #include <vector>
 
 extern "C" {
-void* imnet_jpeg_new();
-void imnet_jpeg_free(void* handle);
-int imnet_jpeg_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* listed,
+void* imnet_batch_new();
+void imnet_batch_free(void* handle);
+int imnet_batch_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* listed,
                       const int32_t* limits, const double* box, const uint8_t* flip, int filter, int size, int flags,
                       uint8_t* out, int32_t* status, char* messages);
 #ifdef IMNET_FAST_ENTROPY
-void* imnet_small_new();
-void imnet_small_free(void* handle);
-size_t imnet_small_decode(void* handle, const uint8_t* data, size_t size_bytes, int reduce, int channels, int in_width,
+void* imnet_decode_shrunk_new();
+void imnet_decode_shrunk_free(void* handle);
+size_t imnet_decode_shrunk(void* handle, const uint8_t* data, size_t size_bytes, int reduce, int channels, int in_width,
                           int in_height, int out_width, int out_height, uint8_t* out);
 #endif
 }
@@ -75,13 +75,13 @@ bool Size(const Bytes& data, int* width, int* height) {
 
 #ifdef IMNET_FAST_ENTROPY
 // Whole images, shrunk. Gives whether it was taken.
-bool Small(void* handle, const Bytes& data, int width, int height, std::mt19937* random) {
+bool Shrunk(void* handle, const Bytes& data, int width, int height, std::mt19937* random) {
   const int reduce = 1 << (*random)() % 4, channels = (*random)() % 4 == 0 ? 1 : 3;
   const int in_width = (width + reduce - 1) / reduce, in_height = (height + reduce - 1) / reduce;
   const int out_width = 1 + static_cast<int>((*random)() % in_width);
   const int out_height = 1 + static_cast<int>((*random)() % in_height);
   Bytes out(static_cast<size_t>(out_width) * out_height * channels);
-  const size_t end = imnet_small_decode(handle, data.data(), data.size(), reduce, channels, in_width, in_height, out_width,
+  const size_t end = imnet_decode_shrunk(handle, data.data(), data.size(), reduce, channels, in_width, in_height, out_width,
                                         out_height, out.data());
   if (end > data.size()) std::abort();
   return end > 0;
@@ -98,10 +98,10 @@ int main(int argc, char** argv) {
     std::ifstream file(argv[i], std::ios::binary);
     sources.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
   }
-  void* handle = imnet_jpeg_new();
+  void* handle = imnet_batch_new();
   int taken = 0;
 #ifdef IMNET_FAST_ENTROPY
-  void* small = imnet_small_new();
+  void* shrunk = imnet_decode_shrunk_new();
 #endif
   int good = 0, bad = 0, others = 0;
   for (int round = 0; round < std::atoi(argv[1]); ++round) {
@@ -111,7 +111,7 @@ int main(int argc, char** argv) {
     int width = 0, height = 0;
     if (!Size(data, &width, &height)) continue;
 #ifdef IMNET_FAST_ENTROPY
-    taken += Small(small, data, width, height, &random);
+    taken += Shrunk(shrunk, data, width, height, &random);
 #endif
     const int32_t listed[2] = {width, height};
     int32_t limits[4] = {0, 0, width, height};
@@ -128,13 +128,13 @@ int main(int argc, char** argv) {
     const size_t bytes = data.size();
     int32_t status = -1;
     char message[256] = "";
-    imnet_jpeg_decode(handle, 1, &pointer, &bytes, listed, limits, box, &flip, static_cast<int>(random() % 4), size,
+    imnet_batch_decode(handle, 1, &pointer, &bytes, listed, limits, box, &flip, static_cast<int>(random() % 4), size,
                       static_cast<int>(random() % 4), out.data(), &status, message);
     ++(status == 0 ? good : status == 1 ? bad : others);
   }
-  imnet_jpeg_free(handle);
+  imnet_batch_free(handle);
 #ifdef IMNET_FAST_ENTROPY
-  imnet_small_free(small);
+  imnet_decode_shrunk_free(shrunk);
 #endif
   std::printf("good %d bad %d others %d taken %d\n", good, bad, others, taken);
   return 0;

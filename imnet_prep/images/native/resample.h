@@ -21,7 +21,6 @@ struct Axis {
   std::vector<int32_t> count;
   std::vector<int16_t> coef;
 
-
   // Maps [in0, in1) of the input to `size` samples; only input in [lo, hi) is looked at.
   void Build(Filter filter, double in0, double in1, int lo, int hi, int out_size, bool flip);
 

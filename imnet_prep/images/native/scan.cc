@@ -19,12 +19,12 @@
 #include <new>
 #include <vector>
 
+#include "api.h"
 #include "header.h"
 
 namespace imnet {
 namespace {
 
-constexpr int kAbi = 3;             // _ABI in __init__.py
 constexpr size_t kPadding = 64;     // readable zeros after a segment: a window is 8 bytes
 constexpr int kLanes = 4;           // _LANES in __init__.py; their states just fit in the registers
 constexpr size_t kShortest = 1024;  // bytes for a lane: photographs fall into step in about 40, seldom after 1,000
@@ -276,17 +276,14 @@ class Scanner {
 }  // namespace
 }  // namespace imnet
 
-extern "C" {
-
-__attribute__((visibility("default"))) int imnet_scan_abi() { return imnet::kAbi; }
+IMNET_API int imnet_abi() { return imnet::kAbi; }
 
 // Where every bit of the image was read and is as it should be, the byte behind its end marker. 0: in doubt.
-__attribute__((visibility("default"))) size_t imnet_scan_clean_end(const uint8_t* data, size_t size, int lanes) {
+IMNET_API size_t imnet_clean_end(const uint8_t* data, size_t size, int lanes) {
   try {
     thread_local std::unique_ptr<imnet::Scanner> scanner = std::make_unique<imnet::Scanner>();
     return scanner->CleanEnd(data, size, lanes);
   } catch (const std::bad_alloc&) {
     return 0;
   }
-}
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import io
+import queue
 import random
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -17,17 +19,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep.images.check import ValidateOptions, short_side_size, validate
-from imnet_prep.images.imaging import decode_jpeg, shrink
-from imnet_prep.images.jpeg import ImageFault, read_markers
-from imnet_prep.images.native import decode_shrunk, load
+from imnet_prep.images import native
+from imnet_prep.images.check import ValidateOptions, validate
+from imnet_prep.images.decode import decode_jpeg
+from imnet_prep.images.encode import short_side_size, shrink
+from imnet_prep.images.fault import ImageFault
+from imnet_prep.images.jpeg import read_markers
+from imnet_prep.images.native import decode_shrunk, decoder_status, function
 from imnet_prep.types import ImageRef, RawImage
+from tests.imnet_prep.images.libraries import without_library
 from tests.synthetic import encode, jpeg, odd_images, picture
 
 pytestmark = pytest.mark.skipif(
-    not decode_shrunk.available(), reason="the C++ library is not built, or without jpegint.h"
+    function("imnet_decode_shrunk") is None, reason="the C++ library is not built, or without jpegint.h"
 )
-NATIVE = Path(decode_shrunk.__file__).parent
+NATIVE = Path(native.__file__).parent
 TAKEN: dict[str, dict[str, object]] = {
     "444": {"subsampling": 0, "quality": 95}, "422": {"subsampling": 1}, "420": {"subsampling": 2},
     "optimised": {"optimize": True}, "worst": {"quality": 3}, "best": {"quality": 100},
@@ -40,7 +46,7 @@ def both(data: bytes, short_side: int, reduce: int = 1) -> bool:
     info = read_markers(data)
     width, height = -(-info.width // reduce), -(-info.height // reduce)
     wanted = short_side_size(width, height, min(short_side, width, height))
-    pixels, end = decode_shrunk.decode(
+    pixels, end = decode_shrunk(
         data, components=info.components, reduce=reduce, size=(info.width, info.height), small=wanted
     )
     if pixels is None:
@@ -71,18 +77,16 @@ def test_every_factor_gives_pillows_pixels() -> None:
         decoded, _ = decode_jpeg(data, grey=components == 1)
         assert decoded is not None
         for width, height in [(131, 89), (130, 89), (131, 88), (88, 60), (66, 45), (65, 44), (33, 89), (10, 7), (1, 1)]:
-            pixels, _ = decode_shrunk.decode(
-                data, components=components, reduce=1, size=(131, 89), small=(width, height)
-            )
+            pixels, _ = decode_shrunk(data, components=components, reduce=1, size=(131, 89), small=(width, height))
             assert pixels is not None
             assert np.array_equal(pixels, shrink(decoded, width, height)), (width, height)
 
 
 def test_nothing_is_enlarged_and_no_header_is_trusted() -> None:
     data = jpeg(0, 0, 48, 40)
-    assert decode_shrunk.decode(data, components=3, reduce=1, size=(48, 40), small=(49, 40)) == (None, 0)
-    assert decode_shrunk.decode(data, components=3, reduce=1, size=(49, 40), small=(24, 20)) == (None, 0)
-    assert decode_shrunk.decode(data, components=1, reduce=1, size=(48, 40), small=(24, 20)) == (None, 0)
+    assert decode_shrunk(data, components=3, reduce=1, size=(48, 40), small=(49, 40)) == (None, 0)
+    assert decode_shrunk(data, components=3, reduce=1, size=(49, 40), small=(24, 20)) == (None, 0)
+    assert decode_shrunk(data, components=1, reduce=1, size=(48, 40), small=(24, 20)) == (None, 0)
 
 
 @pytest.mark.parametrize("name", ["411", "440"])
@@ -129,7 +133,7 @@ def test_what_it_takes_libjpeg_decodes_without_a_complaint() -> None:
         try:
             info = read_markers(data)
         except ImageFault:
-            assert decode_shrunk.decode(data, components=3, reduce=1, size=(60, 40), small=(30, 20)) == (None, 0)
+            assert decode_shrunk(data, components=3, reduce=1, size=(60, 40), small=(30, 20)) == (None, 0)
             continue
         if info.components in (1, 3) and info.width * info.height < 1_000_000:
             taken += both(data, 24, 1 << number % 4)
@@ -147,8 +151,7 @@ def test_results_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatc
     images = [mutated(data, rng) for data in samples() * 30] + [odd.data for odd in odd_images().values()]
     images += [jpeg(4, 4, 400, 300), jpeg(5, 5, 130, 61), jpeg(6, 6, 48, 96)]
     with_library = [list(stored(images, short_side)) for short_side in (16, 33, 48)]
-    monkeypatch.setattr(decode_shrunk, "_library", lambda: None)
-    assert not decode_shrunk.available()
+    without_library(monkeypatch)
     assert [list(stored(images, short_side)) for short_side in (16, 33, 48)] == with_library
 
 
@@ -166,10 +169,9 @@ def test_machines_without_avx2_make_the_same_pixels(tmp_path: Path, monkeypatch:
     sources = [str(NATIVE / f"{name}.cc") for name in ("decoder", "resample", "entropy", "shrink", "decode_shrunk")]
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DIMNET_FAST_ENTROPY", "-DIMNET_PORTABLE"]
     subprocess.run(["g++", *flags, *sources, "-ljpeg", "-o", str(library)], check=True)
-    portable = ctypes.CDLL(str(library))
-    monkeypatch.setattr("imnet_prep.images.native.decode_shrunk.load", lambda: (portable, ""))
-    fresh = decode_shrunk._library.__wrapped__()
-    monkeypatch.setattr(decode_shrunk, "_library", lambda: fresh)
+    monkeypatch.setattr(native, "load", lambda: (ctypes.CDLL(str(library)), ""))
+    monkeypatch.setattr(native, "function", cache(function.__wrapped__))
+    monkeypatch.setattr(native, "_IDLE", queue.SimpleQueue())
     assert all(both(jpeg(1, 1, 131, 89, **options), short_side) for options in TAKEN.values() for short_side in (9, 50))
 
 
@@ -203,4 +205,4 @@ def test_photographs_are_taken_and_come_out_as_pillow_shrinks_them(shared_data: 
 
 
 def test_load_says_which_library_it_is() -> None:
-    assert "own Huffman decoder" in load()[1]
+    assert "own Huffman decoder" in decoder_status()[1]

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from imnet_prep.images.check import ValidateOptions, validate
-from imnet_prep.images.imaging import decode_jpeg
+from imnet_prep.images.decode import decode_jpeg
 from imnet_prep.images.jpeg import read_markers
-from imnet_prep.images.native import scan
-from imnet_prep.images.native.scan import available, clean_end
+from imnet_prep.images.native import clean_end, load
 from imnet_prep.types import ImageRef, RawImage
+from tests.imnet_prep.images.libraries import without_library
 from tests.imnet_prep.images.test_check import miscoded
 from tests.synthetic import encode, jpeg, odd_images, picture
 
-pytestmark = pytest.mark.skipif(not available(), reason="imnet_scan.so is not built")
+pytestmark = pytest.mark.skipif(load()[0] is None, reason=load()[1])
 ENCODINGS: list[dict[str, object]] = [
     {"quality": 30}, {"quality": 100, "subsampling": 0}, {"subsampling": 1}, {"optimize": True},
     {"restart_marker_blocks": 3}, {"restart_marker_rows": 1},
@@ -133,7 +133,7 @@ def test_results_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatc
     images += miscoded(jpeg(1, 2, 240, 180), 10)
     raws = [RawImage(ImageRef("train", "c", "c/x.jpg", "x", 0, len(data)), data) for data in images]
     fast = [validate(raw, ValidateOptions()) for raw in raws]
-    monkeypatch.setattr(scan, "_load", lambda: None)
+    without_library(monkeypatch)
     assert [validate(raw, ValidateOptions()) for raw in raws] == fast
 
 

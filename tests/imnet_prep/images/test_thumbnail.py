@@ -1,4 +1,4 @@
-"""What is shown of an image that was kept out."""
+"""The thumbnail of a rejected image shows as much as still decodes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep.images.thumbnail import SIDE, glimpse
+from imnet_prep.images.thumbnail import SIDE, thumbnail
 from tests.synthetic import encode, jpeg, picture
 
 LIMIT = 1_000_000
 
 
 def seen(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(glimpse(data, LIMIT))))
+    return Image.open(io.BytesIO(base64.b64decode(thumbnail(data, LIMIT))))
 
 
 def animated() -> bytes:
@@ -56,4 +56,4 @@ def test_the_first_frame_of_an_animation_is_shown() -> None:
     ],
 )
 def test_nothing_is_shown_of_what_cannot_or_must_not_be_decoded(data: bytes) -> None:
-    assert glimpse(data, LIMIT) == ""
+    assert thumbnail(data, LIMIT) == ""

@@ -1,0 +1,61 @@
+"""Capture what C libraries write to stderr: the last resort where they have no other way to report.
+
+File descriptor 2 belongs to the whole process. What other threads write meanwhile is passed on afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# Every warning of libjpeg (jerror.h), OpenCV's log, and libtiff's messages, which begin with the name of a function.
+_OURS = re.compile(
+    rb"(?:Corrupt JPEG data: |Premature end of JPEG file|Inconsistent progression sequence |Invalid SOS parameters "
+    rb"|Warning: unknown JFIF revision |Unknown Adobe color transform code |Application transferred too many scanlines"
+    rb"|\[ ?(?:WARN|ERROR| INFO):\d|im(?:de)?(?:code|read)_\("
+    rb"|(?:_?TIFF|LZW|ZIP|PackBits|Fax|JPEG|OJPEG|Log|PixarLog|LZMA|ZSTD|WebP|SGILog|Thunder|NeXT|DumpMode)\w*: "
+    rb"|tempfile\.tif: )[^\n]*\n?"
+)
+_LOCKS: dict[int, threading.Lock] = {}  # by process: a forked child cannot use one that a thread of its parent holds
+
+
+@dataclass(slots=True)
+class Heard:
+    """What was captured; empty until the end of the capture."""
+
+    text: str = ""
+
+
+def process_lock() -> threading.Lock:
+    """Return the lock for what belongs to the whole process: stderr, and Python's filters of warnings."""
+    return _LOCKS.setdefault(os.getpid(), threading.Lock())
+
+
+@contextmanager
+def captured_stderr() -> Iterator[Heard]:
+    """Capture what libjpeg, OpenCV and libtiff write to stderr; ``text`` of the result has it afterwards."""
+    heard = Heard()
+    with process_lock(), tempfile.TemporaryFile() as file:
+        try:
+            saved = os.dup(2)
+        except OSError:  # a daemon without stderr
+            saved = -1
+        os.dup2(file.fileno(), 2)
+        try:
+            yield heard
+        finally:
+            if saved >= 0:
+                os.dup2(saved, 2)
+                os.close(saved)
+            else:
+                os.close(2)
+            file.seek(0)
+            written = file.read()
+            heard.text = b"".join(_OURS.findall(written)).decode("utf-8", "replace").strip()
+            if saved >= 0 and (others := _OURS.sub(b"", written)):
+                os.write(2, others)
