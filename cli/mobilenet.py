@@ -107,11 +107,11 @@ def evaluate(
 
     Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
     """
-    from imnet_prep.records.publish import refuse_inside_records
     from mbv2.curves import draw_confusion
     from mbv2.evaluate import evaluate_checkpoint, write_per_class
+    from mbv2.outputs import check_outputs
 
-    refuse_inside_records(per_class, confusion)
+    check_outputs(per_class, confusion)
     with stop_requested() as stop, progress_bar("eval") as progress:
         scores, classes = evaluate_checkpoint(records, checkpoint, stop=stop, progress=progress, **options)
     if per_class:
@@ -159,20 +159,22 @@ def predict(
 ) -> None:
     """Predict the classes of images, or of all images in folders.
 
-    Preprocessing and class names come from the checkpoint.
+    Preprocessing and class names come from the checkpoint. Images that cannot be read are listed with their error; the
+    exit code is then 1.
 
     Example: mbv2 predict --checkpoint run/best.ckpt photo.jpg folder --sheet predictions.png
     """
-    from imnet_prep.records.publish import refuse_inside_records
-    from mbv2.predict import contact_sheet, predict_images
+    from mbv2.outputs import check_outputs
+    from mbv2.predict import contact_sheet, predict_images, refuse_unread
 
-    refuse_inside_records(sheet)
+    check_outputs(sheet)
     with stop_requested() as stop, progress_bar("predict") as progress:
         found = predict_images(checkpoint, images, top=top, device_target=device_target, stop=stop, progress=progress)
     if sheet:
         contact_sheet(sheet, found)
     predictions = [prediction.to_json() for prediction in found]
     show({"predictions": predictions}, as_json, [prediction.row() for prediction in found])
+    refuse_unread(found)
 
 
 @main.command()

@@ -16,8 +16,8 @@ import numpy as np
 
 from imnet_prep import catalog
 from imnet_prep.errors import CheckpointError
-from imnet_prep.records.publish import refuse_inside_records
 from mbv2.checkpoint import Meta, Tensors, check_complete, load_parameters, read_tensors, save_checkpoint
+from mbv2.outputs import check_outputs
 
 SOURCES = ("timm", "torchvision", "mindcv", "mindspore-models")
 _TORCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
@@ -197,7 +197,7 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
     """
     from mbv2.runtime import start_mindspore
 
-    refuse_inside_records(out)
+    check_outputs(out)
     source_name(source, "classifier.weight")  # an unknown source is refused before anything is read
     start_mindspore()
     from mbv2.model import IMAGENET_MEAN, IMAGENET_STD, MobileNetV2, ModelConfig

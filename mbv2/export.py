@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from imnet_prep.errors import TrainError
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import ProgressCallback
 from mbv2.checkpoint import Checkpoint, build_network, read_checkpoint
 from mbv2.data import eval_options, split_images
 from mbv2.evaluate import check_classes, network_predict, score_batches
+from mbv2.outputs import check_outputs
 from mbv2.runtime import start_mindspore
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def export_checkpoint(
         RecordsError: ``calibrate`` is not usable, or ``out`` lies in a records folder.
         Interrupted: ``stop`` said so.
     """
-    refuse_inside_records(out)
+    check_outputs(out)
     if kind not in FORMATS:
         raise TrainError("unknown --format", expected=f"one of {', '.join(FORMATS)}", got=repr(kind))
     if kind == "onnx-int8" and calibrate is None:
@@ -114,8 +114,6 @@ def export_checkpoint(
         raise TrainError(f"MindSpore reads back only files named .mindir, not {out.name}", remedy="name it so")
     if calibrate is not None:
         RecordsFolder.open(calibrate)  # a folder that is none is said before anything is written
-    if not out.parent.is_dir():
-        raise TrainError(f"cannot write {out}", expected="an existing folder", got=f"no {out.parent}")
     start_mindspore()
     loaded = read_checkpoint(checkpoint)
     if kind == "mindir":

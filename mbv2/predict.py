@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from imnet_prep import catalog
 from imnet_prep.errors import Interrupted, SourceError, TrainError
+from imnet_prep.loader.augment import eval_geometry
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.checkpoint import Meta, build_network, read_checkpoint
-from mbv2.data import eval_options, fill_rows
+from mbv2.data import eval_options
 from mbv2.evaluate import Predict, network_predict
 from mbv2.runtime import start_mindspore
 
@@ -36,13 +37,16 @@ class Guess:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The best guesses for one image, best first."""
+    """The best guesses for one image, best first; none for an image that cannot be read, but why."""
 
     file: Path
     guesses: tuple[Guess, ...]
+    error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return one entry of what ``mbv2 predict --json`` prints."""
+        if self.error:
+            return {"file": str(self.file), "error": self.error}
         guesses = [
             {"label": g.label, "class": g.name, "words": g.words, "probability": g.probability} for g in self.guesses
         ]
@@ -50,7 +54,7 @@ class Prediction:
 
     def row(self) -> tuple[str, str]:
         """Return the same as a line for a person."""
-        return str(self.file), ", ".join(f"{g.words or g.name} {g.probability:.1%}" for g in self.guesses)
+        return str(self.file), self.error or ", ".join(f"{g.words or g.name} {g.probability:.1%}" for g in self.guesses)
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -93,7 +97,7 @@ def predict_images(
         progress: Called after each batch.
 
     Raises:
-        SourceError: An image is missing or cannot be read.
+        SourceError: A file or folder is missing, or a folder holds no images.
         CheckpointError: The checkpoint is not usable.
         Interrupted: ``stop`` said so.
     """
@@ -117,13 +121,26 @@ def predict_images(
 
 
 def _predict_batch(predict: Predict, meta: Meta, files: list[Path], size: int, top: int) -> Iterator[Prediction]:
-    pixels = np.stack([load_image(file, meta) for file in files])
-    logits = predict(fill_rows(pixels, size))[: len(files)].astype(np.float64)
+    pixels = np.zeros((size, meta.image_size, meta.image_size, 3), np.uint8)
+    errors = [""] * len(files)
+    for place, file in enumerate(files):
+        try:
+            pixels[place] = load_image(file, meta)
+        except SourceError as error:
+            errors[place] = str(error)
+    logits = predict(pixels)[: len(files)].astype(np.float64)
     chances = np.exp(logits - logits.max(1, keepdims=True))
     chances /= chances.sum(1, keepdims=True)
-    for file, row in zip(files, chances, strict=True):
-        best = np.argsort(-row, kind="stable")[:top]
-        yield Prediction(file, tuple(_guess(meta, int(label), float(row[label])) for label in best))
+    for file, row, why in zip(files, chances, errors, strict=True):
+        best = () if why else np.argsort(-row, kind="stable")[:top].tolist()
+        yield Prediction(file, tuple(_guess(meta, label, float(row[label])) for label in best), why)
+
+
+def refuse_unread(predictions: list[Prediction]) -> None:
+    """Raise a :class:`SourceError` that counts the images that could not be read, where there are any."""
+    errors = [prediction.error for prediction in predictions if prediction.error]
+    if errors:
+        raise SourceError(f"{len(errors)} of {len(predictions)} images could not be read", got=errors[0])
 
 
 def _guess(meta: Meta, label: int, probability: float) -> Guess:
@@ -148,12 +165,8 @@ def load_image(path: Path, meta: Meta) -> NDArray[np.uint8]:
                 picture = _rgb(ImageOps.exif_transpose(opened))
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SourceError(f"cannot read image {path}", got=str(error)) from error
-    width, height = picture.size
-    short = min(width, height)
-    resized = (options.short_side * width // short, options.short_side * height // short)
-    left, top = (round((side - meta.image_size) / 2) for side in resized)
-    picture = picture.resize(resized, Image.Resampling.BILINEAR)
-    return np.asarray(picture.crop((left, top, left + meta.image_size, top + meta.image_size)))
+    box = eval_geometry(options, np.array([picture.size], np.int32)).box[0].tolist()
+    return np.asarray(picture.resize((meta.image_size,) * 2, Image.Resampling.BILINEAR, box=tuple(box)))
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -165,14 +178,15 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def contact_sheet(path: Path, predictions: list[Prediction]) -> None:
-    """Draw the images with their best guess beneath, five a row.
+    """Draw the images that could be read with their best guess beneath, five a row.
 
     Raises:
         TrainError: The file cannot be written.
     """
+    predictions = [prediction for prediction in predictions if not prediction.error]
     rows = -(-len(predictions) // _COLUMNS)
-    columns = min(_COLUMNS, len(predictions))
-    sheet = Image.new("RGB", (columns * _TILE, rows * (_TILE + _CAPTION)), "white")
+    columns = max(1, min(_COLUMNS, len(predictions)))
+    sheet = Image.new("RGB", (columns * _TILE, max(1, rows) * (_TILE + _CAPTION)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for place, prediction in enumerate(predictions):
         x, y = place % _COLUMNS * _TILE, place // _COLUMNS * (_TILE + _CAPTION)
