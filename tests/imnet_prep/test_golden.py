@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from imnet_prep.cli.prep import main
 
+from imnet_prep.cli.prep import main
 from tests.records import digests
 from tests.synthetic import tar_bytes
 

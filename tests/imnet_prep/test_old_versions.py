@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from imnet_prep.cli.prep import main
 
 from imnet_prep import EvalOptions, TrainOptions, open_batches
+from imnet_prep.cli.prep import main
 from tests.records import digests
 from tests.synthetic import WNIDS
 

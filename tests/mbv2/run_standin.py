@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from imnet_prep.cli.render import guard, stop_requested
-
 from imnet_prep.types import Progress
 from mbv2.recipe import Recipe
 from mbv2.train import RunOptions, train
