@@ -1,7 +1,7 @@
-"""Names to addresses, cached, and which addresses a stranger's list may lead us to.
+"""Look up host names, cache the answers, and refuse addresses that are not public.
 
-The connection is made to the address that was checked here (see :mod:`imnet_prep.download.net`), so a name that changes
-its answer between check and use (DNS rebinding) gains nothing.
+Connections go to the address that was checked here (see :mod:`imnet_prep.download.net`). A name whose answer changes
+between the check and the connection (DNS rebinding) therefore gains nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOOKUPS = 16  # parallel getaddrinfo calls; each may hang for the resolver's ow
 
 
 class NameFailed(OSError):
-    """A name gives no address. ``transient``: the resolver could not say (as against: there is none)."""
+    """A name has no address. ``transient`` is true if the resolver could not say, false if the name does not exist."""
 
     def __init__(self, why: str, *, transient: bool) -> None:
         self.transient = transient
@@ -29,24 +29,27 @@ class NameFailed(OSError):
 
 
 class AddressRefused(OSError):
-    """All addresses of a name are ones we do not connect to."""
+    """Every address of a name is one that we do not connect to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A socket address of one name: ``family`` and the ``sockaddr`` without the port."""
+    """A socket address without its port."""
 
     family: int
     ip: str
     scope: int = 0
 
     def sockaddr(self, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-        """Return what ``socket.connect`` takes."""
+        """Return the argument of ``socket.connect``."""
         return (self.ip, port) if self.family == socket.AF_INET else (self.ip, port, 0, self.scope)
 
 
 def is_public(ip: str) -> bool:
-    """Say whether an address is on the open Internet; IPv4 inside IPv6 (mapped, 6to4, NAT64, Teredo) is judged too."""
+    """Return whether an address is on the public Internet.
+
+    An IPv4 address inside an IPv6 address (mapped, 6to4, NAT64, Teredo) must be public as well.
+    """
     address = ipaddress.ip_address(ip.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
@@ -59,44 +62,45 @@ def is_public(ip: str) -> bool:
 
 
 class Resolver:
-    """A caching resolver with a deadline: ``getaddrinfo`` cannot be interrupted, so it runs in threads of its own."""
+    """Resolve names with a cache and a deadline.
+
+    ``getaddrinfo`` cannot be interrupted, so it runs in threads of its own.
+    """
 
     def __init__(self) -> None:
-        self._cache: dict[str, Future[tuple[tuple[Address, ...] | NameFailed, float]]] = {}
+        self._cache: dict[str, tuple[Future[tuple[Address, ...]], float]] = {}  # with the time of the question
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_LOOKUPS, "resolver")
 
     def resolve(self, host: str, deadline: float) -> tuple[Address, ...]:
-        """Return a name's addresses in the system's order.
+        """Return the addresses of a name in the system's order.
 
         Raises:
-            NameFailed: there is none, or the resolver failed.
-            TimeoutError: no answer by ``deadline`` (of ``time.monotonic``).
+            NameFailed: The name has no address, or the resolver failed.
+            TimeoutError: No answer by ``deadline`` (of ``time.monotonic``).
         """
         with suppress(ValueError):
             literal = ipaddress.ip_address(host)
             return (Address(socket.AF_INET if literal.version == 4 else socket.AF_INET6, host),)
+        now = time.monotonic()
         with self._lock:
-            lookup = self._cache.get(host)
-            if lookup is None or (lookup.done() and lookup.result()[1] < time.monotonic()):
+            lookup, asked = self._cache.get(host, (None, now))
+            if lookup is None or (lookup.done() and _is_stale(lookup, now - asked)):
                 if len(self._cache) >= _MAX_CACHED:
                     self._cache.clear()
-                lookup = self._cache[host] = self._pool.submit(_look_up, host)
+                lookup = self._pool.submit(_getaddrinfo, host)
+                self._cache[host] = lookup, now
         try:
-            found, _ = lookup.result(max(0.0, deadline - time.monotonic()))
+            error = lookup.exception(max(0.0, deadline - now))
         except TimeoutError:
             raise TimeoutError("no answer from the name server in time") from None
-        if isinstance(found, NameFailed):
-            raise NameFailed(str(found), transient=found.transient)
-        return found
+        if isinstance(error, NameFailed):  # a fresh one: threads share the cached exception
+            raise NameFailed(str(error), transient=error.transient)
+        return lookup.result()
 
 
-def _look_up(host: str) -> tuple[tuple[Address, ...] | NameFailed, float]:
-    """Ask the system for a name; the answer holds until the second value, of ``time.monotonic``."""
-    try:
-        return _getaddrinfo(host), time.monotonic() + _POSITIVE_TTL_S
-    except NameFailed as error:
-        return error, time.monotonic() + _NEGATIVE_TTL_S
+def _is_stale(lookup: Future[tuple[Address, ...]], age_s: float) -> bool:
+    return age_s > (_NEGATIVE_TTL_S if lookup.exception() else _POSITIVE_TTL_S)
 
 
 def _getaddrinfo(host: str) -> tuple[Address, ...]:
@@ -116,10 +120,10 @@ def _getaddrinfo(host: str) -> tuple[Address, ...]:
 
 
 def allowed(addresses: tuple[Address, ...], allow_private: bool) -> tuple[Address, ...]:
-    """Keep the addresses that we may connect to.
+    """Return the addresses that we may connect to.
 
     Raises:
-        AddressRefused: none is left.
+        AddressRefused: There is none.
     """
     kept = addresses if allow_private else tuple(one for one in addresses if is_public(one.ip))
     if not kept:

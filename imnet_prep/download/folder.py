@@ -1,28 +1,27 @@
-"""The download folder between two runs: its locks, the workers' spools, and what a crash left.
+"""The download folder between two runs: its locks, the spools of the workers, and what a crash left.
 
-Order of events for an image: whole and fsynced in the incoming folder, a line in its worker's spool, a committed row,
-its final name. What a crash leaves between any two of them, :func:`recover` mends.
+An image is first written and fsynced in the incoming folder. Then a line goes to its worker's spool, the row is
+committed, and the image gets its final name. :func:`recover` repairs what a crash leaves between two of these steps.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from imnet_prep.download.journal import Journal, Outcome
 from imnet_prep.download.options import FailReason
 from imnet_prep.errors import DownloadError
-from imnet_prep.files import file_digest
+from imnet_prep.files import exclusive_lock, file_digest
 
 INCOMING = ".incoming"  # in the download folder: whole images that wait for their row, the spools, the locks
 LOCK_NAME = "download.lock"
-USERS_LOCK = "users.lock"
+WORKER_LOCK = "worker-{}.lock"
+OLD_WORKERS_LOCK = "users.lock"  # shared by the workers of earlier versions
 _STRAGGLERS_S = 20.0  # how long the workers of a killed run may take to notice
 
 
@@ -31,50 +30,43 @@ def opened(out: Path) -> Iterator[Journal]:
     """Open the folder for this process alone.
 
     Raises:
-        DownloadError: it cannot be written, or another process uses it.
+        DownloadError: It cannot be written, or another process uses it.
     """
     incoming = out / INCOMING
-    try:
-        incoming.mkdir(parents=True, exist_ok=True)
-        lock = (incoming / LOCK_NAME).open("ab")
-    except OSError as error:
-        raise DownloadError(f"cannot write to {out}", got=error.strerror or str(error)) from error
-    with lock, (incoming / USERS_LOCK).open("ab") as users:
-        if not _locked(lock):
-            raise DownloadError(f"{out} is in use by another download", remedy="wait for it, or stop it")
-        # The workers of a killed run notice at once, but may be inside a write.
-        until = time.monotonic() + _STRAGGLERS_S
-        while not _locked(users):
+    with ExitStack() as held:
+        try:
+            incoming.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive_lock(incoming / LOCK_NAME))
+            _wait_for_workers(incoming)
+        except BlockingIOError as error:
+            raise DownloadError(f"{out} is in use by another download", remedy="wait for it, or stop it") from error
+        except OSError as error:
+            raise DownloadError(f"cannot write to {out}", got=error.strerror or str(error)) from error
+        yield held.enter_context(closing(Journal(out)))
+
+
+def _wait_for_workers(incoming: Path) -> None:
+    """Wait for the workers of a killed run, which die with it but may be inside a write."""
+    until = time.monotonic() + _STRAGGLERS_S
+    locks = [*incoming.glob(WORKER_LOCK.format("*")), *incoming.glob(OLD_WORKERS_LOCK)]
+    while locks:
+        try:
+            with exclusive_lock(locks[-1]):
+                locks.pop()
+        except BlockingIOError:
             if time.monotonic() > until:
-                raise DownloadError(f"workers of an earlier run still use {out}", remedy="stop them")
+                what = f"workers of an earlier run still use {incoming.parent}"
+                raise DownloadError(what, remedy="stop them") from None
             time.sleep(0.05)
-        users.close()
-        with closing(Journal(out)) as journal:
-            yield journal
 
 
-def _locked(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
-def share_use(out: Path) -> IO[bytes]:
-    """Return a file that, as long as it is open, makes the next run wait for this process."""
-    users = (out / INCOMING / USERS_LOCK).open("ab")
-    fcntl.flock(users, fcntl.LOCK_SH)
-    return users
-
-
-def spool_line(outcome: Outcome) -> bytes:
-    """Return an outcome as one line of JSON."""
-    return json.dumps(outcome._asdict(), ensure_ascii=True).encode() + b"\n"
+def worker_lock(out: Path, index: int) -> AbstractContextManager[None]:
+    """Hold the lock of a worker, for which the next run waits."""
+    return exclusive_lock(out / INCOMING / WORKER_LOCK.format(index))
 
 
 def read_spool(spool: Path) -> list[Outcome]:
-    """Read the results of a spool; a line that a crash cut is left out."""
+    """Read the results of a spool. A line that a crash cut is left out."""
     outcomes = []
     for line in spool.read_bytes().splitlines():
         with suppress(ValueError, TypeError):
@@ -84,9 +76,9 @@ def read_spool(spool: Path) -> list[Outcome]:
 
 
 def recover(journal: Journal) -> None:
-    """Mend what a crash left: spooled results, images without their name, files without their row.
+    """Repair what a crash left: spooled results, images without their name, files without their row.
 
-    Every result that a worker had finished is taken over, provided that its file is whole by its digest.
+    A spooled image is committed only if its file is whole by its digest.
     """
     incoming = journal.folder / INCOMING
     spools = sorted(incoming.glob("spool-*"))
@@ -120,14 +112,14 @@ def land(journal: Journal, moves: list[tuple[str, str]]) -> None:
     for temp, place in moves:
         source, target = journal.folder / INCOMING / temp, journal.folder / place
         try:
-            source.rename(target)
+            source.replace(target)
         except FileNotFoundError:
             target.parent.mkdir(exist_ok=True)
-            source.rename(target)
+            source.replace(target)
 
 
 def bury(journal: Journal) -> None:
-    """Delete the files whose rows no longer say ok."""
+    """Delete the files of images that were retracted."""
     for (path,) in journal.db.execute("SELECT path FROM doomed").fetchall():
         (journal.folder / path).unlink(missing_ok=True)
     journal.db.execute("DELETE FROM doomed")

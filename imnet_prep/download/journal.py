@@ -10,13 +10,13 @@ import itertools
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from imnet_prep.download.options import ContentOptions, FailReason
+from imnet_prep.download.options import FailReason
 from imnet_prep.errors import DownloadError
 
 JOURNAL_NAME = "journal.sqlite"
@@ -46,8 +46,16 @@ _INDEXES = (
     "CREATE INDEX IF NOT EXISTS pending_by_host ON urls (host) WHERE state = 0;"
     " CREATE INDEX IF NOT EXISTS by_digest ON urls (sha256) WHERE state = 1;"
 )
-_PLACE = "wnid || '/' || name || '.' || ext"  # of an image in the folder
+PLACE = "wnid || '/' || name || '.' || ext"  # of an image in the folder
 _DIGEST = "lower(hex(coalesce(stored_sha256, sha256)))"  # of its file
+_FINISH = (  # takes the fields of an Outcome, the digests as bytes
+    f"UPDATE urls SET state = iif(:reason IS NULL, {OK}, {FAILED}), attempts = :attempts, status = :status,"
+    " final_url = nullif(nullif(:final_url, url), ''), ext = nullif(:ext, ''), bytes = nullif(:size_bytes, 0),"
+    " sha256 = nullif(:sha256, x''), stored_bytes = :stored_bytes, stored_sha256 = nullif(:stored_sha256, x''),"
+    " width = nullif(:width, 0), height = nullif(:height, 0), flat = iif(:reason IS NULL, :flat, NULL),"
+    " reason = :reason, transient = iif(:reason IS NULL, NULL, :transient), detail = nullif(:detail, ''),"
+    f" time = :time_s WHERE row = :row AND state = 0 RETURNING {PLACE}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +151,7 @@ def read_finished(folder: Path) -> Iterator[Finished]:
         try:
             _check_version(connection, path)
             rows = connection.execute(
-                f"SELECT {_PLACE}, wnid, name, url, coalesce(final_url, url), status, {_DIGEST},"
+                f"SELECT {PLACE}, wnid, name, url, coalesce(final_url, url), status, {_DIGEST},"
                 " coalesce(stored_bytes, bytes), width, height, lower(hex(sha256))"
                 " FROM urls WHERE state = 1 ORDER BY row"
             )
@@ -219,7 +227,7 @@ class Journal:
     def place_of(self, row: int) -> tuple[str, str] | None:
         """Return (relative path, hex digest of the file) of a row that says ok, else None."""
         found: tuple[str, str] | None = self.db.execute(
-            f"SELECT {_PLACE}, {_DIGEST} FROM urls WHERE row = ? AND state = 1",
+            f"SELECT {PLACE}, {_DIGEST} FROM urls WHERE row = ? AND state = 1",
             (row,),
         ).fetchone()
         return found
@@ -245,11 +253,12 @@ class Journal:
             self.db.execute("BEGIN IMMEDIATE")
             yield
 
-    def commit(self, outcomes: Sequence[Outcome], attempts: Iterable[tuple[int, int]] = ()) -> list[tuple[str, str]]:
+    def commit(self, outcomes: Iterable[Outcome], attempts: Iterable[tuple[int, int]] = ()) -> list[tuple[str, str]]:
         """Make outcomes durable in one transaction.
 
         Args:
-            outcomes: Ends of URLs. attempts: (row, attempts made) of URLs that will be tried again.
+            outcomes: Ends of URLs.
+            attempts: (row, attempts made) of URLs that will be tried again.
 
         Returns:
             (temporary file name, final relative path) of each image, to be renamed now. A row that has already ended
@@ -259,43 +268,19 @@ class Journal:
         added: Counter[str] = Counter()
         with self.transaction():
             for outcome in outcomes:
-                found = self._finish(outcome)
-                if found and outcome.reason is None:
+                digests = {
+                    "sha256": bytes.fromhex(outcome.sha256),
+                    "stored_sha256": bytes.fromhex(outcome.stored_sha256 or ""),
+                }
+                found = self.db.execute(_FINISH, outcome._asdict() | digests).fetchone()
+                if found and outcome.reason:
+                    added[f"failed:{outcome.reason}"] += 1
+                elif found:
                     moves.append((outcome.temp, found[0]))
-                    added["bytes"] += outcome.size_bytes
-                if found:
-                    added[f"failed:{outcome.reason}" if outcome.reason else "ok"] += 1
+                    added.update(ok=1, bytes=outcome.size_bytes)
             self.db.executemany("UPDATE urls SET attempts = ?2 WHERE row = ?1 AND state = 0", attempts)
             self.count(added)
         return moves
-
-    def _finish(self, outcome: Outcome) -> tuple[str] | None:
-        good = outcome.reason is None
-        found: tuple[str] | None = self.db.execute(
-            "UPDATE urls SET state = ?, attempts = ?, status = ?, final_url = nullif(?, url), ext = ?, bytes = ?,"
-            " sha256 = ?, stored_bytes = ?, stored_sha256 = ?, width = ?, height = ?, flat = ?, reason = ?,"
-            f" transient = ?, detail = ?, time = ? WHERE row = ? AND state = 0 RETURNING {_PLACE}",
-            (
-                OK if good else FAILED,
-                outcome.attempts,
-                outcome.status,
-                outcome.final_url or None,
-                outcome.ext or None,
-                outcome.size_bytes or None,
-                bytes.fromhex(outcome.sha256) or None,
-                outcome.stored_bytes,
-                bytes.fromhex(outcome.stored_sha256) if outcome.stored_sha256 else None,
-                outcome.width or None,
-                outcome.height or None,
-                int(outcome.flat) if good else None,
-                outcome.reason,
-                None if good else int(outcome.transient),
-                outcome.detail or None,
-                outcome.time_s,
-                outcome.row,
-            ),
-        ).fetchone()
-        return found
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Add to the counters, within a transaction that changes the rows."""
@@ -324,49 +309,3 @@ class Journal:
                 "UPDATE urls SET state = 0, attempts = 0, status = NULL, final_url = NULL, bytes = NULL, sha256 = NULL,"
                 f" reason = NULL, transient = NULL, detail = NULL, time = NULL WHERE {failed}"
             ).rowcount
-
-    def retract_repeats(self, options: ContentOptions) -> int:
-        """Turn images that too many URLs share, byte for byte, into placeholders, and return the number of URLs.
-
-        Decided on the finished folder, so that the order of arrival does not matter. The files are listed in ``doomed``
-        in the same transaction; :func:`imnet_prep.download.folder.bury` sees them off.
-        """
-        total = 0
-        for (sha256,) in self.db.execute(
-            "SELECT DISTINCT urls.sha256 FROM placeholders CROSS JOIN urls INDEXED BY by_digest"
-            " ON urls.sha256 = placeholders.sha256 AND urls.state = 1"
-        ).fetchall():
-            total += self._retract(sha256, "the same bytes as a known placeholder")
-        usual = self._usual_multiplicity()
-        groups = self.db.execute(
-            "SELECT sha256, count(*), max(flat) FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256"
-            " HAVING count(*) >= ?",
-            (min(options.repeats_flat, options.repeats_photo),),
-        ).fetchall()
-        for sha256, count, flat in groups:
-            if count >= usual * (options.repeats_flat if flat else options.repeats_photo):
-                total += self._retract(sha256, f"the same bytes from {count} URLs")
-        return total
-
-    def _usual_multiplicity(self) -> int:
-        """Return the median number of URLs that share a photograph's bytes: 1 but for lists that repeat themselves."""
-        histogram = self.db.execute(
-            "SELECT c, count(*) FROM"
-            " (SELECT count(*) AS c, max(flat) AS flat FROM urls INDEXED BY by_digest WHERE state = 1 GROUP BY sha256)"
-            " WHERE flat = 0 GROUP BY c ORDER BY c"
-        ).fetchall()
-        seen = list(itertools.accumulate(n for _, n in histogram))
-        return next((int(c) for (c, _), upto in zip(histogram, seen, strict=True) if 2 * upto >= seen[-1]), 1)
-
-    def _retract(self, sha256: bytes, detail: str) -> int:
-        shares = "FROM urls WHERE state = 1 AND sha256 = ?"
-        with self.transaction():
-            self.db.execute("INSERT OR IGNORE INTO placeholders VALUES (?)", (sha256,))
-            self.db.execute(f"INSERT OR IGNORE INTO doomed SELECT {_PLACE} {shares}", (sha256,))
-            urls, size_bytes = self.db.execute(f"SELECT count(*), sum(bytes) {shares}", (sha256,)).fetchone()
-            self.db.execute(
-                "UPDATE urls SET state = 2, reason = ?, transient = 0, detail = ? WHERE state = 1 AND sha256 = ?",
-                (FailReason.PLACEHOLDER, detail, sha256),
-            )
-            self.count({"ok": -urls, "bytes": -size_bytes, f"failed:{FailReason.PLACEHOLDER}": urls})
-        return int(urls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +96,10 @@ class PoliteOptions:
         _positive("--per-host", self.per_host)
         _check("--rate-per-host", 0 <= self.rate_per_host < math.inf, "zero or more", self.rate_per_host)
         _check("--retries", 0 <= self.retries < math.inf, "zero or more", self.retries)
+
+    def backoff(self, attempts: int) -> float:
+        """Return the seconds before a retry, with jitter, so that retries spread out."""
+        return min(self.max_backoff_s, self.backoff_s * 2.0 ** min(attempts, 16)) * random.uniform(0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

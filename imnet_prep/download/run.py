@@ -1,54 +1,38 @@
-"""The run: lists in, workers out, results into the journal, images under their names.
+"""A download from beginning to end: read the lists, fetch, commit, and name the images.
 
-The parent alone writes the journal and renames files; see :mod:`imnet_prep.download.folder` for the order of events.
+Only the parent process writes the journal and renames files. :mod:`imnet_prep.download.folder` has the order of events.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import shutil
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
-from typing import Any
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
 
 from imnet_prep.download.fetch import Failure
-from imnet_prep.download.folder import INCOMING, bury, land, opened, read_spool, recover
-from imnet_prep.download.hosts import Scheduler
+from imnet_prep.download.folder import INCOMING, bury, opened, read_spool, recover
 from imnet_prep.download.ingest import take_in
-from imnet_prep.download.journal import Journal, Outcome, Totals
+from imnet_prep.download.journal import Journal, Totals
 from imnet_prep.download.listing import write_listings
+from imnet_prep.download.messages import Died, LaneDone, Ready, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
+from imnet_prep.download.pool import Pool
+from imnet_prep.download.repeats import retract_repeats
+from imnet_prep.download.results import Results
+from imnet_prep.download.scheduler import Scheduler
 from imnet_prep.download.urllist import is_class_name, read_wnids
-from imnet_prep.download.worker import (
-    Broken,
-    Lane,
-    LaneDone,
-    Message,
-    Ready,
-    Redirect,
-    Retry,
-    Rotated,
-    Task,
-    failed_outcome,
-    worker_main,
-)
 from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted
-from imnet_prep.files import sync
 from imnet_prep.records.publish import refuse_inside_records
-from imnet_prep.types import Progress, ProgressCallback
+from imnet_prep.types import Progress, ProgressCallback, Stop
 
 log = logging.getLogger(__name__)
-_SPAWN = multiprocessing.get_context("spawn")
-_COMMIT_EVERY_S, _COMMIT_ROWS = 0.25, 256
 _PROGRESS_EVERY_S = 0.2
-_HOST_SLOTS = 8192
 _JUDGE_AFTER = 1000  # finished URLs before --max-failed may stop a run early
 _CRASHES = 2  # of a worker under the same URL, then the URL is internal
 
@@ -61,7 +45,7 @@ class DownloadResult:
         totals: Where all URLs of the folder stand.
         seconds: Duration of this run.
         top_hosts: (host, failures) of the hosts with the most failed URLs.
-        verdict: What is to be raised after the result is shown: interrupted, too many failures; or None.
+        verdict: The error to raise once the result is shown (interrupted, or too many failures), or None.
     """
 
     totals: Totals
@@ -71,21 +55,21 @@ class DownloadResult:
 
 
 def download(
-    options: DownloadOptions, progress: ProgressCallback | None = None, stop: Callable[[], bool] = lambda: False
+    options: DownloadOptions, progress: ProgressCallback | None = None, stop: Stop = lambda: False
 ) -> DownloadResult:
-    """Bring every URL of the lists to an end, or go on with a run that was cut short.
+    """Fetch every URL of the lists, or resume a run that was cut short.
 
     Args:
-        options: What and how.
+        options: The lists, the folder and the limits.
         progress: Called now and then, first while lists are read (unit ``lines``), then with finished URLs.
-        stop: Asked often; once true, what is in flight is finished and the run ends.
+        stop: Called often. Once it returns true, the run finishes what is in flight and ends.
 
     Returns:
-        The result; its ``verdict`` tells a failed or interrupted run.
+        The result. Its ``verdict`` says whether the run failed or was interrupted.
 
     Raises:
-        DownloadError: a list, the folder or the disk is not usable.
-        RecordsError: the folder is, or lies in, a records folder.
+        DownloadError: A list, the folder or the disk is not usable.
+        RecordsError: The folder is a records folder, or lies in one.
     """
     begun = time.monotonic()
     refuse_inside_records(options.out / INCOMING)
@@ -100,7 +84,7 @@ def download(
                 log.info("%d failed URLs will be tried again", journal.reset_transient())
             verdict = _fetch(options, journal, progress, stop)
             if journal.totals().pending == 0:
-                if count := journal.retract_repeats(options.content):
+                if count := retract_repeats(journal, options.content):
                     log.info("%d images were placeholders by repetition", count)
                 bury(journal)
             totals = journal.totals()
@@ -129,103 +113,61 @@ def _too_many(totals: Totals, allowed_frac: float, *, stopped: bool = False) -> 
 
 
 def _fetch(
-    options: DownloadOptions, journal: Journal, progress: ProgressCallback | None, stop: Callable[[], bool]
+    options: DownloadOptions, journal: Journal, progress: ProgressCallback | None, stop: Stop
 ) -> ImnetError | None:
-    """Fetch until nothing is pending, the user stops it, or too much fails; return the verdict."""
+    """Fetch until nothing is pending, the user stops it, or too much fails. Return the verdict."""
     pending = journal.hosts_with_pending()
     if not pending:
         return None
-    run = _Run(options, journal, progress, stop, pending)
-    try:
-        run.workers = [run.start(index) for index in range(run.processes)]
-        verdict = run.loop()
-        run.commit()
-    finally:
-        run.end_workers()
-    for spool in run.incoming.glob("spool-*"):  # after a failure the next run takes over what is in them
+    with closing(Pool(options)) as pool:
+        verdict = _Run(options, journal, progress, stop, pool, pending).loop()
+    for spool in (journal.folder / INCOMING).glob("spool-*"):  # after an error the next run takes over what is in them
         spool.unlink(missing_ok=True)
     return verdict
 
 
-class _Worker:
-    """A process that fetches, as the parent sees it."""
-
-    def __init__(self, index: int, options: DownloadOptions, threads: int, *shared: Any) -> None:
-        their_in, self.inbox = _SPAWN.Pipe(duplex=False)
-        self.outbox, their_out = _SPAWN.Pipe(duplex=False)
-        self.process = _SPAWN.Process(
-            target=worker_main,
-            args=(options, threads, their_in, their_out, *shared, index),
-            daemon=True,
-            name=f"download-{index}",
-        )
-        self.process.start()
-        their_in.close()
-        their_out.close()
-
-    def close(self) -> None:
-        self.inbox.close()
-        self.outbox.close()
-
-
 class _Run:
-    """The state of a run: the scheduler, the workers, and what is not committed yet."""
+    """Move tasks from the scheduler to the workers, and what they report to the scheduler and the results."""
 
     def __init__(
         self,
         options: DownloadOptions,
         journal: Journal,
         progress: ProgressCallback | None,
-        stop: Callable[[], bool],
+        stop: Stop,
+        pool: Pool,
         pending: Sequence[tuple[int, int]],
     ) -> None:
-        self.options, self.journal, self.progress, self.stop = options, journal, progress, stop
+        self.options, self.progress, self.stop, self.pool = options, progress, stop, pool
         self.incoming = journal.folder / INCOMING
         self.total = sum(count for _, count in pending)
-        self.processes = options.process_count()
-        self.threads = -(-options.polite.concurrency // self.processes)
-        self.blocked_until: Any = _SPAWN.RawArray("d", _HOST_SLOTS)
-        self.started: Any = _SPAWN.RawArray("q", self.processes * self.threads)
-        self.workers: list[_Worker] = []
-        self.ended: dict[int, Outcome] = {}
-        self.tried: dict[int, int] = {}
-        self.old_spools: list[str] = []
-        self.crashes: Counter[int] = Counter()
-        self.counts: Counter[str] = Counter()
-        self.bytes_done = 0
-        self.committed_at = self.reported_at = 0.0
-        self.broken = ""
+        self.results = Results(journal)
         self.scheduler = Scheduler(
-            options.polite,
-            self.processes,
-            self.threads,
-            [key for key, _ in pending],
-            journal.pending_of,
-            self._abandon,
-            self.ended,
-            self.blocked_until,
+            options.polite, pool.processes, [key for key, _ in pending], self.results, pool.pauses
         )
-
-    def start(self, index: int) -> _Worker:
-        return _Worker(index, self.options, self.threads, self.blocked_until, self.started)
+        self.crashes: Counter[int] = Counter()
+        self.reported_at = 0.0
+        self.broken = ""
 
     def loop(self) -> ImnetError | None:
+        """Run until all is done or a verdict is reached, and commit what has ended."""
         verdict: ImnetError | None = None
         while True:
             now = time.monotonic()
             verdict = verdict or self._verdict()
             if verdict is None:
-                self._hand_out(now)
-            elif self.scheduler.in_flight():
-                self.blocked_until[:] = [math.inf] * _HOST_SLOTS  # every lane stops after the URL in hand
-            if not self.scheduler.in_flight() and (verdict or self.scheduler.idle()):
+                self.pool.send(self.scheduler.assign(now))
+            elif self.scheduler.lanes:
+                self.pool.pauses[:] = [math.inf] * len(self.pool.pauses)  # every lane stops after the URL in hand
+            if not self.scheduler.lanes and (verdict or not self.scheduler.hosts):
+                self.results.commit()
                 return verdict
             self._report(now)
-            due = self.committed_at + _COMMIT_EVERY_S - now if self.ended or self.tried else 1.0
-            self._listen(max(0.0, min(due, 0.1 if verdict else self.scheduler.next_event(now))))
-            late = time.monotonic() - self.committed_at >= _COMMIT_EVERY_S
-            if len(self.ended) >= _COMMIT_ROWS or (late and (self.ended or self.tried)):
-                self.commit()
+            timeout_s = min(self.results.due_s(), 0.1 if verdict else self.scheduler.next_event(now))
+            for message in self.pool.receive(timeout_s):
+                self._take(message, time.monotonic())
+            if self.results.due_s() <= 0:
+                self.results.commit()
 
     def _verdict(self) -> ImnetError | None:
         if self.broken:
@@ -234,128 +176,44 @@ class _Run:
             return DownloadError(f"cannot store images in {self.options.out}", got=self.broken, remedy=remedy)
         if self.stop():
             return Interrupted("interrupted; what was in hand is finished", remedy="run the same command to go on")
-        limit = self.options.max_failed_frac
-        finished = self.counts.total()
-        if limit < 1 and _JUDGE_AFTER <= finished < self.total and 1 - self.counts["ok"] / finished > limit:
-            return _too_many(self.journal.totals(), limit, stopped=True)
+        limit, counts = self.options.max_failed_frac, self.results.counts
+        finished = counts.total()
+        if limit < 1 and _JUDGE_AFTER <= finished < self.total and 1 - counts["ok"] / finished > limit:
+            return _too_many(self.results.journal.totals(), limit, stopped=True)
         return None
 
-    def _hand_out(self, now: float) -> None:
-        parcels: dict[int, list[Lane]] = {}
-        for index, lane in self.scheduler.assign(now):
-            parcels.setdefault(index, []).append(lane)
-        for index, lanes in parcels.items():
-            with suppress(OSError):  # it has died: its sentinel will say so
-                self.workers[index].inbox.send(lanes)
-
-    def _listen(self, timeout: float) -> None:
-        sources = [source for worker in self.workers for source in (worker.outbox, worker.process.sentinel)]
-        ready = wait(sources, timeout)
-        for index, worker in enumerate(self.workers):
-            if worker.outbox in ready:
-                self._receive(worker.outbox)
-            if worker.process.sentinel in ready:
-                self._replace_worker(index)
-
-    def _receive(self, outbox: Connection) -> bool:
-        """Take what a worker reports; False where it has died."""
-        try:
-            messages: list[Message] = outbox.recv()
-        except (EOFError, OSError):
-            return False
-        now = time.monotonic()
-        for message in messages:
-            self._take(message, now)
-        return True
-
-    def _take(self, message: Message, now: float) -> None:
+    def _take(self, message: LaneDone | Ready | Died, now: float) -> None:
         match message:
-            case Outcome():
-                self._end(message)
-                self.scheduler.ended(message, now)
-            case LaneDone(number, returned):
-                self.scheduler.lane_done(number, returned, now)
-            case Redirect(task):
-                self.scheduler.redirect(task, now)
-            case Retry(task, failure):
-                self.tried[task.row] = task.attempts
-                self.scheduler.retry(task, failure, now)
+            case LaneDone():
+                self.scheduler.lane_done(message, now)
+                self.results.old_spools.append(message.spool)
+                self.broken = self.broken or message.broken
             case Ready(worker):
-                self.scheduler.ready(worker)
-            case Rotated(spool):
-                self.old_spools.append(spool)
-            case Broken(detail):
-                self.broken = detail
+                self.scheduler.ready(worker, self.pool.threads)
+            case Died():
+                self._take_over(message, now)
 
-    def _end(self, outcome: Outcome) -> None:
-        self.ended[outcome.row] = outcome
-        self.tried.pop(outcome.row, None)
-        self.counts[outcome.reason or "ok"] += 1
-        self.bytes_done += outcome.size_bytes
+    def _take_over(self, died: Died, now: float) -> None:
+        """Take over what a dead worker had finished, and blame the URLs that it was fetching. The rest is queued."""
+        spooled = {outcome.row: outcome for name in died.spools for outcome in read_spool(self.incoming / name)}
 
-    def _abandon(self, host: int, failure: Failure, tasks: Sequence[Task]) -> None:
-        """Fail what is left of a dead host, at hand and in the journal, without asking it again."""
-        log.info("%s (%s)", failure.detail, failure.reason)
-        for task in tasks:
-            self._end(failed_outcome(task, replace(failure, status=None, transient=True)))
-        self.commit()
-        self.counts[failure.reason] += self.journal.fail_host(host, failure.reason, failure.detail)
+        def goes_on(task: Task) -> bool:
+            outcome = spooled.get(task.row)
+            if outcome is None and task.row in died.rows:
+                self.crashes[task.row] += 1
+                if self.crashes[task.row] >= _CRASHES:
+                    detail = "a worker died while fetching or checking it, twice"
+                    outcome = task.failed(Failure(FailReason.INTERNAL, detail, transient=True))
+            if outcome:
+                self.results.add(outcome)
+            return outcome is None
 
-    def commit(self) -> None:
-        temps = {outcome.temp for outcome in self.ended.values() if outcome.temp}
-        if temps:
-            sync(self.incoming)  # the files' names
-        moves = self.journal.commit(list(self.ended.values()), self.tried.items())
-        land(self.journal, moves)
-        unmoved = temps.difference(temp for temp, _ in moves)  # their rows had ended meanwhile
-        for name in (*unmoved, *self.old_spools):
-            (self.incoming / name).unlink(missing_ok=True)
-        self.ended.clear()
-        self.tried.clear()
-        self.old_spools.clear()
-        self.committed_at = time.monotonic()
+        self.scheduler.died(died.worker, goes_on, now)
+        self.results.old_spools += died.spools
 
     def _report(self, now: float) -> None:
         if self.progress and now - self.reported_at >= _PROGRESS_EVERY_S:
             self.reported_at = now
-            counts = (("ok", self.counts["ok"]), *((k, n) for k, n in self.counts.most_common(6) if k != "ok"))
-            self.progress(Progress(self.counts.total(), self.total, "URLs", self.bytes_done, counts))
-
-    # -- workers ------------------------------------------------------------------------------------------------------
-
-    def _replace_worker(self, index: int) -> None:
-        """Take over what a dead worker had finished, blame the URLs in its hands, and start another."""
-        worker = self.workers[index]
-        while worker.outbox.poll() and self._receive(worker.outbox):
-            pass
-        log.warning("a worker died (exit code %s); its URLs are tried again", worker.process.exitcode)
-        own = slice(index * self.threads, (index + 1) * self.threads)
-        in_hand = set(self.started[own])
-        self.started[own] = [0] * self.threads
-        lost = {task.row: task for task in self.scheduler.lost(index)}
-        for spool in self.incoming.glob(f"spool-{worker.process.pid}-*"):
-            for outcome in read_spool(spool):
-                if outcome.row in lost and outcome.row not in self.ended:
-                    self._end(outcome)
-                    self.scheduler.drop(lost.pop(outcome.row))
-            self.old_spools.append(spool.name)
-        for row in in_hand & lost.keys():
-            self.crashes[row] += 1
-            if self.crashes[row] >= _CRASHES:
-                twice = Failure(
-                    FailReason.INTERNAL, "a worker died while fetching or checking it, twice", transient=True
-                )
-                self._end(failed_outcome(lost[row], twice))
-                self.scheduler.drop(lost[row])
-        worker.close()
-        self.workers[index] = self.start(index)
-
-    def end_workers(self) -> None:
-        for worker in self.workers:
-            with suppress(OSError):
-                worker.inbox.send(None)
-        for worker in self.workers:
-            worker.process.join(5.0)
-            worker.process.kill()
-            worker.process.join()
-            worker.close()
+            counts = self.results.counts
+            shown = (("ok", counts["ok"]), *((key, n) for key, n in counts.most_common(6) if key != "ok"))
+            self.progress(Progress(counts.total(), self.total, "URLs", self.results.size_bytes, shown))

@@ -13,7 +13,6 @@ import pytest
 from imnet_prep.download import DownloadOptions, FetchOptions, PoliteOptions, download
 from imnet_prep.download.addresses import Address, AddressRefused, NameFailed, Resolver, allowed, is_public
 from imnet_prep.download.fetch import Body, Failure, Fetcher
-from imnet_prep.download.net import make_session
 from tests.imnet_prep.download.servers import Server, images, write_list
 
 
@@ -68,7 +67,7 @@ def test_every_way_of_writing_loopback_is_refused_before_connecting(refused: dic
 
 
 def _fetcher(resolver: Resolver, options: FetchOptions) -> Fetcher:
-    return Fetcher(make_session(options, resolver, 4, "imnet-prep/test"), options)
+    return Fetcher(options, 4, resolver)
 
 
 class _Rebinding(Resolver):

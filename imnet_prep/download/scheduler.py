@@ -1,0 +1,234 @@
+"""Decide which URL is fetched next, fairly across hosts. This is bookkeeping without clocks, threads or sockets.
+
+A host may have ``per_host`` lanes. Each lane is tied to one worker process, so the connections that all processes keep
+open never exceed that number. The host with the fewest lanes at work comes first, then the one served longest ago. A
+host that answers slowly therefore holds its own lanes and nobody else's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from typing import NamedTuple
+
+from imnet_prep.download.fetch import Failure
+from imnet_prep.download.hosts import Host
+from imnet_prep.download.journal import Outcome
+from imnet_prep.download.messages import Lane, LaneDone, Retry, Task
+from imnet_prep.download.options import FailReason, PoliteOptions
+from imnet_prep.download.results import Results
+from imnet_prep.download.urls import host_key, host_of
+
+_REFILL_BELOW, _REFILL = 64, 256  # URLs of a host held in memory
+_HOSTS_AT_WORK = 256  # hosts with work at hand; paused ones do not count
+
+
+class _OpenLane(NamedTuple):
+    host: Host
+    process: int
+    begun: float
+    tasks: tuple[Task, ...]
+
+
+class Scheduler:
+    """Hold hosts, lanes and retries. The caller reports what happened and when, and asks for lanes.
+
+    Args:
+        options: Politeness.
+        processes: Number of worker processes.
+        backlog: Keys of hosts with pending URLs, in the order of their turn.
+        results: Where a host's pending URLs are read, and where it is given up.
+        pauses: See :class:`Host`. Its length is the number of hosts that are held at a time.
+
+    Attributes:
+        hosts: Hosts with work, by key.
+        lanes: Lanes at work, by number.
+    """
+
+    def __init__(
+        self,
+        options: PoliteOptions,
+        processes: int,
+        backlog: Iterable[int],
+        results: Results,
+        pauses: MutableSequence[float],
+    ) -> None:
+        self._options, self._backlog = options, iter(backlog)
+        self._results, self._pauses = results, pauses
+        self._free = [0] * processes  # threads without a lane; none before a process says that it is ready
+        self._slots = list(range(len(pauses)))
+        self.hosts: dict[int, Host] = {}
+        self.lanes: dict[int, _OpenLane] = {}
+        self._queued: dict[int, Host] = {}  # the hosts with a queue; many others may only wait for a retry
+        self._rows: set[int] = set()  # rows in memory: queued, in a lane or waiting
+        self._gone: dict[int, Failure] = {}  # why hosts were given up
+        self._delayed: list[tuple[float, int, Host, Task]] = []
+        self._numbers = itertools.count(1)
+
+    def next_event(self, now: float) -> float:
+        """Return the seconds until a pause or a retry ends, at most one."""
+        pauses = (due for host in self._queued.values() if (due := host.free_at()) > now)
+        soonest = min([now + 1.0, *pauses, *(due for due, *_ in self._delayed[:1])])
+        return max(0.0, soonest - now)
+
+    def assign(self, now: float) -> Iterator[tuple[int, Lane]]:
+        """Yield (process, lane) as long as a thread and a willing host are free."""
+        while self._delayed and self._delayed[0][0] <= now:
+            _, _, host, task = heapq.heappop(self._delayed)
+            host.waiting -= 1
+            self._enqueue(task, host, now)
+            self._settle(host)
+        self._activate(now)
+        for process in sorted(range(len(self._free)), key=lambda one: -self._free[one]):
+            while self._free[process] > 0 and len(self.lanes) < self._options.concurrency:
+                willing = (host for host in self._queued.values() if host.is_willing(process, now))
+                best = min(willing, key=lambda host: (host.at_work(), host.served), default=None)
+                if best is None:
+                    break
+                yield process, self._open_lane(best, process, now)
+
+    def _activate(self, now: float) -> None:
+        """Open hosts of the backlog until enough have work that can begin now."""
+        at_work = sum(host.pauses[host.slot] <= now for host in self._queued.values())
+        fresh = (key for key in self._backlog if key not in self.hosts)
+        while at_work < _HOSTS_AT_WORK and self._slots and (key := next(fresh, None)) is not None:
+            host = self._open(key)
+            self._settle(host)
+            at_work += bool(host.queue)
+
+    def _open_lane(self, host: Host, process: int, now: float) -> Lane:
+        number, tasks = next(self._numbers), host.next_tasks()
+        if self._options.rate_per_host:
+            host.next_at = max(now, host.next_at) + 1.0 / self._options.rate_per_host
+        host.lanes[process] += 1
+        host.served = number
+        self._free[process] -= 1
+        self.lanes[number] = _OpenLane(host, process, now, tasks)
+        self._settle(host)
+        return Lane(number, host.slot, tasks)
+
+    def lane_done(self, done: LaneDone, now: float) -> None:
+        """Take the results of a lane, and the tasks that it did not start."""
+        host = self.lanes[done.number].host
+        for result in done.results:
+            match result:
+                case Outcome():
+                    self._rows.remove(result.row)
+                    self._results.add(result)
+                    self._judge(host, result, now)
+                case Retry(task, failure):
+                    self._retry(host, task, failure, now)
+                case Task():
+                    host.answered()
+                    self._enqueue(result, host, now)
+        if done.results:
+            host.task_s += 0.3 * ((now - self.lanes[done.number].begun) / len(done.results) - host.task_s)
+        self._close_lane(done.number, done.returned, now)
+
+    def ready(self, process: int, threads: int) -> None:
+        """Note that a process has started. A lane given to it earlier would only wait, and spoil the pace."""
+        self._free[process] = threads
+
+    def died(self, process: int, goes_on: Callable[[Task], bool], now: float) -> None:
+        """Note that a process has died, and queue those of its tasks again for which ``goes_on`` returns true."""
+        for number in [number for number, lane in self.lanes.items() if lane.process == process]:
+            tasks = self.lanes[number].tasks
+            left = [task for task in tasks if goes_on(task)]
+            self._rows.difference_update(task.row for task in set(tasks).difference(left))
+            self._close_lane(number, left, now)
+        self._free[process] = 0
+
+    def _close_lane(self, number: int, left: Sequence[Task], now: float) -> None:
+        lane = self.lanes.pop(number)
+        lane.host.lanes[lane.process] -= 1
+        self._free[lane.process] += 1
+        for task in reversed(left):
+            self._enqueue(task, lane.host, now)
+        self._settle(lane.host)
+
+    def _retry(self, host: Host, task: Task, failure: Failure, now: float) -> None:
+        """Take a task back for another attempt, after a pause."""
+        if host.key in self._gone:
+            self._refuse(host.key, task)
+            return
+        self._results.tried(task)
+        pause = failure.retry_after_s
+        if pause is None:
+            pause = self._options.backoff(task.attempts - 1)
+        else:
+            host.cap, host.good = max(1, host.at_work() // 2), 0
+            if pause > self._options.max_retry_after_s:
+                host.queue.append(task)
+                self._abandon(host, failure.reason, f"Retry-After {pause:.0f} s is longer than we wait")
+                return
+            host.pause(now + pause)
+        self._delay(task, host, now + pause)
+        self._judge(host, failure, now)
+
+    def _judge(self, host: Host, found: Outcome | Failure, now: float) -> None:
+        """Tell a host's circuit breaker about an attempt."""
+        if found.answered:
+            host.answered()
+        elif host.unanswered(now) and host.key not in self._gone:
+            detail = f"host given up after {host.streak} attempts without an answer: {found.detail}"
+            self._abandon(host, found.reason or FailReason.CONNECT, detail)
+
+    def _abandon(self, host: Host, reason: FailReason, detail: str) -> None:
+        """Fail all URLs of a host, at hand and in the journal, without asking for them."""
+        self._gone[host.key] = Failure(reason, detail, transient=True, answered=False)
+        for task in (*host.queue, *(task for _, _, origin, task in self._delayed if origin is host)):
+            self._refuse(host.key, task)
+        self._delayed = [item for item in self._delayed if item[2] is not host]
+        heapq.heapify(self._delayed)
+        host.queue.clear()
+        host.more, host.waiting = False, 0
+        self._results.give_up(host.key, reason, detail)
+        self._settle(host)
+
+    def _refuse(self, key: int, task: Task) -> None:
+        """Fail a task of a host that was given up."""
+        self._rows.discard(task.row)
+        self._results.add(task.failed(self._gone[key]))
+
+    def _delay(self, task: Task, host: Host, until: float) -> None:
+        host.waiting += 1
+        heapq.heappush(self._delayed, (until, next(self._numbers), host, task))
+
+    def _enqueue(self, task: Task, origin: Host, now: float) -> None:
+        """Put a task first in the queue of its URL's host. If no slot is free for that host, it waits at ``origin``."""
+        key = host_key(host_of(task.url))
+        if key in self._gone:
+            self._refuse(key, task)
+        elif key in self.hosts or self._slots:
+            host = self.hosts.get(key) or self._open(key)
+            host.queue.appendleft(task)
+            self._settle(host)
+        else:
+            self._delay(task, origin, now + 1.0)
+
+    def _open(self, key: int) -> Host:
+        quota = Counter((key + lane) % len(self._free) for lane in range(self._options.per_host))
+        slot = self._slots.pop()
+        self._pauses[slot] = 0.0
+        host = self.hosts[key] = Host(key, self._options, self._pauses, slot, quota, self._options.per_host)
+        return host
+
+    def _settle(self, host: Host) -> None:
+        """Refill a host's queue from the journal, and let go of a host without work."""
+        while host.more and len(host.queue) < _REFILL_BELOW:
+            rows = self._results.journal.pending_of(host.key, host.cursor, _REFILL)
+            host.more = len(rows) == _REFILL
+            for row, url, attempts in rows:
+                host.cursor = row
+                if row not in self._rows and row not in self._results.ended:
+                    self._rows.add(row)
+                    host.queue.append(Task(row, url, attempts))
+        if host.queue:
+            self._queued[host.key] = host
+            return
+        self._queued.pop(host.key, None)
+        if not host.waiting and not host.at_work():
+            del self.hosts[host.key]
+            self._slots.append(host.slot)
