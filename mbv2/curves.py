@@ -37,12 +37,12 @@ def draw_curves(path: Path, rows: list[EpochRow], title: str) -> None:
         title: Printed over both panels.
     """
     losses = [
-        Line("training loss", "#1f6fb4", _points(rows, "train_loss")),
-        Line("validation loss", "#d1495b", _points(rows, "val_loss")),
+        Line("training loss", "#1f6fb4", epoch_points(rows, "train_loss")),
+        Line("validation loss", "#d1495b", epoch_points(rows, "val_loss")),
     ]
     scores = [
-        Line("top-1", "#2a8a4a", _points(rows, "val_top1")),
-        Line("top-5", "#b07c1c", _points(rows, "val_top5")),
+        Line("top-1", "#2a8a4a", epoch_points(rows, "val_top1")),
+        Line("top-5", "#b07c1c", epoch_points(rows, "val_top5")),
     ]
     draw_panels(path, [(losses, None), (scores, (0.0, 1.0))], title)
 
@@ -103,7 +103,8 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], class_names: tuple[
         raise TrainError(f"cannot write {path}", got=error.strerror or str(error)) from error
 
 
-def _points(rows: list[EpochRow], name: str) -> tuple[tuple[float, float], ...]:
+def epoch_points(rows: list[EpochRow], name: str) -> tuple[tuple[float, float], ...]:
+    """Return a column of a run's metrics as (epoch, value), without missing and infinite values."""
     pairs = ((row.epoch, getattr(row, name)) for row in rows)
     return tuple((float(x), float(y)) for x, y in pairs if y is not None and math.isfinite(y))
 

@@ -1,8 +1,8 @@
-"""A local page over a records folder: classes, images, records and their augmented views.
+"""Serve local pages of a records folder: classes, images, records and their augmented views.
 
-It answers GET alone, changes nothing, and listens on loopback unless told otherwise. Records are asked for by numbers,
-so no path comes from outside; the Host header must be one that this server has, or a page elsewhere could reach it by a
-name of its own that points here (DNS rebinding).
+The server answers only GET, changes nothing, and listens on loopback by default. Records are requested by number, so no
+path comes from outside. The Host header must name this server: otherwise a page elsewhere could read the images through
+a name of its own that points here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
+from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED
-from imnet_prep.show import browse_pages as pages
-from imnet_prep.show.browse_data import Library
-from imnet_prep.show.html import tag
+from imnet_prep.show.browse_data import VIEW_SIDE, Library
+from imnet_prep.show.pages import render
 
 try:
     from flask import Flask, Response, abort, request
@@ -29,15 +29,14 @@ except ImportError as missing:
     raise RecordsError("browse: Flask is not installed", remedy="pip install 'imnet-prep[browse]'") from missing
 
 Route = Callable[[str], Callable[[Callable[..., Any]], object]]
+PAGE_IMAGES = 60
 _ASSETS = {
     "style.css": "text/css",
     "browse.css": "text/css",
     "script.js": "text/javascript",
     "browse.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }
-_ICON = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><path fill="#2f74b5" d="M0 0h1v1H0zM1 1h1v1H1z"/></svg>'
-)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -47,6 +46,14 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+_CAPTIONS = {
+    "crop": "smallest crop",
+    "flip": "flip",
+    "jitter": "colour jitter",
+    "ops": "RandAugment operations",
+    "erase": "erasing",
+}
+_DEFAULTS = {"crop": 0.08, "flip": 0.5, "jitter": 0.0, "ops": 0.0, "erase": 0.0}
 
 
 def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
@@ -76,15 +83,12 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
         response.headers.update(_HEADERS)
         return response
 
-    def show_error(error: ImnetError) -> tuple[str, int]:
-        return pages.shell("This cannot be shown", records, tag("p", str(error), class_="warn")), 422
-
+    page = partial(render, name=records.resolve().name, library=library)
     app.before_request(check_request)
     app.after_request(add_headers)
-    app.register_error_handler(ImnetError, show_error)
-    get = partial(app.get, provide_automatic_options=False)
-    _add_pages(get, library)
-    _add_images(get, library)
+    app.register_error_handler(ImnetError, lambda error: (page("browse_error.html", error=error), 422))
+    _add_pages(app.get, library, page)
+    _add_images(app.get, library)
     return app
 
 
@@ -108,35 +112,54 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _add_pages(get: Route, library: Library) -> None:
+def _add_pages(get: Route, library: Library, page: Callable[..., str]) -> None:
     @get("/")
     def index() -> str:
-        return pages.index(library, request.args.get("q", "")[:200])
+        search = request.args.get("q", "")[:200]
+        return page("browse_classes.html", search=search, labels=library.find_classes(search))
 
     @get("/class/<int(signed=True):label>")
     def class_page(label: int) -> str:
-        split = request.args.get("split") or next(
-            (name for name in library.tables if len(library.of_class(name, label))), next(iter(library.tables), "")
-        )
+        there = (name for name in library.tables if len(library.of_class(name, label)))
+        split = request.args.get("split") or next(there, next(iter(library.tables), ""))
         number = _number("page", 1 << 31)
-        known = -1 <= label < len(library.manifest.classes) and split in library.tables
-        if not known or (number and number * pages.PAGE_IMAGES >= len(library.of_class(split, label))):
+        if not -1 <= label < len(library.manifest.classes) or split not in library.tables:
             abort(404)
-        return pages.class_page(library, label, split, number)
+        positions = library.of_class(split, label)
+        pages = max(1, -(-len(positions) // PAGE_IMAGES))
+        if number >= pages:
+            abort(404)
+        shown = positions[number * PAGE_IMAGES : (number + 1) * PAGE_IMAGES].tolist()
+        images = [(position, library.row(split, position).name) for position in shown]
+        return page("browse_class.html", label=label, split=split, page=number, pages=pages, images=images)
 
     @get("/record/<split>/<int:position>")
     def record_page(split: str, position: int) -> str:
-        values = _train_values()
-        pages.train_options(values)
-        return pages.record_page(library, split, position, values, _number("seed", MAX_SEED))
+        table = library.tables[split]
+        label, values = int(table.label[position]), _train_values()
+        _train_options(values)
+        siblings = library.of_class(split, label)
+        return page(
+            "browse_record.html",
+            split=split,
+            position=position,
+            record=library.row(split, position),
+            record_id=int(table.ids[position]),
+            label=label,
+            siblings=siblings,
+            here=int(siblings.searchsorted(position)),
+            line=library.line(split, position),
+            fields=library.fields(split, position),
+            captions=_CAPTIONS,
+            values=values,
+            seed=_number("seed", MAX_SEED),
+        )
 
     @get("/<name>")
     def asset(name: str) -> Response:
-        if name == "icon.svg":
-            return _file(_ICON.encode(), "image/svg+xml")
         if name not in _ASSETS:
             abort(404)
-        return _file((Path(__file__).with_name(name)).read_bytes(), _ASSETS[name])
+        return _file(render(name).encode(), _ASSETS[name])
 
 
 def _add_images(get: Route, library: Library) -> None:
@@ -150,7 +173,8 @@ def _add_images(get: Route, library: Library) -> None:
 
     @get("/view/<split>/<int:position>")
     def view(split: str, position: int) -> Response:
-        options = pages.eval_options() if request.args.get("eval") else pages.train_options(_train_values())
+        evaluation = EvalOptions(batch_size=1, image_size=VIEW_SIDE)
+        options = evaluation if request.args.get("eval") else _train_options(_train_values())
         seed, epoch = _number("seed", MAX_SEED), _number("epoch", MAX_EPOCH)
         return _file(library.view(split, position, options, seed, epoch), "image/png")
 
@@ -160,6 +184,7 @@ def _file(data: bytes, kind: str) -> Response:
 
 
 def _number(name: str, high: int) -> int:
+    """Return a number of the query, 0 by default."""
     text = request.args.get(name) or "0"
     if not text.isascii() or not text.isdecimal() or int(text[:24]) > high:
         raise PipelineError(f"{name} is out of range", expected=f"0 to {high}", got=repr(text[:40]))
@@ -167,16 +192,35 @@ def _number(name: str, high: int) -> int:
 
 
 def _train_values() -> dict[str, float]:
+    """Return the augmentation that the query asks for."""
     values: dict[str, float] = {}
-    for name, text, default in pages.TRAIN_FIELDS:
+    for name, default in _DEFAULTS.items():
         given = request.args.get(name) or default
         try:
             values[name] = float(given)
             if not math.isfinite(values[name]):
                 raise ValueError(given)
         except ValueError as error:
-            raise PipelineError(f"{text} is not a number", got=repr(given)[:40]) from error
+            raise PipelineError(f"{_CAPTIONS[name]} is not a number", got=repr(given)[:40]) from error
     return values
+
+
+def _train_options(values: dict[str, float]) -> TrainOptions:
+    """Turn the values of the form into the loader's options.
+
+    Raises:
+        PipelineError: One is out of range.
+    """
+    jitter = values["jitter"]
+    return TrainOptions(
+        batch_size=1,
+        image_size=VIEW_SIDE,
+        scale=(values["crop"], 1.0),
+        flip_prob=values["flip"],
+        color_jitter=(jitter, jitter, jitter, 0.0),
+        randaugment_ops=int(values["ops"]),
+        erasing_prob=values["erase"],
+    )
 
 
 def serve(records: Path, host: str, port: int, announce: Callable[[str], None]) -> None:
@@ -184,16 +228,16 @@ def serve(records: Path, host: str, port: int, announce: Callable[[str], None]) 
 
     Args:
         records: The folder.
-        host: Where to listen; anything but loopback shows the images to others.
-        port: Where to listen; 0 takes any free one.
-        announce: Told the address once it answers.
+        host: The address to listen on; any but loopback shows the images to others.
+        port: The port to listen on; 0 takes any free one.
+        announce: Called with the URL once the server answers.
 
     Raises:
         RecordsError: The folder cannot be read, or the address cannot be taken.
         IntegrityError: The manifest is damaged.
     """
     app = create_app(records, host)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line a picture
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each picture
     if not 0 <= port < 1 << 16:
         raise RecordsError("--port is out of range", expected="0 to 65535", got=str(port))
     address = host.strip("[]")

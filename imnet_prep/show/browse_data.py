@@ -1,4 +1,4 @@
-"""What the browser page shows, read from the records: classes, images, a record's line, and its augmented views."""
+"""Read what the browser's pages show: classes, images, the stored fields of a record, and its augmented views."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError
+from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.formats import sniff
-from imnet_prep.images.jpeg import ImageFault
 from imnet_prep.loader.options import Options
 from imnet_prep.loader.render import choose_decoder, render
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.scan import Row
-from imnet_prep.show.gather import decode
-from imnet_prep.show.html import thumbnail
+from imnet_prep.show.pictures import thumbnail
 
 THUMB_SIDE, VIEW_SIDE = 192, 160
 
@@ -46,6 +45,16 @@ class Library:
         low, high = np.searchsorted(self._sorted[split], [label, label + 1])
         return self._order[split][low:high]
 
+    def find_classes(self, search: str) -> list[int]:
+        """Return the labels of the classes that match every word; without words, of those that have images."""
+        manifest, searched = self.manifest, search.lower().split()
+        return [
+            label
+            for label, (name, words) in enumerate(zip(manifest.classes, manifest.class_words, strict=True))
+            if all(word in f"{label} {name} {words}".lower() for word in searched)
+            and (searched or any(split.class_counts[label] for split in manifest.splits.values()))
+        ]
+
     def row(self, split: str, position: int) -> Row:
         """Return a record."""
         return self.folder.row(self.folder.span(split).start + position)
@@ -70,13 +79,13 @@ class Library:
             PipelineError: It does not decode.
         """
         row = self.row(split, position)
-        pixels = decode(row.image)
-        if pixels is None:
+        jpeg = thumbnail(row.image, THUMB_SIDE)
+        if not jpeg:
             raise PipelineError(f"{row.file}: row {row.row} ({row.name}): does not decode")
-        return thumbnail(pixels, THUMB_SIDE)
+        return jpeg
 
     def fields(self, split: str, position: int) -> dict[str, Any]:
-        """Read every stored field of a record, and of other columns of bytes than the image their sizes.
+        """Read the stored fields of a record; of columns of bytes other than the image, return the sizes.
 
         Raises:
             RecordsError: They cannot be read.
@@ -87,7 +96,7 @@ class Library:
         return dict(sorted((row.fields | {f"{name} (bytes)": len(data) for name, data in others.items()}).items()))
 
     def line(self, split: str, position: int) -> dict[str, Any]:
-        """Read what a record's line of the record list says.
+        """Read the record list's line of a record.
 
         Raises:
             RecordsError: The list cannot be read.

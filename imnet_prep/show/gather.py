@@ -1,4 +1,4 @@
-"""What the report says, read from the records: counts, sizes, colours, duplicates, and which pictures to show."""
+"""Collect the numbers of a report from a records folder: sizes, colours, duplicates, and which records to show."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.check.duplicates import Pair
-from imnet_prep.check.near_duplicates import exact_pairs, picture_pairs
-from imnet_prep.images.imaging import captured_stderr
+from imnet_prep.check.duplicates import Pair, exact_pairs, picture_pairs
+from imnet_prep.images.decode import decode_quietly
 from imnet_prep.images.perceptual_hash import signature
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.types import ProgressCallback
 
-MAX_COLOURS = 10_000  # images whose colours are measured; more change the third digit at most
-MAX_PRINTS = 50_000  # records among which the same picture is looked for; `verify` does it for any number
-PER_CLASS, PER_CHANGE, MAX_PAIRS = 6, 6, 24
-CONVERTED = ("format", "cmyk", "sixteen_bit", "alpha", "oriented", "resized")  # of Change; the others are only noticed
+MAX_COLOURS = 10_000  # images whose colours are measured; more would change the third digit at most
+MAX_PRINTS = 50_000  # records among which near-duplicates are searched; `verify` does it for any number
+PER_CLASS, PER_CHANGE = 6, 6  # records that are shown
+CONVERTED = ("format", "cmyk", "sixteen_bit", "alpha", "oriented", "resized")  # the changes that alter an image
 
 
 class Shown(NamedTuple):
-    """A record that is shown: its position among all records, its split, and its line of the record list."""
+    """A record to show: its position among all records, its split, and its line of the record list."""
 
     position: int
     split: str
@@ -39,12 +38,13 @@ class Shown(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What was seen of one record.
+    """What one record looks like.
 
     Attributes:
-        size_bytes: Stored bytes. undecodable: It was decoded in vain.
-        colours: Mean and deviation of its channels, float64 (2, 3), RGB, 0 to 1; None where not asked for.
-        bits: uint64 (2,), its :func:`~imnet_prep.images.perceptual_hash.signature`; None where not asked for.
+        size_bytes: Its stored bytes.
+        undecodable: Whether it does not decode.
+        colours: Mean and standard deviation of its channels, float64 (2, 3), RGB, 0 to 1; None if not measured.
+        bits: Its :func:`~imnet_prep.images.perceptual_hash.signature`, uint64 (2,); None if not computed.
     """
 
     size_bytes: int
@@ -55,15 +55,20 @@ class Look(NamedTuple):
 
 @dataclass(slots=True)
 class Gathered:
-    """All that the report needs.
+    """The numbers of a records folder.
 
     Attributes:
         folder: The records.
-        widths: int64 (records,), pixels. heights: Likewise. sizes: int64 (records,), stored bytes.
-        samples: Records to show by label. converted: Records to show by change.
-        hosts: Records by the host that they were downloaded from.
-        colours: float64 (images, 2, 3), see :class:`Look`. undecodable: Images that did not decode.
-        exact: Positions of records with equal bytes. near: Of the same picture; None where there are too many records.
+        widths: int64 (records,), pixels.
+        heights: int64 (records,), pixels.
+        sizes: int64 (records,), stored bytes.
+        samples: Records to show, by label.
+        converted: Records to show, by change.
+        hosts: Number of records by the host that they were downloaded from.
+        colours: float64 (images, 2, 3), as in :class:`Look`, of the measured images.
+        undecodable: Number of images that do not decode.
+        exact: Positions of records with equal bytes.
+        near: Records that show the same picture; None if there are too many records to search.
     """
 
     folder: RecordsFolder
@@ -79,9 +84,9 @@ class Gathered:
     near: list[Pair] | None = None
 
     def channels(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return by channel the mean, the deviation of all pixels, and the mean of the images' own deviations.
+        """Return the mean of each channel, its deviation over all pixels, and the mean of the images' deviations.
 
-        Each image counts alike, whatever its size. ImageNet's published deviations are of the last kind.
+        Every image has the same weight, whatever its size. The published deviations of ImageNet are of the last kind.
         """
         images = max(1, len(self.colours))
         mean, own = self.colours.sum(axis=0) / images
@@ -116,8 +121,8 @@ def gather(records: Path, workers: int | None, progress: ProgressCallback) -> Ga
 
 
 def _read_lists(folder: RecordsFolder) -> tuple[Gathered, NDArray[np.uint64]]:
-    """Read the record lists: what is to be shown, and the first 8 bytes of each record's digest."""
-    widths, heights, digests = array("q"), array("q"), array("Q")  # they grow with what is there, not what is claimed
+    """Read the record lists, and return what they tell and the first 8 bytes of each record's digest."""
+    widths, heights, digests = array("q"), array("q"), array("Q")  # they grow with the lines that are really there
     samples: defaultdict[int, list[Shown]] = defaultdict(list)
     converted: defaultdict[str, list[Shown]] = defaultdict(list)
     hosts: Counter[str] = Counter()
@@ -147,15 +152,15 @@ def _host(url: str) -> str:
 
 
 def look_at(row: Row, every: int, prints: bool) -> Look:
-    """Measure the colours of every ``every``-th record and make, for ``prints``, what its picture is compared by.
+    """Measure the colours of every ``every``-th record, and with ``prints`` compute the signature of each.
 
     Raises:
         RecordsError: The record cannot be read.
     """
     coloured, size = row.position % every == 0, row.size_bytes
-    if size and not coloured and not prints:  # of size 0 is also what cannot be read: reading it tells
+    if size and not coloured and not prints:  # a record of size 0 may be unreadable: it is read to find out
         return Look(size)
-    pixels = decode(row.image)
+    pixels = decode_quietly(row.image)
     if pixels is None:
         return Look(size, undecodable=True)
     colours = np.array([part.ravel()[::-1] / 255 for part in cv2.meanStdDev(pixels)]) if coloured else None
@@ -163,11 +168,3 @@ def look_at(row: Row, every: int, prints: bool) -> Look:
         return Look(size, colours=colours)
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), dtype=np.uint8)
     return Look(size, False, colours, signature(grey, grey.shape[1], grey.shape[0]))
-
-
-def decode(data: bytes) -> NDArray[np.uint8] | None:
-    """Decode an image to BGR, uint8 (H, W, 3), upright as stored; None where it does not decode."""
-    with captured_stderr(), suppress(cv2.error):
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        return None if pixels is None else np.asarray(pixels, dtype=np.uint8)
-    return None

@@ -1,4 +1,4 @@
-"""What a records folder holds, from its manifest alone."""
+"""Describe a records folder from its manifest alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from imnet_prep.records.manifest import SplitInfo
 
 
 def describe(records: Path) -> dict[str, Any]:
-    """Summarise a manifest.
+    """Summarise the manifest of a records folder.
 
     Returns:
-        Counts, bytes and class balance by split, the label convention, sources and the manifest's digest.
+        Counts, bytes and class balance by split, the label convention, sources and the digest of the manifest.
 
     Raises:
         RecordsError: There is no such folder, or it has no manifest.
@@ -30,7 +30,7 @@ def describe(records: Path) -> dict[str, Any]:
             for name, words in zip(manifest.classes[:5], manifest.class_words[:5], strict=True)
         ],
         "label_convention": manifest.label_convention,
-        "splits": {name: _describe_split(split) for name, split in manifest.splits.items()},
+        "splits": {name: describe_split(split) for name, split in manifest.splits.items()},
         "seed": manifest.seed,
         "options": {name: value for name, value in manifest.options.items() if value is not None},
         "sources": list(manifest.sources),
@@ -39,7 +39,8 @@ def describe(records: Path) -> dict[str, Any]:
     }
 
 
-def _describe_split(split: SplitInfo) -> dict[str, Any]:
+def describe_split(split: SplitInfo) -> dict[str, Any]:
+    """Summarise a split: images, shards, bytes on disk, class balance, and counts of what was not stored unchanged."""
     counts = [count for count in split.class_counts if count]
     return {
         "images": split.images,

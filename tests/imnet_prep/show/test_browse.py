@@ -45,7 +45,7 @@ def test_classes_are_found_by_wnid_word_and_label(client: Any) -> None:
         page = client.get("/", query_string={"q": words}).text
         assert f'href="/class/{label}"' in page
         assert page.count('href="/class/') == 1
-    assert "No class fits" in client.get("/?q=zebra+crossing").text
+    assert "No class matches" in client.get("/?q=zebra+crossing").text
 
 
 def test_images_of_a_class_come_in_pages_each_once(client: Any, records: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sqlite3
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard
 from imnet_prep.show import gather as gathering
 from imnet_prep.show.gather import gather
-from imnet_prep.show.html import Bar, Html, bars, join, picture, tag
 from imnet_prep.show.report import ReportOptions, write_report
 from tests.chromium import Chromium, needs_chromium
 from tests.records import copy, make_records, quiet, read_records, reseal
@@ -65,7 +65,7 @@ def test_report_says_what_is_in_the_records(made: Path, records: Path) -> None:
     assert "truncated" in said
     assert "broken.jpg" in said
     assert re.search(r'<img src="data:image/jpeg[^>]+alt="train/[^"]+broken.jpg"', made.read_text(encoding="utf-8"))
-    assert "was not a JPEG: converted" in said
+    assert "not a JPEG 1 converted to JPEG" in said
     assert "1 records have the same bytes" in said
     assert "same picture, mirrored" in said
     for split in manifest.splits.values():
@@ -174,12 +174,22 @@ def test_a_row_that_is_not_there_is_named(
         write_report(damaged, tmp_path / "r.html", ReportOptions(workers=1), quiet)
 
 
-def test_every_text_is_escaped() -> None:
-    evil = "<script>alert('x')</script>\"&"
-    for made in (tag("p", evil, title=evil), bars(evil, [Bar(evil, 1)], (evil, evil, evil)), picture(b"", evil, evil)):
-        assert "<script" not in made
-        assert '"&"' not in made
-    assert join(["<", Html("<b>")]) == "&lt;<b>"
+def test_names_of_classes_and_files_are_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')<\"&amp;"
+
+    def add(source: Path) -> None:
+        for name, data in ((f"{evil}.jpg", jpeg(0, 9)), (f"{evil}-cut.jpg", jpeg(0, 8)[:-80])):
+            path = source / "train" / evil / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+
+    out = tmp_path / f"{evil}.html"
+    records = make_records(tmp_path / evil, per_class=2, add=add)
+    write_report(records, out, ReportOptions(workers=1), quiet)
+    assert "<script>alert" not in out.read_text()
+    assert out.read_text().count("<script") == 1
+    for text in (f"0 {evil}", f"train/{evil}/{evil}-cut.jpg"):
+        assert text in unescape(words(out))
 
 
 @needs_chromium
