@@ -46,14 +46,13 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-_CAPTIONS = {
-    "crop": "smallest crop",
-    "flip": "flip",
-    "jitter": "colour jitter",
-    "ops": "RandAugment operations",
-    "erase": "erasing",
+_FIELDS = {  # of the form on a record's page: captions and defaults
+    "crop": ("smallest crop", 0.08),
+    "flip": ("flip", 0.5),
+    "jitter": ("colour jitter", 0.0),
+    "ops": ("RandAugment operations", 0.0),
+    "erase": ("erasing", 0.0),
 }
-_DEFAULTS = {"crop": 0.08, "flip": 0.5, "jitter": 0.0, "ops": 0.0, "erase": 0.0}
 
 
 def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
@@ -150,7 +149,7 @@ def _add_pages(get: Route, library: Library, page: Callable[..., str]) -> None:
             here=int(siblings.searchsorted(position)),
             line=library.line(split, position),
             fields=library.fields(split, position),
-            captions=_CAPTIONS,
+            form=_FIELDS,
             values=values,
             seed=_number("seed", MAX_SEED),
         )
@@ -194,14 +193,14 @@ def _number(name: str, high: int) -> int:
 def _train_values() -> dict[str, float]:
     """Return the augmentation that the query asks for."""
     values: dict[str, float] = {}
-    for name, default in _DEFAULTS.items():
+    for name, (caption, default) in _FIELDS.items():
         given = request.args.get(name) or default
         try:
             values[name] = float(given)
             if not math.isfinite(values[name]):
                 raise ValueError(given)
         except ValueError as error:
-            raise PipelineError(f"{_CAPTIONS[name]} is not a number", got=repr(given)[:40]) from error
+            raise PipelineError(f"{caption} is not a number", got=repr(given)[:40]) from error
     return values
 
 

@@ -26,7 +26,14 @@ from imnet_prep.types import ProgressCallback
 MAX_COLOURS = 10_000  # images whose colours are measured; more would change the third digit at most
 MAX_PRINTS = 50_000  # records among which near-duplicates are searched; `verify` does it for any number
 PER_CLASS, PER_CHANGE = 6, 6  # records that are shown
-CONVERTED = ("format", "cmyk", "sixteen_bit", "alpha", "oriented", "resized")  # the changes that alter an image
+CONVERTED = {  # the changes that alter an image, and what was done
+    "format": "converted to JPEG",
+    "cmyk": "converted to RGB",
+    "sixteen_bit": "converted to 8 bits",
+    "alpha": "composed over white",
+    "oriented": "turned upright",
+    "resized": "shrunk",
+}
 
 
 class Shown(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.show.charts import BarChart, class_balance, histogram
-from imnet_prep.show.gather import MAX_COLOURS, MAX_PRINTS, Gathered, Shown, gather
+from imnet_prep.show.gather import CONVERTED, MAX_COLOURS, MAX_PRINTS, Gathered, Shown, gather
 from imnet_prep.show.info import describe_split
 from imnet_prep.show.pages import check_target, render, write_page
 from imnet_prep.show.pictures import Picture, picture_of
@@ -32,14 +32,6 @@ _CHANGES = {
     "exif_damaged": "damaged EXIF",
     "trailing_bytes": "bytes after the end marker",
     "resized": "larger than asked for",
-}
-_STORED = {
-    "format": "converted to JPEG",
-    "cmyk": "converted to RGB",
-    "sixteen_bit": "converted to 8 bits",
-    "alpha": "composed over white",
-    "oriented": "turned upright",
-    "resized": "shrunk",
 }
 
 
@@ -163,7 +155,7 @@ def _changes(manifest: Manifest) -> dict[str, Any]:
     reasons = sorted({reason for split in splits for reason in split.rejected})
     return {
         "changes": [
-            (text, counts[change], _STORED.get(change, "unchanged"))
+            (text, counts[change], CONVERTED.get(change, "unchanged"))
             for change, text in _CHANGES.items()
             if counts[change]
         ],
@@ -175,7 +167,7 @@ def _shown(gathered: Gathered, pictures: _Pictures) -> dict[str, Any]:
     """Make the pictures of each section, in the order of the page."""
     manifest = gathered.folder.manifest
     converted = {
-        f"{_CHANGES[change]}, {_STORED[change]}": [pictures.of(item, item.line.file_name) for item in shown]
+        f"{_CHANGES[change]}, {CONVERTED[change]}": [pictures.of(item, item.line.file_name) for item in shown]
         for change, shown in gathered.converted.items()
     }
     stored = {f"{item.split}/{item.line.file_name}": item for shown in gathered.samples.values() for item in shown}

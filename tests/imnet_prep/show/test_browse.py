@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from imnet_prep.records.record_list import write_lines
 from imnet_prep.show.browse import create_app, host_is_ours, serve
 from imnet_prep.show.browse_data import Library
 from tests.chromium import Chromium, needs_chromium
+from tests.imnet_prep.show.conftest import EVIL
 from tests.records import copy, flip, make_records, read_records
 from tests.synthetic import WNIDS
 
@@ -138,9 +141,18 @@ def test_every_answer_forbids_scripts_and_frames_from_elsewhere(client: Any) -> 
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_names_are_escaped(client: Any) -> None:
+def test_a_search_is_escaped(client: Any) -> None:
     page = client.get("/", query_string={"q": '"><script>alert(1)</script>'}).text
     assert "<script>alert" not in page
+
+
+def test_names_of_classes_and_files_are_escaped(evil_records: Path) -> None:
+    client = create_app(evil_records).test_client()
+    for path in ("/", "/class/0", f"/record/train/{Library(evil_records).of_class('train', 0)[0]}"):
+        page = client.get(path).text
+        assert "<script>alert" not in page
+        assert f"All classes of {EVIL}" in unescape(page)
+        assert f"0 {EVIL}" in re.sub("</?code>", "", unescape(page))
 
 
 def test_an_undecodable_image_is_an_error_page(records: Path, tmp_path: Path) -> None:
