@@ -1,6 +1,6 @@
-"""URL lists: bytes to (class, id, URL) or to a malformed line with its reason. Nothing is guessed.
+"""Read URL lists: each line is a class, an id and a URL, or is malformed for a reason. Nothing is guessed.
 
-Forms, told apart line by line::
+These forms are told apart line by line::
 
     n00004475_6590<TAB>http://...     fall11_urls.txt and its siblings: id and URL
     n00004475_6590 http://...         the per-synset lists, CRLF and blank lines included
@@ -18,14 +18,13 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from imnet_prep.download.urls import BadUrl, normalise_url
 from imnet_prep.errors import DownloadError
 
-MAX_LINE_BYTES = 65536  # longer is malformed, and is skipped to its end in pieces
+MAX_LINE_BYTES = 65536  # a longer line is malformed, and skipped
 _CHUNK = 1 << 20
 _ID = re.compile(rb"(n\d{8})_[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
 _TAB_ID = re.compile(rb"([A-Za-z0-9][A-Za-z0-9._-]{0,99})_[0-9]{1,20}")
@@ -34,8 +33,7 @@ _URL_START = re.compile(rb"[A-Za-z][A-Za-z0-9+.\-]*:/?/?", re.IGNORECASE)
 _BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A usable line: ``wnid`` is the class folder, ``name`` the file's stem, ``url`` normalised."""
 
     wnid: str
@@ -43,63 +41,60 @@ class Line:
     url: str
 
 
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """A line that says nothing we can fetch, and why."""
-
-    why: str
-
-
 def is_class_name(name: str) -> bool:
-    """Say whether a class can be a folder name on any file system."""
+    """Return whether a class can be a folder name on any file system."""
     return bool(_NAME.fullmatch(name.encode("utf-8", "replace")))
 
 
-def parse_line(raw: bytes, wnid: str | None) -> Line | Malformed | None:
+def parse_line(raw: bytes, wnid: str | None) -> Line | None:
     """Read one line without its newline.
 
     Args:
-        raw: The bytes, at most :data:`MAX_LINE_BYTES`.
+        raw: The bytes.
         wnid: Class of a line that names none.
 
     Returns:
-        A :class:`Line`; :class:`Malformed`; None for a blank line.
+        The line; None for a blank one.
+
+    Raises:
+        BadUrl: The line is malformed; the message says why.
     """
+    if len(raw) > MAX_LINE_BYTES:
+        raise BadUrl("line too long")
     raw = raw.strip(b" \t\r\x0b\x0c")
     if not raw:
         return None
     if b"\x00" in raw:
-        return Malformed("NUL byte")
+        raise BadUrl("NUL byte")
     head = raw.partition(b" ")[0].partition(b"\t")[0]
     rest = raw[len(head) :]
-    try:
-        if _URL_START.match(head):
-            url = normalise_url(raw)
-            return Malformed("no class (give --wnid)") if wnid is None else _named(wnid, url)
-        if not rest:
-            return Malformed("no URL")
-        url = normalise_url(rest)
-    except BadUrl as error:
-        return Malformed(str(error))
+    if _URL_START.match(head):
+        url = normalise_url(raw)
+        if wnid is None:
+            raise BadUrl("no class (give --wnid)")
+        return _named(wnid, url)
+    if not rest:
+        raise BadUrl("no URL")
+    url = normalise_url(rest)
     match = _ID.fullmatch(head) or (_TAB_ID.fullmatch(head) if rest.startswith(b"\t") else None)
     if match:
         return Line(match[1].decode("ascii"), head.decode("ascii"), url)
-    if _NAME.fullmatch(head):
-        return _named(head.decode("ascii"), url)
-    return Malformed("neither an id nor a class before the URL")
+    if not _NAME.fullmatch(head):
+        raise BadUrl("neither an id nor a class before the URL")
+    return _named(head.decode("ascii"), url)
 
 
 def _named(wnid: str, url: str) -> Line:
-    """Make a stable id for a URL without one: it does not depend on the line's place in the list."""
+    """Make an id for a URL without one. It does not depend on the line's place in the list."""
     return Line(wnid, f"{wnid}_{hashlib.sha256(url.encode()).hexdigest()[:16]}", url)
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn an OSError of reading a URL list into the user's error.
+    """Turn an OSError of reading a URL list into an error for the user.
 
     Raises:
-        DownloadError: the list cannot be read.
+        DownloadError: The list cannot be read.
     """
     try:
         yield
@@ -114,13 +109,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of its first line, from 1; whole lines, each with its newline) of a list, in flat memory.
+    """Yield (number of the first line, from 1; whole lines, each with its newline) of a list, in flat memory.
 
-    The list may be plain or gzip, whatever its name. A line longer than a block comes as its first
-    ``MAX_LINE_BYTES + 1`` bytes.
+    The list may be plain or gzip, whatever its name. Of a line longer than a block, the first ``MAX_LINE_BYTES + 1``
+    bytes are yielded.
 
     Raises:
-        DownloadError: the list is not there, not readable, UTF-16, or damaged gzip.
+        DownloadError: The list is missing, not readable, UTF-16, or damaged gzip.
     """
     with readable(path), path.open("rb") as file:
         magic = file.read(2)
@@ -136,21 +131,17 @@ def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _blocks(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
-    number, rest, skipping, begun = 1, b"", False, False
+    number, rest, skipping = 1, b"", False
     while chunk := file.read(_CHUNK):
-        if not begun:
-            chunk, begun = chunk.removeprefix(b"\xef\xbb\xbf"), True
-        if skipping:  # the tail of an overlong line that was already given
+        if number == 1 and not rest:
+            chunk = chunk.removeprefix(b"\xef\xbb\xbf")
+        if skipping:  # the tail of an overlong line that was already yielded
             _, newline, chunk = chunk.partition(b"\n")
             skipping = not newline
-        whole, newline, tail = chunk.rpartition(b"\n")
+        block, newline, rest = (rest + chunk).rpartition(b"\n")
         if newline:
-            block = rest + whole + newline
-            yield number, block
-            number += block.count(b"\n")
-            rest = tail
-        else:
-            rest += tail
+            yield number, block + newline
+            number += block.count(b"\n") + 1
         if len(rest) > MAX_LINE_BYTES:
             yield number, rest[: MAX_LINE_BYTES + 1] + b"\n"
             number, rest, skipping = number + 1, b"", True
@@ -159,10 +150,10 @@ def _blocks(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
 
 
 def read_wnids(path: Path) -> frozenset[str]:
-    """Read the classes to keep: the first word of each line; blank lines and ``#`` comments are skipped.
+    """Read the classes to keep: the first word of each line that is neither blank nor a ``#`` comment.
 
     Raises:
-        DownloadError: unreadable, or no class in it.
+        DownloadError: The file cannot be read, or has no class.
     """
     found = {line.split()[0] for _, line in read_lines(path) if line.strip() and not line.lstrip().startswith(b"#")}
     if not found:
