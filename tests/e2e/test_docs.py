@@ -135,3 +135,10 @@ def test_every_option_is_documented(command: str) -> None:
         flag = max(option.opts, key=len)
         assert option.help, f"{command} {flag}"
         assert re.search(rf"{flag}(?![\w-])", text), f"no page names {flag} of {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    pattern = r"(?<![\w/.-])((?:imnet_prep|mbv2|cli|tests|benchmarks|manifests)/[\w/]+\.(?:py|cc|h|json|tsv|yaml))\b"
+    for name in re.findall(pattern, page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
