@@ -41,15 +41,15 @@ def main() -> None:
 @click.option("--freeze", help="none, bn (keep BatchNorm's statistics) or backbone (train only the head).")
 @click.option("--features", type=Path, show_default="RUN/features", help="The folder for cached features.")
 @click.option("--device-target", show_default="CPU", help="CPU, GPU or Ascend.")
-@click.option("--seed", default=0, help="Determines initial weights, order, augmentation and dropout.")
+@click.option("--seed", type=int, show_default="0", help="Determines initial weights, order, augmentation and dropout.")
 @click.option("--save-every", default=0, help="Save every N steps within an epoch; 0: at its end only.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to RUN/events (needs tensorboardX).")
-@click.option("--resume", is_flag=True, help="Continue from RUN/last.ckpt with the recipe of that run.")
+@click.option("--resume", is_flag=True, help="Continue from RUN/last.ckpt with the recipe and seed of that run.")
 @JSON
 @guard
 def train(
     records: Path | None, out: Path, recipe: str | None, config: Path | None, assignments: tuple[str, ...],
-    pretrained: Path | None, features: Path | None, device_target: str | None, seed: int, save_every: int,
+    pretrained: Path | None, features: Path | None, device_target: str | None, seed: int | None, save_every: int,
     tensorboard: bool, resume: bool, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train on the train split, evaluate after every epoch on the val split, and keep the best checkpoint.
@@ -61,7 +61,7 @@ def train(
     """
     from mbv2.official import BASE_RECIPE, OfficialConfig, read_official
     from mbv2.recipe import parse_assignments, resolve_recipe
-    from mbv2.train import RunOptions, pretrained_fields, stored_recipe
+    from mbv2.train import RunOptions, pretrained_fields, stored_run
     from mbv2.train import train as run
 
     official = read_official(config) if config else OfficialConfig({})
@@ -70,13 +70,16 @@ def train(
     records, pretrained = records or official.records, pretrained or official.pretrained
     if records is None:
         raise click.UsageError("Missing option '--records'.")
+    stored = stored_run(out) if resume else None
     resolved = resolve_recipe(
         recipe or (BASE_RECIPE if config else None),
         flags,  # epochs, batch_size, image_size, width, lr and freeze
         parse_assignments(assignments),
-        base=stored_recipe(out) if resume else None,
+        base=stored[0] if stored else None,
         defaults={**official.fields, **pretrained_fields(pretrained)},
     )
+    if seed is None:
+        seed = stored[1] if stored else 0
     options = RunOptions(
         records, out, resolved, seed, device_target or official.device_target or "CPU", save_every=save_every,
         resume=resume, pretrained=pretrained, features=features, tensorboard=tensorboard,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import TrainError
+from mbv2.checkpoint import read_checkpoint
 from mbv2.recipe import Recipe, recipe_from_fields
 from mbv2.runlog import verdict
 
@@ -141,16 +142,20 @@ class Pace:
         return self.wait_s / max(1e-9, self.wait_s + self.busy_s)
 
 
-def stored_recipe(out: Path) -> Recipe | None:
-    """Return the recipe of the run that a folder holds, or None where it holds none.
+def stored_run(out: Path) -> tuple[Recipe, int] | None:
+    """Return recipe and seed of the run that a folder holds, or None where it holds none.
 
     Raises:
-        TrainError: ``config.json`` is damaged.
+        CheckpointError: ``last.ckpt`` is damaged.
+        TrainError: It was saved by version 0.1.0, and ``config.json`` is missing or damaged.
     """
-    path = out / CONFIG
-    if not path.exists():
+    if not (out / LAST).exists():
         return None
+    training, where = read_checkpoint(out / LAST).meta.training, out / LAST
     try:
-        return recipe_from_fields(json.loads(path.read_text(encoding="utf-8"))["recipe"], where=str(path))
+        if "recipe" not in training:
+            where = out / CONFIG
+            training = {**training, **json.loads(where.read_text(encoding="utf-8"))}
+        return recipe_from_fields(training["recipe"], where=str(where)), int(training["identity"]["seed"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainError(f"{path} is not a run's configuration", got=str(error)) from error
+        raise TrainError(f"{where} does not say what the run is", got=str(error)) from error

@@ -42,7 +42,7 @@ from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features
 from mbv2.identity import find_last, run_identity
 from mbv2.pretrained import load_pretrained, load_teacher, network_config, pretrained_fields
 from mbv2.ranks import wait_for_all
-from mbv2.run import BEST, CONFIG, CURVES, LAST, LOCK, Pace, Position, RunOptions, RunResult, stored_recipe
+from mbv2.run import BEST, CONFIG, CURVES, LAST, LOCK, Pace, Position, RunOptions, RunResult, stored_run
 from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics, verdict
 from mbv2.runtime import runtime, start_mindspore, versions
 from mbv2.schedule import learning_rate
@@ -57,7 +57,7 @@ AUGMENTATION = (
     "randaugment_magnitude",
     "erasing_prob",
 )
-__all__ = ["RunOptions", "RunResult", "pretrained_fields", "stored_recipe", "train"]
+__all__ = ["RunOptions", "RunResult", "pretrained_fields", "stored_run", "train"]
 _logger = logging.getLogger(__name__)
 
 
@@ -463,7 +463,7 @@ class _Run:
         if self.rank:
             return
         parameters = [*self.net.get_parameters(), *self.train_step.state().values()]
-        training = {"identity": self.identity, "position": asdict(self.position)}
+        training = {"identity": self.identity, "position": asdict(self.position), "recipe": asdict(self.recipe)}
         save_checkpoint(self.options.out / LAST, self._tensors(parameters), self._meta({}, training))
 
     def _keep_best(self, scores: Scores | None) -> None:

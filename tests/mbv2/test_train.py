@@ -17,7 +17,7 @@ from mbv2.checkpoint import build_network, read_checkpoint
 from mbv2.evaluate import network_predict, score_batches
 from mbv2.recipe import Recipe
 from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics
-from mbv2.train import RunOptions, RunResult, stored_recipe, train
+from mbv2.train import RunOptions, RunResult, stored_run, train
 from tests.mbv2.run_standin import BATCH, RECIPE, SAVE_EVERY, options
 from tests.mbv2.standin import memory_data
 
@@ -123,7 +123,7 @@ def test_the_run_folder_has_what_the_contract_lists(straight: tuple[Path, RunRes
     config = json.loads((out / "config.json").read_text())
     assert config["records_manifest_sha256"] == memory_data(batch=BATCH).digest
     assert config["versions"]["mindspore"].startswith("2.")
-    assert stored_recipe(out) == RECIPE
+    assert stored_run(out) == (RECIPE, 3)
     with Image.open(out / "curves.png") as picture:
         assert len(picture.getcolors(1 << 24) or []) > 4
     assert result.epochs == 8
