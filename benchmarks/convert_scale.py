@@ -32,9 +32,8 @@ CLASSES = 1000
 CONVERT = """
 import json, sys, time
 from pathlib import Path
-from imnet_prep.build.job import ConvertOptions
 from imnet_prep.build.convert import convert
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 
 def main():
     seen = []

@@ -38,8 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.build.convert import convert
-from imnet_prep.build.job import ConvertOptions
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.check.verify import verify
 from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import RecordsError

@@ -144,9 +144,8 @@ def to_mindrecord(
     --out records
     """
     from imnet_prep.build.convert import convert
-    from imnet_prep.build.job import ConvertOptions
-    from imnet_prep.build.plan import PlanOptions
-    from imnet_prep.build.preview import dry_run as preview
+    from imnet_prep.build.convert import dry_run as preview
+    from imnet_prep.build.options import ConvertOptions, PlanOptions
     from imnet_prep.images.check import ValidateOptions
 
     plan_options = PlanOptions(

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.build.convert import convert
-from imnet_prep.build.job import ConvertOptions
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.check.verify import VerifyResult, verify
 from imnet_prep.download import DownloadOptions, FetchOptions, PoliteOptions, download
 from imnet_prep.errors import IntegrityError

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from imnet_prep.build.convert import convert
-from imnet_prep.build.job import ConvertOptions, ConvertResult
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.job import ConvertResult
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.errors import IntegrityError
 from imnet_prep.files import file_digest
 from imnet_prep.images.batch_decoder import image_size

@@ -1,24 +1,32 @@
-"""Archives and folders to a records folder."""
+"""Convert archives and folders to a records folder, or show the plan and its cost first."""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build.job import ConvertOptions, ConvertResult, Job, carry_out
-from imnet_prep.build.plan import PLAN_VERSION, Plan, PlanOptions, load_plan
-from imnet_prep.build.planner import make_plan
-from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, Workspace
+from imnet_prep.build.job import ConvertResult, Job, interruptible, named_failures, run_job
+from imnet_prep.build.options import ConvertOptions, PlanOptions
+from imnet_prep.build.plan import PLAN_VERSION, Plan, load_plan, make_plan, shard_refs
+from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, Workdir, check_out
 from imnet_prep.files import write_atomically
-from imnet_prep.sources import detect, merge
-from imnet_prep.types import ProgressCallback, Stop
+from imnet_prep.images.check import validate
+from imnet_prep.process_pool import process_count
+from imnet_prep.sources import Source, detect, merge, read
+from imnet_prep.types import ProgressCallback, Rejected, Stop
 
 LOG = logging.getLogger(__name__)
+SAMPLE_IMAGES = 64  # per split, timed for the estimate of a dry run
 
 
 def convert(
@@ -34,54 +42,55 @@ def convert(
 
     Args:
         paths: Archives and folders, in any order.
-        out: The records folder to make.
-        split: Where a source does not say which split it is.
-        plan_options: What shapes the result.
-        options: How it is carried out.
-        progress: Told of images found, hashed and stored.
-        stop: Asked between shards whether to leave after those in hand.
+        out: The records folder to write.
+        split: The split of sources that do not tell it.
+        plan_options: What determines the result.
+        options: How to compute it.
+        progress: Called with the number of images found, hashed and stored.
+        stop: Returns whether to stop once the shards in progress are finished.
 
     Raises:
         SourceError: A source is missing, empty, damaged or of no known layout.
-        PlanError: ``out`` is in use, or holds something else; the disk is full; a worker was killed.
+        PlanError: ``out`` is in use or holds other files; the disk is full; a worker was killed.
         BudgetError: More images were rejected than ``options.max_rejected``.
-        Interrupted: ``stop`` said so; what is finished is kept.
+        Interrupted: ``stop`` returned True; finished shards are kept.
     """
-    return carry_out(_Sources(paths, split, plan_options), out, options, progress, stop)
+    return run_job(_SourcesJob(paths, split, plan_options), out, options, progress, stop)
 
 
-class _Sources(Job):
-    """Archives and folders to be converted; see :class:`Job`."""
+class _SourcesJob(Job):
+    """The conversion of archives and folders."""
 
     def __init__(self, paths: Sequence[Path], split: str | None, options: PlanOptions) -> None:
         self.paths, self._options = paths, options
         self._sources = detect(paths, split)
-        self._key = None  # what a plan of archives depends on; of a folder nothing is known, and it is listed again
+        self._key = None  # of the archives that a plan depends on; a folder may have changed and is listed again
         states = [_file_state(source.path) for source in self._sources]
         if None not in states:
             depends = [PLAN_VERSION, states, split, options.content(), options.seed, options.label_names()]
             self._key = json.dumps(depends, sort_keys=True)
 
-    def plan(self, space: Workspace, progress: ProgressCallback) -> Plan:
-        begun = space.begun()
+    def plan(self, workdir: Workdir, progress: ProgressCallback) -> Plan:
+        """Return the plan that was begun from the same archives, or make one."""
+        begun = workdir.begun()
         if self._key is not None and begun is not None and begun.get("key") == self._key:
-            plan = load_plan(space.database, self._options)
+            plan = load_plan(workdir.database, self._options)
             if plan is not None and plan.digest == begun["plan"]:
                 return plan
-        return make_plan(merge(self._sources), space.work / PLAN_FRESH, self._options, progress)
+        return make_plan(merge(self._sources), workdir.work / PLAN_FRESH, self._options, progress)
 
-    def state(self, space: Workspace, progress: ProgressCallback) -> dict[str, Any]:
-        """Describe the sources; the digests of an archive are remembered while it is not touched."""
+    def describe(self, workdir: Workdir, progress: ProgressCallback) -> dict[str, Any]:
+        """Describe the sources; the digests of an archive are kept until it changes."""
         known: dict[str, Any] = {}
         with suppress(OSError, ValueError):
-            known = json.loads((space.work / DIGESTS).read_bytes())
+            known = json.loads((workdir.work / DIGESTS).read_bytes())
         infos: list[dict[str, Any]] = []
         notes: list[str] = []
         for source in self._sources:
             state = json.dumps([source.kind, _file_state(source.path)])
             if state not in known or source.path.is_dir():
-                known[state] = {"info": asdict(source.info(progress)), "notes": list(source.notes)}
-                write_atomically(space.work / DIGESTS, json.dumps(known).encode())
+                known[state] = {"info": source.info(progress), "notes": source.notes}
+                write_atomically(workdir.work / DIGESTS, json.dumps(known).encode())
             infos.append(known[state]["info"])
             notes += known[state]["notes"]
         for note in notes:
@@ -90,6 +99,81 @@ class _Sources(Job):
 
 
 def _file_state(path: Path) -> list[Any] | None:
-    """Return a fingerprint of a file that detects a replaced one; None for a folder."""
+    """Return a fingerprint of a file that detects a replaced one, or None for a folder."""
     state = path.stat()
     return None if path.is_dir() else [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The result of a dry run: the plan, its sources, its estimated time in seconds, and the free disk in bytes."""
+
+    plan: Plan
+    sources: Sequence[Source]
+    seconds: float
+    disk_free: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that ``--json`` prints."""
+        return {
+            "sources": [
+                {"kind": source.kind, "name": source.name, "notes": list(source.notes)} for source in self.sources
+            ],
+            "images": self.plan.images,
+            "classes": len(self.plan.classes),
+            "shards": sum(part.shards for part in self.plan.splits.values()),
+            "rejected": dict(Counter(item.reason.value for item in self.plan.rejected)),
+            "splits": {
+                name: {
+                    "images": part.images,
+                    "shards": part.shards,
+                    "bytes": part.bytes,
+                    "page_size": part.layout.page_size,
+                }
+                for name, part in self.plan.splits.items()
+            },
+            "bytes": self.plan.bytes,
+            "seconds_estimated": round(self.seconds, 1),
+            "disk_needed": sum(part.stored_bytes for part in self.plan.splits.values()),
+            "disk_free": self.disk_free,
+            "label_convention": self.plan.label_convention,
+        }
+
+
+def dry_run(
+    paths: Sequence[Path],
+    out: Path,
+    split: str | None,
+    plan_options: PlanOptions,
+    options: ConvertOptions,
+    progress: ProgressCallback,
+    stop: Stop,
+) -> Preview:
+    """Make the plan, time a few images, and remove everything written.
+
+    Raises:
+        SourceError: A source is missing, empty, damaged or of no known layout.
+        PlanError: A class list cannot be read, or ``out`` cannot be created.
+        Interrupted: ``stop`` returned True.
+    """
+    sources = detect(paths, split)
+    workdir = check_out(out, paths, force=options.force)
+    parent = next(folder for folder in workdir.out.parents if folder.exists())
+    with named_failures(workdir), tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
+        plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, interruptible(progress, stop))
+        seconds = _estimate_seconds(plan) / process_count(options.workers)
+    return Preview(plan, sources, seconds, shutil.disk_usage(parent).free)
+
+
+def _estimate_seconds(plan: Plan) -> float:
+    """Check a few images of each split, and scale their time by the bytes."""
+    total = 0.0
+    for part in plan.splits.values():
+        refs = list(islice(shard_refs(plan.database, part.first, part.first + part.images), SAMPLE_IMAGES))
+        started = time.perf_counter()
+        for ref in refs:
+            raw = read(ref)
+            if not isinstance(raw, Rejected):
+                validate(raw, plan.options.store)
+        total += (time.perf_counter() - started) * part.bytes / max(1, sum(ref.size_bytes for ref in refs))
+    return total

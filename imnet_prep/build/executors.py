@@ -1,4 +1,4 @@
-"""Who carries out the shard tasks: a pool of processes here, or Dask workers on machines that share the folder."""
+"""Run the shard tasks in a pool of processes here, or on Dask workers of machines that share the folder."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from imnet_prep.errors import PlanError
 from imnet_prep.process_pool import Advance, drive, process_count, run_processes
 from imnet_prep.types import Stop
 
-EXECUTORS = ("local", "dask")
 CONNECT_S = 20
 
 
 def run(
     tasks: Sequence[ShardTask], workers: int | None, scheduler: str | None, report: Advance, stop: Stop
 ) -> Generator[ShardResult, None, None]:
-    """Carry out tasks, in any order, and give each result as it comes.
+    """Carry out tasks in any order, and yield each result as it comes.
 
-    Close the iterator (:func:`contextlib.closing`) where it is not read to its end: local workers are killed then.
+    Close the iterator (:func:`contextlib.closing`) if it is not read to its end; this kills the local workers.
 
     Args:
-        tasks: What to do.
-        workers: Processes of the local pool; one a usable core where None.
+        tasks: The shards to write.
+        workers: Processes of the local pool; None for one per core.
         scheduler: Address of a Dask scheduler, or None for the local pool.
-        report: Told now and then how far the work is.
-        stop: Once true, no further task begins; those in hand are finished and given.
+        report: Called with the totals of images, bytes and rejected images so far.
+        stop: Returns whether to begin no further task; those in progress are finished and yielded.
 
     Raises:
         PlanError: A worker process was killed, or Dask cannot be reached.
-        OSError: A task met a disk that is full or fails.
+        OSError: The disk is full or fails.
     """
     if tasks and scheduler is None:
         yield from run_processes(run_task, tasks, min(process_count(workers), len(tasks)), report, stop)
@@ -67,6 +66,6 @@ def _run_dask(
                 report(images + rejected, 0, rejected)
                 yield result
         except KilledWorker as error:
-            raise PlanError("Dask workers died again and again on one shard", got=str(error), remedy=again) from error
+            raise PlanError("Dask workers died repeatedly on one shard", got=str(error), remedy=again) from error
         except CancelledError as error:
             raise PlanError(f"--scheduler {scheduler}: was lost", got=str(error), remedy=again) from error

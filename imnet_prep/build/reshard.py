@@ -1,24 +1,24 @@
-"""Records folders to one with another number of shards, merged, filtered or with classes renamed: no image is touched.
+"""Write the records of some folders into other shards: merge folders, select or rename classes.
 
-It is a conversion whose source is records: the same plan, so an image's place is its rank by a keyed hash of its name,
-and the result depends on what is in the folders and on nothing else. That every record arrived is proved by a digest
-over all of them that does not depend on their order, taken from the lists before and from the files after.
+This is a conversion whose source is records. It uses the same plan, so the result depends only on the records. No image
+is encoded again. A hash of all records that does not depend on their order is computed from the lists before, and from
+the written files afterwards: equal hashes prove that every record arrived unchanged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.build.job import ConvertOptions, ConvertResult, carry_out
-from imnet_prep.build.plan import Plan, PlanOptions, read_names
-from imnet_prep.build.planner import make_plan
-from imnet_prep.build.workdir import PLAN_FRESH, Workspace
+from imnet_prep.build.job import ConvertResult, Job, run_job
+from imnet_prep.build.options import ConvertOptions, PlanOptions, read_names, read_renames
+from imnet_prep.build.plan import Plan, make_plan
+from imnet_prep.build.workdir import PLAN_FRESH, Workdir
 from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.process_pool import worker_count
@@ -27,21 +27,22 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row, map_rows
-from imnet_prep.types import ImageRef, ProgressCallback, Rejected, name_fault
+from imnet_prep.sources import Found
+from imnet_prep.types import ImageRef, ProgressCallback, Stop
 
 _MODULUS = 1 << 256
 
 
 @dataclass(frozen=True, slots=True)
 class ReshardOptions:
-    """What is to become of the records.
+    """The options of resharding.
 
     Attributes:
-        shards: Number of shards of a split, or None for the usual number.
-        seed: Of the order; None takes the first folder's.
+        shards: Number of shards per split, or None for the usual number.
+        seed: Determines the order; None takes the first folder's.
         keep_classes: The path of a file of class names to keep, or None for all.
         rename_classes: The path of a file of ``old<TAB>new`` class names, or None.
-        workers: Worker processes; one a usable core where None. Changes no byte.
+        workers: Worker processes; None for one per core. The result does not depend on it.
         force: Replace a finished folder once the new one is whole.
     """
 
@@ -54,23 +55,27 @@ class ReshardOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """A digest over a multiset of (split, class, file_name, SHA-256 of the image), whatever their order.
+class MultisetHash:
+    """A hash of a multiset of (split, class, file_name, SHA-256 of the image), which does not depend on their order.
 
-    ``digest`` is the sum modulo 2^256 of the records' own SHA-256s, in hex.
     Source: Clarke et al., "Incremental multiset hash functions", 2003, section 4 (MSet-Add-Hash).
+
+    Attributes:
+        records: Number of records.
+        total: The sum modulo 2^256 of the SHA-256 of each record.
     """
 
     records: int = 0
     total: int = 0
 
-    def add(self, split: str, class_name: str, file_name: str, sha256: str) -> Proof:
-        """Return the proof with one more record."""
+    @classmethod
+    def of(cls, split: str, class_name: str, file_name: str, sha256: str) -> MultisetHash:
+        """Return the hash of one record."""
         text = json.dumps([split, class_name, file_name, sha256]).encode()
-        return self + Proof(1, int.from_bytes(hashlib.sha256(text).digest(), "big"))
+        return cls(1, int.from_bytes(hashlib.sha256(text).digest(), "big"))
 
-    def __add__(self, other: Proof) -> Proof:
-        return Proof(self.records + other.records, (self.total + other.total) % _MODULUS)
+    def __add__(self, other: MultisetHash) -> MultisetHash:
+        return MultisetHash(self.records + other.records, (self.total + other.total) % _MODULUS)
 
     @property
     def digest(self) -> str:
@@ -80,25 +85,26 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class ReshardResult:
-    """What was made; ``labels_unchanged`` where every class has the label that it had before."""
+    """The result of resharding.
+
+    Attributes:
+        built: The folder.
+        written: The hash of its records.
+        labels_unchanged: Every class has the label that it had before.
+    """
 
     built: ConvertResult
-    proof: Proof
+    written: MultisetHash
     labels_unchanged: bool
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of the whole folder."""
-        return self.built.manifest
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints."""
-        told = self.built.to_json()
+        built = self.built.to_json()
         return {
-            "images": self.proof.records,
-            "proof": self.proof.digest,
+            "images": self.written.records,
+            "proof": self.written.digest,
             "labels_unchanged": self.labels_unchanged,
-            **{name: told[name] for name in ("shards", "bytes", "seconds", "manifest", "already_done")},
+            **{name: built[name] for name in ("shards", "bytes", "seconds", "manifest", "already_done")},
         }
 
 
@@ -107,75 +113,74 @@ def reshard(
     out: Path,
     options: ReshardOptions,
     progress: ProgressCallback,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Stop = lambda: False,
 ) -> ReshardResult:
     """Write the records of some folders into new shards.
 
     Args:
         folders: Records folders, in any order.
-        out: The records folder to make.
-        options: What is to become of them.
-        progress: Told of records found, written and read again.
-        stop: Asked between shards whether to leave after those in hand.
+        out: The records folder to write.
+        options: What to change.
+        progress: Called with the number of records found, written and read again.
+        stop: Returns whether to stop once the shards in progress are finished.
 
     Raises:
         RecordsError: A folder is missing or has no manifest.
-        IntegrityError: A folder is damaged, or what was written does not prove equal.
-        PlanError: ``out`` is in use or holds something else; two records have the same name.
-        Interrupted: ``stop`` said so; the same command goes on.
+        IntegrityError: A folder is damaged, or the written records differ from those read.
+        PlanError: ``out`` is in use or holds other files; two records have the same name.
+        Interrupted: ``stop`` returned True; the same command continues.
     """
-    job = _Records(folders, options, progress)
+    job = _RecordsJob(folders, options, progress)
     size = sum(shard.size_bytes for item in job.inputs for _, _, shard in item.shards)
     how = ConvertOptions(worker_count(options.workers, size), "100%", force=options.force)
-    built = carry_out(job, out, how, progress, stop)
+    built = run_job(job, out, how, progress, stop)
     if built.already_done:
-        job.prove(out, built.manifest)
+        job.verify_written(out, built.manifest)
     after = built.manifest.classes
     unchanged = all(after[: len(item.manifest.classes)] == item.manifest.classes for item in job.inputs)
-    return ReshardResult(built, job.proof, unchanged)
+    return ReshardResult(built, job.expected, unchanged)
 
 
-class _Records:
-    """Records folders as the source of a conversion; see :class:`imnet_prep.build.job.Job`."""
+class _RecordsJob(Job):
+    """The conversion of records folders."""
 
     def __init__(self, folders: Sequence[Path], options: ReshardOptions, progress: ProgressCallback) -> None:
         self.paths = folders
         self.inputs = [RecordsFolder.open(folder) for folder in sorted(folders)]
-        self.proof = Proof()  # of what there is to be written
+        self.expected = MultisetHash()  # of the records to be written
         self._manifests = [item.manifest for item in self.inputs]
         self._options, self._progress = options, progress
         self._renames = read_renames(options.rename_classes)
         self._keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
 
-    def plan(self, space: Workspace, progress: ProgressCallback) -> Plan:
-        """Make the plan, and take the proof of what is in it."""
-        self.proof = Proof()
-        options = self._plan_options()
-        return make_plan(self._refs(), space.work / PLAN_FRESH, options, progress)
+    def plan(self, workdir: Workdir, progress: ProgressCallback) -> Plan:
+        """Make the plan, and compute the hash of the records in it."""
+        self.expected = MultisetHash()
+        return make_plan(self._refs(), workdir.work / PLAN_FRESH, self._plan_options(), progress)
 
-    def _refs(self) -> Iterator[ImageRef | Rejected]:
+    def _refs(self) -> Iterator[Found]:
         for folder in self.inputs:
-            for line, ref in records_of(folder, self._renames):
+            for line, ref in _records_of(folder, self._renames):
                 if self._keep is None or not ref.class_name or ref.class_name in self._keep:
-                    self.proof = self.proof.add(ref.split, ref.class_name, ref.file_name, line.sha256)
+                    self.expected += MultisetHash.of(ref.split, ref.class_name, ref.file_name, line.sha256)
                 yield ref
             for rejected in folder.rejected():
                 class_name, slash, base = rejected.file_name.partition("/")
                 yield replace(rejected, file_name=f"{self._renames.get(class_name, class_name)}{slash}{base}")
 
-    def state(self, space: Workspace, progress: ProgressCallback) -> dict[str, Any]:
-        """Describe where the records came from first."""
+    def describe(self, workdir: Workdir, progress: ProgressCallback) -> dict[str, Any]:
+        """Return the sources that the records were first made from."""
         infos = {json.dumps(source, sort_keys=True): source for item in self._manifests for source in item.sources}
         return {"inputs": None, "infos": list(infos.values()), "notes": []}
 
-    def seal(self, space: Workspace, manifest: Manifest) -> Manifest:
-        """Prove that every record arrived; what the inputs' manifests agree in stays as it was."""
-        self.prove(space.partial, manifest)
+    def seal(self, workdir: Workdir, manifest: Manifest) -> Manifest:
+        """Verify the written records; keep the entries of the manifest in which all inputs agree."""
+        self.verify_written(workdir.partial, manifest)
         manifests, first = self._manifests, self._manifests[0]
         agreed = {
             name: value
             for name, value in first.options.items()
-            if name not in ("names", "shards")  # how adopted files spell theirs; what was asked for now
+            if name not in ("names", "shards")  # the spelling of adopted names; the new number of shards
             and all(other.options.get(name) == value for other in manifests)
         }
         if manifest.options["keep_classes"] is not None:
@@ -193,32 +198,32 @@ class _Records:
             label_convention=labels.label_convention,
         )
 
-    def prove(self, out: Path, manifest: Manifest) -> None:
-        """Compare the proof of the data files, every image read and hashed, with that of what was to be written.
+    def verify_written(self, out: Path, manifest: Manifest) -> None:
+        """Read and hash every written record, and compare the hash of all with the expected one.
 
         Raises:
             IntegrityError: They differ.
         """
-        prove = partial(proof_of, manifest.classes)
-        rows = map_rows(RecordsFolder(out, manifest), prove, self._options.workers, self._progress, unit="proved")
-        after = sum(rows, Proof())
-        if after != self.proof:
+        hash_row = partial(record_hash, manifest.classes)
+        rows = map_rows(RecordsFolder(out, manifest), hash_row, self._options.workers, self._progress, unit="proved")
+        written = sum(rows, MultisetHash())
+        if written != self.expected:
             raise IntegrityError(
                 f"{out}: what was written is not what was read",
-                expected=f"{self.proof.records} records of digest {self.proof.digest[:16]}",
-                got=f"{after.records} of {after.digest[:16]}",
+                expected=f"{self.expected.records} records of digest {self.expected.digest[:16]}",
+                got=f"{written.records} of {written.digest[:16]}",
                 remedy="check the disk and memory of this machine, then run the same command again",
             )
 
     def _plan_options(self) -> PlanOptions:
-        """Choose the label space so that labels stay where they can, and the options that shaped the images."""
+        """Choose the label space that keeps the labels where possible, and the options that shaped the images."""
         options, renames, manifests = self._options, self._renames, self._manifests
         first = manifests[0]
         same = all(manifest.classes == first.classes for manifest in manifests)
         counts = [split.class_counts for manifest in manifests for split in manifest.splits.values()]
         found = same and list(first.classes) == sorted(first.classes) and all(map(any, zip(*counts, strict=True)))
         if unknown := sorted(set(renames) - {name for manifest in manifests for name in manifest.classes}):
-            raise PlanError(f"{options.rename_classes}: classes that are not there", got=", ".join(unknown[:5]))
+            raise PlanError(f"{options.rename_classes}: unknown classes", got=", ".join(unknown[:5]))
         label_space: str | tuple[str, ...]
         if all(manifest.label_space == "imagenet1k" for manifest in manifests):
             label_space = "imagenet1k"
@@ -239,44 +244,22 @@ class _Records:
         )
 
 
-def proof_of(classes: Sequence[str], row: Row) -> Proof:
-    """Take the proof of one record from its data file.
+def record_hash(classes: Sequence[str], row: Row) -> MultisetHash:
+    """Read one record from its data file and return its hash.
 
     Raises:
         RecordsError: It cannot be read.
     """
     fields = row.fields
     class_name = classes[fields["label"]] if fields["label"] >= 0 else ""
-    return Proof().add(row.split, class_name, fields["file_name"], hashlib.sha256(row.image).hexdigest())
+    return MultisetHash.of(row.split, class_name, fields["file_name"], hashlib.sha256(row.image).hexdigest())
 
 
-def read_renames(path: Path | None) -> dict[str, str]:
-    """Read lines of ``old<TAB>new`` class names; nothing where there is no file.
-
-    Raises:
-        PlanError: It cannot be read, or is not such a list.
-    """
-    if path is None:
-        return {}
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read as a list of renamed classes", got=str(error)) from error
-    pairs = [tuple(part.strip() for part in line.split("\t")) for line in lines]
-    good = [len(pair) == 2 and not any(map(name_fault, pair)) for pair in pairs]
-    wrong = next((line for line, is_good in zip(lines, good, strict=True) if not is_good), None)
-    if wrong is not None or len({pair[0] for pair in pairs}) != len(pairs) or not pairs:
-        raise PlanError(
-            f"{path}: not a list of renamed classes", expected="lines of old<TAB>new", got=repr(wrong or "twice")
-        )
-    return {pair[0]: pair[1] for pair in pairs}
-
-
-def records_of(folder: RecordsFolder, renames: dict[str, str]) -> Iterator[tuple[RecordLine, ImageRef]]:
+def _records_of(folder: RecordsFolder, renames: Mapping[str, str]) -> Iterator[tuple[RecordLine, ImageRef]]:
     """Yield the records of a folder with the place of each image in its shard.
 
     Raises:
-        IntegrityError: The folder is not what its manifest says.
+        IntegrityError: The folder differs from its manifest.
         RecordsError: A record list is damaged.
     """
     classes = folder.manifest.classes
@@ -285,8 +268,7 @@ def records_of(folder: RecordsFolder, renames: dict[str, str]) -> Iterator[tuple
             if problems := check_shard(folder.path, folder.manifest, info, shard):
                 raise _damaged(folder, problems[0].to_line())
         folder.check_list(split)
-        first = folder.span(split).start
-        for position, line in enumerate(folder.lines(split), first):
+        for position, line in enumerate(folder.lines(split), folder.span(split).start):
             row = folder.row(position)
             class_name = classes[line.label] if 0 <= line.label < len(classes) else ""
             prefix = f"{class_name}/" if class_name else ""
@@ -301,5 +283,5 @@ def records_of(folder: RecordsFolder, renames: dict[str, str]) -> Iterator[tuple
 
 
 def _damaged(folder: RecordsFolder, got: str) -> IntegrityError:
-    remedy = "`imnet-prep verify` lists what is damaged, `imnet-prep repair-index` mends what can be"
-    return IntegrityError(f"{folder.path}: is not what its manifest says", got=got, remedy=remedy)
+    remedy = "`imnet-prep verify` lists the damage, `imnet-prep repair-index` repairs what it can"
+    return IntegrityError(f"{folder.path}: differs from its manifest", got=got, remedy=remedy)

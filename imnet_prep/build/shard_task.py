@@ -1,7 +1,7 @@
-"""One shard of a plan, from the bytes of its images to its files in place: the unit of work and of resuming.
+"""Write one shard of a plan: the unit of work and of resuming.
 
-A task is small and self-contained, so that any process on any machine that sees the folder can carry it out, twice if
-need be: the result is the same bytes, and it is moved into place as a whole.
+A task is small and self-contained. Any process on any machine that sees the folder can carry it out, even twice: the
+result is the same bytes, and it is moved into place as a whole.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from imnet_prep.types import ImageRef, RawImage, Rejected, ShardInfo
 
 PLAN_NOTE, PLAN_DATABASE = "plan.json", "plan.sqlite"
 UNLABELLED = -1  # the label of the test split
-MAX_GLIMPSES = 16  # of a shard's rejected images: a broken source must not fill rejected.jsonl with pictures
-REPORT_EVERY = 16  # images between two reports to the bar
+MAX_THUMBNAILS = 16  # of a shard's rejected images: a broken source must not fill rejected.jsonl with pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +39,13 @@ class ShardTask:
     """A shard to write.
 
     Attributes:
-        folder: The ``.partial`` folder; the plan lies in its ``.work``.
+        folder: The ``.partial`` folder; the plan is in its ``.work``.
         split: The split. name: Path of the data file relative to ``folder``.
         first: Place of its first image in the plan. last: Place after its last.
         layout: Sizes of the split's files.
-        plan: Digest of the plan: a worker that was left behind must not touch the folder of another one.
-        store: What an image must be, and how it is stored.
+        store: The limits of an image, and how it is stored.
         labels: Label by class name.
+        plan: Digest of the plan: a leftover worker must not touch the folder of another one.
     """
 
     folder: Path
@@ -88,14 +87,14 @@ def tasks_of(plan: Plan, folder: Path, layouts: dict[str, Layout]) -> list[Shard
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What became of a shard.
+    """The result of a task.
 
     Attributes:
         name: As in the task. split: Likewise.
         images: Records stored.
-        info: The files in place; None where every image was rejected, or the layout is too small.
-        rejected: Images kept out.
-        doublings: How often the layout must at least be doubled before the shard can be written; usually 0.
+        info: The files in place; None if every image was rejected, or the layout is too small.
+        rejected: Images rejected.
+        doublings: How often at least the layout must be doubled to fit the shard; usually 0.
     """
 
     name: str
@@ -107,12 +106,12 @@ class ShardResult:
 
 
 def done_path(folder: Path, name: str, ending: str) -> Path:
-    """Return where the note (``.json``) or the record lines (``.jsonl``) of a finished shard wait for the commit."""
+    """Return the path of the note (``.json``) or record lines (``.jsonl``) of a finished shard."""
     return folder / BUILD_WORK / "done" / (Path(name).name + ending)
 
 
 def finished(task: ShardTask) -> ShardResult | None:
-    """Return the result of a shard that is in place, or None."""
+    """Return the result of a shard that is already in place, or None."""
     try:
         note = json.loads(done_path(task.folder, task.name, ".json").read_bytes())
         if note.pop("plan") != task.plan or Layout(**note.pop("layout")) != task.layout:
@@ -133,13 +132,13 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
     """Write one shard, read it back, and move it to its place.
 
     Args:
-        task: What to do.
-        advance: Told of images read, their bytes, and those rejected.
+        task: The shard.
+        advance: Called with the images read, their bytes, and those rejected since the last call.
 
     Raises:
-        OSError: The disk is full or fails, or the folder is gone.
-        IntegrityError: Reading back gave something else, or a record of another folder is not what was stored.
-        PlanError: Another plan has the folder now.
+        OSError: The disk is full or fails, or the folder is missing.
+        IntegrityError: The shard reads back differently, or a record of another folder has changed.
+        PlanError: The folder belongs to another plan now.
     """
     temporary = task.folder / BUILD_WORK / "tmp" / uuid.uuid4().hex
     temporary.mkdir()
@@ -151,14 +150,14 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
             return ShardResult(task.name, task.split, 0, None, (), small.doublings)
         info = None
         if written is not None:
-            with ThreadPoolExecutor(1) as beside:  # the disk writes while the shard is read back
-                synced = beside.submit(sync, path)
+            with ThreadPoolExecutor(1) as thread:  # the disk writes while the shard is read back
+                synced = thread.submit(sync, path)
                 info = read_back(path, task.name, written)
                 synced.result()
         check_plan(task.folder, task.plan)
         os.replace(lines, done_path(task.folder, task.name, ".jsonl"))
         if info is not None:
-            for source in (path, index_path(path)):  # another folder, the same base name: MindRecord allows that
+            for source in (path, index_path(path)):  # MindRecord allows another folder, but not another base name
                 os.replace(source, task.folder / task.split / source.name)
             sync(task.folder / task.split)
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
@@ -171,10 +170,10 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
 
 
 def check_plan(folder: Path, plan: str) -> None:
-    """Make sure that a folder still belongs to a plan.
+    """Check that a folder still belongs to a plan.
 
     Raises:
-        PlanError: It belongs to another.
+        PlanError: It belongs to another one.
     """
     begun = json.loads((folder / BUILD_WORK / PLAN_NOTE).read_bytes())["plan"]
     if begun != plan:
@@ -182,41 +181,37 @@ def check_plan(folder: Path, plan: str) -> None:
 
 
 def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[Written | None, list[Rejected]]:
-    """Write the data file, its index and its record lines; gives None where there is no row, and no data file."""
+    """Write the data file, its index and its record lines; without a row return None and write no data file."""
     rejected: list[Rejected] = []
-    images, size, bad = 0, 0, 0  # since the last report
     with closing(ShardWriter(path, task.layout)) as writer:
         with lines.open("w", encoding="utf-8", newline="\n") as text:
             for ref in shard_refs(task.folder / BUILD_WORK / PLAN_DATABASE, task.first, task.last):
                 label = task.labels[ref.class_name] if ref.class_name else UNLABELLED
-                stored = _store(ref, task.store, label, len(writer), glimpsed=len(rejected) < MAX_GLIMPSES)
+                stored = _store(ref, task.store, label, len(writer), with_thumbnail=len(rejected) < MAX_THUMBNAILS)
                 if isinstance(stored, Rejected):
                     rejected.append(stored)
                 else:
                     image, line = stored
                     text.write(line.to_json() + "\n")
                     writer.add(image, label, ref.file_name)
-                images, size, bad = images + 1, size + ref.size_bytes, bad + isinstance(stored, Rejected)
-                if images == REPORT_EVERY:
-                    advance(images, size, bad)
-                    images, size, bad = 0, 0, 0
-            advance(images, size, bad)
+                advance(1, ref.size_bytes, isinstance(stored, Rejected))
             text.flush()
             os.fsync(text.fileno())
         return (writer.finish() if len(writer) else None), rejected
 
 
 def _store(
-    ref: ImageRef, store: ValidateOptions, label: int, row: int, *, glimpsed: bool
+    ref: ImageRef, store: ValidateOptions, label: int, row: int, *, with_thumbnail: bool
 ) -> tuple[bytes, RecordLine] | Rejected:
-    """Return what to store of an image, and its line; its shard's number is known at the commit."""
+    """Return the bytes to store and the record line of an image; the commit fills in the number of the shard."""
     raw = read(ref)
     if ref.line:
         return _known(ref, raw, label, row)
     sample = raw if isinstance(raw, Rejected) else validate(raw, store)
     if isinstance(sample, Rejected):
-        seen = thumbnail(raw.data, store.max_pixels) if glimpsed and isinstance(raw, RawImage) else ""
-        return replace(sample, thumbnail=seen)
+        if with_thumbnail and isinstance(raw, RawImage):
+            return replace(sample, thumbnail=thumbnail(raw.data, store.max_pixels))
+        return sample
     return sample.image, RecordLine(
         shard=0,
         row=row,
@@ -233,7 +228,7 @@ def _store(
 
 
 def _known(ref: ImageRef, raw: RawImage | Rejected, label: int, row: int) -> tuple[bytes, RecordLine]:
-    """Return a record of another folder as it is, if its bytes are those that were stored."""
+    """Return a record of another folder unchanged, after comparing its bytes with its digest."""
     line = RecordLine.from_json(ref.line)
     if isinstance(raw, Rejected) or hashlib.sha256(raw.data).hexdigest() != line.sha256:
         raise IntegrityError(

@@ -1,8 +1,8 @@
-"""The folders around a conversion: ``<out>.partial`` while it is at work, ``<out>`` once it is whole.
+"""The folders of a conversion: ``<out>.partial`` while it runs, ``<out>`` once it is finished.
 
-One process at a time holds ``<out>.partial.lock``. In ``.partial`` lie the files under their final names and ``.work``:
-the plan, notes of finished shards, and shards in hand. The manifest is written last, so a ``.partial`` with one only
-lacks its name, and gets it by the protocol of :mod:`imnet_prep.records.publish`.
+One process at a time holds ``<out>.partial.lock``. ``.partial`` holds the files under their final names, and ``.work``:
+the plan, the notes of finished shards, and the shards in progress. The manifest is written last, so a ``.partial`` with
+a manifest is whole. It is renamed by the protocol of :mod:`imnet_prep.records.publish`.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from imnet_prep.records.publish import (
 from imnet_prep.records.record_list import RECORDS, REJECTED
 from imnet_prep.types import SPLITS
 
-PLAN_FRESH = "plan.new"  # in .work: a plan that is not begun yet
-DIGESTS = "digests.json"  # in .work: of archives, so that resuming does not read 148 GB again
-_OURS = frozenset({MANIFEST, REJECTED, BUILD_WORK, DAMAGED_FOLDER, *SPLITS})  # what a records folder holds
+PLAN_FRESH = "plan.new"  # in .work: a plan that has not begun
+DIGESTS = "digests.json"  # in .work: of the archives, as reading 148 GB again would take long
+_OURS = frozenset({MANIFEST, REJECTED, BUILD_WORK, DAMAGED_FOLDER, *SPLITS})  # everything in a records folder
 
 
-class Workspace:
-    """Where a conversion works and where its result goes; absolute paths.
+class Workdir:
+    """The paths of a conversion, all absolute.
 
     Attributes:
         out: The finished folder.
-        partial: The folder while it is not whole.
-        work: What is needed until it is whole.
+        partial: The folder while it is unfinished.
+        work: In ``partial``, what is needed until it is finished.
         database: The plan that was begun.
-        note: Which plan was begun; a ``.partial`` without it holds nothing worth keeping.
-        lock: Held by the process at work.
-        journal: Notes how the finished folder gets its name.
-        old: A finished folder that was replaced, while it is being deleted.
+        note: Names the plan that was begun; a ``.partial`` without it holds nothing worth keeping.
+        lock: Held by the running process.
+        journal: Lists the renames that publish the folder.
+        old: A replaced folder while it is deleted.
     """
 
     def __init__(self, out: Path) -> None:
@@ -65,7 +65,7 @@ class Workspace:
         self.database, self.note = self.work / PLAN_DATABASE, self.work / PLAN_NOTE
 
     def begun(self) -> dict[str, Any] | None:
-        """Return the note of the plan that was begun (or carried out, and only the name is missing), or None."""
+        """Return the note of the plan that was begun, or one of a finished but unnamed folder, or None."""
         with suppress(OSError, ValueError):
             return dict(json.loads(self.note.read_bytes()))
         with suppress(ImnetError):
@@ -73,85 +73,89 @@ class Workspace:
         return None
 
 
-def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workspace:
-    """Make sure that a folder may be made, or replaced, at ``out``; nothing is written.
+def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workdir:
+    """Check that a folder may be created or replaced at ``out``, and return its paths; nothing is written.
 
     Raises:
-        PlanError: It, or a folder that is needed beside it, is a source, holds one, or holds what no conversion made.
-        RecordsError: It lies in another records folder.
+        PlanError: It or a folder needed beside it is a source, holds one, or holds files that no conversion made.
+        RecordsError: It is inside another records folder.
     """
     try:
         target = out.resolve()
         if not target.name:
-            raise PlanError(f"{out}: cannot be the records folder", expected="the name of a folder to be made")
-        space = Workspace(target)
+            raise PlanError(f"{out}: cannot be the records folder", expected="the name of a new folder")
+        workdir = Workdir(target)
         for source in sources:
-            places = {source.resolve(), *source.resolve().parents} & {target, space.partial, space.old}
+            places = {source.resolve(), *source.resolve().parents} & {target, workdir.partial, workdir.old}
             if source.exists() and places:
                 raise PlanError(f"{out}: the source {source} lies in {places.pop()}", remedy="choose another --out")
         refuse_inside_records(target)
         if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
             if os.path.ismount(target):
                 raise PlanError(
-                    f"{out}: is a mount point", remedy="choose a folder inside it, as it gets its name at the end"
+                    f"{out}: is a mount point", remedy="choose a folder inside it, as a mount point cannot be renamed"
                 )
         elif not target.is_dir() or not (target / MANIFEST).is_file():
-            raise PlanError(f"{out}: is there already and holds no records", remedy="choose another --out")
+            raise PlanError(f"{out}: already exists and holds no records", remedy="choose another --out")
         elif force and (not _is_ours(target) or _is_adopted(target)):
             raise PlanError(
                 f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
             )
-        return space
-    except (OSError, RuntimeError) as error:  # not to be listed, or a link that leads to itself
+        return workdir
+    except (OSError, RuntimeError) as error:  # an unreadable folder, or a link to itself
         raise PlanError(f"{out}: cannot be the records folder", got=str(error)) from error
 
 
 @contextmanager
-def hold(space: Workspace) -> Iterator[bool]:
-    """Take the workspace for this process alone; leave nothing behind where nothing was begun.
+def hold(workdir: Workdir) -> Iterator[bool]:
+    """Lock the folders for this process; remove them afterwards if no plan was begun.
 
     Yields:
-        Whether a finished folder, interrupted while it got its name, has got it now.
+        Whether an interrupted renaming of a finished folder was completed.
 
     Raises:
-        PlanError: Another process holds it, or the folder cannot be made.
+        PlanError: Another process holds the lock, or a folder cannot be created.
     """
-    made = [folder for folder in space.out.parents if not folder.exists()]
+    made = [folder for folder in workdir.out.parents if not folder.exists()]
     try:
-        space.out.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(space.lock):
-            published = finish(space.journal, among=(space.partial, space.out, space.old))
-            if not _is_ours(space.partial):
-                raise PlanError(f"{space.partial}: holds files that no conversion made", remedy="choose another --out")
-            if os.path.lexists(space.old):
-                raise PlanError(f"{space.old}: is in the way of the old folder", remedy="move it away")
-            space.work.mkdir(parents=True, exist_ok=True)
+        workdir.out.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(workdir.lock):
+            published = finish(workdir.journal, among=(workdir.partial, workdir.out, workdir.old))
+            if not _is_ours(workdir.partial):
+                raise PlanError(
+                    f"{workdir.partial}: holds files that no conversion made", remedy="choose another --out"
+                )
+            if os.path.lexists(workdir.old):
+                raise PlanError(f"{workdir.old}: is in the way of the old folder", remedy="move it away")
+            workdir.work.mkdir(parents=True, exist_ok=True)
             try:
                 yield published
             finally:
                 with suppress(OSError):
-                    (space.work / PLAN_FRESH).unlink()
-                if not space.note.exists() and space.work.exists():
-                    shutil.rmtree(space.work, ignore_errors=True)
-                    if not (space.partial / MANIFEST).exists():
-                        shutil.rmtree(space.partial, ignore_errors=True)
+                    (workdir.work / PLAN_FRESH).unlink()
+                if not workdir.note.exists() and workdir.work.exists():
+                    shutil.rmtree(workdir.work, ignore_errors=True)
+                    if not (workdir.partial / MANIFEST).exists():
+                        shutil.rmtree(workdir.partial, ignore_errors=True)
     except BlockingIOError as error:
-        raise PlanError(f"{space.partial}: another conversion is at work", remedy="wait for it, or stop it") from error
+        raise PlanError(
+            f"{workdir.partial}: another conversion is at work", remedy="wait for it, or stop it"
+        ) from error
     finally:
-        with suppress(OSError):  # until one is not empty
+        with suppress(OSError):  # up to the first that is not empty
             for folder in made:
                 folder.rmdir()
 
 
 def _is_ours(folder: Path) -> bool:
-    """Tell what a conversion made, finished or not, from what someone else put there: only that may be deleted."""
+    """Return whether a conversion made the folder, finished or not; only then may it be deleted."""
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
     names = [item.name for item in folder.iterdir() if item.name not in _OURS]
-    if not all(name.startswith((MANIFEST, REJECTED)) for name in names):  # as earlier versions left while writing them
+    if not all(name.startswith((MANIFEST, REJECTED)) for name in names):  # left by earlier versions
         return False
     files = [path for split in SPLITS if (folder / split).is_dir() for path in (folder / split).iterdir()]
-    if not is_records_folder(folder):  # made, and nothing in it yet
+    if not is_records_folder(folder):  # created, but still empty
         return not any(path.is_file() for path in folder.rglob("*"))
     return all(".mindrecord" in path.name or path.name.startswith(RECORDS) for path in files)
 
@@ -162,31 +166,31 @@ def _is_adopted(folder: Path) -> bool:
     return False
 
 
-def finished_before(space: Workspace, plan: Plan, *, force: bool) -> Manifest | None:
-    """Return the manifest of a finished folder that this plan made, now or before; None where there is work to do.
+def finished_before(workdir: Workdir, plan: Plan, *, force: bool) -> Manifest | None:
+    """Return the manifest of a folder that this plan has finished; None if there is work to do.
 
     Raises:
-        PlanError: The folder is another plan's.
-        IntegrityError: It is this plan's, and not whole.
+        PlanError: The folder belongs to another plan.
+        IntegrityError: It belongs to this plan, but is not whole.
     """
-    there = (space.out / MANIFEST).exists()
-    waiting = _manifest_of(space.partial, plan)  # stopped before it got its name
-    if waiting is not None and (force or not there or RecordsFolder.open(space.out).manifest.plan == plan.digest):
-        publish_folder(space)
+    there = (workdir.out / MANIFEST).exists()
+    waiting = _manifest_of(workdir.partial, plan)  # stopped before the rename
+    if waiting is not None and (force or not there or RecordsFolder.open(workdir.out).manifest.plan == plan.digest):
+        publish_folder(workdir)
         return waiting
     if force or not there:
         return None
-    manifest = RecordsFolder.open(space.out).manifest
+    manifest = RecordsFolder.open(workdir.out).manifest
     if manifest.plan != plan.digest:
         raise PlanError(
-            f"{space.out}: holds the result of another plan (other images, options or version)",
+            f"{workdir.out}: holds the result of another plan (other images, options or version)",
             expected=f"plan {plan.digest[:12]}",
             got=f"plan {manifest.plan[:12] or 'none'}",
             remedy="choose another --out, or --force to replace it once the new one is whole",
         )
-    if missing := _missing(space.out, manifest):
+    if missing := _missing(workdir.out, manifest):
         raise IntegrityError(
-            f"{space.out}: was finished by this plan, but {missing} is not there or has another size",
+            f"{workdir.out}: was finished by this plan, but {missing} is missing or has another size",
             remedy="restore it, or --force to convert again",
         )
     return manifest
@@ -201,74 +205,74 @@ def _manifest_of(folder: Path, plan: Plan) -> Manifest | None:
 
 
 def _missing(folder: Path, manifest: Manifest) -> str:
-    """Return the name of the first file that is not there in its size, or an empty string."""
+    """Return the name of the first file that is missing or has another size, or an empty string."""
     return next((name for name, size, _ in listed_files(manifest) if check_size(folder, name, size)), "")
 
 
-def check_begun(space: Workspace, plan: Plan, *, force: bool) -> None:
-    """Make sure that what was begun is this plan, or forget it.
+def check_begun(workdir: Workdir, plan: Plan, *, force: bool) -> None:
+    """Check that this plan was begun; delete what another one began.
 
     Raises:
-        PlanError: Another plan was begun, and it is not to be forced.
+        PlanError: Another plan was begun, and ``force`` is False.
     """
-    begun = space.begun()
+    begun = workdir.begun()
     if begun is not None and begun["plan"] == plan.digest:
         return
     if begun is not None and not force:
         raise PlanError(
-            f"{space.partial}: holds an unfinished conversion with another plan (other images, options or version)",
+            f"{workdir.partial}: holds an unfinished conversion with another plan (other images, options or version)",
             expected=f"plan {plan.digest[:12]}",
             got=f"plan {begun['plan'][:12]}",
-            remedy="repeat its command to go on with it, or --force to start over",
+            remedy="repeat its command to continue it, or --force to start over",
         )
-    _forget(space, plan)
+    _forget(workdir, plan)
 
 
-def begin(space: Workspace, plan: Plan, state: dict[str, Any], *, force: bool) -> Plan:
-    """Note that a plan is begun, or go on with it.
+def begin(workdir: Workdir, plan: Plan, note: dict[str, Any], *, force: bool) -> Plan:
+    """Begin a plan, or continue it.
 
     Args:
-        space: Where.
+        workdir: The folders.
         plan: The plan, its database anywhere in ``.work``.
-        state: To be kept in the note; its ``inputs`` say what the sources are, so that another archive of the same
-            names and sizes is noticed.
-        force: Start over where it was begun from other archives.
+        note: What to record; its ``inputs`` describe the sources, so that other archives with the same names and sizes
+            are noticed.
+        force: Start over if it was begun from other archives.
 
     Returns:
         The plan, its database in place.
 
     Raises:
-        PlanError: It was begun from other archives.
+        PlanError: It was begun from other archives, and ``force`` is False.
     """
-    begun = space.begun()
-    if begun is not None and begun["inputs"] != state["inputs"]:
+    begun = workdir.begun()
+    if begun is not None and begun["inputs"] != note["inputs"]:
         if not force:
             raise PlanError(
-                f"{space.partial}: was begun from other archives of the same names and sizes",
-                remedy="give those again, or --force to start over",
+                f"{workdir.partial}: was begun from other archives of the same names and sizes",
+                remedy="give the first ones again, or --force to start over",
             )
-        _forget(space, plan)
+        _forget(workdir, plan)
         begun = None
-    if plan.database != space.database:
-        os.replace(plan.database, space.database)
-    remove(space.work / "tmp")
-    for folder in (space.work / "tmp", space.work / "done", *(space.partial / split for split in plan.splits)):
+    if plan.database != workdir.database:
+        os.replace(plan.database, workdir.database)
+    remove(workdir.work / "tmp")
+    for folder in (workdir.work / "tmp", workdir.work / "done", *(workdir.partial / split for split in plan.splits)):
         folder.mkdir(exist_ok=True)
     if begun is None:
-        write_atomically(space.note, json.dumps({"plan": plan.digest, **state}).encode())
-    return replace(plan, database=space.database)
+        write_atomically(workdir.note, json.dumps({"plan": plan.digest, **note}).encode())
+    return replace(plan, database=workdir.database)
 
 
-def _forget(space: Workspace, plan: Plan) -> None:
-    """Delete what was begun; its note first, so that a kill meanwhile leaves nothing that looks begun."""
-    remove(space.note)
-    for item in (*space.partial.iterdir(), *space.work.iterdir()):
-        if item not in (space.work, plan.database, space.work / DIGESTS):
+def _forget(workdir: Workdir, plan: Plan) -> None:
+    """Delete what was begun, its note first: a kill in between then leaves nothing that looks begun."""
+    remove(workdir.note)
+    for item in (*workdir.partial.iterdir(), *workdir.work.iterdir()):
+        if item not in (workdir.work, plan.database, workdir.work / DIGESTS):
             remove(item)
 
 
-def publish_folder(space: Workspace) -> None:
-    """Move the whole folder to its name; an older one is deleted after that."""
-    remove(space.work)
-    sync(space.partial)
-    publish(space.journal, [Move(space.partial, space.out, aside=space.old)], discard=[space.old])
+def publish_folder(workdir: Workdir) -> None:
+    """Rename the finished folder, then delete the one that it replaces."""
+    remove(workdir.work)
+    sync(workdir.partial)
+    publish(workdir.journal, [Move(workdir.partial, workdir.out, aside=workdir.old)], discard=[workdir.old])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imnet_prep import catalog
-from imnet_prep.build.plan import read_names
+from imnet_prep.build.options import read_names
 from imnet_prep.errors import IntegrityError, RecordsError
 
 SEPARATORS = re.compile(r"[/\\]+")

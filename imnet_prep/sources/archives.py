@@ -1,4 +1,4 @@
-"""Tar archives, read where they lie: the official ones of ILSVRC2012 and plain ones of class folders."""
+"""Tar archives, read in place: the official ones of ILSVRC2012 and plain ones of class folders."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
-from imnet_prep.sources.base import Found, Source, SourceInfo, is_hidden, is_image_name, make_ref, printable, suffix_of
-from imnet_prep.sources.digests import check_official, digests
-from imnet_prep.sources.labels import TEST_NAME, VAL_NAME, WNID, Labels, class_of, tiny_labels
-from imnet_prep.sources.tar import Damage, Kind, Member, walk
-from imnet_prep.types import SPLITS, ProgressCallback, Reason, Rejected
+from imnet_prep.sources.base import Found, Source, is_hidden, is_image_name, make_ref, printable, suffix_of
+from imnet_prep.sources.labels import WNID, Labels, class_of, official_split, tiny_labels
+from imnet_prep.sources.tar import FILE, FOLDER, Member, walk
+from imnet_prep.types import SPLITS, Reason, Rejected
 
 _END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
 _MAX_ANNOTATIONS = 64 << 20  # bytes; Tiny-ImageNet's have half a MB
@@ -25,88 +24,60 @@ SPLIT_FOLDERS = {
 _Row = tuple[str, int, int]  # name, offset, size in bytes
 
 
-class TarSource(Source):
-    """An archive: what all of them share."""
+def _walk_whole(file: PlainFile, path: Path, suffix: bytes = b"") -> Iterator[Member]:
+    """Walk an archive; ``suffix`` is that of the archives in it, if it is a tar of tars.
 
-    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
-        """Read the archive once for its digests, and compare them with the catalogue."""
-        try:
-            size, md5, sha256 = digests(self.path, progress)
-        except OSError as exc:
-            raise SourceError(f"{self.path} cannot be read", got=exc.strerror or str(exc)) from exc
-        official, note = check_official(self.path, size, md5, sha256)
-        images = self._images()
-        if note and note not in self.notes:
-            self.notes = (*self.notes, note)
-        return SourceInfo(self.kind, printable(self.path.name), size, md5, sha256, official, images)
-
-    def _images(self) -> int | None:
-        return self._counted().images.total()
-
-    def _members(self, file: PlainFile, suffix: bytes = b"") -> Iterator[Member | Damage]:
-        """Walk the archive; ``suffix`` is that of the archives in it, where it holds such.
-
-        Raises:
-            SourceError: It is cut: nothing can be read after the damage, and no zero blocks end it.
-        """
-        for found in walk(file, 0, file.size_bytes, suffix=suffix):
-            # Zeros at the end prove nothing where there are inner tars: every one of them has them.
-            if isinstance(found, Damage) and found.last and (suffix or not ends_in_zeros(file)):
-                raise self._cut(found)
-            yield found
-
-    def _cut(self, damage: Damage) -> SourceError:
-        named = catalog.archives().get(self.path.name)
-        whole = f" of {named.size_bytes}" if named is not None and named.size_bytes else ""
-        about = f"{printable(damage.name)} {damage.fault}" if damage.name else damage.fault
-        return SourceError(
-            f"{self.path} is not a whole tar archive ({self.path.stat().st_size} bytes{whole}): {about}",
-            expected="an archive that ends in zero blocks",
-            remedy="download or copy it again",
-        )
-
-
-def _open(path: Path) -> PlainFile:
-    try:
-        return PlainFile(path)
-    except OSError as exc:
-        raise SourceError(f"{path} cannot be opened", got=exc.strerror or str(exc)) from exc
+    Raises:
+        SourceError: It is cut: nothing can be read after the damage, and no zero blocks end it.
+    """
+    for found in walk(file, suffix=suffix):
+        # Zeros at the end prove nothing in a tar of tars: every inner tar ends in them.
+        if found.last and (suffix or not ends_in_zeros(file)):
+            named = catalog.archives().get(path.name)
+            whole = f" of {named.size_bytes}" if named is not None and named.size_bytes else ""
+            about = f"{printable(found.name)} {found.damage}" if found.name else found.damage
+            raise SourceError(
+                f"{path} is not a whole tar archive ({path.stat().st_size} bytes{whole}): {about}",
+                expected="an archive that ends in zero blocks",
+                remedy="download or copy it again",
+            )
+        yield found
 
 
 def ends_in_zeros(file: PlainFile) -> bool:
-    """Tell whether a tar has its end: then a member that claims more than there is lies, and the tar is not cut."""
+    """Return whether a tar has its end mark: then it is whole, and a member larger than the rest has a false size."""
     tail = file.read(_END_BYTES, max(0, file.size_bytes - _END_BYTES))
     return len(tail) == _END_BYTES and not any(tail)
 
 
-def _files(members: Iterable[Member | Damage], split: str, class_name: str = "") -> Iterator[Member | Rejected]:
-    """Yield the regular files of honest names; what is neither that nor a folder is rejected."""
+def _files(members: Iterable[Member], split: str, class_name: str = "") -> Iterator[Member | Rejected]:
+    """Yield the regular files with safe names; reject everything else but folders."""
     for found in members:
-        if isinstance(found, Member) and not found.fault:
+        if not found.fault:
             yield found
-        elif isinstance(found, Damage) or found.kind is not Kind.FOLDER:
+        elif found.kind != FOLDER:
             name = f"{class_name}/{found.name or class_name + '.tar'}" if class_name else found.name
             yield Rejected(split, printable(name), Reason.UNREADABLE, found.fault)
 
 
-class NestedTar(TarSource):
-    """A tar of one tar a class (``n01440764.tar``): the official training archive, or one's own in its shape."""
+class NestedTar(Source):
+    """A tar of one tar per class (``n01440764.tar``): the official training archive, or one of the same form."""
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        file, inner = _open(self.path), list[_Row]()
-        for found in _files(self._members(file, suffix=b".tar"), self.split):
+        file, inner = PlainFile(self.path), list[_Row]()
+        for found in _files(_walk_whole(file, self.path, b".tar"), self.split):
             if isinstance(found, Rejected):
                 yield found
-            elif found.parts[-1].endswith(".tar") and not is_hidden(found.parts[-1]):
-                inner.append((found.parts[-1].removesuffix(".tar"), found.offset, found.size_bytes))
+            elif (base := found.parts[-1]).endswith(".tar") and not is_hidden(base):
+                inner.append((base.removesuffix(".tar"), found.offset, found.size_bytes))
             else:
-                ignored[suffix_of(found.parts[-1])] += 1
+                ignored[suffix_of(base)] += 1
         for class_name, rows in groupby(sorted(inner), key=itemgetter(0)):
             yield from _class_tars(file, rows, self.split, class_name, self.path)
 
 
 def _class_tars(file: PlainFile, tars: Iterable[_Row], split: str, class_name: str, path: Path) -> Iterator[Found]:
-    """Walk the tars of one class: first what is no image, then the images by name."""
+    """Walk the tars of one class: yield first the rejected members, then the images by name."""
     rows: list[_Row] = []
     for _, start, size_bytes in tars:
         for found in _files(walk(file, start, start + size_bytes), split, class_name):
@@ -122,50 +93,55 @@ def _class_tars(file: PlainFile, tars: Iterable[_Row], split: str, class_name: s
 
 
 class TarFolder(Source):
-    """A folder of one tar a class: the official training archive, unpacked once."""
+    """A folder of one tar per class: the official training archive, unpacked once."""
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         for path in sorted(self.path.iterdir()):
             if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
-                file = _open(path)
-                whole = (path.stem, 0, file.size_bytes)
-                yield from _class_tars(file, [whole], self.split, path.stem, path)
+                whole = (path.stem, 0, path.stat().st_size)
+                yield from _class_tars(PlainFile(path), [whole], self.split, path.stem, path)
             else:
                 ignored[suffix_of(path.name)] += 1
 
 
-class FlatTar(TarSource):
+class FlatTar(Source):
     """A tar of images without class folders: the official validation archive, labelled by number, or the test one."""
 
     labels: Labels | None = None
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it holds validation images whose classes are not known yet."""
+        return self.split == "val" and self.labels is None
+
+    def label(self, labels: Labels) -> None:
+        """Take the classes of the validation images."""
+        self.labels = labels
+
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        file, rows = _open(self.path), list[tuple[str, str, int, int]]()
-        for found in _files(self._members(file), self.split):
+        rows: list[tuple[str, str, int, int]] = []
+        for found in _files(_walk_whole(PlainFile(self.path), self.path), self.split):
             if isinstance(found, Rejected):
                 yield found
-                continue
-            base = found.parts[-1]
-            if not is_image_name(base) or is_hidden(base):
+            elif not is_image_name(base := found.parts[-1]):
                 ignored[suffix_of(base)] += 1
             elif isinstance(wnid := class_of(base, self.split, self.labels), Rejected):
                 yield wnid
             else:
                 rows.append((wnid, base, found.offset, found.size_bytes))
-        rows.sort()
-        for wnid, base, offset, size_bytes in rows:
+        for wnid, base, offset, size_bytes in sorted(rows):
             yield make_ref(self.split, wnid, base, str(self.path), offset, size_bytes)
         if self.labels is not None:
             notes += self.labels.missing(row[1] for row in rows)
 
 
-class ClassTar(TarSource):
-    """A tar of class folders, under ``train/`` and ``val/`` or not, and under a folder of its own or not."""
+class ClassTar(Source):
+    """A tar of class folders, with or without ``train/`` and ``val/`` above them, and a folder around everything."""
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         groups = defaultdict[tuple[str, ...], bytearray](bytearray)  # packed, for there may be millions of images
-        file, tiny = _open(self.path), None
-        for found in _files(self._members(file), self.split or "train"):
+        file, tiny = PlainFile(self.path), None
+        for found in _files(_walk_whole(file, self.path), self.split or "train"):
             if isinstance(found, Rejected):
                 yield found
                 continue
@@ -173,7 +149,7 @@ class ClassTar(TarSource):
             if base == "val_annotations.txt":
                 lines = file.read(min(found.size_bytes, _MAX_ANNOTATIONS), found.offset).decode("utf-8", "replace")
                 tiny = tiny_labels(lines.splitlines(), f"{self.path}: {printable(found.name)}")
-            if not is_image_name(base) or is_hidden(base) or any(map(is_hidden, folders)):
+            if not is_image_name(base) or any(map(is_hidden, folders)):
                 ignored[suffix_of(base)] += 1
             else:
                 name = base.encode("utf-8", "surrogateescape")
@@ -181,7 +157,7 @@ class ClassTar(TarSource):
         yield from self._laid_out(groups, tiny)
 
     def _laid_out(self, groups: dict[tuple[str, ...], bytearray], tiny: Labels | None) -> Iterator[Found]:
-        """Turn folders into splits and classes, and yield them in order."""
+        """Turn folders into splits and classes, and yield their images in order."""
         root = _common_root(list(groups))
         has_splits = any(len(key) > root + 1 and key[root] in SPLIT_FOLDERS for key in groups)
         classes = defaultdict[tuple[int, str], list[_Row]](list)
@@ -209,57 +185,47 @@ class ClassTar(TarSource):
 
 
 def _common_root(folders: list[tuple[str, ...]]) -> int:
-    """Count the folders around all images that are neither split nor class: at least one is left for the class."""
+    """Count the folders around all images that are neither split nor class; one is always left for the class."""
     levels = zip(*(parts[:-1] for parts in folders), strict=False)
     shared = takewhile(lambda names: len(set(names)) == 1 and names[0] not in SPLIT_FOLDERS, levels)
     return len(list(shared))
 
 
-class Devkit(TarSource):
-    """The development kit, or Kaggle's solution: no images, but the labels of the validation ones."""
+class Devkit(Source):
+    """The development kit, or Kaggle's solution: the labels of the validation images."""
+
+    has_images = False
 
     def __init__(self, path: Path, kind: str, labels: Labels) -> None:
         super().__init__(path, kind)
         self.labels = labels
-
-    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
-        """Digest the archive; a folder has none."""
-        if self.path.is_dir():
-            return SourceInfo(self.kind, "", 0, "", "", official=False, images=None)
-        return super().info(progress)
-
-    def _images(self) -> int | None:
-        return None
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         return iter(())
 
 
 def peek(path: Path) -> tuple[str, str]:
-    """Look at the first members of a tar.
+    """Recognize the layout of a tar by its first members.
 
     Returns:
-        ``nested``, ``val``, ``test`` or ``classes``, and the first telling member's name.
+        ``nested``, ``val``, ``test`` or ``classes``, and the name of the member that decided it.
 
     Raises:
-        SourceError: It is no tar, is cut before anything could be told, or holds nothing.
+        SourceError: It is no tar, is cut before the first image, or holds none.
     """
-    file, seen = PlainFile(path), 0
-    for found in walk(file, 0, file.size_bytes):
-        if isinstance(found, Damage):
+    seen = 0
+    for found in walk(PlainFile(path)):
+        if found.damage:
             if found.last and seen == 0:
-                raise SourceError(f"{path} is not a tar archive that can be read", got=found.fault)
+                raise SourceError(f"{path} is not a tar archive that can be read", got=found.damage)
             continue
         seen += 1
         *folders, base = found.parts
-        if found.kind is not Kind.FILE or is_hidden(base):
-            continue
-        if base.endswith(".tar"):
+        if found.kind == FILE and base.endswith(".tar") and not is_hidden(base):
             return "nested", base
-        if is_image_name(base):
-            in_class = any(WNID.fullmatch(folder) for folder in folders)
-            flat = "val" if VAL_NAME.fullmatch(base) else "test" if TEST_NAME.fullmatch(base) else "classes"
-            return "classes" if in_class else flat, found.name
+        if found.kind == FILE and is_image_name(base):
+            in_class = any(map(WNID.fullmatch, folders))
+            return "classes" if in_class else official_split(base) or "classes", found.name
     raise SourceError(
         f"{path} holds no images", expected="class folders, class tars or ILSVRC2012 images", got=f"{seen} members"
     )

@@ -1,151 +1,108 @@
-"""What every source is: references in order, what it is for the manifest, and notes for a person."""
+"""The base of every source: references in order, a description for the manifest, and notes for the user."""
 
 from __future__ import annotations
 
 import heapq
 import os
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
+from imnet_prep.sources.digests import check_official, digests
 from imnet_prep.types import SPLITS, ImageRef, ProgressCallback, RawImage, Reason, Rejected, name_fault
 
 _SUFFIXES = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff mpo heic heif avif jp2 jxl"  # the last five: rejected
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MAX_SOURCE_BYTES = 1 << 29  # read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
-_OPEN_ARCHIVES = 32  # file descriptors kept a process
+_OPEN_ARCHIVES = 32  # file descriptors that a process keeps open
 Found = ImageRef | Rejected
-
-
-@dataclass(frozen=True, slots=True)
-class SourceInfo:
-    """A source as the manifest records it: no path, so that a moved input gives the same manifest.
-
-    Attributes:
-        kind: The layout, e.g. ``imagefolder`` or ``ilsvrc2012-train-tar``.
-        name: Base name of an archive; empty for a folder, whose name says nothing about its content.
-        size_bytes: Of the archive, or of all images of a folder.
-        md5: Hex digest of an archive, empty for a folder.
-        sha256: Hex digest of an archive, empty for a folder.
-        official: An archive whose digests are the catalogued ones.
-        images: References it gives, or None where it gives none by nature (a devkit).
-    """
-
-    kind: str
-    name: str
-    size_bytes: int
-    md5: str
-    sha256: str
-    official: bool
-    images: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class SplitSummary:
-    """A split of a source, counted: images, classes (0 where unlabelled) and bytes."""
-
-    split: str
-    images: int
-    classes: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSummary:
-    """What ``--dry-run`` says of a source: found = images of all splits + rejected."""
-
-    kind: str
-    name: str
-    splits: tuple[SplitSummary, ...]
-    rejected: int
-    notes: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Tally:
-    images: Counter[str] = field(default_factory=Counter)
-    size_bytes: Counter[str] = field(default_factory=Counter)
-    classes: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    rejected: int = 0
-
-    def add(self, found: Found) -> None:
-        if isinstance(found, Rejected):
-            self.rejected += 1
-            return
-        self.images[found.split] += 1
-        self.size_bytes[found.split] += found.size_bytes
-        if found.class_name:
-            self.classes[found.split].add(found.class_name)
 
 
 class Source(ABC):
     """Images in one folder or archive.
 
     Attributes:
-        kind: The layout.
-        split: Of its images; where it has several, the one that was asked for, or empty for all.
+        kind: The layout, e.g. ``imagefolder`` or ``ilsvrc2012-train-tar``.
+        split: The split of its images; for several splits, the one requested, or empty for all.
         name: Base name of the folder or archive, for messages.
-        path: Where it is.
-        notes: What a person should know (files ignored, val images missing); complete once :meth:`refs` ran to its end.
+        path: The folder or archive.
+        notes: Messages for the user (files ignored, val images missing); complete once :meth:`refs` has ended.
     """
+
+    has_images = True  # False: labels alone
 
     def __init__(self, path: Path, kind: str, split: str = "") -> None:
         self.path, self.kind, self.split = path, kind, split
         self.name = path.name or path.resolve().name
         self.notes: tuple[str, ...] = ()
-        self._tally: _Tally | None = None
+        self._walked, self._images, self._size_bytes = False, 0, 0
 
     @abstractmethod
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        """Yield references sorted by split, class and name; append notes, count by suffix what is passed over."""
+        """Yield references sorted by split, class and name; append notes, and count ignored files by suffix."""
 
-    def info(self, progress: ProgressCallback | None = None) -> SourceInfo:
-        """Say what the source is; an archive is read once, whole, to compute its digests.
+    def info(self, progress: ProgressCallback | None = None) -> dict[str, Any]:
+        """Return the source's entry in the manifest; an archive is read once to compute its digests.
 
-        A folder's name is left out: a copy elsewhere gives the same manifest.
+        It holds no path, and the name of no folder, so a copy elsewhere gives the same manifest.
+
+        Returns:
+            ``kind``, ``name``, ``size_bytes``, ``md5``, ``sha256``, whether it is an ``official`` archive, and the
+            number of ``images`` (None for labels). A folder has no name and no digests; its size is that of its images.
 
         Raises:
-            SourceError: An official archive is damaged, or is another one than its name says.
+            SourceError: It cannot be read; an official archive is damaged or has the name of another one.
         """
-        tally = self._counted()
-        size, images = tally.size_bytes.total(), tally.images.total()
-        return SourceInfo(self.kind, "", size, "", "", official=False, images=images)
+        name, size_bytes, md5, sha256, official, note = "", 0, "", "", False, ""
+        if archive := not self.path.is_dir():
+            try:
+                size_bytes, md5, sha256 = digests(self.path, progress)
+            except OSError as error:
+                raise self._unreadable(error) from error
+            name = printable(self.path.name)
+            official, note = check_official(self.path, size_bytes, md5, sha256)
+        if not self._walked:
+            deque(self.refs(), maxlen=0)
+        if note and note not in self.notes:
+            self.notes = (*self.notes, note)
+        return {
+            "kind": self.kind,
+            "name": name,
+            "size_bytes": size_bytes if archive else self._size_bytes,
+            "md5": md5,
+            "sha256": sha256,
+            "official": official,
+            "images": self._images if self.has_images else None,
+        }
 
     def refs(self) -> Iterator[Found]:
-        """Yield every image found, sorted by split, class and name; what cannot be one is ``Rejected``.
+        """Yield every image found, sorted by split, class and name; ``Rejected`` for those that cannot be read.
 
-        The order depends on names alone. A second image of the same name in a split is rejected. One class at a time
-        is held in memory.
+        The order depends on names alone. A second image of the same name in a split is rejected. Memory holds one
+        class at a time.
 
         Raises:
-            SourceError: The source turned out damaged on the way.
+            SourceError: The source is damaged or cannot be read.
         """
-        tally, notes, ignored = _Tally(), list[str](), Counter[str]()
-        for found in _unique(self._walk(notes, ignored)):
-            tally.add(found)
-            yield found
-        self._tally, self.notes = tally, (*notes, *ignored_note(ignored, self.name))
+        notes, ignored, images, size_bytes = list[str](), Counter[str](), 0, 0
+        try:
+            for found in _unique(self._walk(notes, ignored)):
+                if isinstance(found, ImageRef):
+                    images += 1
+                    size_bytes += found.size_bytes
+                yield found
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._walked, self._images, self._size_bytes = True, images, size_bytes
+        self.notes = (*notes, *ignored_note(ignored, self.name))
 
-    def summary(self) -> SourceSummary:
-        """Count what is there; free after :meth:`refs` ran to its end, else it runs it."""
-        tally = self._counted()
-        splits = tuple(
-            SplitSummary(split, tally.images[split], len(tally.classes[split]), tally.size_bytes[split])
-            for split in SPLITS
-            if tally.images[split]
-        )
-        return SourceSummary(self.kind, self.name, splits, tally.rejected, self.notes)
-
-    def _counted(self) -> _Tally:
-        if self._tally is None:
-            for _ in self.refs():
-                pass
-        assert self._tally is not None
-        return self._tally
+    def _unreadable(self, error: OSError) -> SourceError:
+        return SourceError(f"{self.path} cannot be read", got=error.strerror or str(error))
 
 
 def merge(sources: Iterable[Source]) -> Iterator[Found]:
@@ -165,7 +122,7 @@ def _keyed(found: Iterable[Found], place: int) -> Iterator[tuple[_Key, Found]]:
     for item in found:
         if isinstance(item, ImageRef):
             key = (SPLITS.index(item.split), item.class_name, item.file_name, place)
-        yield key, item  # a rejection stays where it was met
+        yield key, item  # a rejection keeps its position
 
 
 def _unique(found: Iterable[Found]) -> Iterator[Found]:
@@ -181,18 +138,18 @@ def _unique(found: Iterable[Found]) -> Iterator[Found]:
 
 
 def is_image_name(name: str) -> bool:
-    """Tell by its suffix whether a file is meant to be an image; its content decides later."""
+    """Return whether a visible file has the suffix of an image format; its content is checked later."""
     stem, dot, suffix = name.rpartition(".")
-    return bool(stem and dot) and suffix.lower() in IMAGE_SUFFIXES
+    return bool(stem and dot) and suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
-    """Tell a name that file managers leave behind (``.DS_Store``, ``._cat.jpg``, ``__MACOSX``)."""
+    """Return whether file managers create files of this name (``.DS_Store``, ``._cat.jpg``, ``__MACOSX``)."""
     return name.startswith(".") or name in {"__MACOSX", "@eaDir", "Thumbs.db"}
 
 
 def make_ref(split: str, class_name: str, name: str, path: str, offset: int, size_bytes: int) -> Found:
-    """Return the reference, or the rejection where the name cannot be a record's or the size cannot be an image's."""
+    """Return the reference to an image, or its rejection for an impossible name or size."""
     file_name = f"{class_name}/{name}" if class_name else name
     if fault := name_fault(file_name):
         return Rejected(split, printable(file_name), Reason.UNREADABLE, fault)
@@ -208,38 +165,37 @@ def printable(name: str) -> str:
 
 
 def ignored_note(ignored: Counter[str], name: str) -> list[str]:
-    """Say which files were passed over, by suffix; nothing where none were."""
+    """Return a note that counts the ignored files by suffix; nothing without any."""
     if not ignored:
         return []
     kinds = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(ignored.items()))
-    return [f"{name}: {sum(ignored.values())} other files ignored ({kinds})"]
+    return [f"{name}: {ignored.total()} other files ignored ({kinds})"]
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix as counted in notes, lower case, printable."""
+    """Return the suffix as counted in notes: lower case, printable."""
     return printable(suffix.lower()) if (suffix := os.path.splitext(name)[1]) else ""
 
 
-_archive = lru_cache(maxsize=_OPEN_ARCHIVES)(PlainFile)  # one set a process
+_archive = lru_cache(maxsize=_OPEN_ARCHIVES)(PlainFile)  # per process
 
 
 def read(ref: ImageRef) -> RawImage | Rejected:
     """Read an image's bytes.
 
     Args:
-        ref: Where they lie. A tar's members never begin at 0, so offset 0 is a plain file, opened and closed.
+        ref: The image. A tar's members never begin at 0, so offset 0 is a plain file, opened and closed.
 
     Returns:
-        The bytes, or a rejection as ``UNREADABLE`` where the file is gone, shorter, longer or not to be read.
+        The bytes, or a rejection as ``UNREADABLE`` for a file that is missing, unreadable or of another size.
     """
     try:
-        data = (
-            _archive(ref.path).read(ref.size_bytes, ref.offset)
-            if ref.offset
-            else PlainFile(ref.path).read(ref.size_bytes + 1, 0)
-        )
-    except OSError as exc:
-        return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, exc.strerror or type(exc).__name__)
+        if ref.offset:
+            data = _archive(ref.path).read(ref.size_bytes, ref.offset)
+        else:
+            data = PlainFile(ref.path).read(ref.size_bytes + 1, 0)
+    except OSError as error:
+        return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, error.strerror or type(error).__name__)
     if len(data) != ref.size_bytes:
         detail = f"{len(data)} bytes read, {ref.size_bytes} expected: changed since it was listed"
         return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, detail)

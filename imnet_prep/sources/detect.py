@@ -1,4 +1,4 @@
-"""Tell what the user gave: one function a layout, tried in a fixed order, each by content before name."""
+"""Recognize the layout of each source by its content first, then by its name."""
 
 from __future__ import annotations
 
@@ -20,24 +20,8 @@ from imnet_prep.sources.archives import (
     peek,
 )
 from imnet_prep.sources.base import Source, is_image_name
-from imnet_prep.sources.folders import (
-    ClassFolders,
-    FlatFolder,
-    FolderSource,
-    Part,
-    folders_in,
-    has_image,
-    needs_labels,
-    with_labels,
-)
-from imnet_prep.sources.labels import (
-    TEST_NAME,
-    VAL_NAME,
-    WNID,
-    read_devkit,
-    read_kaggle_solution,
-    read_tiny_annotations,
-)
+from imnet_prep.sources.folders import ClassFolders, FlatFolder, FolderSource, Part, folders_in, has_image
+from imnet_prep.sources.labels import WNID, official_split, read_devkit, read_kaggle_solution, read_tiny_annotations
 from imnet_prep.types import SPLITS
 
 _DEVKIT_FOLDER = "ILSVRC2012_devkit_t12"
@@ -47,17 +31,17 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"PK": "zip"
 
 
 def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
-    """Tell the layout of each path.
+    """Recognize the layout of each path.
 
     Args:
         paths: Folders and archives, in any order and mix.
-        split: Keeps one split of a source that has several, and names the split of one that has none.
+        split: Selects one split of a source that has several, and names the split of one that does not tell it.
 
     Returns:
-        A source a path (more for a folder of official archives), in the order of the paths.
+        One source per path (more for a folder of official archives), in the order of the paths.
 
     Raises:
-        SourceError: Something is missing, empty, cut, or of no layout known here; one line says what.
+        SourceError: A path is missing, empty, cut, or of no known layout; the message says which in one line.
     """
     if split is not None and split not in SPLITS:
         raise SourceError(f"no split is called {split}", expected=" or ".join(SPLITS), got=split)
@@ -67,11 +51,11 @@ def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
     for path in map(Path, paths):
         try:
             sources += _detect_one(path, split or "", any(isinstance(source, Devkit) for source in sources))
-        except OSError as exc:
-            raise SourceError(f"{path} cannot be read", got=exc.strerror or str(exc)) from exc
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read", got=error.strerror or str(error)) from error
     _hand_out_labels(sources)
-    if all(isinstance(source, Devkit) for source in sources):
-        given = ", ".join(str(path) for path in paths)
+    if not any(source.has_images for source in sources):
+        given = ", ".join(map(str, paths))
         raise SourceError(f"{given} holds labels and no images", expected="the validation archive or folder beside it")
     return sources
 
@@ -87,30 +71,20 @@ def _detect_one(path: Path, split: str, labelled: bool) -> list[Source]:
 
 
 def _hand_out_labels(sources: list[Source]) -> None:
-    """Label the validation images without class folders by what a devkit among the sources says."""
-    waiting = [
-        source
-        for source in sources
-        if (isinstance(source, FlatTar) and source.split == "val")
-        or (isinstance(source, FolderSource) and any(map(needs_labels, source.parts)))
-    ]
-    if not waiting:
-        return
+    """Label the validation images without class folders with the labels of a devkit among the sources."""
+    waiting = [source for source in sources if isinstance(source, FlatTar | FolderSource) and source.needs_labels]
     known = [source.labels for source in sources if isinstance(source, Devkit)]
-    if not known:
+    if waiting and not known:
         raise SourceError(
             f"{waiting[0].path}: validation images without class folders need their labels",
             expected=f"{_DEVKIT_ARCHIVE}, its unpacked folder, or {_KAGGLE_SOLUTION} among the sources",
             got="none",
             remedy="add the devkit to the command",
         )
-    if any(labels.by_key != known[0].by_key for labels in known):
+    if waiting and any(labels.by_key != known[0].by_key for labels in known):
         raise SourceError("two sources of validation labels contradict each other", remedy="give one of them")
     for source in waiting:
-        if isinstance(source, FlatTar):
-            source.labels = known[0]
-        else:
-            source.parts = with_labels(source.parts, known[0])
+        source.label(known[0])
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -123,16 +97,20 @@ def _file(path: Path, split: str) -> Source:
     if path.name.endswith(".csv"):
         return Devkit(path, "kaggle-val-solution", read_kaggle_solution(path))
     if "devkit" in path.name or path.name == "meta.mat":
-        return Devkit(path, "ilsvrc2012-devkit", read_devkit(path))
+        return _devkit(path)
     if start[:2] in _COMPRESSED and start[257:262] != b"ustar":
         raise SourceError(
             f"{path} is compressed ({_COMPRESSED[start[:2]]})",
-            expected="a folder or an uncompressed tar, whose images can be read where they lie",
+            expected="a folder or an uncompressed tar, whose images can be read in place",
             remedy="unpack it and give the folder",
         )
     if is_image_name(path.name):
         raise SourceError(f"{path} is one image", expected="a folder or archive of class folders")
     return _tar(path, split)
+
+
+def _devkit(path: Path) -> Devkit:
+    return Devkit(path, "ilsvrc2012-devkit", read_devkit(path))
 
 
 def _tar(path: Path, split: str) -> Source:
@@ -159,36 +137,29 @@ def _tar(path: Path, split: str) -> Source:
 
 
 def _folder(path: Path, split: str, labelled: bool) -> list[Source]:
+    """Try one layout after the other."""
     if not any(os.scandir(path)):
         raise SourceError(f"{path} is empty", expected="class folders with images", got="an empty folder")
-    for layout in (_download, _devkit, _tiny, _kaggle, _official_archives):
+    if (path / "journal.sqlite").is_file():
+        from imnet_prep.sources.downloads import DownloadFolder
+
+        return [DownloadFolder(path, "download", split or _split_by_name(path))]
+    has_meta = any(file.is_file() for file in (path / "data" / "meta.mat", path / "meta.mat"))
+    if has_meta or path.name.startswith(_DEVKIT_FOLDER):
+        return [_devkit(path)]
+    if (path / "wnids.txt").is_file() and (path / "train").is_dir():
+        return [_tiny(path, split)]
+    for layout in (_kaggle, _official_archives):
         if (sources := layout(path, split)) is not None:
             return sources
     return _splits(path, split, labelled) or [_one_split(path, split)]
-
-
-def _download(path: Path, split: str) -> list[Source] | None:
-    if not (path / "journal.sqlite").is_file():
-        return None
-    from imnet_prep.sources.downloads import DownloadFolder
-
-    return [DownloadFolder(path, "download", split or _split_by_name(path))]
 
 
 def _split_by_name(path: Path) -> str:
     return SPLIT_FOLDERS.get(path.resolve().name.lower(), "train")
 
 
-def _devkit(path: Path, split: str) -> list[Source] | None:
-    is_one = any(file.is_file() for file in (path / "data" / "meta.mat", path / "meta.mat"))
-    if not is_one and not path.name.startswith(_DEVKIT_FOLDER):
-        return None
-    return [Devkit(path, "ilsvrc2012-devkit", read_devkit(path))]  # read_devkit says what is missing
-
-
-def _tiny(path: Path, split: str) -> list[Source] | None:
-    if not (path / "wnids.txt").is_file() or not (path / "train").is_dir():
-        return None
+def _tiny(path: Path, split: str) -> Source:
     parts: list[Part] = [ClassFolders("train", path / "train", below="images/")]
     if (path / "val" / "images").is_dir():
         parts.append(_tiny_val(path / "val"))
@@ -196,7 +167,7 @@ def _tiny(path: Path, split: str) -> list[Source] | None:
         parts.append(ClassFolders("val", path / "val"))
     if (path / "test" / "images").is_dir():
         parts.append(FlatFolder("test", path / "test" / "images"))
-    return [_folders(path, "tiny-imagenet", parts, split)]
+    return _folders(path, "tiny-imagenet", parts, split)
 
 
 def _tiny_val(path: Path) -> FlatFolder:
@@ -214,11 +185,12 @@ def _kaggle(path: Path, split: str) -> list[Source] | None:
         raise SourceError(
             f"{path} has Kaggle's layout and no images in {trees[0]}", expected="train, val or test in it"
         )
-    tops = (path, path.parent, path.parent.parent, path.parent.parent.parent)
-    solution = next((top / _KAGGLE_SOLUTION for top in tops if (top / _KAGGLE_SOLUTION).is_file()), None)
-    if solution is not None:
-        parts = with_labels(parts, read_kaggle_solution(solution))
-    return [_folders(path, "kaggle", parts, split)]
+    source = _folders(path, "kaggle", parts, split)
+    for top in (path, *list(path.parents)[:3]):
+        if (top / _KAGGLE_SOLUTION).is_file():
+            source.label(read_kaggle_solution(top / _KAGGLE_SOLUTION))
+            break
+    return [source]
 
 
 def _official_archives(path: Path, split: str) -> list[Source] | None:
@@ -237,14 +209,12 @@ def _splits(path: Path, split: str, labelled: bool) -> list[Source]:
         return []
     official = any(isinstance(part, FlatFolder) for part in parts)
     tree = _folders(path, "ilsvrc2012-tree" if official else "imagefolder", parts, split)
-    kits = [path / name for name in (_DEVKIT_ARCHIVE, _DEVKIT_FOLDER) if (path / name).exists()]
-    if kits and not labelled and any(map(needs_labels, parts)):
-        return [Devkit(kits[0], "ilsvrc2012-devkit", read_devkit(kits[0])), tree]
-    return [tree]
+    devkits = [path / name for name in (_DEVKIT_ARCHIVE, _DEVKIT_FOLDER) if (path / name).exists()]
+    return [_devkit(devkits[0]), tree] if devkits and not labelled and tree.needs_labels else [tree]
 
 
 def _split_parts(path: Path, wanted: str) -> list[Part]:
-    """Find ``train``, ``val`` and ``test`` in a folder; each is class folders, or flat where that can be labelled."""
+    """Return the ``train``, ``val`` and ``test`` folders in a folder: class folders, or flat ones of known labels."""
     parts: dict[str, Part] = {}
     for folder in folders_in(path):
         split = SPLIT_FOLDERS.get(folder.name.lower())
@@ -255,7 +225,7 @@ def _split_parts(path: Path, wanted: str) -> list[Part]:
             names = f"{parts[part.split].folder.name} and {folder.name}"
             raise SourceError(f"{path} has two folders for {part.split}: {names}")
         parts[part.split] = part
-    if list(parts) == ["test"] and not TEST_NAME.fullmatch(_first_image(parts["test"].folder)):
+    if list(parts) == ["test"] and official_split(_first_image(parts["test"].folder)) != "test":
         return []  # alone it is a class that is called test
     if wanted and parts and wanted not in parts:
         raise SourceError(
@@ -270,9 +240,8 @@ def _part(split: str, folder: Path) -> Part | None:
         flat_test = split == "test" and [sub.name for sub in below] in (["images"], ["test"])
         return FlatFolder(split, folder) if flat_test else ClassFolders(split, folder)
     first = _first_image(folder)
-    if (split == "test" and first) or (split == "val" and VAL_NAME.fullmatch(first)):
-        return FlatFolder(split, folder)
-    return None
+    is_flat = bool(first) if split == "test" else split == "val" == official_split(first)
+    return FlatFolder(split, folder) if is_flat else None
 
 
 def _first_image(folder: Path) -> str:
@@ -281,16 +250,15 @@ def _first_image(folder: Path) -> str:
 
 
 def _one_split(path: Path, split: str) -> Source:
-    """A folder without split folders: class folders, or flat official images."""
+    """Recognize a folder without split folders: class folders, flat official images, or class tars."""
     if (path / "val_annotations.txt").is_file() and (path / "images").is_dir():  # Tiny-ImageNet's val by itself
         return _folders(path, "tiny-imagenet", [_tiny_val(path)], split)
     named = split or _split_by_name(path)
     if any(map(has_image, folders_in(path))):
         return _folders(path, "imagefolder", [ClassFolders(named, path)], split)
     first = _first_image(path)
-    if VAL_NAME.fullmatch(first) or TEST_NAME.fullmatch(first):
-        flat = FlatFolder("val" if VAL_NAME.fullmatch(first) else "test", path)
-        return _folders(path, "ilsvrc2012-tree", [flat], split)
+    if flat := official_split(first):
+        return _folders(path, "ilsvrc2012-tree", [FlatFolder(flat, path)], split)
     if first:
         raise SourceError(
             f"{path} has images and no class folders",

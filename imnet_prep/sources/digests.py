@@ -1,4 +1,4 @@
-"""An archive's digests, and what the catalogue says of them."""
+"""The digests of an archive, compared with those of the official archives."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _CHUNK_BYTES = 8 << 20
 
 
 def digests(path: Path, progress: ProgressCallback | None = None) -> tuple[int, str, str]:
-    """Read a file once and give its size in bytes, its MD5 and its SHA-256; both digests run at the same time."""
+    """Read a file once and return its size in bytes, its MD5 and its SHA-256, both computed at the same time."""
     total = path.stat().st_size
     done, md5, sha256 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
         while chunk := file.read(_CHUNK_BYTES):
-            pending = beside.submit(md5.update, chunk)
+            pending = thread.submit(md5.update, chunk)
             sha256.update(chunk)
             pending.result()
             done += len(chunk)
@@ -29,13 +29,14 @@ def digests(path: Path, progress: ProgressCallback | None = None) -> tuple[int, 
 
 
 def check_official(path: Path, size_bytes: int, md5: str, sha256: str) -> tuple[bool, str]:
-    """Compare an archive with the catalogue.
+    """Compare an archive with the official ones.
 
     Returns:
-        Whether it is an official archive, and a note for a person (empty where there is nothing to say).
+        Whether it is an official archive, and a note for the user (may be empty).
 
     Raises:
-        SourceError: It has an official name and size but other bytes, or it is another official archive than it says.
+        SourceError: It has an official name and size but other bytes, or it is an official archive under another's
+            name.
     """
     named, same = catalog.archives().get(path.name), catalog.archive_with_digest(md5)
     pair, mix_up = catalog.mix_up()
@@ -53,7 +54,7 @@ def check_official(path: Path, size_bytes: int, md5: str, sha256: str) -> tuple[
         return False, ""
     if size_bytes == named.size_bytes:
         raise SourceError(
-            f"{path} is damaged: it has the official size, and other bytes",
+            f"{path} is damaged: it has the official size, but other bytes",
             expected=f"MD5 {named.md5}",
             got=f"MD5 {md5}",
             remedy="download it again" + (f"; note that {mix_up}" if named.file_name in pair else ""),

@@ -35,19 +35,19 @@ class _Entry(NamedTuple):
     fault: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ClassFolders:
-    """``<folder>/<class>/<image>``; ``below`` is a folder between class and image, ``images/``, no part of the name."""
+    """``<folder>/<class>/<image>``; ``below`` is a folder between class and image (``images/``) left out of names."""
 
     split: str
     folder: Path
     below: str = ""
 
     def walk(self, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
-        """Yield the images of one class after the other."""
+        """Yield the images, class by class."""
         root, empty = os.stat(self.folder), []
         for entry in _listing(self.folder):
-            if is_hidden(entry.name) or not _is_folder(entry):
+            if not _is_folder(entry):
                 ignored[suffix_of(entry.name)] += 1
                 continue
             files = list(_files(Path(entry.path), "", {(root.st_dev, root.st_ino)}, ignored))
@@ -60,7 +60,7 @@ class ClassFolders:
             notes.append(f"{self.split}: {len(empty)} class folders without images ({listed})")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FlatFolder:
     """``<folder>/<image>``, labelled by a list, or not at all (the test split)."""
 
@@ -77,8 +77,7 @@ class FlatFolder:
                 yield wnid
             else:
                 labelled.append((wnid, file))
-        labelled.sort()
-        for wnid, file in labelled:
+        for wnid, file in sorted(labelled):
             yield _found(self.split, wnid, file.name, file)
         if self.labels is not None:
             notes += self.labels.missing(file.name for _, file in labelled)
@@ -87,26 +86,30 @@ class FlatFolder:
 Part = ClassFolders | FlatFolder
 
 
-def needs_labels(part: Part) -> bool:
-    """Tell whether a part holds validation images whose classes are not known yet."""
-    return isinstance(part, FlatFolder) and part.split == "val" and part.labels is None
-
-
-def with_labels(parts: Sequence[Part], labels: Labels) -> list[Part]:
-    """Return the parts, with labels for those that need them."""
-    return [FlatFolder(part.split, part.folder, labels) if needs_labels(part) else part for part in parts]
-
-
 class FolderSource(Source):
     """A folder whose splits are :class:`ClassFolders` or :class:`FlatFolder`."""
 
     def __init__(self, path: Path, kind: str, parts: Sequence[Part]) -> None:
         super().__init__(path, kind)
-        self.parts = sorted(parts, key=lambda part: SPLITS.index(part.split))
+        self._parts = sorted(parts, key=lambda part: SPLITS.index(part.split))
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it holds validation images whose classes are not known yet."""
+        return bool(self._unlabelled())
+
+    def label(self, labels: Labels) -> None:
+        """Take the classes of the validation images."""
+        for part in self._unlabelled():
+            part.labels = labels
+
+    def _unlabelled(self) -> list[FlatFolder]:
+        flat = (part for part in self._parts if isinstance(part, FlatFolder))
+        return [part for part in flat if part.split == "val" and part.labels is None]
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        for part in self.parts:
-            passed = Counter[str]()  # a note a split, in place of one for the folder
+        for part in self._parts:
+            passed = Counter[str]()  # for a note per split
             label = self.name if part.folder == self.path else f"{self.name}/{part.folder.relative_to(self.path)}"
             yield from part.walk(passed, notes)
             notes += ignored_note(passed, printable(label))
@@ -121,34 +124,30 @@ def _found(split: str, class_name: str, name: str, file: _Entry) -> Found:
 def _files(
     folder: Path, within: str, above: set[tuple[int, int]], ignored: Counter[str], *, deep: bool = True
 ) -> Iterator[_Entry]:
-    """Yield the images in and below a folder. ``above`` holds the folders on the way: a link back to one is a loop."""
+    """Yield the images in and below a folder; ``above`` holds its parents, to detect a link back to one of them."""
     try:
-        here = os.stat(folder)
-        listing = _listing(folder)
-    except OSError as exc:
-        yield _Entry(within or ".", str(folder), 0, f"the folder cannot be read: {exc.strerror}")
+        here, listing = os.stat(folder), _listing(folder)
+    except OSError as error:
+        yield _Entry(within or ".", str(folder), 0, f"the folder cannot be read: {error.strerror}")
         return
     if (here.st_dev, here.st_ino) in above or within.count("/") > _MAX_DEPTH:
         ignored["links back to a folder above"] += 1
         return
     for entry in listing:
-        is_folder = not is_hidden(entry.name) and _is_folder(entry)
-        if is_folder and deep:
+        if deep and _is_folder(entry):
             inside = above | {(here.st_dev, here.st_ino)}
             yield from _files(Path(entry.path), f"{within}{entry.name}/", inside, ignored)
-        elif is_folder:
-            ignored["folders"] += 1
-        elif is_hidden(entry.name) or not is_image_name(entry.name):
-            ignored[suffix_of(entry.name)] += 1
-        else:
+        elif is_image_name(entry.name) and not _is_folder(entry):
             yield _entry(entry, f"{within}{entry.name}")
+        else:
+            ignored["folders" if _is_folder(entry) else suffix_of(entry.name)] += 1
 
 
 def _entry(entry: os.DirEntry[str], name: str) -> _Entry:
     try:
         state = entry.stat()
-    except OSError as exc:  # a link to nothing, or to itself
-        return _Entry(name, entry.path, 0, exc.strerror or type(exc).__name__)
+    except OSError as error:  # a link to nothing, or to itself
+        return _Entry(name, entry.path, 0, error.strerror or type(error).__name__)
     return _Entry(name, entry.path, state.st_size, "" if stat.S_ISREG(state.st_mode) else "not a regular file")
 
 
@@ -158,24 +157,24 @@ def _listing(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a visible folder; links are followed."""
     try:
-        return entry.is_dir()
+        return entry.is_dir() and not is_hidden(entry.name)
     except OSError:  # a link to itself
         return False
 
 
 def has_image(folder: Path, depth: int = 2) -> bool:
-    """Tell whether there is an image in a folder, or up to ``depth`` folders below: stops at the first."""
+    """Return whether there is an image in a folder, or up to ``depth`` folders below; stop at the first."""
     try:
         listing = _listing(folder)
     except OSError:
         return False
-    if any(is_image_name(entry.name) and not is_hidden(entry.name) and not _is_folder(entry) for entry in listing):
+    if any(is_image_name(entry.name) and not _is_folder(entry) for entry in listing):
         return True
-    folders = (entry for entry in listing if not is_hidden(entry.name) and _is_folder(entry))
-    return depth > 0 and any(has_image(Path(entry.path), depth - 1) for entry in folders)
+    return depth > 0 and any(has_image(Path(entry.path), depth - 1) for entry in listing if _is_folder(entry))
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Return the folders directly in a folder, sorted, hidden ones left out; links to folders are followed."""
-    return [Path(entry.path) for entry in _listing(folder) if not is_hidden(entry.name) and _is_folder(entry)]
+    """Return the visible folders directly in a folder, sorted; links to folders are followed."""
+    return [Path(entry.path) for entry in _listing(folder) if _is_folder(entry)]

@@ -1,4 +1,4 @@
-"""Labels that stand apart from the images: the devkit, Kaggle's CSV, Tiny-ImageNet's annotations.
+"""Labels kept apart from the images: the devkit, Kaggle's CSV, Tiny-ImageNet's annotations.
 
 Validation images are labelled by the number in their name, never by their position in a list of files.
 Source: the readme of ILSVRC2012_devkit_t12; Kaggle's LOC_val_solution.csv; tiny-imagenet-200's val_annotations.txt.
@@ -20,20 +20,29 @@ from imnet_prep.errors import SourceError
 from imnet_prep.sources.base import printable
 from imnet_prep.types import Reason, Rejected
 
-VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.[A-Za-z]+")
-TEST_NAME = re.compile(r"ILSVRC2012_test_(\d{8})\.[A-Za-z]+")
+_OFFICIAL_NAME = re.compile(r"ILSVRC2012_(val|test)_(\d{8})\.[A-Za-z]+")
 WNID = re.compile(r"n\d{8}")
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 _MAX_DEVKIT_MEMBER_BYTES = 64 << 20  # the real meta.mat has 0.1 MB
-_LISTED = 20  # missing names spelled out in a note
+_NOT_MATLAB = (  # what SciPy raises for damaged files
+    AttributeError, EOFError, IndexError, KeyError, MemoryError, NotImplementedError, OSError, OverflowError, TypeError,
+    ValueError, struct.error, zlib.error,
+)  # fmt: skip
+_LISTED = 20  # missing names listed in a note
+
+
+def official_split(name: str) -> str:
+    """Return ``val`` or ``test`` for the base name of an official image of that split, else an empty string."""
+    match = _OFFICIAL_NAME.fullmatch(name)
+    return match[1] if match else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Class by image, by number or by name.
+    """The classes of images by their number or name.
 
     Attributes:
-        origin: What to call the list in a message.
+        origin: The list's name in messages.
         by_key: Class name by val number (as a string without leading zeros) or by file name.
         numbered: Keys are numbers.
     """
@@ -46,15 +55,15 @@ class Labels:
         base = name.rpartition("/")[2]
         if not self.numbered:
             return base
-        match = VAL_NAME.fullmatch(base)
-        return str(int(match.group(1))) if match else ""
+        match = _OFFICIAL_NAME.fullmatch(base)
+        return str(int(match[2])) if match and match[1] == "val" else ""
 
     def of(self, name: str) -> str | None:
         """Return the class of an image by its name, or None."""
         return self.by_key.get(self._key(name))
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Return a note that names the listed images that are not there; nothing where all are."""
+        """Return a note with the listed images that are missing; nothing if there are none."""
         absent = self.by_key.keys() - {self._key(name) for name in names}
         if not absent:
             return []
@@ -64,7 +73,7 @@ class Labels:
 
 
 def class_of(name: str, split: str, labels: Labels | None) -> str | Rejected:
-    """Return an image's class, empty where there are no labels, or its rejection where they do not have it."""
+    """Return an image's class, empty without labels, or its rejection if the labels do not list it."""
     if labels is None:
         return ""
     wnid = labels.of(name)
@@ -116,29 +125,27 @@ def _devkit_archive(path: Path) -> dict[str, bytes]:
                     files[name] = stream.read() if stream else b""
                 if len(files) == 2:
                     break
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as exc:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         raise SourceError(
-            f"{path} is not the ILSVRC2012 devkit", expected="a tar.gz that can be read", got=str(exc)
-        ) from exc
+            f"{path} is not the ILSVRC2012 devkit", expected="a tar.gz that can be read", got=str(error)
+        ) from error
     return files
 
 
 def _read_meta(data: bytes, path: Path) -> dict[int, str]:
-    """Return wnid by ILSVRC2012_ID for the leaves: the classes; the other synsets are the hierarchy above them."""
+    """Return wnid by ILSVRC2012_ID of the classes, which are the leaves of the hierarchy."""
     from scipy.io import loadmat
 
     try:
         table = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"].reshape(-1)
         rows = [(int(row["ILSVRC2012_ID"]), str(row["WNID"]), int(row["num_children"])) for row in table]
-    except (KeyError, ValueError, TypeError, IndexError, OSError, EOFError, NotImplementedError, AttributeError) as exc:
-        raise SourceError(f"{path}: {_META} cannot be read", expected="a MATLAB v5 file", got=str(exc)) from exc
-    except (zlib.error, struct.error, MemoryError, OverflowError) as exc:
-        raise SourceError(f"{path}: {_META} is damaged", got=str(exc)) from exc
+    except _NOT_MATLAB as error:
+        raise SourceError(f"{path}: {_META} cannot be read", expected="a MATLAB v5 file", got=str(error)) from error
     return {number: wnid for number, wnid, children in rows if children == 0}
 
 
 def read_kaggle_solution(path: Path) -> Labels:
-    """Read Kaggle's LOC_val_solution.csv: ``ImageId,PredictionString``, the class is the string's first token.
+    """Read Kaggle's LOC_val_solution.csv: ``ImageId,PredictionString``; the class is the string's first token.
 
     Raises:
         SourceError: It is not that file.
@@ -164,13 +171,15 @@ def read_tiny_annotations(path: Path) -> Labels:
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as exc:
-        raise SourceError(f"{path} cannot be read", got=exc.strerror or "", expected="Tiny-ImageNet's labels") from exc
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read", got=error.strerror or "", expected="Tiny-ImageNet's labels"
+        ) from error
     return tiny_labels(lines, str(path))
 
 
 def tiny_labels(lines: Iterable[str], where: str) -> Labels:
-    """Return the labels that the lines of a val_annotations.txt hold."""
+    """Return the labels in the lines of a val_annotations.txt."""
     rows = (line.split("\t") for line in lines)
     labels = {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2 and row[0].strip() and row[1].strip()}
     if not labels:

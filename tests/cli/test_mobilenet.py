@@ -19,8 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from imnet_prep.build.convert import convert
-from imnet_prep.build.job import ConvertOptions
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.mobilenet import main
 from mbv2.checkpoint import read_checkpoint
 from mbv2.recipe import Recipe, recipe_names

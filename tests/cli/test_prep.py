@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from imnet_prep.build.job import ConvertOptions
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.prep import main, to_mindrecord
 from tests.records import names, prep, prep_json
 from tests.synthetic import make_image_folder, make_imagenet

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep.build import job as build
+from imnet_prep.build import options as build
 from imnet_prep.build.convert import convert
-from imnet_prep.build.plan import PlanOptions
 from mbv2.convert import ConvertOptions, convert_weights
 from mbv2.runtime import start_mindspore
 
@@ -40,6 +39,6 @@ def few_photographs(shared_data: Path, folder: Path, count: int) -> Path:
     with tarfile.open(shared_data / "imagenet-samples-250.tar") as archive:
         files = [member for member in archive if member.isfile()]
         archive.extractall(folder / "images", files[:count], filter="data")
-    plan, options, out = PlanOptions(label_space="imagenet1k"), build.ConvertOptions(), folder / "records"
+    plan, options, out = build.PlanOptions(label_space="imagenet1k"), build.ConvertOptions(), folder / "records"
     convert([folder / "images"], out, "val", plan, options, lambda _: None, lambda: False)
     return out

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from imnet_prep.build.convert import convert
-from imnet_prep.build.job import ConvertOptions
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.render import guard, stop_requested
 from imnet_prep.types import Progress
 from mbv2.checkpoint import Meta, read_checkpoint, save_checkpoint

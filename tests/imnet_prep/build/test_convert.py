@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -11,16 +12,15 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from imnet_prep.build import job as build
 from imnet_prep.build import shard_task
-from imnet_prep.build.convert import convert
-from imnet_prep.build.job import ConvertOptions
-from imnet_prep.build.plan import PlanOptions
-from imnet_prep.build.preview import dry_run
+from imnet_prep.build.convert import convert, dry_run
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.check.verify import verify
 from imnet_prep.errors import BudgetError, ImnetError, IntegrityError, Interrupted, PlanError, SourceError
 from imnet_prep.records.manifest import load_manifest
@@ -207,8 +207,10 @@ def test_row_that_outgrows_its_page_is_stored_all_the_same(tmp_path: Path) -> No
     assert results[0].manifest.splits["train"].images == 41
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert whole(tmp_path / "a")
-    shard = results[0].manifest.splits["train"].page_size
-    assert all(Shard(path).header.page_size == shard for path in (tmp_path / "a" / "train").glob("*.mindrecord"))
+    larger = results[0].manifest.splits["train"].page_size
+    assert [Shard(path).header.page_size for path in (tmp_path / "a" / "train").glob("*.mindrecord")] == [larger] * 5
+    planned = dry_run([source], tmp_path / "c", None, PlanOptions(shards=5), ConvertOptions(), quiet, lambda: False)
+    assert planned.plan.splits["train"].layout.page_size < larger
 
 
 def test_source_that_changes_meanwhile_is_rejected_not_torn(
@@ -556,8 +558,20 @@ def test_dry_run_tells_the_plan_and_leaves_nothing(source: Path, records: Path, 
     assert preview["classes"] == len(manifest.classes)
     assert preview["splits"]["train"]["page_size"] == manifest.splits["train"].page_size
     assert preview["disk_needed"] >= sum(path.stat().st_size for path in records.rglob("*") if path.is_file()) * 0.8
-    assert preview["seconds_estimated"] >= 0
     assert names(tmp_path) == set()
+
+
+def test_the_time_of_a_sample_is_scaled_to_all_images_and_workers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imnet_prep.build import convert as conversion
+
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a second per split, whatever is sampled
+    monkeypatch.setattr(conversion, "time", clock)
+    monkeypatch.setattr(conversion, "SAMPLE_IMAGES", 6)  # of 24 per split
+    preview = dry_run([source], tmp_path / "out", None, PlanOptions(), ConvertOptions(workers=2), quiet, lambda: False)
+    assert preview.seconds * 2 == pytest.approx(2 * 24 / 6, rel=0.2)
+    assert preview.to_json()["seconds_estimated"] == round(preview.seconds, 1)
 
 
 def test_dry_run_names_the_missing_val_image(tmp_path: Path) -> None:
@@ -572,17 +586,17 @@ def test_dry_run_names_the_missing_val_image(tmp_path: Path) -> None:
 
 def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from imnet_prep.build import convert as conversion
-    from imnet_prep.sources import archives
+    from imnet_prep.sources import base
 
     made = make_imagenet(tmp_path / "archives", odd=False)
     read: list[str] = []
-    digest = getattr(archives, "digests")  # noqa: B009
+    digest = getattr(base, "digests")  # noqa: B009
 
     def counted(path: Path, progress: Any = None) -> Any:
         read.append(path.name)
         return digest(path, progress)
 
-    monkeypatch.setattr(archives, "digests", counted)
+    monkeypatch.setattr(base, "digests", counted)
 
     def stop_at_work(task: Any) -> None:
         raise Interrupted("enough")

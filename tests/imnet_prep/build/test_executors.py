@@ -15,8 +15,7 @@ import pytest
 
 from imnet_prep.build import executors
 from imnet_prep.build.convert import convert
-from imnet_prep.build.job import ConvertOptions
-from imnet_prep.build.plan import PlanOptions
+from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.errors import ImnetError, Interrupted, PlanError
 from imnet_prep.types import Progress
 from tests.imnet_prep.obstacles import kill

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from imnet_prep import catalog
-from imnet_prep.build import planner as planning
-from imnet_prep.build.plan import Plan, PlanOptions, load_plan, read_names, shard_refs
-from imnet_prep.build.planner import make_plan
+from imnet_prep.build import plan as planning
+from imnet_prep.build.options import PlanOptions, read_names
+from imnet_prep.build.plan import Plan, load_plan, make_plan, shard_refs
 from imnet_prep.errors import PlanError, SourceError
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.types import ImageRef, Reason, Rejected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from imnet_prep.build.reshard import Proof, ReshardOptions, ReshardResult, reshard
+from imnet_prep.build.reshard import MultisetHash, ReshardOptions, ReshardResult, reshard
 from imnet_prep.check.verify import verify
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
 from imnet_prep.files import file_digest
@@ -62,7 +61,7 @@ def tree(records: Path) -> dict[str, str]:
 def test_8_to_3_to_8_gives_the_same_files_again(clean: Path, tmp_path: Path) -> None:
     three = run([clean], tmp_path / "three", shards=3)
     eight = run([tmp_path / "three"], tmp_path / "eight", shards=8)
-    assert three.proof == eight.proof
+    assert three.written == eight.written
     assert three.labels_unchanged
     assert len(list((tmp_path / "three" / "train").glob("*.mindrecord"))) == 3
     assert tree(tmp_path / "eight") == tree(clean)
@@ -79,8 +78,9 @@ def test_it_is_the_conversion_with_as_many_shards(clean: Path, tmp_path: Path) -
 def test_rejections_and_conversions_come_along_and_nothing_changes(mixed: Path, tmp_path: Path) -> None:
     result = run([mixed], tmp_path / "three", shards=3)
     assert rows(tmp_path / "three") == rows(mixed)
-    before, after = load_manifest(mixed).splits["train"], result.manifest.splits["train"]
-    assert before.rejected == after.rejected == {"corrupt": 1} or before.rejected == after.rejected
+    before, after = load_manifest(mixed).splits["train"], result.built.manifest.splits["train"]
+    assert before.rejected == after.rejected == {"not_an_image": 1}
+    assert before.changes["format"] == 1
     assert (before.changes, before.found, before.duplicates) == (after.changes, after.found, after.duplicates)
     assert (tmp_path / "three" / "rejected.jsonl").read_bytes() == (mixed / "rejected.jsonl").read_bytes()
     lines = {line.file_name: (line.sha256, line.source_sha256, line.changes) for line in read_records(mixed, before)}
@@ -99,9 +99,9 @@ def test_filtered_classes_are_numbered_again_and_the_rest_stays(mixed: Path, tmp
     keep = tmp_path / "keep.txt"
     keep.write_text(f"{WNIDS[2]}\n{WNIDS[1]}\n")
     result = run([mixed], tmp_path / "kept", shards=2, keep_classes=keep)
-    assert result.manifest.classes == (WNIDS[1], WNIDS[2])
+    assert result.built.manifest.classes == (WNIDS[1], WNIDS[2])
     assert not result.labels_unchanged
-    assert result.proof.records == 36
+    assert result.written.records == 36
     assert verify(tmp_path / "kept", "decode", 1, quiet).ok
     expected = Counter({(s, label - 1, n, i): c for (s, label, n, i), c in rows(mixed).items() if label})
     assert rows(tmp_path / "kept") == expected
@@ -111,7 +111,7 @@ def test_renamed_class_keeps_its_images(clean: Path, tmp_path: Path) -> None:
     renames = tmp_path / "renames.tsv"
     renames.write_text(f"{WNIDS[0]}\ttench\n")
     result = run([clean], tmp_path / "renamed", shards=2, rename_classes=renames)
-    assert result.manifest.classes == (WNIDS[1], WNIDS[2], "tench")
+    assert result.built.manifest.classes == (WNIDS[1], WNIDS[2], "tench")
     images = Counter(
         image for (_, _, name, image), _ in rows(tmp_path / "renamed").items() if name.startswith("tench/")
     )
@@ -158,17 +158,21 @@ def test_asked_for_again_it_is_already_done(clean: Path, tmp_path: Path) -> None
     first = run([clean], tmp_path / "out", shards=3)
     again = run([clean], tmp_path / "out", shards=3)
     assert (first.built.already_done, again.built.already_done) == (False, True)
-    assert first.proof == again.proof
+    assert first.written == again.written
     with pytest.raises(PlanError, match="another plan"):
         run([clean], tmp_path / "out", shards=4)
 
 
-def test_proof_depends_on_every_record_and_on_no_order() -> None:
-    a, b = ("train", "x", "x/1", "00"), ("train", "x", "x/2", "11")
-    assert Proof().add(*a).add(*b) == Proof().add(*b).add(*a) == Proof().add(*a) + Proof().add(*b)
-    assert Proof().add(*a).add(*a) != Proof().add(*b).add(*b)
-    assert Proof().add("train", "y", "x/1", "00") != Proof().add(*a)
-    assert json.loads(json.dumps(Proof().add(*a).digest)) != Proof().digest
+def test_the_hash_depends_on_every_record_and_on_no_order() -> None:
+    a, b, c = (
+        MultisetHash.of("train", *record) for record in (("x", "x/1", "00"), ("x", "x/2", "11"), ("y", "x/1", "00"))
+    )
+    assert a + b == b + a
+    assert (a + b).records == 2
+    assert a + a != b + b
+    assert a != c
+    assert (a + b).digest == f"{(a.total + b.total) % (1 << 256):064x}"
+    assert len({MultisetHash().digest, a.digest, b.digest, (a + b).digest}) == 4
 
 
 # --- what is accepted once is accepted everywhere --------------------------------------------------------------------
@@ -229,19 +233,19 @@ def test_a_manifest_is_written_once_and_after_the_proof(
     class Killed(BaseException):
         pass
 
-    def dying(*_: object) -> Proof:
+    def dying(*_: object) -> MultisetHash:
         raise Killed
 
     whole = run([mixed], tmp_path / "whole", shards=3)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "proof_of", dying)
+        patch.setattr(module, "record_hash", dying)
         with pytest.raises(Killed):
             run([mixed], tmp_path / "out", shards=3)
         assert not (tmp_path / "out.partial" / MANIFEST).exists()
         with pytest.raises(Killed):
             run([mixed], tmp_path / "out", shards=3)
         assert not (tmp_path / "out").exists()
-    assert run([mixed], tmp_path / "out", shards=3).proof == whole.proof
+    assert run([mixed], tmp_path / "out", shards=3).written == whole.written
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert names(tmp_path) == {"whole", "out"}
 
@@ -326,7 +330,7 @@ def test_class_names_keep_their_odd_blanks(tmp_path: Path) -> None:
     before = load_manifest(records)
     assert set(before.classes) == {"big\u2028dog", "cat ", WNIDS[2]}
     result = run([records], tmp_path / "out", shards=2)
-    assert result.manifest.classes == before.classes
+    assert result.built.manifest.classes == before.classes
     assert result.labels_unchanged
 
 

@@ -82,8 +82,8 @@ def test_adopted_records_reshard_to_our_format_with_every_image_as_it_was(made: 
     take(folder)
     result = reshard([folder], tmp_path / "ours", ReshardOptions(shards=2, workers=1), quiet)
     assert result.labels_unchanged
-    assert result.proof.records == 24
-    assert result.manifest.classes == ("zebra", "ant", "n01440764")
+    assert result.written.records == 24
+    assert result.built.manifest.classes == ("zebra", "ant", "n01440764")
     assert verify(tmp_path / "ours", "decode", 1, quiet).ok
     lines = [list(read_records(f, load_manifest(f).splits["train"])) for f in (folder, tmp_path / "ours")]
     pairs = [sorted((line.sha256, line.label, line.file_name) for line in part) for part in lines]

@@ -49,7 +49,7 @@ def test_finished_images_come_in_order_with_their_url(tmp_path: Path) -> None:
         assert raw.data == wanted[ref.file_name]
         assert ref.url == f"http://example.org/{ref.file_name[4:-4]}?a=1"
         assert (ref.status, ref.split) == (200, "train")
-    assert source.info().images == 3
+    assert source.info()["images"] == 3
 
 
 def test_the_split_can_be_named(tmp_path: Path) -> None:

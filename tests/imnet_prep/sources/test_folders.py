@@ -163,13 +163,14 @@ def test_the_same_name_in_two_sources_is_a_duplicate(tmp_path: Path) -> None:
     assert all(str(one) in str(item.path) for item in found[:2] if isinstance(item, ImageRef))
 
 
-def test_the_summary_counts_what_there_is(tmp_path: Path) -> None:
+def test_the_entry_of_a_folder_counts_its_images_and_names_empty_classes(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "x", ["cat", "dog"], {"train": 3, "val": 1})
     (root / "train" / "empty class").mkdir()
-    summary = detect([root])[0].summary()
-    assert [(s.split, s.images, s.classes) for s in summary.splits] == [("train", 6, 2), ("val", 2, 2)]
-    assert summary.splits[1].size_bytes == sum(path.stat().st_size for path in (root / "val").rglob("*.jpg"))
-    assert "empty class" in summary.notes[0]
+    (source,) = detect([root])
+    info = source.info()
+    assert (info["kind"], info["name"], info["images"]) == ("imagefolder", "", 8)
+    assert info["size_bytes"] == sum(path.stat().st_size for path in root.rglob("*.jpg"))
+    assert "empty class" in source.notes[0]
 
 
 def test_a_file_that_changed_since_it_was_listed_is_unreadable(tmp_path: Path) -> None:
