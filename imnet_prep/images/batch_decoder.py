@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import io
-import queue
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from imnet_prep.errors import PipelineError
 from imnet_prep.images.decode import PILLOW_FAULTS
 from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.jpeg import jpeg_size
-from imnet_prep.images.native import MESSAGE_BYTES, borrowed, decoder_status, function
+from imnet_prep.images.native import MESSAGE_BYTES, decoder_status, function
 from imnet_prep.types import Reason
 
 SOI = b"\xff\xd8"  # how a JPEG begins
@@ -158,17 +157,12 @@ class NativeDecoder(PortableDecoder):
 
     def __init__(self, *, reduce: bool = True, fast: bool = True) -> None:
         built, text = decoder_status()
-        new, decode, free = (function(f"imnet_batch_{name}") for name in ("new", "decode", "free"))
-        if not built or new is None or decode is None or free is None:
+        decode = function("imnet_decode_batch")
+        if not built or decode is None:
             raise PipelineError(text, remedy="or use the portable decoder")
-        self._new, self._decode, self._free = new, decode, free
+        self._decode = decode
         self._flags = _REDUCE * reduce + _FAST * fast
         self.name = f"native ({text})"
-        self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def __del__(self) -> None:
-        while hasattr(self, "_idle") and not self._idle.empty():
-            self._free(self._idle.get())
 
     def decode(self, images: Sequence[bytes], geometry: Geometry, interpolation: str, out: NDArray[np.uint8]) -> Faults:
         """See :meth:`PortableDecoder.decode`."""
@@ -183,19 +177,15 @@ class NativeDecoder(PortableDecoder):
             np.ascontiguousarray(geometry.flip, dtype=np.uint8),
         )
         status, messages = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=f"S{MESSAGE_BYTES}")
-        with borrowed(self._idle, self._new) as handle:
-            if not handle:
-                raise MemoryError("no memory for a decoder")
-            bad = self._decode(
-                handle,
-                count,
-                (ctypes.c_char_p * count)(*images),
-                *(array.ctypes.data for array in given),
-                INTERPOLATIONS.index(interpolation),
-                out.shape[1],
-                self._flags,
-                *(array.ctypes.data for array in (out, status, messages)),
-            )
+        bad = self._decode(
+            count,
+            (ctypes.c_char_p * count)(*images),
+            *(array.ctypes.data for array in given),
+            INTERPOLATIONS.index(interpolation),
+            out.shape[1],
+            self._flags,
+            *(array.ctypes.data for array in (out, status, messages)),
+        )
         assert bad >= 0, "the geometry lies outside the image"
         faults = {
             row: messages[row].split(b"\0", 1)[0].decode("utf-8", "replace")

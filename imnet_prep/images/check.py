@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from enum import Enum, auto
+from typing import Literal
 
 from imnet_prep.errors import PlanError
 from imnet_prep.images.decode import Pixels, decode_cmyk_jpeg, decode_jpeg, decode_other
@@ -100,12 +100,8 @@ class Header:
     clean: bool = False
 
 
-class Action(Enum):
-    """What is done to an image: keep its bytes, encode its pixels again, or convert them as well."""
-
-    KEEP = auto()
-    ENCODE = auto()
-    CONVERT = auto()
+Action = Literal["keep", "encode", "convert"]
+"""What is done to an image: keep its bytes, encode its pixels again, or convert them as well."""
 
 
 def read_header(data: bytes, max_pixels: int, *, scan: bool = False) -> Header:
@@ -138,14 +134,14 @@ def decide(header: Header, options: ValidateOptions) -> Action:
     """
     info = header.jpeg
     if info is None:
-        return Action.CONVERT
+        return "convert"
     if info.components not in (1, 3, 4):
         raise ImageFault(Reason.CORRUPT, f"a JPEG of {info.components} components")
     if not info.plain or info.components == 4 or info.orientation != 1:
-        return Action.CONVERT
+        return "convert"
     if options.short_side is None or (min(info.width, info.height) <= options.short_side and not info.progressive):
-        return Action.KEEP
-    return Action.ENCODE
+        return "keep"
+    return "encode"
 
 
 def store(
@@ -159,17 +155,36 @@ def store(
     info = header.jpeg
     if info is None:
         pixels, changes = decode_other(data, header.kind, deep=header.deep, max_pixels=options.max_pixels)
-        return _encode(pixels, (pixels.shape[1], pixels.shape[0]), options, [Change.FORMAT, *changes])
-    changes = _noticed(info, len(data))
-    if action is Action.KEEP:
-        # libjpeg decodes what the scan calls clean without a warning, so the scan only saves time.
-        if not header.clean and not clean_end(data):
-            _undamaged(data, info, *decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE), changes)
-        return data, info.width, info.height, changes
-    shrunk = _shrunk_at_once(data, info, options) if action is Action.ENCODE else None
-    pixels = orient(_decode_checked(data, info, options, changes), info.orientation) if shrunk is None else shrunk
-    size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
-    return _encode(pixels, size, options, changes)
+        changes.append(Change.FORMAT)
+        size = pixels.shape[1], pixels.shape[0]
+        target = _stored_size(size, options)
+    else:
+        changes = _noticed(info, len(data))
+        if action == "keep":
+            # libjpeg decodes what the scan calls clean without a warning, so the scan only saves time.
+            if not header.clean and not clean_end(data):
+                _decode(data, info, changes, grey=True, reduce=_CHECK_REDUCE)
+            return data, info.width, info.height, changes
+        size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
+        target = _stored_size(size, options)
+        reduce, shrunk = _reduction(info, options.short_side), None
+        if action == "encode" and target != size:
+            shrunk, end = decode_shrunk(data, components=info.components, reduce=reduce, size=size, small=target)
+            shrunk = shrunk if end == info.size_bytes else None
+        pixels = orient(_decode(data, info, changes, reduce=reduce), info.orientation) if shrunk is None else shrunk
+    if target != size:
+        changes.append(Change.RESIZED)
+        if target != (pixels.shape[1], pixels.shape[0]):
+            pixels = shrink(pixels, *target)
+    quality = CONVERT_QUALITY if options.short_side is None else options.quality
+    return encode_jpeg(pixels, quality, halve_chroma=options.short_side is not None), *target, changes
+
+
+def _stored_size(size: tuple[int, int], options: ValidateOptions) -> tuple[int, int]:
+    """Return the width and height to store an upright image with."""
+    if options.short_side is None or min(size) <= options.short_side:
+        return size
+    return short_side_size(*size, options.short_side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +214,7 @@ def examine(data: bytes, short_side: int) -> Examined:
         pixels, _ = decode_other(data, header.kind, deep=header.deep, max_pixels=options.max_pixels)
         return Examined(pixels.shape[1], pixels.shape[0], (), to_grey(pixels))
     changes = _noticed(info, len(data))
-    if info.plain and info.components in (1, 3):
-        decoded = decode_jpeg(data, grey=True, reduce=_reduction(info, short_side))
-        grey = _undamaged(data, info, *decoded, changes)
-    else:
-        grey = to_grey(_decode_checked(data, info, options, changes))
+    grey = to_grey(_decode(data, info, changes, grey=True, reduce=_reduction(info, short_side)))
     seen = (Change.PROGRESSIVE, Change.GREYSCALE, Change.EXIF_DAMAGED, Change.TRAILING_BYTES)
     return Examined(info.width, info.height, tuple(change for change in seen if change in changes), grey)
 
@@ -222,38 +233,27 @@ def _noticed(info: JpegInfo, size_bytes: int) -> list[Change]:
     return [change for change, is_so in seen.items() if is_so]
 
 
-def _shrunk_at_once(data: bytes, info: JpegInfo, options: ValidateOptions) -> Pixels | None:
-    """Do with the C++ library what :func:`_decode_checked` and :func:`shrink` do, where every bit is clean."""
-    if options.short_side is None or min(info.width, info.height) <= options.short_side:
-        return None
-    pixels, end = decode_shrunk(
-        data,
-        components=info.components,
-        reduce=_reduction(info, options.short_side),
-        size=(info.width, info.height),
-        small=short_side_size(info.width, info.height, options.short_side),
-    )
-    return pixels if end == info.size_bytes else None
-
-
-def _reduction(info: JpegInfo, short_side: int) -> int:
+def _reduction(info: JpegInfo, short_side: int | None) -> int:
     """Return the largest DCT-domain divisor that leaves ``short_side`` pixels."""
-    room = min(info.width, info.height) // short_side
+    room = min(info.width, info.height) // short_side if short_side is not None and info.plain else 1
     return max((divisor for divisor in (1, 2, 4, 8) if divisor <= room), default=1)
 
 
-def _decode_checked(data: bytes, info: JpegInfo, options: ValidateOptions, changes: list[Change]) -> Pixels:
-    """Decode at the smallest scale that still has the pixels asked for, and refuse what the decoder made up."""
+def _decode(data: bytes, info: JpegInfo, changes: list[Change], *, grey: bool = False, reduce: int = 1) -> Pixels:
+    """Decode a JPEG, and refuse what the decoder gave up or made something up for.
+
+    Args:
+        data: The bytes.
+        info: What its markers say.
+        changes: Where zeros before the end marker are noted.
+        grey: Decode grey, if it is not CMYK.
+        reduce: Divide both sides by 1, 2, 4 or 8, if it is not CMYK.
+    """
     if info.components == 4:
         _, said = decode_jpeg(data, grey=True, reduce=_CHECK_REDUCE)
-        return _undamaged(data, info, decode_cmyk_jpeg(data), said, changes)
-    reduce = _reduction(info, options.short_side) if options.short_side is not None and info.plain else 1
-    decoded = decode_jpeg(data, grey=info.components == 1, reduce=reduce)
-    return _undamaged(data, info, *decoded, changes)
-
-
-def _undamaged(data: bytes, info: JpegInfo, pixels: Pixels | None, said: str, changes: list[Change]) -> Pixels:
-    """Return what was decoded, or raise an :class:`ImageFault` where the decoder gave up or made something up."""
+        pixels: Pixels | None = decode_cmyk_jpeg(data)
+    else:
+        pixels, said = decode_jpeg(data, grey=grey or info.components == 1, reduce=reduce)
     damage = _DAMAGE.search(said)
     if said and damage is None and pixels is not None:
         _, said = decode_jpeg(without_oddities(data, info), grey=True, reduce=_CHECK_REDUCE)
@@ -267,24 +267,3 @@ def _undamaged(data: bytes, info: JpegInfo, pixels: Pixels | None, said: str, ch
         changes.append(Change.TRAILING_BYTES)
         return pixels
     raise ImageFault(Reason.TRUNCATED if "remature end" in words else Reason.CORRUPT, words)
-
-
-def _encode(
-    pixels: Pixels, size: tuple[int, int], options: ValidateOptions, changes: list[Change]
-) -> tuple[bytes, int, int, list[Change]]:
-    """Shrink where asked, and encode.
-
-    Args:
-        pixels: Upright; perhaps already reduced while decoding.
-        size: Width and height of the whole image, upright, in pixels.
-        options: Storage.
-        changes: Grows by ``RESIZED``.
-    """
-    if options.short_side is not None and min(size) > options.short_side:
-        width, height = short_side_size(*size, options.short_side)
-        if (width, height) != (pixels.shape[1], pixels.shape[0]):
-            pixels = shrink(pixels, width, height)
-        changes = [*changes, Change.RESIZED]
-    quality = CONVERT_QUALITY if options.short_side is None else options.quality
-    image = encode_jpeg(pixels, quality, halve_chroma=options.short_side is not None)
-    return image, pixels.shape[1], pixels.shape[0], changes

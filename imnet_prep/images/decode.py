@@ -7,7 +7,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _heard(decode: Callable[[Any, int], Any], source: object, flag: int) -> tupl
             pixels = decode(source, flag | cv2.IMREAD_IGNORE_ORIENTATION)
         except (cv2.error, MemoryError):
             pixels = None
-    return pixels, heard.text
+    return pixels, "\n".join(heard)
 
 
 def _said_of_files(data: bytes, said: str) -> str:
@@ -150,7 +150,8 @@ def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tupl
     """
     with opened(data, kind) as image:
         refuse_bomb(*image.size, max_pixels)
-        if _has_second_frame(image):
+        with suppress(EOFError):
+            image.seek(1)
             raise ImageFault(Reason.ANIMATED, f"{kind} with more than one frame")
         orientation, damaged = _orientation(image)
         image.load()
@@ -168,14 +169,6 @@ def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tupl
             over = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
         return bgr(_eight_bit(upright, deep=deep)), [change for change, is_so in seen.items() if is_so]
-
-
-def _has_second_frame(image: Image.Image) -> bool:
-    try:
-        image.seek(1)
-    except EOFError:
-        return False
-    return True
 
 
 def _orientation(image: Image.Image) -> tuple[int, bool]:

@@ -132,8 +132,9 @@ def _tiff_is_deep(data: bytes) -> bool:
     directory = first_directory(data)
     if directory is None:
         raise ImageFault(Reason.TRUNCATED, "TIFF ends before its directory")
-    for tag, kind, number, at in directory.entries:
+    order, entries, _ = directory
+    for tag, kind, number, at in entries:
         if tag == BITS_PER_SAMPLE and kind == SHORT:
-            place = int.from_bytes(data[at : at + 4], directory.order) if number > 2 else at
-            return data[place : place + 2] == (16).to_bytes(2, directory.order)
+            place = int.from_bytes(data[at : at + 4], order) if number > 2 else at
+            return data[place : place + 2] == (16).to_bytes(2, order)
     return False

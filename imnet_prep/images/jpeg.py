@@ -130,11 +130,12 @@ def _read_orientation(exif: bytes) -> tuple[int, bool]:
         The orientation, 1 to 8 (1 where none is given), and whether the block is damaged.
     """
     directory = first_directory(exif) if exif.startswith((b"II*\x00", b"MM\x00*")) else None
-    if directory is None or directory.start < 8:
+    if directory is None:
         return 1, True
-    orientation, damaged = 1, not directory.whole
-    for tag, kind, number, at in directory.entries:
-        value = int.from_bytes(exif[at : at + 2], directory.order)
+    order, entries, whole = directory
+    orientation, damaged = 1, not whole
+    for tag, kind, number, at in entries:
+        value = int.from_bytes(exif[at : at + 2], order)
         if tag == ORIENTATION:
             if kind == SHORT and number == 1 and 1 <= value <= 8:
                 orientation = value

@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 # Every warning of libjpeg (jerror.h), OpenCV's log, and libtiff's messages, which begin with the name of a function.
 _OURS = re.compile(
@@ -24,38 +23,28 @@ _OURS = re.compile(
 _LOCKS: dict[int, threading.Lock] = {}  # by process: a forked child cannot use one that a thread of its parent holds
 
 
-@dataclass(slots=True)
-class Heard:
-    """What was captured; empty until the end of the capture."""
-
-    text: str = ""
-
-
 def process_lock() -> threading.Lock:
     """Return the lock for what belongs to the whole process: stderr, and Python's filters of warnings."""
     return _LOCKS.setdefault(os.getpid(), threading.Lock())
 
 
 @contextmanager
-def captured_stderr() -> Iterator[Heard]:
-    """Capture what libjpeg, OpenCV and libtiff write to stderr; ``text`` of the result has it afterwards."""
-    heard = Heard()
+def captured_stderr() -> Iterator[list[str]]:
+    """Capture what libjpeg, OpenCV and libtiff write to stderr; at the end, their messages are in the list."""
+    messages: list[str] = []
     with process_lock(), tempfile.TemporaryFile() as file:
         try:
             saved = os.dup(2)
         except OSError:  # a daemon without stderr
-            saved = -1
+            saved = os.open(os.devnull, os.O_WRONLY)
         os.dup2(file.fileno(), 2)
         try:
-            yield heard
+            yield messages
         finally:
-            if saved >= 0:
-                os.dup2(saved, 2)
-                os.close(saved)
-            else:
-                os.close(2)
+            os.dup2(saved, 2)
+            os.close(saved)
             file.seek(0)
             written = file.read()
-            heard.text = b"".join(_OURS.findall(written)).decode("utf-8", "replace").strip()
-            if saved >= 0 and (others := _OURS.sub(b"", written)):
+            messages += [message.decode("utf-8", "replace").strip() for message in _OURS.findall(written)]
+            if others := _OURS.sub(b"", written):
                 os.write(2, others)

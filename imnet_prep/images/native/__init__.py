@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import queue
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # result and arguments of eac
     "imnet_clean_end": (_SIZE, [_BYTES, _SIZE, _INT]),
     "imnet_decoder": (_BYTES, []),
     "imnet_decode_whole": (_INT, [_BYTES, _SIZE, *[_INT] * 4, _POINTER, _POINTER]),
-    "imnet_batch_new": (_POINTER, []),
-    "imnet_batch_free": (None, [_POINTER]),
-    "imnet_batch_decode": (_INT, [_POINTER, _INT, *[_POINTER] * 6, *[_INT] * 3, *[_POINTER] * 3]),
-    "imnet_decode_shrunk_new": (_POINTER, []),
-    "imnet_decode_shrunk": (_SIZE, [_POINTER, _BYTES, _SIZE, *[_INT] * 6, _POINTER]),
+    "imnet_decode_batch": (_INT, [_INT, *[_POINTER] * 6, *[_INT] * 3, *[_POINTER] * 3]),
+    "imnet_decode_shrunk": (_SIZE, [_BYTES, _SIZE, *[_INT] * 6, _POINTER]),
 }
-_IDLE: queue.SimpleQueue[int] = queue.SimpleQueue()  # decoders of decode_shrunk
 
 
 @cache
@@ -134,25 +128,10 @@ def decode_shrunk(
         The pixels, uint8 (H, W) grey or (H, W, 3) BGR, and the position after EOI; or None and 0 for everything but a
         whole baseline Huffman JPEG, grey, 4:4:4, 4:2:2 or 4:2:0, that libjpeg would decode without a warning.
     """
-    decode, new = function("imnet_decode_shrunk"), function("imnet_decode_shrunk_new")
-    if decode is None or new is None:
+    decode = function("imnet_decode_shrunk")
+    if decode is None:
         return None, 0
     pixels = np.empty((small[1], small[0], 3) if components == 3 else (small[1], small[0]), dtype=np.uint8)
     reduced = [-(-side // reduce) for side in size]
-    with borrowed(_IDLE, new) as handle:
-        end = decode(handle, data, len(data), reduce, components, *reduced, *small, pixels.ctypes.data)
+    end = decode(data, len(data), reduce, components, *reduced, *small, pixels.ctypes.data)
     return (pixels, end) if end else (None, 0)
-
-
-@contextmanager
-def borrowed(idle: queue.SimpleQueue[int], make: Callable[[], int | None]) -> Iterator[int | None]:
-    """Lend an idle decoder, or a new one, so that there are as many as threads at work."""
-    try:
-        handle: int | None = idle.get_nowait()
-    except queue.Empty:
-        handle = make()
-    try:
-        yield handle
-    finally:
-        if handle:
-            idle.put(handle)

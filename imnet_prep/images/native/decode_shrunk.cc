@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
-#include <new>
+#include <memory>
 #include <vector>
 
 #include <jpeglib.h>
@@ -61,6 +61,24 @@ class Handle {
 
   // Where the image ends in the data, or 0.
   size_t Decode(const Request& request) {
+    try {
+      return Try(request);
+    } catch (const std::exception&) {  // out of memory
+      Reset();
+      throw;
+    }
+  }
+
+  // The calling thread's own.
+  static Handle& Own() {
+    thread_local std::unique_ptr<Handle> own;
+    if (own == nullptr) own = std::make_unique<Handle>();
+    return *own;
+  }
+
+ private:
+  void Reset() { jpeg_destroy_decompress(&info_); }
+  size_t Try(const Request& request) {
     if (setjmp(errors_.jump)) {
       Reset();
       return 0;
@@ -70,10 +88,7 @@ class Handle {
     Reset();
     return end == nullptr ? 0 : static_cast<size_t>(end - request.data);
   }
-  void Reset() { jpeg_destroy_decompress(&info_); }
-
- private:
-  // Only these two may longjmp back into Decode's setjmp; neither owns anything that a jump would leak.
+  // Only these two may longjmp back into Try's setjmp; neither owns anything that a jump would leak.
   bool Start(const Request& request);
   const uint8_t* Rows(const Request& request);
   void Prepare(const Request& request);
@@ -133,22 +148,17 @@ const uint8_t* Handle::Rows(const Request& request) {
 
 }  // namespace
 
-IMNET_API void* imnet_decode_shrunk_new() { return new (std::nothrow) Handle; }
-
-IMNET_API void imnet_decode_shrunk_free(void* handle) { delete static_cast<Handle*>(handle); }
-
 // Decodes at 1 / reduce, in_width x in_height, and shrinks to out: uint8 (out_height, out_width, channels), BGR or grey.
 // Returns the byte behind the end marker, or 0: left to others.
-IMNET_API size_t imnet_decode_shrunk(void* handle, const uint8_t* data, size_t size_bytes, int reduce, int channels,
-                                    int in_width, int in_height, int out_width, int out_height, uint8_t* out) {
+IMNET_API size_t imnet_decode_shrunk(const uint8_t* data, size_t size_bytes, int reduce, int channels, int in_width,
+                                     int in_height, int out_width, int out_height, uint8_t* out) {
   const bool known = (channels == 1 || channels == 3) && (reduce == 1 || reduce == 2 || reduce == 4 || reduce == 8);
-  if (handle == nullptr || !known || out_width < 1 || out_height < 1) return 0;
+  if (!known || out_width < 1 || out_height < 1) return 0;
   if (in_width < out_width || in_height < out_height) return 0;
   try {
-    return static_cast<Handle*>(handle)->Decode(
+    return Handle::Own().Decode(
         Request{data, size_bytes, reduce, channels, in_width, in_height, out_width, out_height, out});
   } catch (const std::exception&) {  // out of memory
-    static_cast<Handle*>(handle)->Reset();
     return 0;
   }
 }

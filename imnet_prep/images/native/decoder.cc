@@ -1,6 +1,6 @@
 // Batch JPEG decoder: bytes to the resampled, flipped crop in the batch, looking only at the crop's part of the image.
 //
-// Plain C interface, loaded by ctypes (imnet_prep/images/batch_decoder.py). One handle a thread; handles share nothing.
+// Plain C interface, loaded by ctypes (imnet_prep/images/batch_decoder.py). Threads share nothing.
 // Source: libjpeg-turbo's libjpeg.txt (partial decompression, scaled decompression, error handling by longjmp).
 
 #include <csetjmp>
@@ -10,7 +10,7 @@
 #include <cstring>
 #include <algorithm>
 #include <exception>
-#include <new>
+#include <memory>
 #include <vector>
 
 #include <jpeglib.h>
@@ -120,13 +120,25 @@ class Handle {
   Handle(const Handle&) = delete;
   Handle& operator=(const Handle&) = delete;
 
-  Status Decode(const Request& request, char* message) {
-    const Status status = Try(request, message, request.fast);
-    return errors_.gave_up ? Try(request, message, false) : status;
+  // The calling thread's own.
+  static Handle& Own() {
+    thread_local std::unique_ptr<Handle> own;
+    if (own == nullptr) own = std::make_unique<Handle>();
+    return *own;
   }
-  void Reset() { jpeg_destroy_decompress(&info_); }
+
+  Status Decode(const Request& request, char* message) {
+    try {
+      const Status status = Try(request, message, request.fast);
+      return errors_.gave_up ? Try(request, message, false) : status;
+    } catch (const std::exception&) {  // out of memory
+      Reset();
+      throw;
+    }
+  }
 
  private:
+  void Reset() { jpeg_destroy_decompress(&info_); }
   Status Try(const Request& request, char* message, bool fast);
   // Only these two may longjmp back into Try's setjmp; neither owns anything that a jump would leak.
   Status Start(const Request& request, bool fast);
@@ -279,18 +291,14 @@ IMNET_API const char* imnet_decoder() {
   return text;
 }
 
-IMNET_API void* imnet_batch_new() { return new (std::nothrow) Handle; }
-
-IMNET_API void imnet_batch_free(void* handle) { delete static_cast<Handle*>(handle); }
-
 // Decodes n images. listed: int32 (n, 2), width and height that the header must give; limits: int32 (n, 4);
 // box: float64 (n, 4); flip: uint8 (n); out: uint8 (n, size, size, 3);
 // flags: see Flags; status: int32 (n), see Status; messages: n times imnet::kMessageBytes bytes, zero-terminated where the status is kFault.
 // Returns the number of images that are not good, or -1 for arguments out of range.
-IMNET_API int imnet_batch_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes,
-                                const int32_t* listed, const int32_t* limits, const double* box, const uint8_t* flip,
-                                int filter, int size, int flags, uint8_t* out, int32_t* status, char* messages) {
-  if (handle == nullptr || n < 0 || size < 1 || filter < 0 || filter >= imnet::kFilters) return -1;
+IMNET_API int imnet_decode_batch(int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* listed,
+                                 const int32_t* limits, const double* box, const uint8_t* flip, int filter, int size,
+                                 int flags, uint8_t* out, int32_t* status, char* messages) {
+  if (n < 0 || size < 1 || filter < 0 || filter >= imnet::kFilters) return -1;
   int bad = 0;
   for (int i = 0; i < n; ++i) {
     Request request{};
@@ -312,9 +320,8 @@ IMNET_API int imnet_batch_decode(void* handle, int n, const uint8_t* const* data
       return -1;
     }
     try {
-      status[i] = static_cast<Handle*>(handle)->Decode(request, message);
+      status[i] = Handle::Own().Decode(request, message);
     } catch (const std::exception& error) {  // out of memory
-      static_cast<Handle*>(handle)->Reset();
       std::snprintf(message, imnet::kMessageBytes, "%s", error.what());
       status[i] = kFault;
     }

@@ -1,7 +1,7 @@
 // Feeds damaged JPEGs to the decoder under sanitizers; not part of the installed library (see test_native.py).
 //
 //   g++ -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DIMNET_FAST_ENTROPY
-//       fuzz.cc decoder.cc entropy.cc resample.cc shrink.cc decode_shrunk.cc -ljpeg -o fuzz && ./fuzz ROUNDS SEED FILE...
+//       fuzz.cc decode_whole.cc decoder.cc entropy.cc resample.cc shrink.cc decode_shrunk.cc -ljpeg -o fuzz && ./fuzz ROUNDS SEED FILE...
 
 #include <algorithm>
 #include <cstddef>
@@ -14,16 +14,14 @@
 #include <vector>
 
 extern "C" {
-void* imnet_batch_new();
-void imnet_batch_free(void* handle);
-int imnet_batch_decode(void* handle, int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* listed,
-                      const int32_t* limits, const double* box, const uint8_t* flip, int filter, int size, int flags,
-                      uint8_t* out, int32_t* status, char* messages);
+int imnet_decode_batch(int n, const uint8_t* const* data, const size_t* size_bytes, const int32_t* listed,
+                       const int32_t* limits, const double* box, const uint8_t* flip, int filter, int size, int flags,
+                       uint8_t* out, int32_t* status, char* messages);
+int imnet_decode_whole(const uint8_t* data, size_t size_bytes, int reduce, int channels, int width, int height,
+                       uint8_t* out, char* message);
 #ifdef IMNET_FAST_ENTROPY
-void* imnet_decode_shrunk_new();
-void imnet_decode_shrunk_free(void* handle);
-size_t imnet_decode_shrunk(void* handle, const uint8_t* data, size_t size_bytes, int reduce, int channels, int in_width,
-                          int in_height, int out_width, int out_height, uint8_t* out);
+size_t imnet_decode_shrunk(const uint8_t* data, size_t size_bytes, int reduce, int channels, int in_width, int in_height,
+                           int out_width, int out_height, uint8_t* out);
 #endif
 }
 
@@ -73,20 +71,24 @@ bool Size(const Bytes& data, int* width, int* height) {
   return false;
 }
 
-#ifdef IMNET_FAST_ENTROPY
-// Whole images, shrunk. Gives whether it was taken.
-bool Shrunk(void* handle, const Bytes& data, int width, int height, std::mt19937* random) {
+// Whole images, shrunk and not. Gives how many were taken.
+int Whole(const Bytes& data, int width, int height, std::mt19937* random) {
   const int reduce = 1 << (*random)() % 4, channels = (*random)() % 4 == 0 ? 1 : 3;
   const int in_width = (width + reduce - 1) / reduce, in_height = (height + reduce - 1) / reduce;
+  Bytes whole(static_cast<size_t>(in_width) * in_height * channels);
+  char message[256];
+  int taken = imnet_decode_whole(data.data(), data.size(), reduce, channels, in_width, in_height, whole.data(), message) == 0;
+#ifdef IMNET_FAST_ENTROPY
   const int out_width = 1 + static_cast<int>((*random)() % in_width);
   const int out_height = 1 + static_cast<int>((*random)() % in_height);
   Bytes out(static_cast<size_t>(out_width) * out_height * channels);
-  const size_t end = imnet_decode_shrunk(handle, data.data(), data.size(), reduce, channels, in_width, in_height, out_width,
-                                        out_height, out.data());
+  const size_t end = imnet_decode_shrunk(data.data(), data.size(), reduce, channels, in_width, in_height, out_width,
+                                         out_height, out.data());
   if (end > data.size()) std::abort();
-  return end > 0;
-}
+  taken += end > 0;
 #endif
+  return taken;
+}
 
 }  // namespace
 
@@ -98,21 +100,14 @@ int main(int argc, char** argv) {
     std::ifstream file(argv[i], std::ios::binary);
     sources.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
   }
-  void* handle = imnet_batch_new();
-  int taken = 0;
-#ifdef IMNET_FAST_ENTROPY
-  void* shrunk = imnet_decode_shrunk_new();
-#endif
-  int good = 0, bad = 0, others = 0;
+  int good = 0, bad = 0, others = 0, taken = 0;
   for (int round = 0; round < std::atoi(argv[1]); ++round) {
     Bytes data = sources[random() % sources.size()];
     Mutate(&data, &random);
     data.shrink_to_fit();  // so that a read beyond the end is seen
     int width = 0, height = 0;
     if (!Size(data, &width, &height)) continue;
-#ifdef IMNET_FAST_ENTROPY
-    taken += Shrunk(shrunk, data, width, height, &random);
-#endif
+    taken += Whole(data, width, height, &random);
     const int32_t listed[2] = {width, height};
     int32_t limits[4] = {0, 0, width, height};
     for (int axis = 0; axis < 2; ++axis) {
@@ -128,14 +123,10 @@ int main(int argc, char** argv) {
     const size_t bytes = data.size();
     int32_t status = -1;
     char message[256] = "";
-    imnet_batch_decode(handle, 1, &pointer, &bytes, listed, limits, box, &flip, static_cast<int>(random() % 4), size,
+    imnet_decode_batch(1, &pointer, &bytes, listed, limits, box, &flip, static_cast<int>(random() % 4), size,
                       static_cast<int>(random() % 4), out.data(), &status, message);
     ++(status == 0 ? good : status == 1 ? bad : others);
   }
-  imnet_batch_free(handle);
-#ifdef IMNET_FAST_ENTROPY
-  imnet_decode_shrunk_free(shrunk);
-#endif
   std::printf("good %d bad %d others %d taken %d\n", good, bad, others, taken);
   return 0;
 }

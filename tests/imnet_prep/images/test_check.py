@@ -188,7 +188,7 @@ def plainly_decoded(data: bytes) -> tuple[Picture, str]:
     """Decode with OpenCV alone."""
     with captured_stderr() as heard:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    return pixels, heard.text
+    return pixels, "".join(heard)
 
 
 def miscoded(data: bytes, count: int) -> list[bytes]:
