@@ -121,7 +121,7 @@ def test_mindspore_is_not_needed_before_the_pipeline(module: str) -> None:
 
 RECORDS = "imnet_prep.records"
 OPENERS = {  # what opens a shard, an index, a record list, a list of rejections or a manifest
-    "Shard", "open_shard", "read_header", "read_index", "read_index_field", "opened_index", "index_from_data",
+    "Shard", "open_shard", "read_header", "read_index", "index_from_data",
     "opened_list", "read_lines", "read_rejected", "load_manifest", "load_rows",
 }  # fmt: skip
 MAY = {  # who may use what of the formats, and why

@@ -28,11 +28,11 @@ from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.perceptual_hash import SIDE
 from imnet_prep.records.discover import find_records
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.index import write_index_of
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.publish import Change, changing
 from imnet_prep.records.record_list import RECORDS, RecordLine
+from imnet_prep.records.salvage import write_index_of
 from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.records.shards import Layout
 from imnet_prep.types import SPLITS, ProgressCallback, ShardInfo, name_fault, record_id

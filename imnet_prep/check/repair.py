@@ -19,11 +19,10 @@ from typing import Any
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.index import write_index_of
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.publish import DAMAGED_FOLDER, Change, changing
 from imnet_prep.records.record_list import RecordLine
-from imnet_prep.records.salvage import clip_to_whole_rows, find_images, open_ordered, write_again
+from imnet_prep.records.salvage import find_images, open_in_place, rewrite_shard, salvage_rows, write_index_of
 from imnet_prep.types import Progress, ProgressCallback, ShardInfo
 
 STATES = INTACT, REBUILT, RESTORED, DAMAGED, SALVAGED, LOST = (
@@ -120,7 +119,7 @@ def _repair(
     first = sum(shard.rows for shard in split.shards[:number])
     lines = [*islice(folder.lines(name), first, first + info.rows)] if list_is_whole(name) else []
     ours = bool(folder.manifest.plan)
-    shard = open_ordered(path, split, info, indexed=indexed)
+    shard = open_in_place(path, split, info, indexed=indexed)
     places = find_images(path, split, lines, shard)
     missing = [row for row in range(info.rows) if row not in places]
     if shard is not None and not (ours and lines and not missing):
@@ -131,7 +130,7 @@ def _repair(
         why = f"{split.records['file']} is damaged too: restore it first"
         return _lost(info, "no image in it is whole" if lines else why)
     made = change.stage(path)
-    write_again(path, made, split, lines, places)
+    rewrite_shard(path, made, split, lines, places)
     exact = (file_digest(made), file_digest(index_path(made))) == (info.sha256, info.index_sha256)
     detail = "" if exact else "every row is there, and the file is not the manifest's bit for bit"
     if missing:
@@ -193,7 +192,7 @@ def _clip(change: Change, path: Path, info: ShardInfo) -> ShardRepair:
     """Keep the rows before the damage of a file that others wrote, as its own pages say where they lie."""
     made = change.stage(path)
     try:
-        rows = clip_to_whole_rows(path, made)
+        rows = salvage_rows(path, made)
         write_index_of(made, made)
     except RecordsError as error:
         return _lost(info, str(error))

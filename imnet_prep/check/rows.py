@@ -1,4 +1,4 @@
-"""One record, looked at: the part of ``verify --level decode`` that worker processes do."""
+"""Check one record: the part of ``verify --level decode`` that runs in worker processes."""
 
 from __future__ import annotations
 
@@ -10,62 +10,61 @@ from typing import Any, NamedTuple, TypeGuard
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.images.check import examine
-from imnet_prep.images.jpeg import ImageFault
+from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.perceptual_hash import SIDE, signature
-from imnet_prep.records.problems import Problem
+from imnet_prep.records.check import Problem
+from imnet_prep.records.mindrecord import NO_LABEL
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.scan import Row
-from imnet_prep.records.table import NO_LABEL
 from imnet_prep.types import name_fault, record_id
 
 EQUAL, END, BASE = "equal", "end", "base"
-_SEPARATORS = re.compile(r"[/\\]+")
+SEPARATORS = re.compile(r"[/\\]+")
 _Fault = tuple[str, str]  # kind and detail of a problem
-_Prints = tuple[int, int, int]  # of an image
-_NOTHING = (0, 0, 0)
+_NOTHING = (0, 0, 0)  # the fingerprints of an image that does not decode
 
 
 class Checked(NamedTuple):
-    """What was found.
+    """The result of checking a record.
 
     Attributes:
-        problems: With the record.
-        label: As stored; :data:`~imnet_prep.records.table.NO_LABEL` where there is none to read.
-        prints: Four uint64: record id, first 8 bytes of the image's SHA-256, and its 128 perceptual bits; zeros for
-            what cannot be read.
-        listed: Whether it has a line of the record list that can be read and is its own.
+        problems: The problems of the record.
+        label: The stored label; :data:`~imnet_prep.records.mindrecord.NO_LABEL` where none can be read.
+        fingerprints: Four uint64: record id, first 8 bytes of the image's SHA-256, and its 128-bit perceptual hash;
+            zeros for what cannot be read.
+        listed: Whether the record list has a valid line for this record.
     """
 
     problems: tuple[Problem, ...]
     label: int = NO_LABEL
-    prints: tuple[int, int, int, int] = (0, *_NOTHING)
+    fingerprints: tuple[int, int, int, int] = (0, *_NOTHING)
     listed: bool = False
 
 
 def names_agree(stored: str, listed: str, how: str) -> bool:
-    """Compare a stored file_name with the record list's.
+    """Compare a stored file_name with the one in the record list.
 
     Args:
-        stored: In the data file.
-        listed: In the record list.
-        how: ``equal``, or of adopted files ``end`` (it ends with it) or ``base`` (only the base names are equal).
+        stored: The name in the data file.
+        listed: The name in the record list.
+        how: ``equal``; for adopted files ``end`` (``stored`` ends with ``listed``) or ``base`` (equal base names).
     """
     if how == EQUAL:
         return stored == listed
-    parts, end = _SEPARATORS.split(stored), listed.split("/")
+    parts, end = SEPARATORS.split(stored), listed.split("/")
     wanted = end if how == END else end[-1:]
     return parts[-len(wanted) :] == wanted
 
 
 def check_row(row: Row, classes: Sequence[str], names: Mapping[str, str]) -> Checked:
-    """Look at a record: fields, label, name, image; and compare them with its line of the list, where it has one.
+    """Check the fields, label, name and image of a record, and compare them with its line of the record list.
 
-    Never raises on any bytes.
+    No bytes make it raise.
 
     Args:
         row: The record.
         classes: Class names in label order.
-        names: How stored names go with the record list's, by split; see :func:`names_agree`.
+        names: How to compare stored names with listed ones, by split; see :func:`names_agree`.
     """
     try:
         rows, _ = len(row.opened), row.opened.header.image_field
@@ -76,7 +75,7 @@ def check_row(row: Row, classes: Sequence[str], names: Mapping[str, str]) -> Che
         return Checked((Problem("record", row.file, detail, row.row),) if row.row == rows else ())
     try:
         line = row.line()
-    except ValueError:  # said once for the whole list
+    except ValueError:  # reported once for the whole list
         line = None
     faults: list[_Fault] = []
     fields: dict[str, Any] = {}
@@ -88,16 +87,18 @@ def check_row(row: Row, classes: Sequence[str], names: Mapping[str, str]) -> Che
         faults += _field_faults(row, fields, line, classes, names[row.split])
     found = line.file_name if line else fields.get("file_name")
     name = None if name_fault(found) else str(found)
-    prints = _NOTHING
+    image_prints = _NOTHING
     try:
-        image_faults, prints = _look(row.image, line)
+        image_faults, image_prints = _check_image(row.image, line)
         faults += image_faults
     except RecordsError as error:
         faults.append(("record", str(error)))
     label = fields.get("label")
     problems = tuple(Problem(kind, row.file, " ".join(detail.split()), row.row, name) for kind, detail in faults)
     identity = record_id(row.split, name) if name else 0
-    return Checked(problems, label if _is_label(label, classes) else NO_LABEL, (identity, *prints), line is not None)
+    return Checked(
+        problems, label if _is_label(label, classes) else NO_LABEL, (identity, *image_prints), line is not None
+    )
 
 
 def _is_label(label: object, classes: Sequence[str]) -> TypeGuard[int]:
@@ -126,8 +127,8 @@ def _field_faults(
         yield kind, f"label {label} is {classes[label]}, the name {name!r:.200} says {says}"
 
 
-def _look(image: bytes, line: RecordLine | None) -> tuple[list[_Fault], _Prints]:
-    """Return what is wrong with an image, and its prints."""
+def _check_image(image: bytes, line: RecordLine | None) -> tuple[list[_Fault], tuple[int, int, int]]:
+    """Return the faults of an image, and its fingerprints."""
     digest = hashlib.sha256(image).digest()
     changed = line is not None and digest != bytes.fromhex(line.sha256)
     try:

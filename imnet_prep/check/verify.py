@@ -1,8 +1,8 @@
-"""Is a records folder what its manifest says? Each level includes the ones before it.
+"""Verify a records folder against its manifest. Each level includes the ones before it.
 
-``quick`` reads the manifest, sizes, headers and indexes; ``hash`` reads every byte; ``decode`` looks at every record
-(:mod:`imnet_prep.check.rows`) and for duplicates. No level needs MindSpore. Nothing on the disk makes it raise: what
-cannot be read is a problem like any other.
+``quick`` reads the manifest, sizes, headers and indexes; ``hash`` reads every byte; ``decode`` checks every record
+(:mod:`imnet_prep.check.rows`) and looks for duplicates. No level needs MindSpore. Damaged files never raise an error:
+what cannot be read is reported as a problem.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.check.counts import check_expectation, check_rejected
+from imnet_prep import catalog
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
 from imnet_prep.process_pool import process_count
 from imnet_prep.records.check import (
+    Problem,
     check_list,
+    check_rejected,
     check_rows_of_index,
     check_shard,
     check_size,
@@ -33,25 +35,25 @@ from imnet_prep.records.check import (
     listed_files,
 )
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.manifest import MANIFEST, MIN_ROW_BYTES
-from imnet_prep.records.problems import Problem
+from imnet_prep.records.manifest import MANIFEST, MIN_ROW_BYTES, Manifest, SplitInfo
 from imnet_prep.records.scan import map_rows
 from imnet_prep.types import Progress, ProgressCallback
 
 LEVELS = ("quick", "hash", "decode")
 WITHHELD = ("shards", "records")
-MAX_PROBLEMS = 10_000  # that are kept; a folder of a million bad rows must not fill the memory
+EXPECTATIONS = ("ilsvrc2012",)
+MAX_PROBLEMS = 10_000  # problems that are kept: a folder of a million bad rows must not fill the memory
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
-        level: As asked.
-        shards: Shards that the manifest lists. records: Records that it promises.
-        problems: What is wrong; past 10,000 the last one says how many more there are.
-        warnings: What one should know: duplicates. They leave the folder ``ok``.
+        level: The level.
+        shards: Number of shards that the manifest lists. records: Number of records that it lists.
+        problems: The problems; past 10,000 the last one says how many more there are.
+        warnings: Duplicates. They leave the folder ``ok``.
     """
 
     level: str
@@ -62,7 +64,7 @@ class VerifyResult:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
@@ -90,15 +92,15 @@ def verify(
     Args:
         records: The folder.
         level: One of :data:`LEVELS`.
-        workers: Files hashed, or processes that decode, at a time; one a usable core where None.
-        progress: Told of bytes hashed and of images decoded.
-        expect: ``ilsvrc2012`` to compare the counts with those published; they are compared anyway where official
-            archives were converted whole.
-        withhold: Digests not to look at (:data:`WITHHELD`), to see what the rest finds: those of ``shards`` and of
-            other files, or those of ``records`` (and with them the whole record list).
+        workers: Number of files hashed, or of decoding processes, at a time; by default one per usable core.
+        progress: Called with the bytes hashed and the images decoded.
+        expect: ``ilsvrc2012`` to compare the counts with the published ones. Folders converted from whole official
+            archives are always compared.
+        withhold: Digests to ignore (:data:`WITHHELD`), to measure what the other checks find: ``shards`` for those of
+            all files, ``records`` for those of the records, with the whole record list.
 
     Raises:
-        RecordsError: There is no such folder, it has no manifest, or a name is unknown.
+        RecordsError: There is no such folder, it has no manifest, or ``level`` or ``expect`` is unknown.
         PlanError: A worker process was killed.
     """
     if level not in LEVELS:
@@ -110,28 +112,24 @@ def verify(
         if not os.path.lexists(records / MANIFEST):
             raise
         return VerifyResult(level, 0, 0, (Problem("manifest", MANIFEST, str(error)),))
-    problems = [*check_expectation(folder.manifest, expect), *_check_quick(folder)]
+    problems = [*_check_expectation(folder.manifest, expect), *_check_quick(folder)]
     if level != "quick" and "shards" not in withhold:
         problems += _check_digests(folder, width, progress)
     warnings: list[Problem] = []
     hidden = 0
     if level == "decode" and _can_hold_its_rows(folder):
-        from imnet_prep.check.near_duplicates import find_duplicates  # with OpenCV, which the other levels do without
+        from imnet_prep.check.duplicates import find_duplicates  # imports OpenCV, which the other levels do not need
 
         lines = "records" not in withhold
         rows = _check_rows(folder, width, progress, lines=lines)
-        twice, warnings = find_duplicates(folder, rows.prints)
-        problems += [*_check_agreement(folder, rows, lines=lines), *twice, *rows.problems]
+        same_name, warnings = find_duplicates(folder, rows.fingerprints)
+        problems += [*_check_agreement(folder, rows, lines=lines), *same_name, *rows.problems]
         hidden = rows.number - len(rows.problems)
-    return VerifyResult(level, len(folder.shards), folder.records, _bounded(problems, hidden), tuple(warnings))
-
-
-def _bounded(problems: list[Problem], hidden: int) -> tuple[Problem, ...]:
-    once = list(dict.fromkeys(problems))
-    hidden += len(once[MAX_PROBLEMS:])
-    if hidden:
-        once[MAX_PROBLEMS:] = [Problem(once[-1].kind, once[-1].file, f"{hidden} more problems are not listed")]
-    return tuple(once)
+    problems = list(dict.fromkeys(problems))
+    if hidden := hidden + len(problems[MAX_PROBLEMS:]):
+        last = problems[:MAX_PROBLEMS][-1]
+        problems[MAX_PROBLEMS:] = [Problem(last.kind, last.file, f"{hidden} more problems are not listed")]
+    return VerifyResult(level, len(folder.shards), folder.records, tuple(problems), tuple(warnings))
 
 
 def _check_quick(folder: RecordsFolder) -> Iterator[Problem]:
@@ -146,26 +144,24 @@ def _check_quick(folder: RecordsFolder) -> Iterator[Problem]:
 
 
 def _can_hold_its_rows(folder: RecordsFolder) -> bool:
-    """Tell a manifest that claims more rows than the shards on the disk could hold; their sizes are problems already.
+    """Return whether the shards on the disk are large enough for the rows that the manifest lists.
 
-    It must not make the scan go through 10^18 rows.
+    A forged manifest must not start a scan of 10^18 rows; the sizes of its shards are already reported.
     """
     paths = [folder.path / shard.file for _, _, shard in folder.shards]
-    there = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
-    return folder.records * MIN_ROW_BYTES <= there
+    return folder.records * MIN_ROW_BYTES <= sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
 
 
 @dataclass(slots=True)
 class _Rows:
-    """What was found in the rows.
+    """The results of :func:`~imnet_prep.check.rows.check_row` over all records.
 
     Attributes:
-        prints: uint64 (records, 4), see :class:`~imnet_prep.check.rows.Checked`.
-        labels: int32 (records,). listed: bool (records,), likewise.
-        problems: In stored order, the first 10,000. number: Of all of them.
+        fingerprints: uint64 (records, 4). labels: int32 (records,). listed: bool (records,).
+        problems: The first 10,000, in stored order. number: How many there are in all.
     """
 
-    prints: NDArray[np.uint64]
+    fingerprints: NDArray[np.uint64]
     labels: NDArray[np.int32]
     listed: NDArray[np.bool_]
     problems: list[Problem] = field(default_factory=list)
@@ -173,7 +169,7 @@ class _Rows:
 
 
 def _check_rows(folder: RecordsFolder, workers: int, progress: ProgressCallback, *, lines: bool) -> _Rows:
-    """Look at every record, in worker processes."""
+    """Check every record, in worker processes."""
     from imnet_prep.check.rows import BASE, EQUAL, check_row
 
     manifest, total = folder.manifest, folder.records
@@ -188,14 +184,15 @@ def _check_rows(folder: RecordsFolder, workers: int, progress: ProgressCallback,
 
     with closing(map_rows(folder, check, workers, report, lines=lines)) as rows:
         for place, row in enumerate(rows):
-            found.labels[place], found.prints[place], found.listed[place] = row.label, row.prints, row.listed
+            found.labels[place], found.listed[place] = row.label, row.listed
+            found.fingerprints[place] = row.fingerprints
             found.number += len(row.problems)
             found.problems += row.problems[: max(0, MAX_PROBLEMS - len(found.problems))]
     return found
 
 
 def _check_agreement(folder: RecordsFolder, rows: _Rows, *, lines: bool) -> Iterator[Problem]:
-    """Compare the rows with the indexes, the manifest's counts and the record lists."""
+    """Compare the rows with the indexes, the counts in the manifest and the record lists."""
     places = accumulate((shard.rows for _, _, shard in folder.shards), initial=0)
     for first, (_, _, shard) in zip(places, folder.shards, strict=False):
         yield from check_rows_of_index(folder.path, shard, rows.labels[first : first + shard.rows])
@@ -213,17 +210,16 @@ def _check_agreement(folder: RecordsFolder, rows: _Rows, *, lines: bool) -> Iter
             yield from check_list(folder, name, looked_at=bool(rows.listed[span].all()))
 
 
-def _check_digests(folder: RecordsFolder, workers: int, progress: ProgressCallback) -> list[Problem]:
+def _check_digests(folder: RecordsFolder, workers: int, progress: ProgressCallback) -> Iterator[Problem]:
     files = [file for file in listed_files(folder.manifest) if os.path.isfile(folder.path / file[0])]
     done, total = 0, sum(size for _, size, _ in files)
-    problems: list[Problem] = []
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(partial(_digest_problem, folder.path), files)
         for (_, size, _), problem in zip(files, found, strict=True):
-            problems += filter(None, [problem])
+            if problem:
+                yield problem
             done += size
             progress(Progress(done, total, "bytes"))
-    return problems
 
 
 def _digest_problem(records: Path, file: tuple[str, int, str]) -> Problem | None:
@@ -233,3 +229,52 @@ def _digest_problem(records: Path, file: tuple[str, int, str]) -> Problem | None
     except OSError as error:
         return Problem("digest", name, f"cannot be read: {error.strerror}")
     return None if got == expected else Problem("digest", name, f"expected SHA-256 {expected[:12]}, got {got[:12]}")
+
+
+def _check_expectation(manifest: Manifest, expect: str | None) -> Iterator[Problem]:
+    """Compare the counts with ILSVRC2012 as published, if asked for or if whole official archives were converted.
+
+    Raises:
+        RecordsError: The expectation is unknown.
+    """
+    if expect is not None and expect not in EXPECTATIONS:
+        raise RecordsError(f"unknown --expect {expect!r}", expected=f"one of {', '.join(EXPECTATIONS)}")
+    names = tuple(synset.wnid for synset in catalog.synsets())
+    if expect is not None and manifest.classes != names:
+        detail = f"expected the {len(names)} wnids of ILSVRC2012 in sorted order, got {len(manifest.classes)} classes"
+        yield Problem("counts", MANIFEST, detail)
+    if expect is not None and not {"train", "val"} & set(manifest.splits):
+        yield Problem("counts", MANIFEST, "expected a train or val split")
+    for name in ("train", "val"):
+        split = manifest.splits.get(name)
+        if split is not None and (expect is not None or _official_and_whole(manifest, name)):
+            yield from _check_published(name, split, asked=expect is not None)
+
+
+def _official_and_whole(manifest: Manifest, split: str) -> bool:
+    """Return whether a split comes from its official archive alone, with nothing left out on purpose."""
+    options = manifest.options
+    if any(options.get(name) is not None for name in ("keep_classes", "max_per_class")):
+        return False
+    archives = [catalog.archive_with_digest(str(source["md5"])) for source in manifest.sources]
+    kinds = {archive.split for archive in archives if archive is not None and "train_t3" not in archive.file_name}
+    return split in kinds and all(source["official"] or source["images"] is None for source in manifest.sources)
+
+
+def _check_published(name: str, split: SplitInfo, *, asked: bool) -> Iterator[Problem]:
+    known = catalog.counts()
+    total, low, high = {
+        "train": (known.train, known.train_per_class_min, known.train_per_class_max),
+        "val": (known.val, known.val_per_class, known.val_per_class),
+    }[name]
+    # If asked for, every image must be there; otherwise rejected images, which are under a budget, count as well.
+    if total != (split.images if asked else split.found):
+        duplicates = split.rejected.get("duplicate", 0)
+        detail = f"split {name}: ILSVRC2012 has {total:,} images, here are {split.images:,}"
+        yield Problem("counts", MANIFEST, detail + (f" ({duplicates} rejected as duplicates)" if duplicates else ""))
+    low = 0 if not asked and any(split.rejected.values()) else low
+    wrong = [label for label, count in enumerate(split.class_counts) if not low <= count <= high]
+    if wrong:
+        between = f"{low}" if low == high else f"{low} to {high}"
+        first = f"label {wrong[0]} has {split.class_counts[wrong[0]]}"
+        yield Problem("counts", MANIFEST, f"split {name}: {len(wrong)} classes without {between} images; {first}")

@@ -1,32 +1,60 @@
-"""The files of a records folder against its manifest and each other, without reading the records."""
+"""Compare the files of a records folder with its manifest and each other, without reading the records."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.errors import RecordsError
-from imnet_prep.files import open_plain
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.errors import IntegrityError, RecordsError
+from imnet_prep.files import PlainFile
 from imnet_prep.records.manifest import Manifest, SplitInfo
 from imnet_prep.records.mindrecord import (
+    NO_LABEL,
     Header,
     RowIndex,
     index_from_data,
     index_path,
     read_header,
     read_index,
-    read_index_field,
 )
-from imnet_prep.records.problems import Problem
 from imnet_prep.records.record_list import opened_list
-from imnet_prep.records.table import NO_LABEL
 from imnet_prep.types import ShardInfo
+
+if TYPE_CHECKING:
+    from imnet_prep.records.folder import RecordsFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A fault in a records folder, or a warning.
+
+    Attributes:
+        kind: The kind of problem. Of files: ``manifest``, ``missing``, ``unexpected``, ``size``, ``header``, ``index``,
+            ``rows``, ``digest``, ``records`` (the record list), ``rejected`` (the list of rejected images), ``counts``.
+            Of rows: ``record`` (cannot be read), ``image`` (does not decode, or has another size), ``digest`` (decodes,
+            but is not what was stored), ``label``, ``name``. As warnings: ``duplicate``, ``near_duplicate``.
+        file: Path relative to the records folder.
+        detail: One line for a person.
+        row: The row in the shard, if the problem is about one row. name: Its file_name.
+    """
+
+    kind: str
+    file: str
+    detail: str
+    row: int | None = None
+    name: str | None = None
+
+    def to_line(self, before: str = "") -> str:
+        """Return the problem as one line: file, row, name, kind, detail."""
+        where = self.file + ("" if self.row is None else f" row {self.row}") + (f" ({self.name})" if self.name else "")
+        return f"{where}: {before}{self.kind}: {self.detail}"
 
 
 def listed_files(manifest: Manifest) -> Iterator[tuple[str, int, str]]:
@@ -43,7 +71,7 @@ def _index_of(shard: ShardInfo) -> str:
 
 
 def check_unlisted(records: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Find shards that the manifest does not list: whoever takes all files of the folder would read them."""
+    """Find files that the manifest does not list: a program that opens every file in the folder would read them."""
     known = {name for name, _, _ in listed_files(manifest)}
     for path in sorted([*records.glob("*/*"), *records.glob("*.mindrecord*")]):
         name = path.relative_to(records).as_posix()
@@ -52,7 +80,7 @@ def check_unlisted(records: Path, manifest: Manifest) -> Iterator[Problem]:
 
 
 def _has_no_rows(path: Path) -> bool:
-    """Tell a data file without a row, or the index of one, as ImageNetToMR leaves them."""
+    """Return whether a file is a data file without rows, or its index; ImageNetToMR leaves such files."""
     try:
         return not read_header(path.with_suffix("") if path.suffix == ".db" else path).pages
     except RecordsError:
@@ -60,21 +88,20 @@ def _has_no_rows(path: Path) -> bool:
 
 
 def check_size(records: Path, name: str, size: int) -> Problem | None:
-    """Return what is wrong with a file's existence or size, if anything."""
+    """Return the problem with a file that is missing, cannot be read or has another size; else None."""
     try:
-        with open_plain(records / name) as file:
-            got = os.fstat(file.fileno()).st_size
+        got = PlainFile(records / name).size_bytes
     except FileNotFoundError:
         return Problem("missing", name, "is not there")
     except OSError as error:
         return Problem("missing", name, f"cannot be read: {error.strerror}")
-    return None if got == size else Problem("size", name, f"expected {size} bytes, got {got}")
+    return None if got == size else Problem("size", name, f"has {got} bytes, expected {size}")
 
 
 def check_shard(records: Path, manifest: Manifest, split: SplitInfo, shard: ShardInfo) -> list[Problem]:
-    """Compare sizes, header and index of a shard with the manifest and with each other, without reading its rows.
+    """Compare sizes, header and index of a shard with the manifest and each other, without reading its rows.
 
-    Sizes first: a file of another size is not opened.
+    Sizes are compared first: a file of another size is not opened.
     """
     path, index = records / shard.file, _index_of(shard)
     sizes = ((shard.file, shard.size_bytes), (index, shard.index_size_bytes))
@@ -130,13 +157,13 @@ def check_rows_of_index(records: Path, shard: ShardInfo, labels: NDArray[np.int3
 
     Args:
         records: The folder.
-        shard: The shard. A header or index that cannot be read is for :func:`check_shard` to say.
+        shard: The shard. A damaged header or index is left to :func:`check_shard`.
         labels: int32 (rows,), as stored; :data:`NO_LABEL` where there is none.
     """
     path, index = records / shard.file, _index_of(shard)
     try:
         header = read_header(path)
-        listed, indexed = read_index(path, header), read_index_field(path, "label")
+        listed = read_index(path, header)
     except RecordsError:
         return
     try:
@@ -148,16 +175,24 @@ def check_rows_of_index(records: Path, shard: ShardInfo, labels: NDArray[np.int3
             yield Problem("index", index, "does not agree with the data file", int(differ[0]))
         elif len(listed) != len(walked):
             yield Problem("index", index, f"has {len(listed)} rows, the pages of the data file {len(walked)}")
-    said = zip(indexed or (), labels.tolist(), strict=False)
-    wrong = [(row, *pair) for row, pair in enumerate(said) if pair[1] not in (pair[0], NO_LABEL)]
-    if wrong:
-        row, got, label = wrong[0]
+    if listed.label is None:
+        return
+    got, stored = listed.label[: len(labels)], labels[: len(listed)]
+    wrong = np.flatnonzero((got != stored) & (stored != NO_LABEL))
+    if len(wrong):
+        row = int(wrong[0])
         more = f", and {len(wrong) - 1} more such rows" if len(wrong) > 1 else ""
-        yield Problem("index", index, f"the index says label {got!r}, the row {label}{more}", row)
+        yield Problem("index", index, f"the index says label {got[row]}, the row {stored[row]}{more}", row)
 
 
 def check_list(folder: RecordsFolder, split: str, *, looked_at: bool) -> Iterator[Problem]:
-    """Check the record list of a split; of one whose lines were all looked at only whether more follow them."""
+    """Check the record list of a split.
+
+    Args:
+        folder: The records.
+        split: The name of the split.
+        looked_at: Whether the line of every record was checked; then only the number of lines is.
+    """
     info = folder.manifest.splits[split]
     try:
         with opened_list(folder.list_path(split)) as lines:
@@ -166,3 +201,28 @@ def check_list(folder: RecordsFolder, split: str, *, looked_at: bool) -> Iterato
         deque(folder.lines(split), maxlen=0)
     except RecordsError as error:
         yield Problem("records", str(info.records["file"]), str(error))
+
+
+def check_rejected(folder: RecordsFolder) -> Iterator[Problem]:
+    """Compare the list of rejected images with the manifest: its size, its digest, and the counts by reason."""
+    entry = folder.manifest.rejected
+    if not entry:
+        return
+    file = str(entry["file"])
+    if problem := check_size(folder.path, file, entry["size_bytes"]):
+        yield problem
+        return
+    try:
+        # A split whose images were all rejected is not in the manifest.
+        found = Counter((item.split, str(item.reason)) for item in folder.rejected())
+    except (IntegrityError, RecordsError) as error:
+        yield Problem("rejected", file, str(error))
+        return
+    for name, split in folder.manifest.splits.items():
+        got = {reason: count for (where, reason), count in found.items() if where == name}
+        if got != split.rejected:
+            yield Problem("rejected", file, f"split {name}: expected {_words(split.rejected)}, got {_words(got)}")
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {number}" for reason, number in sorted(counts.items())) or "none"

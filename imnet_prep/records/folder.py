@@ -1,16 +1,16 @@
-"""A records folder opened for reading: every read of one goes through here."""
+"""Open a records folder for reading; all code reads records folders through this class."""
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
-from imnet_prep.errors import IntegrityError, RecordsError
+from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
 from imnet_prep.files import file_digest, max_open_files
 from imnet_prep.records.manifest import Manifest, load_manifest
 from imnet_prep.records.mindrecord import open_shard
@@ -22,19 +22,19 @@ from imnet_prep.types import Rejected, ShardInfo
 
 
 class RecordsFolder:
-    """A records folder and its manifest. Records are numbered through all splits, in the manifest's order.
+    """A records folder and its manifest. Positions number its records through all splits, in the manifest's order.
 
     Safe to share between threads; a bounded number of shards is kept open.
 
     Attributes:
         path: The folder.
-        manifest: What it holds.
-        shards: (split, number within it, files) of each shard, in the order of the records.
-        records: Number of all records.
+        manifest: Its manifest.
+        shards: (split, number in the split, files) of each shard, in the order of the records.
+        records: Number of records in all splits.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        """Take a folder with a manifest that may not be written yet; :meth:`open` reads it."""
+        """Take a folder and a manifest that need not be written yet; :meth:`open` reads it from the folder."""
         self.path, self.manifest = path, manifest
         self.shards: list[tuple[str, int, ShardInfo]] = [
             (name, number, shard)
@@ -58,19 +58,20 @@ class RecordsFolder:
 
     def span(self, split: str) -> slice:
         """Return the positions of a split's records."""
-        starts = [start for start, (name, _, _) in zip(self._starts, self.shards, strict=False) if name == split]
-        first = starts[0] if starts else 0
+        starts = (start for start, (name, _, _) in zip(self._starts, self.shards, strict=False) if name == split)
+        first = next(starts, 0)
         return slice(first, first + self.manifest.splits[split].images)
 
     def row(self, position: int) -> Row:
-        """Return the record at a position; it is read when its parts are asked for."""
+        """Return the record at a position; its parts are read on access."""
         place = bisect_right(self._starts, position) - 1
         split, number, shard = self.shards[place]
+        row = Row(split, shard.file, number, position - self._starts[place], position)
         try:
-            opened = self._opened(self.path / shard.file)
+            row.shard_file = self._opened(self.path / shard.file)
         except RecordsError as error:
-            return Row(error, split, shard.file, number, position - self._starts[place], position)
-        return Row(opened, split, shard.file, number, position - self._starts[place], position)
+            row.shard_file = error
+        return row
 
     def lines(self, split: str) -> Iterator[RecordLine]:
         """Read the record list of a split, in shard and row order.
@@ -82,19 +83,18 @@ class RecordsFolder:
         info = self.manifest.splits[split]
         expected = ((number, row) for number, shard in enumerate(info.shards) for row in range(shard.rows))
         count = 0
-        for line in read_lines(path):
+        for count, line in enumerate(read_lines(path), 1):
             if (line.shard, line.row) != next(expected, None):
-                raise RecordsError(f"{path}: line {count + 1} is not the record that lies there")
-            count += 1
+                raise RecordsError(f"{path}: line {count} is not the record that is stored there")
             yield line
         if count != info.images:
             raise RecordsError(f"{path}: the record list is short", expected=f"{info.images} lines", got=str(count))
 
     def line(self, position: int) -> RecordLine:
-        """Read the line of one record; it is looked for from the list's beginning, a second in a million.
+        """Read the line of one record. It reads the list from its beginning: about a second per million records.
 
         Raises:
-            RecordsError: The list cannot be read, or does not have the record there.
+            RecordsError: The list cannot be read, or does not list the record there.
         """
         row = self.row(position)
         with opened_list(self.list_path(row.split)) as lines:
@@ -106,34 +106,37 @@ class RecordsFolder:
         return self.path / str(self.manifest.splits[split].records["file"])
 
     def check_list(self, split: str) -> None:
-        """Compare a split's record list with the manifest's digest.
+        """Compare a split's record list with the digest in the manifest.
 
         Raises:
             RecordsError: It cannot be read.
-            IntegrityError: It is another.
+            IntegrityError: It differs.
         """
-        path, expected = self.list_path(split), str(self.manifest.splits[split].records["sha256"])
+        self._check_digest(self.manifest.splits[split].records, "the record list", RecordsError)
+
+    def _check_digest(self, entry: dict[str, Any], what: str, unreadable: type[ImnetError]) -> None:
+        path = self.path / str(entry["file"])
         try:
             got = file_digest(path)
         except OSError as error:
-            raise RecordsError(f"{path}: the record list cannot be read", got=error.strerror or str(error)) from error
-        if got != expected:
+            raise unreadable(f"{path}: {what} cannot be read", got=error.strerror or str(error)) from error
+        if got != entry["sha256"]:
             raise IntegrityError(
-                f"{path}: the record list is not the manifest's",
-                expected=f"SHA-256 {expected[:12]}",
+                f"{path}: {what} is not the manifest's",
+                expected=f"SHA-256 {entry['sha256'][:12]}",
                 got=got[:12],
                 remedy="restore the file; `imnet-prep verify` names what else is damaged",
             )
 
     def list_is_whole(self, split: str) -> bool:
-        """Tell whether a split's record list is the manifest's."""
+        """Return whether a split's record list has the digest in the manifest."""
         with suppress(RecordsError, IntegrityError):
             self.check_list(split)
             return True
         return False
 
     def table(self, split: str) -> RowTable:
-        """Read what the loader needs of each record of a split.
+        """Read what the loader needs to know of each record of a split.
 
         Raises:
             RecordsError: No such split; a shard, index or record list is missing or damaged, or they do not agree.
@@ -141,25 +144,12 @@ class RecordsFolder:
         return load_rows(self.path, self.manifest, split)
 
     def rejected(self) -> Iterator[Rejected]:
-        """Read what was rejected when the folder was made.
+        """Read the list of images that were rejected when the folder was made.
 
         Raises:
-            IntegrityError: The list is not the manifest's.
-            RecordsError: It cannot be read.
+            IntegrityError: The list cannot be read, or is not the manifest's.
+            RecordsError: A line is damaged.
         """
-        entry = self.manifest.rejected
-        if not entry:
-            return
-        path = self.path / str(entry["file"])
-        try:
-            got = file_digest(path)
-        except OSError as error:
-            got = error.strerror or os.strerror(error.errno or 0)
-        if got != entry["sha256"]:
-            raise IntegrityError(
-                f"{path}: the list of rejected images is not the manifest's",
-                expected=f"SHA-256 {entry['sha256'][:12]}",
-                got=got[:64],
-                remedy="restore the file",
-            )
-        yield from read_rejected(path)
+        if entry := self.manifest.rejected:
+            self._check_digest(entry, "the list of rejected images", IntegrityError)
+            yield from read_rejected(self.path / str(entry["file"]))

@@ -1,9 +1,10 @@
-"""A reader of MindRecord files in plain Python: header, index and rows, with no MindSpore.
+"""Read MindRecord files in plain Python, without MindSpore: header, index and rows.
 
 Source: the format as MindSpore 2.10 writes it. A data file is an 8-byte little-endian length, a JSON header of that
 length, zeros up to ``header_size``, then pages of ``page_size``. For each row, a raw page holds an 8-byte length and a
 msgpack map of the scalar and string fields; a blob page holds, for each bytes field, an 8-byte length and the bytes.
-The index ``<file>.db`` is SQLite: table INDEXES has a line a row with its place in both pages, and the indexed fields.
+The index ``<file>.db`` is an SQLite database: its table INDEXES has one line per row, with the row's place in both
+pages and the indexed fields.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import sqlite3
 import struct
+from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,13 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.files import PlainFile, open_plain
+from imnet_prep.files import PlainFile
 
 LENGTH = struct.Struct("<Q")
-MAX_HEADER_BYTES = 128 << 20  # MindSpore's own limits for a header and a page
+MAX_HEADER_BYTES = 128 << 20  # MindSpore's limits for a header and a page
 MAX_PAGE_BYTES = 256 << 20
 MAX_PAGES = 1 << 22
 RAW, BLOB = "RAW_DATA", "BLOB_DATA"
+NO_LABEL = -2  # the label of a row where none is known; -1 is the test split's
 _INDEX_COLUMNS = (
     "ROW_ID, PAGE_ID_RAW, PAGE_OFFSET_RAW, PAGE_OFFSET_RAW_END, PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END"
 )
@@ -42,10 +45,11 @@ class Page:
     """A page as the header lists it.
 
     Attributes:
-        page_id: Its number, from 0. kind: ``RAW_DATA`` or ``BLOB_DATA``.
-        used_bytes: How many of its bytes hold rows.
-        end_row: The row after the last one of a blob page.
-        groups: Of a raw page, (row group, byte where its rows begin).
+        page_id: The number of the page, from 0.
+        kind: ``RAW_DATA`` or ``BLOB_DATA``.
+        used_bytes: Number of bytes that hold rows.
+        end_row: The row after the last row of a blob page.
+        groups: For a raw page, (row group, byte where its rows begin).
     """
 
     page_id: int
@@ -57,17 +61,17 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the data file says of itself.
+    """The header of a data file.
 
     Attributes:
-        length: Bytes of JSON, without the 8-byte length before it.
+        length: Size of the JSON in bytes, without the 8-byte length before it.
         header_size: Bytes reserved for the header; the first page begins here.
-        page_size: Bytes of a page.
+        page_size: Size of a page in bytes.
         fields: Type by field name.
-        blob_fields: The fields that lie in blob pages, in order.
-        index_fields: The fields that the index carries.
+        blob_fields: The fields stored in blob pages, in order.
+        index_fields: The fields stored in the index.
         addresses: File names that the header lists.
-        pages: In the order of their ids.
+        pages: The pages, in the order of their ids.
     """
 
     length: int
@@ -81,10 +85,10 @@ class Header:
 
     @property
     def image_field(self) -> str:
-        """The column that holds the image: ``image`` (ours, ImageNetToMR's), else ``data``, else the first of bytes.
+        """The column that holds the image: ``image`` (ours and ImageNetToMR's), ``data``, or the first bytes column.
 
         Raises:
-            RecordsError: There is no column of bytes.
+            RecordsError: There is no bytes column.
         """
         if not self.blob_fields:
             raise RecordsError("no column of images", expected="a bytes column `image`", got=str(sorted(self.fields)))
@@ -92,50 +96,65 @@ class Header:
 
     @property
     def rows(self) -> int:
-        """Number of rows, from the blob pages (0 where there is no blob field)."""
+        """Number of rows, counted by the blob pages; 0 without a blob field."""
         return max((page.end_row for page in self.pages if page.kind == BLOB), default=0)
 
     def offset(self, page_id: int) -> int:
-        """First byte of a page in the data file."""
+        """Return the offset of a page in the data file, in bytes."""
         return self.header_size + page_id * self.page_size
 
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
-    """Where each row lies: absolute byte offsets in the data file, int64 (rows,), ends exclusive."""
+    """Where each row lies.
+
+    Attributes:
+        raw_start: int64 (rows,), absolute byte offset in the data file. raw_end, blob_start and blob_end likewise;
+            ends are exclusive.
+        label: int64 (rows,), the indexed labels; None where the index has none.
+    """
 
     raw_start: NDArray[np.int64]
     raw_end: NDArray[np.int64]
     blob_start: NDArray[np.int64]
     blob_end: NDArray[np.int64]
+    label: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.raw_start)
 
     def differences(self, other: RowIndex) -> NDArray[np.intp]:
-        """Return the rows, of those in both, that do not lie in the same place."""
+        """Return the rows present in both indexes that lie in different places."""
         rows = min(len(self), len(other))
-        pairs = ((getattr(self, name)[:rows], getattr(other, name)[:rows]) for name in self.__slots__)
-        return np.flatnonzero(np.logical_or.reduce([one != two for one, two in pairs]))
+        names = ("raw_start", "raw_end", "blob_start", "blob_end")
+        return np.flatnonzero(
+            np.logical_or.reduce([getattr(self, name)[:rows] != getattr(other, name)[:rows] for name in names])
+        )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn a failure to open or read a data file into a RecordsError."""
+    try:
+        yield
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise RecordsError(f"{path}: cannot be read", got=got, remedy="restore the file or convert again") from error
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header of a data file.
 
     Raises:
-        RecordsError: The file is missing, too short, or its header is not one.
+        RecordsError: The file is missing or too short, or its header is damaged.
     """
-    try:
-        with open_plain(path) as file:
-            prefix = file.read(LENGTH.size)
-            length = LENGTH.unpack(prefix)[0] if len(prefix) == LENGTH.size else 0
-            text = file.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        got = error.strerror or str(error)
-        raise RecordsError(f"{path}: cannot be read", got=got, remedy="restore the file or convert again") from error
+    with _reading(path):
+        file = PlainFile(path)
+        prefix = file.read(LENGTH.size, 0)
+        length = LENGTH.unpack(prefix)[0] if len(prefix) == LENGTH.size else 0
+        text = file.read(length, LENGTH.size) if 0 < length <= MAX_HEADER_BYTES else b""
     if not text or len(text) != length:
-        raise _not_mindrecord(path, f"a header length of {length} bytes in a file of {size}")
+        raise _not_mindrecord(path, f"a header length of {length} bytes in a file of {file.size_bytes}")
     try:
         return _parse_header(json.loads(text), length)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
@@ -165,7 +184,7 @@ def _parse_header(data: dict[str, Any], length: int) -> Header:
                 int(page["end_row_id"]),
                 tuple((int(group["id"]), int(group["offset"])) for group in page.get("row_group_ids") or ()),
             )
-            # A file that got no rows (ImageNetToMR leaves some where there are few images) has null here.
+            # null in a file without rows; ImageNetToMR leaves such files where there are few images
             for page in sorted(data["page"] or (), key=lambda page: int(page["page_id"]))
         ),
     )
@@ -184,9 +203,12 @@ def index_path(path: Path) -> Path:
     return path.with_name(path.name + ".db")
 
 
-@contextmanager
-def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open the index of a data file, read-only and without leaving a file beside it; its faults are one error."""
+def read_index(path: Path, header: Header) -> RowIndex:
+    """Read from its ``.db`` where the rows of a data file lie; leave no file beside it.
+
+    Raises:
+        RecordsError: The index is missing or damaged, or its rows are not numbered from 0 without gaps.
+    """
     database = index_path(path)
     remedy = "run `imnet-prep repair-index` on the folder"
     if not os.path.isfile(database):
@@ -196,73 +218,50 @@ def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
         address = f"{database.resolve().as_uri()}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True)) as connection:
             kinds = connection.execute("SELECT type FROM sqlite_master WHERE name = 'INDEXES'").fetchall()
-            if kinds != [("table",)]:  # a view could go on for ever
+            if kinds != [("table",)]:  # reading a view might never end
                 raise ValueError(f"expected a table INDEXES, got {kinds}")
-            yield connection
+            columns = [str(entry[1]) for entry in connection.execute("PRAGMA table_info(INDEXES)")]
+            label = next((name for name in columns if re.fullmatch(r"label_\d+", name)), None)
+            found = connection.execute(f"SELECT {_INDEX_COLUMNS}, {label or NO_LABEL} FROM INDEXES ORDER BY ROW_ID")
+            # One number at a time: a list of a million tuples would cost 500 bytes a row.
+            table = np.frombuffer(array("q", chain.from_iterable(found)), np.int64).reshape(-1, 8)
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
         raise RecordsError(f"{database}: the index is damaged", got=str(error), remedy=remedy) from error
-
-
-def read_index(path: Path, header: Header) -> RowIndex:
-    """Read where the rows of a data file lie, from its ``.db``.
-
-    Raises:
-        RecordsError: The index is missing or damaged, or does not count its rows from 0 on.
-    """
-    with opened_index(path) as connection:
-        found = connection.execute(f"SELECT {_INDEX_COLUMNS} FROM INDEXES ORDER BY ROW_ID")
-        # One number at a time: a list of a million tuples would cost 500 bytes a row.
-        table = np.fromiter(chain.from_iterable(found), dtype=np.int64).reshape(-1, 7)
     expected = "row numbers from 0 on, without gaps"
     wrong = table[:, 0] != np.arange(len(table))
     if not wrong.any():
         expected = "pages and bytes in them"
         limits = np.tile([MAX_PAGES, header.page_size, header.page_size], 2)
-        wrong = ((table[:, 1:] < 0) | (table[:, 1:] > limits)).any(axis=1)
+        wrong = ((table[:, 1:7] < 0) | (table[:, 1:7] > limits)).any(axis=1)
     if wrong.any():
         got = f"row {int(np.flatnonzero(wrong)[0])}"
-        raise RecordsError(f"{index_path(path)}: the index is damaged", expected=expected, got=got)
+        raise RecordsError(f"{database}: the index is damaged", expected=expected, got=got)
     raw, blob = (header.header_size + table[:, column] * header.page_size for column in (1, 4))
-    return RowIndex(raw + table[:, 2], raw + table[:, 3], blob + table[:, 5], blob + table[:, 6])
-
-
-def read_index_field(path: Path, field: str) -> list[Any] | None:
-    """Read an indexed field of every row, in row order.
-
-    Returns:
-        The values, or None where the index does not carry the field.
-
-    Raises:
-        RecordsError: The index is missing or damaged.
-    """
-    with opened_index(path) as connection:
-        columns = [str(entry[1]) for entry in connection.execute("PRAGMA table_info(INDEXES)")]
-        name = next((name for name in columns if re.fullmatch(rf"{re.escape(field)}_\d+", name)), None)
-        if name is None:
-            return None
-        return [row[0] for row in connection.execute(f'SELECT "{name}" FROM INDEXES ORDER BY ROW_ID')]
+    labels = table[:, 7].copy() if label else None  # a view would keep the table
+    return RowIndex(raw + table[:, 2], raw + table[:, 3], blob + table[:, 5], blob + table[:, 6], labels)
 
 
 def index_from_data(path: Path, header: Header) -> RowIndex:
     """Find where the rows lie by walking the pages of the data file, without its index.
 
     Returns:
-        As many rows as are whole in both the raw and the blob pages.
+        The rows that are whole in both the raw and the blob pages.
 
     Raises:
         RecordsError: The file cannot be read, or a length in a page leads outside it.
     """
-    file = _open(path)
-    raw, blob = (
-        np.array(list(_walk(file, path, header, kind, parts)), dtype=np.int64).reshape(-1, 2)
-        for kind, parts in ((RAW, 1), (BLOB, max(1, len(header.blob_fields))))
-    )
+    with _reading(path):
+        file = PlainFile(path)
+        raw, blob = (
+            np.array(list(_walk(file, path, header, kind, parts)), dtype=np.int64).reshape(-1, 2)
+            for kind, parts in ((RAW, 1), (BLOB, max(1, len(header.blob_fields))))
+        )
     rows = min(len(raw), len(blob))
     return RowIndex(raw[:rows, 0], raw[:rows, 1], blob[:rows, 0], blob[:rows, 1])
 
 
 def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each row up to a cut; ``parts`` length-prefixed parts make a row."""
+    """Yield start and end of each row up to a cut; a row is ``parts`` length-prefixed parts."""
     size = file.size_bytes
     for page in (page for page in header.pages if page.kind == kind):
         position = header.offset(page.page_id)
@@ -282,18 +281,11 @@ def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) ->
             yield start, position
 
 
-def _open(path: Path) -> PlainFile:
-    try:
-        return PlainFile(path)
-    except OSError as error:
-        raise RecordsError(f"{path}: cannot be read", got=error.strerror or str(error)) from error
-
-
 def open_shard(path: Path) -> Shard:
-    """Open a data file by its index, or by its pages where no index reads.
+    """Open a data file by its index, or by walking its pages if the index cannot be read.
 
     Raises:
-        RecordsError: It cannot be read either way.
+        RecordsError: Neither works.
     """
     try:
         return Shard(path)
@@ -302,14 +294,14 @@ def open_shard(path: Path) -> Shard:
 
 
 class Shard:
-    """One data file, open for reading rows by number. Safe to share between threads (reads are positioned)."""
+    """A data file, open for reading rows by number. Safe to share between threads: reads are positioned."""
 
     def __init__(self, path: Path, *, index: RowIndex | None = None) -> None:
         """Open a shard.
 
         Args:
             path: The data file.
-            index: Where its rows lie; read from its ``.db`` where None.
+            index: Where its rows lie; by default read from its ``.db``.
 
         Raises:
             RecordsError: The file or its index is missing or damaged.
@@ -317,7 +309,8 @@ class Shard:
         self.path = path
         self.header = read_header(path)
         self.index = read_index(path, self.header) if index is None else index
-        self._file = _open(path)
+        with _reading(path):
+            self._file = PlainFile(path)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -326,13 +319,13 @@ class Shard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._file  # closed once no other thread reads
+        del self._file  # closed when no other thread is reading
 
     def _read(self, row: int, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bytes:
         if not 0 <= row < len(self.index):
             raise RecordsError(f"{self.path}: row {row} is not there", expected=f"a row below {len(self.index)}")
         start, end = int(starts[row]), int(ends[row])
-        size = min(max(0, end - start), self.header.page_size)  # a damaged index must not ask for terabytes
+        size = min(max(0, end - start), self.header.page_size)  # a damaged index must not make us read terabytes
         try:
             data = self._file.read(size, max(0, start))
         except OSError as error:

@@ -1,9 +1,11 @@
-"""What is left of a damaged data file: the images that are whole, or the whole rows before a cut."""
+"""Recover damaged data files: write an index again, find whole images, and copy the whole rows before a cut."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -15,26 +17,70 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import PlainFile, sync
-from imnet_prep.records.manifest import SplitInfo
+from imnet_prep.records.manifest import COLUMNS, SplitInfo
 from imnet_prep.records.mindrecord import BLOB, LENGTH, RAW, Header, RowIndex, Shard, index_from_data, read_header
 from imnet_prep.records.record_list import RecordLine
-from imnet_prep.records.shards import Layout, ShardWriter
+from imnet_prep.records.shards import Layout, ShardWriter, write_index
 from imnet_prep.types import ShardInfo
 
 COPY_BYTES = 1 << 20
-Places = dict[int, tuple[int, int]]  # by row, its image's first byte in the data file and its size in bytes
+Places = dict[int, tuple[int, int]]  # by row: the first byte of its image in the data file, and the size in bytes
+_SQL_TYPES = {"string": "TEXT", "float32": "NUMERIC", "float64": "NUMERIC"}  # FileWriter's; all others are INTEGER
+_FIELD = re.compile(r"[0-9a-zA-Z_]+")  # what MindSpore allows; it keeps a damaged header from injecting SQL
 
 
-def open_ordered(path: Path, split: SplitInfo, info: ShardInfo, *, indexed: bool) -> Shard | None:
-    """Open a data file in which every row lies where the manifest lets expect it, whatever its bytes are.
+def write_index_of(path: Path, to: Path) -> None:
+    """Write the index of a data file from the data file.
+
+    For our own files the result is, byte for byte, the index that was written with them; for files of other writers
+    it has the same columns and rows.
+
+    Args:
+        path: The data file.
+        to: A path with the same base name, beside which the index is written; no file need be there.
+
+    Raises:
+        RecordsError: A row of the data file cannot be read.
+        OSError: The disk is full or fails.
+    """
+    header = read_header(path)
+    names = [name for name in header.index_fields if name in header.fields and _FIELD.fullmatch(name)]
+    rows = _index_rows(path, header, index_from_data(path, header), names)
+    ours = header.fields == COLUMNS and header.index_fields == ("label",)
+    columns = [f"{name}_0 {_SQL_TYPES.get(header.fields[name], 'INTEGER')}" for name in names]
+    write_index(to, rows, None if ours else columns)
+
+
+def _index_rows(path: Path, header: Header, index: RowIndex, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield the index entry of each row, as :func:`write_index` takes it."""
+    groups = {page.page_id: sorted((start, number) for number, start in page.groups) for page in header.pages}
+    shard = Shard(path, index=index)
+    for row in range(len(index)):
+        raw, raw_start = divmod(int(index.raw_start[row]) - header.header_size, header.page_size)
+        blob, blob_start = divmod(int(index.blob_start[row]) - header.header_size, header.page_size)
+        place = bisect_right(groups[raw], (raw_start, 1 << 62)) - 1
+        group = groups[raw][place][1] if place >= 0 else 0
+        fields = shard.fields(row)
+        values = [fields.get(name) for name in names]
+        if not all(
+            isinstance(value, float | str | None) or (isinstance(value, int) and -(1 << 63) <= value < 1 << 63)
+            for value in values
+        ):
+            raise RecordsError(f"{path}: row {row} is damaged", got=f"{', '.join(names)}: {values}"[:200])
+        raw_end, blob_end = int(index.raw_end[row]) - header.offset(raw), int(index.blob_end[row]) - header.offset(blob)
+        yield (row, raw, raw_start, raw_end, group, blob, blob_start, blob_end, *values)
+
+
+def open_in_place(path: Path, split: SplitInfo, info: ShardInfo, *, indexed: bool) -> Shard | None:
+    """Open a data file whose rows all lie where the manifest implies, whatever bytes they hold.
 
     Args:
         path: The data file.
         split: Its split. info: Its entry in the manifest.
-        indexed: Its index is the manifest's; else the rows are found by the pages.
+        indexed: Whether its index is the manifest's; otherwise the rows are found by walking the pages.
 
     Returns:
-        The shard, or None where it was cut, or its header or the lengths in its pages are damaged.
+        The shard, or None if the file is cut off, or its header or a length in its pages is damaged.
     """
     try:
         header = read_header(path)
@@ -46,19 +92,19 @@ def open_ordered(path: Path, split: SplitInfo, info: ShardInfo, *, indexed: bool
 
 
 def find_images(path: Path, split: SplitInfo, lines: Sequence[RecordLine], shard: Shard | None) -> Places:
-    """Find whole images by their digests, whatever the header says.
+    """Find whole images by their digests, even if the header is damaged.
 
-    Pages begin at known places and hold one length and image after the other, so without the shard a damaged length
-    costs at most the rest of its page.
+    Pages begin at known places and hold one length and image after the other. So if the file cannot be opened as a
+    shard, a damaged length loses at most the rest of its page.
 
     Args:
         path: The data file.
         split: Its split.
         lines: Its lines of the record list.
-        shard: Says where to look first; None where it does not open.
+        shard: The opened data file, whose rows are tried first; None if it cannot be opened.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     waiting: dict[str, list[int]] = {}
     for row, line in enumerate(lines):
@@ -80,7 +126,7 @@ def _stored_places(shard: Shard) -> Iterator[tuple[int, int]]:
 
 
 def _page_places(file: PlainFile, split: SplitInfo) -> Iterator[tuple[int, int]]:
-    """Yield place and size of each part of a page that is preceded by its length."""
+    """Yield the place and size of each length-prefixed part of a page."""
     size = file.size_bytes
     for page in range(split.header_size, size, split.page_size):
         start, end = page, min(page + split.page_size, size)
@@ -93,8 +139,8 @@ def _page_places(file: PlainFile, split: SplitInfo) -> Iterator[tuple[int, int]]
             start += length
 
 
-def write_again(path: Path, to: Path, split: SplitInfo, lines: Sequence[RecordLine], places: Places) -> None:
-    """Write a shard of ours, data file and index, from images in a damaged one and their lines of the record list.
+def rewrite_shard(path: Path, to: Path, split: SplitInfo, lines: Sequence[RecordLine], places: Places) -> None:
+    """Write one of our shards, data file and index, from the images of a damaged one and its lines of the record list.
 
     Raises:
         OSError: The disk is full or fails.
@@ -109,12 +155,12 @@ def write_again(path: Path, to: Path, split: SplitInfo, lines: Sequence[RecordLi
     sync(to)
 
 
-def clip_to_whole_rows(path: Path, to: Path) -> int:
-    """Copy a data file up to its last whole row; its header then lists what is there.
+def salvage_rows(path: Path, to: Path) -> int:
+    """Copy a data file up to its last whole row, with a header that lists only the rows that are kept.
 
     Args:
-        path: The data file, cut anywhere behind its header.
-        to: The file to write; it must have the same base name, which is in the header.
+        path: The data file, cut off anywhere behind its header.
+        to: The file to write; it must have the same base name, which the header stores.
 
     Returns:
         The number of rows.
@@ -131,7 +177,7 @@ def clip_to_whole_rows(path: Path, to: Path) -> int:
     document = json.loads(source.read(header.length, LENGTH.size))
     pages = sorted(document["page"], key=lambda page: int(page["page_id"]))
     for page in pages:
-        _clip_page(page, header, index)
+        _cut_page(page, header, index)
     while pages and not pages[-1]["page_size"]:
         pages.pop()
     text = json.dumps({**document, "page": pages}, separators=(",", ":"), ensure_ascii=False).encode()
@@ -146,14 +192,13 @@ def clip_to_whole_rows(path: Path, to: Path) -> int:
     return len(index)
 
 
-def _clip_page(page: dict[str, Any], header: Header, index: RowIndex) -> None:
-    """Let a page of the header end with the last row that is kept of it."""
-    start = header.offset(int(page["page_id"]))
-    ends = {RAW: index.raw_end, BLOB: index.blob_end}[page["page_type"]]
-    starts = {RAW: index.raw_start, BLOB: index.blob_start}[page["page_type"]]
-    mine: NDArray[np.int64] = np.flatnonzero((starts >= start) & (starts < start + header.page_size))
-    used = int(ends[mine[-1]]) - start if len(mine) else 0
+def _cut_page(page: dict[str, Any], header: Header, index: RowIndex) -> None:
+    """Make a page of the header end with the last of its rows that is kept."""
+    start, kind = header.offset(int(page["page_id"])), page["page_type"]
+    starts, ends = {RAW: (index.raw_start, index.raw_end), BLOB: (index.blob_start, index.blob_end)}[kind]
+    kept: NDArray[np.int64] = np.flatnonzero((starts >= start) & (starts < start + header.page_size))
+    used = int(ends[kept[-1]]) - start if len(kept) else 0
     page["page_size"] = used
     page["row_group_ids"] = [group for group in page["row_group_ids"] if int(group["offset"]) < max(1, used)]
-    if page["page_type"] == BLOB:
-        page["end_row_id"] = int(mine[-1]) + 1 if len(mine) else int(page["start_row_id"])
+    if kind == BLOB:
+        page["end_row_id"] = int(kept[-1]) + 1 if len(kept) else int(page["start_row_id"])

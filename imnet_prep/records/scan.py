@@ -1,10 +1,12 @@
-"""A scan: a function of a row, carried out on every record of a folder, its results in stored order."""
+"""Apply a function to every record of a folder, in several processes, and yield the results in stored order."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,34 +21,28 @@ if TYPE_CHECKING:
     from imnet_prep.records.folder import RecordsFolder
 
 Result = TypeVar("Result")
-CHUNK_ROWS = 512  # a task: some seconds of photographs, and a few hundred kB of record lines
-REPORT_EVERY = 32
+CHUNK_ROWS = 512  # rows per task: some seconds of photographs, and a few hundred kB of record lines
 
 
+@dataclass(slots=True)
 class Row:
-    """A record, read when its parts are asked for.
+    """A record whose parts are read on access.
 
     Attributes:
-        split: Its split. file: Its data file, as in the manifest. shard: That file's number in the split. row: Its row.
-        position: Its number among all records of the folder.
-        listed: Its line of the record list, as bytes; None where no list was asked for, or it breaks off.
+        split: The name of its split. file: Its data file, as in the manifest. shard: The number of that file in the
+            split.
+        row: The row in the data file. position: The number of the record in the whole folder.
+        shard_file: The opened data file, or why it cannot be opened.
+        listed: Its line of the record list, as bytes; None if no list was asked for, or if the list is cut off.
     """
 
-    __slots__ = ("_shard", "file", "listed", "position", "row", "shard", "split")
-
-    def __init__(
-        self,
-        opened: Shard | RecordsError,
-        split: str,
-        file: str,
-        shard: int,
-        row: int,
-        position: int,
-        listed: bytes | None = None,
-    ) -> None:
-        self._shard = opened
-        self.split, self.file, self.shard, self.row, self.position = split, file, shard, row, position
-        self.listed = listed
+    split: str
+    file: str
+    shard: int
+    row: int
+    position: int
+    shard_file: Shard | RecordsError | None = None
+    listed: bytes | None = None
 
     @property
     def opened(self) -> Shard:
@@ -55,9 +51,9 @@ class Row:
         Raises:
             RecordsError: It cannot be opened.
         """
-        if isinstance(self._shard, RecordsError):
-            raise self._shard
-        return self._shard
+        if not isinstance(self.shard_file, Shard):
+            raise self.shard_file or RecordsError(f"{self.file}: is not open")
+        return self.shard_file
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -79,15 +75,17 @@ class Row:
 
     @property
     def size_bytes(self) -> int:
-        """Stored bytes of its columns of bytes, by the index; 0 where it is not readable."""
-        if isinstance(self._shard, RecordsError) or self.row >= len(self._shard):
+        """Total size of its bytes columns, by the index; 0 if the row cannot be read."""
+        shard = self.shard_file
+        if not isinstance(shard, Shard) or self.row >= len(shard):
             return 0
-        index = self._shard.index
-        return int(index.blob_end[self.row] - index.blob_start[self.row]) - 8 * len(self._shard.header.blob_fields)
+        return int(shard.index.blob_end[self.row] - shard.index.blob_start[self.row]) - 8 * len(
+            shard.header.blob_fields
+        )
 
     @property
     def name(self) -> str:
-        """The stored file_name; its place where there is none that reads."""
+        """The stored file_name; file and row if it cannot be read."""
         try:
             return str(self.fields["file_name"])
         except (RecordsError, KeyError):
@@ -95,14 +93,14 @@ class Row:
 
     @property
     def label(self) -> Any:
-        """The stored label; None where it cannot be read."""
+        """The stored label; None if it cannot be read."""
         try:
             return self.fields.get("label")
         except RecordsError:
             return None
 
     def line(self) -> RecordLine:
-        """Read its line of the record list.
+        """Return its line of the record list.
 
         Raises:
             ValueError: The line is damaged, or another record's.
@@ -113,58 +111,34 @@ class Row:
         return line
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Rows of one shard, from ``first`` on; ``position`` is the first one's among all records."""
-
-    number: int
-    path: Path
-    split: str
-    file: str
-    shard: int
-    first: int
-    count: int
-    position: int
-    listed: tuple[bytes, ...] | None
+_Chunk = tuple[int, Path, Row, int, list[bytes]]  # number, data file, first row, row count, lines (perhaps too few)
 
 
-@dataclass(frozen=True, slots=True)
-class _Apply:
-    """Carries out a function on the rows of a chunk; in a worker process."""
-
-    function: Callable[[Row], Any]
-
-    def __call__(self, chunk: _Chunk, advance: Advance) -> tuple[int, list[Any]]:
-        try:
-            opened: Shard | RecordsError = _open(chunk.path, _state(chunk.path))
-        except RecordsError as error:
-            opened = error
-        results, pending, size = [], 0, 0
-        for place in range(chunk.count):
-            listed = chunk.listed[place] if chunk.listed is not None and place < len(chunk.listed) else None
-            row = Row(opened, chunk.split, chunk.file, chunk.shard, chunk.first + place, chunk.position + place, listed)
-            results.append(self.function(row))
-            pending, size = pending + 1, size + row.size_bytes
-            if pending == REPORT_EVERY or place + 1 == chunk.count:
-                advance(pending, size, 0)
-                pending, size = 0, 0
-        return chunk.number, results
+def _apply(function: Callable[[Row], Result], chunk: _Chunk, advance: Advance) -> tuple[int, list[Result]]:
+    """Apply a function to the rows of a chunk, in a worker process."""
+    number, path, first, count, listed = chunk
+    opened: Shard | RecordsError
+    try:
+        opened = _open(path, _fingerprint(path))
+    except RecordsError as error:
+        opened = error
+    results = []
+    for place in range(count):
+        line = listed[place] if place < len(listed) else None
+        row = replace(first, row=first.row + place, position=first.position + place, shard_file=opened, listed=line)
+        results.append(function(row))
+        advance(1, row.size_bytes, 0)
+    return number, results
 
 
-def _state(path: Path) -> tuple[tuple[int, int], ...]:
-    """Return what changes when a data file or its index is written again."""
-    found = []
-    for file in (path, index_path(path)):
-        try:
-            at = file.stat()
-        except OSError:
-            continue
-        found.append((at.st_size, at.st_mtime_ns))
-    return tuple(found)
+def _fingerprint(path: Path) -> tuple[tuple[int, int], ...]:
+    """Return a value that changes when a data file or its index is written again."""
+    files = [os.stat(file) for file in (path, index_path(path)) if os.path.exists(file)]
+    return tuple((file.st_size, file.st_mtime_ns) for file in files)
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path, _state: tuple[tuple[int, int], ...]) -> Shard:
+def _open(path: Path, _fingerprint: tuple[tuple[int, int], ...]) -> Shard:
     return open_shard(path)
 
 
@@ -177,31 +151,30 @@ def map_rows(
     lines: bool = False,
     unit: str = "images",
 ) -> Generator[Result, None, None]:
-    """Carry out a function on every record and yield the results in stored order.
+    """Apply a function to every record and yield the results in stored order.
 
-    Close the iterator (:func:`contextlib.closing`) where it is not read to its end: the workers are killed then.
+    Close the iterator (:func:`contextlib.closing`) if you do not read it to its end: that kills the workers.
 
     Args:
         folder: The records.
-        function: What to do with a record; from a module, for it may go to other processes. Whatever bytes are there,
-            only its own reads of the row raise.
-        workers: Processes; one a usable core where None.
-        progress: Told of records and bytes.
-        lines: Give each row its line of the record list.
-        unit: What the records are called in the progress.
+        function: Takes a row; must be importable, as other processes run it. Whatever bytes are stored, only its own
+            reads of the row raise.
+        workers: Number of processes; by default one per usable core.
+        progress: Called with the number of records and bytes.
+        lines: Pass each row its line of the record list.
+        unit: What the progress calls the records.
 
     Raises:
         PlanError: A worker process was killed.
     """
-    chunks = -(-folder.records // CHUNK_ROWS) if folder.records else 0
     early: dict[int, list[Result]] = {}
     wanted = 0
 
     def report(images: int, size: int, _bad: int) -> None:
         progress(Progress(min(images, folder.records), folder.records, unit, size))
 
-    work = run_processes(_Apply(function), _chunks(folder, lines=lines), min(process_count(workers), chunks), report)
-    for number, results in work:
+    width = min(process_count(workers), -(-folder.records // CHUNK_ROWS))
+    for number, results in run_processes(partial(_apply, function), _chunks(folder, lines=lines), width, report):
         early[number] = results
         while wanted in early:
             yield from early.pop(wanted)
@@ -216,16 +189,12 @@ def _chunks(folder: RecordsFolder, *, lines: bool) -> Iterator[_Chunk]:
             texts = _texts(folder.list_path(split))
         for first in range(0, shard.rows, CHUNK_ROWS):
             count = min(CHUNK_ROWS, shard.rows - first)
-            listed = tuple(islice(texts, count)) if lines else None
-            path = folder.path / shard.file
-            yield _Chunk(number, path, split, shard.file, shard_number, first, count, position, listed)
+            row = Row(split, shard.file, shard_number, first, position)
+            yield number, folder.path / shard.file, row, count, list(islice(texts, count))
             number, position = number + 1, position + count
 
 
 def _texts(path: Path) -> Iterator[bytes]:
     """Yield the lines of a record list as far as it can be read: the rows are scanned all the same."""
-    try:
-        with opened_list(path) as lines:
-            yield from lines
-    except RecordsError:
-        return
+    with suppress(RecordsError), opened_list(path) as lines:
+        yield from lines

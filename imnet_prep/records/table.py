@@ -1,4 +1,4 @@
-"""The table of a split's records: where each lies, its label, size, id and digest; flat arrays, 52 bytes a record."""
+"""Load a split's records as flat arrays, 52 bytes per record: place, label, size, id and digest."""
 
 from __future__ import annotations
 
@@ -17,48 +17,39 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError, RecordsError
 from imnet_prep.files import PlainFile, max_open_files
+from imnet_prep.records.check import check_size
 from imnet_prep.records.manifest import Manifest
-from imnet_prep.records.mindrecord import (
-    LENGTH,
-    Header,
-    RowIndex,
-    Shard,
-    index_path,
-    read_header,
-    read_index,
-    read_index_field,
-)
+from imnet_prep.records.mindrecord import LENGTH, NO_LABEL, Header, RowIndex, Shard, index_path, read_header, read_index
 from imnet_prep.records.record_list import RECORDS, opened_list
 from imnet_prep.types import ShardInfo
 
-# A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks); any other form goes through json.
+# A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks); any other form is parsed as JSON.
 _LINE = re.compile(
     rb'^\{(?:"changes":\[[^\]]*\],)?"file_name":"([^"\\]*)","height":(\d{1,9}),"label":(-?\d{1,9}),"row":(\d{1,9}),'
-    rb'"sha256":"([0-9a-f]{64})","shard":(\d{1,9}),"source_sha256":"[0-9a-f]*",(?:"status":\d+,)?(?:"url":"[^"\\]*",)?'
-    rb'"width":(\d{1,9})[,}]',
+    rb'"sha256":"([0-9a-f]{16})[0-9a-f]{48}","shard":(\d{1,9}),"source_sha256":"[^"]*",(?:"status":\d+,)?'
+    rb'(?:"url":"[^"\\]*",)?"width":(\d{1,9})[,}]',
     re.MULTILINE,
 )
-_Line = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]  # file_name, height, label, row, sha256, shard, width
+_Line = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]  # the groups of _LINE, in its order
 CHUNK_BYTES = 1 << 20
-NO_LABEL = -2  # in place of a label that the index does not carry; -1 is the test split's
 
 
 @dataclass(frozen=True, slots=True)
 class RowTable:
-    """Every record of a split, in stored order.
+    """All records of a split, in stored order.
 
     Attributes:
-        split: Its name.
+        split: The name of the split.
         files: The data files.
-        image_field: Which of a row's blobs is the image, from 0.
+        image_field: Position of the image among a row's blobs, from 0.
         start: int64 (N,), first byte of the row's blobs in its file.
-        size: int64 (N,), bytes of the row's blobs.
+        size: int64 (N,), size of the row's blobs in bytes.
         ids: uint64 (N,), see :func:`imnet_prep.types.record_id`.
         digest: uint64 (N,), the first 8 bytes of the SHA-256 of the image.
         shard: int32 (N,), position in ``files``.
         row: int32 (N,), row in the shard.
         label: int32 (N,).
-        width: int32 (N,), pixels by the record list; 0 where it does not say. height: The same.
+        width: int32 (N,), in pixels, from the record list; 0 where it is not listed. height: Likewise.
     """
 
     split: str
@@ -82,59 +73,57 @@ def load_rows(records: Path, manifest: Manifest, split: str) -> RowTable:
     """Read the table of a split and check that manifest, index and record list agree.
 
     Raises:
-        RecordsError: No such split; a shard is missing, of another size, or its index is damaged; the record list is
-            damaged or says something else than the index.
+        RecordsError: There is no such split; a shard is missing, has another size, or its index is damaged; the record
+            list is damaged or contradicts the index.
     """
     info = manifest.split(records, split)
-    files = tuple(records / shard.file for shard in info.shards)
     headers: list[Header] = []
     parts = []
-    for number, path in enumerate(files):
-        header, index, label = _read_shard(path, info.shards[number])
+    for number, shard in enumerate(info.shards):
+        header, index = _read_shard(records, shard)
         headers.append(header)
         expected, got = headers[0].blob_fields, header.blob_fields
         if got != expected:
-            raise RecordsError(f"{path}: other columns than the first shard", expected=str(expected), got=str(got))
+            what = f"{records / shard.file}: other columns than the first shard"
+            raise RecordsError(what, expected=str(expected), got=str(got))
         row = np.arange(len(index), dtype=np.int32)
+        label = np.full_like(row, NO_LABEL) if index.label is None else index.label.astype(np.int32)
         parts.append((np.full_like(row, number), row, label, index.blob_start, index.blob_end - index.blob_start))
     shard_of, row, label, start, size = (np.concatenate(column) for column in zip(*parts, strict=True))
     numbers, ids, digest = _read_list(records / info.records["file"], split, np.stack([shard_of, row, label]))
     image_field = headers[0].blob_fields.index(headers[0].image_field)
+    files = tuple(records / shard.file for shard in info.shards)
     return RowTable(split, files, image_field, start, size, ids, digest, *numbers)
 
 
-def _read_shard(path: Path, info: ShardInfo) -> tuple[Header, RowIndex, NDArray[np.int32]]:
-    """Header, index and labels (:data:`NO_LABEL` where not indexed) of a shard, checked against the manifest."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        got = error.strerror or str(error)
-        raise RecordsError(f"{path}: the shard is missing", got=got, remedy="restore it or convert again") from error
-    if size != info.size_bytes:
-        raise RecordsError(
-            f"{path}: the shard has another size than the manifest says",
-            expected=f"{info.size_bytes} bytes",
-            got=f"{size}",
-            remedy="restore the file; `imnet-prep verify` lists what is damaged",
-        )
+def _read_shard(records: Path, shard: ShardInfo) -> tuple[Header, RowIndex]:
+    """Read the header and index of a shard, and check them against the manifest."""
+    path = records / shard.file
+    if problem := check_size(records, shard.file, shard.size_bytes):
+        remedy = "restore the file or convert again; `imnet-prep verify` lists what is damaged"
+        raise RecordsError(f"{path}: the shard {problem.detail}", remedy=remedy)
     header = read_header(path)
-    index, label = read_index(path, header), read_index_field(path, "label")
-    outside = (index.blob_end - index.blob_start < LENGTH.size) | (index.blob_end > size)
-    if len(index) != info.rows or outside.any() or not all(isinstance(one, int) for one in label or ()):
+    index = read_index(path, header)
+    outside = (index.blob_end - index.blob_start < LENGTH.size) | (index.blob_end > shard.size_bytes)
+    if len(index) != shard.rows or outside.any():
         raise RecordsError(
             f"{index_path(path)}: the index is damaged",
-            expected=f"{info.rows} rows that lie inside the shard",
+            expected=f"{shard.rows} rows that lie inside the shard",
             got=f"{len(index)} rows",
             remedy="run `imnet-prep repair-index`",
         )
-    found = np.full(info.rows, NO_LABEL) if label is None else np.array(label, dtype=np.int64)
-    return header, index, found.astype(np.int32)
+    return header, index
 
 
 def _read_list(
     path: Path, split: str, expected: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Read the record list, and check shard, row and label against int32 (3, N); no check where a label is unknown.
+    """Read the record list, and check it against the indexes.
+
+    Args:
+        path: The record list.
+        split: The name of the split.
+        expected: int32 (3, N): shard, row and label; :data:`NO_LABEL` is not compared.
 
     Returns:
         int32 (5, N): shard, row, label, width, height; uint64 (N,), ids; uint64 (N,), digests.
@@ -147,15 +136,16 @@ def _read_list(
         while chunk := file.read(CHUNK_BYTES):
             lines = _parse_lines(path, chunk + file.readline(CHUNK_BYTES), count)
             name, height, label, row, sha256, shard, width = zip(*lines, strict=True)
-            listed = np.array([shard, row, label, width, height], dtype=np.bytes_).astype(np.int32)
+            text = b" ".join([*shard, *row, *label, *width, *height])
+            listed = np.fromstring(text, dtype=np.int32, sep=" ").reshape(5, -1)
             part = slice(count, count := count + len(name))
             wanted = expected[:, part]
             if count > rows or ((listed[:3] != wanted) & (wanted != NO_LABEL)).any():
                 raise RecordsError(f"{path}: lists other records than the shards' indexes hold")
             numbers[:, part] = listed
-            hashed = b"".join([hashlib.sha256(prefix + one).digest()[:8] for one in name])
-            ids[part] = np.frombuffer(hashed, dtype="<u8")
-            digest[part] = np.frombuffer(binascii.unhexlify(b"".join([one[:16] for one in sha256])), dtype="<u8")
+            hashed = b"".join([hashlib.sha256(prefix + one).digest() for one in name])
+            ids[part] = np.frombuffer(hashed, dtype="<u8")[::4]
+            digest[part] = np.frombuffer(binascii.unhexlify(b"".join(sha256)), dtype="<u8")
     if count != rows:
         raise RecordsError(f"{path}: the record list is short", expected=f"{rows} lines", got=f"{count}")
     if len(np.unique(ids)) != rows:
@@ -171,7 +161,7 @@ def _parse_lines(path: Path, chunk: bytes, before: int) -> list[_Line]:
 
 
 def _parse_line(path: Path, line: bytes, number: int) -> _Line:
-    """A line in any layout, by way of JSON."""
+    """Parse a line in any layout, as JSON."""
     try:
         values = {"width": 0, "height": 0, **json.loads(line)}
         name, sha256 = str(values["file_name"]).encode(), bytes.fromhex(values["sha256"]).hex().encode()
@@ -183,18 +173,18 @@ def _parse_line(path: Path, line: bytes, number: int) -> _Line:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordsError(f"{path}: line {number} is damaged", got=str(error)) from error
     height, label, row, shard, width = (b"%d" % one for one in numbers)
-    return name, height, label, row, sha256, shard, width
+    return name, height, label, row, sha256[:16], shard, width
 
 
 class RowReader:
-    """Reads images by position in the table. Reads are positioned and few files stay open, so threads share it."""
+    """Read images by position in the table. Threads may share a reader; it keeps a bounded number of files open."""
 
     def __init__(self, table: RowTable) -> None:
         self.table = table
         self._file = lru_cache(maxsize=max_open_files())(lambda shard: PlainFile(table.files[shard]))
 
     def close(self) -> None:
-        """Close the files; the next read opens its own again."""
+        """Close the files; the next read opens them again."""
         self._file.cache_clear()
 
     def will_need(self, positions: NDArray[np.int64]) -> None:
@@ -231,11 +221,11 @@ class RowReader:
         return data[first:end]
 
     def matches(self, position: int, image: bytes) -> bool:
-        """Say whether the image is the one that was stored, by its SHA-256."""
+        """Tell whether an image is the one that was stored, by its SHA-256."""
         return bool(hashlib.sha256(image).digest()[:8] == self.table.digest[position].tobytes())
 
     def where(self, position: int) -> str:
-        """Name a record for a message: shard, row, and the name stored there or, where that is damaged, listed."""
+        """Describe a record for a message: its shard, row and stored name (the listed one if the row is damaged)."""
         path, row = self.table.files[int(self.table.shard[position])], int(self.table.row[position])
         name = "file_name unreadable"
         try:

@@ -109,7 +109,7 @@ def test_numbers_that_agree_with_each_other_alone_end_what_reads_the_records(rec
     found = endings(records)
     assert found["info"] == (0, "")  # it reads the manifest alone
     assert "records.jsonl.gz: line " in found["report"][1]
-    assert "another size" in found["browse"][1]
+    assert "bytes, expected" in found["browse"][1]
 
 
 @pytest.mark.parametrize(

@@ -341,8 +341,7 @@ def test_an_interrupted_repair_is_finished_first(records: Path, whole: Path, mon
 
 
 def test_other_writers_files_keep_the_rows_before_the_cut(tmp_path: Path) -> None:
-    from imnet_prep.records.index import write_index_of
-    from imnet_prep.records.salvage import clip_to_whole_rows
+    from imnet_prep.records.salvage import salvage_rows, write_index_of
 
     path = tmp_path / "made" / "a.mindrecord"
     write_foreign(path, rows=24)
@@ -353,7 +352,7 @@ def test_other_writers_files_keep_the_rows_before_the_cut(tmp_path: Path) -> Non
     with path.open("r+b") as file:
         file.truncate((1 << 16) + 5 * (1 << 15) + 700)
     (tmp_path / "cut").mkdir()
-    rows = clip_to_whole_rows(path, tmp_path / "cut" / path.name)
+    rows = salvage_rows(path, tmp_path / "cut" / path.name)
     write_index_of(tmp_path / "cut" / path.name, tmp_path / "cut" / path.name)
     assert 0 < rows < 24
     assert read_by_mindspore([tmp_path / "cut" / path.name]) == before[:rows]
