@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.images.decode import Geometry
+from imnet_prep.images.batch_decoder import Geometry
 from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.loader.random_numbers import Stream, uniforms
 
@@ -43,11 +43,10 @@ def _boxes(
     aspect = np.exp(low + (high - low) * draws[..., 1])
     wide, tall = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (wide > 0) & (wide <= width[:, None] - margin) & (tall > 0) & (tall <= height[:, None] - margin)
-    pick = np.arange(len(draws)), fits.argmax(axis=1)
-    wide, tall = wide[pick], tall[pick]
-    left = np.floor(draws[..., 2][pick] * (width - wide + 1))
-    top = np.floor(draws[..., 3][pick] * (height - tall + 1))
-    return np.stack([left, top, wide, tall]), fits[pick]
+    first = np.arange(len(draws)), fits.argmax(axis=1)
+    wide, tall, place = wide[first], tall[first], draws[first]
+    left, top = np.floor(place[:, 2] * (width - wide + 1)), np.floor(place[:, 3] * (height - tall + 1))
+    return np.stack([left, top, wide, tall]), fits[first]
 
 
 def train_geometry(

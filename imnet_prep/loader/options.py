@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.images.decode import INTERPOLATIONS
+from imnet_prep.images.batch_decoder import INTERPOLATIONS
 from imnet_prep.loader.order import ORDERS
 from imnet_prep.loader.random_numbers import MAX_SEED
 
@@ -55,7 +55,7 @@ class TrainOptions:
         image_size: Side of the square output, pixels.
         scale: Range of the crop's area as a fraction of the image's; uniform.
         ratio: Range of the crop's width / height; log-uniform.
-        interpolation: One of :data:`~imnet_prep.images.decode.INTERPOLATIONS`.
+        interpolation: One of :data:`~imnet_prep.images.batch_decoder.INTERPOLATIONS`.
         flip_prob: Probability of a horizontal flip.
         color_jitter: Strengths of brightness, contrast, saturation (factors in 1 +- strength) and hue (in turns).
         randaugment_ops: RandAugment operations per image; 0 is off.
@@ -117,7 +117,7 @@ class EvalOptions:
         batch_size: Rows of a batch on one rank; the last may be short.
         image_size: Side of the square output, pixels.
         resize: Short side before the crop, pixels; None keeps the crop at 224 / 256 of it.
-        interpolation: One of :data:`~imnet_prep.images.decode.INTERPOLATIONS`.
+        interpolation: One of :data:`~imnet_prep.images.batch_decoder.INTERPOLATIONS`.
     """
 
     batch_size: int
@@ -157,7 +157,7 @@ class LoaderOptions:
             ``sequential`` is as stored. Evaluation is always as stored.
         native: Use the C++ decoder where it is built (``auto``), insist on it (``on``), or decline it (``off``).
         check: Compare each image with its SHA-256 at its ``first`` reading, ``always`` or ``never``.
-        prefetch: Batches that are made ahead; None queues two chunks per worker.
+        prefetch: Batches that are made ahead; None queues a chunk of 32 rows per worker.
     """
 
     seed: int = 0

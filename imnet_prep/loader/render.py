@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.images.decode import MAX_PIXELS, SOI, PortableDecoder
-from imnet_prep.images.native import NativeDecoder, load
+from imnet_prep.images.batch_decoder import MAX_PIXELS, SOI, Faults, NativeDecoder, PortableDecoder
+from imnet_prep.images.native import decoder_status
 from imnet_prep.loader.augment import MEAN_COLOUR, erase_boxes, eval_geometry, train_geometry
 from imnet_prep.loader.colour import augment_colours
 from imnet_prep.loader.options import Options, TrainOptions
 
-Faults = dict[int, str]
-"""By row: why it has no pixels, in one line."""
 _logger = logging.getLogger(__name__)
 
 
@@ -25,12 +23,12 @@ def choose_decoder(native: str) -> PortableDecoder:
     Raises:
         PipelineError: ``on`` where the C++ decoder is not built or does not load.
     """
+    built, text = decoder_status()
+    if native == "on" or (native == "auto" and built):
+        return NativeDecoder()
     if native == "auto":
-        library, text = load()
-        if library is None:
-            _logger.info("%s; decoding with OpenCV", text)
-            return PortableDecoder()
-    return PortableDecoder() if native == "off" else NativeDecoder()
+        _logger.info("%s; decoding with OpenCV", text)
+    return PortableDecoder()
 
 
 def render(
@@ -65,7 +63,7 @@ def render(
         geometry = train_geometry(options, sizes, seed, epoch, ids)
     else:
         geometry = eval_geometry(options, sizes)
-    faults = dict(decoder.decode(images, geometry, options.interpolation, out)) | faults
+    faults = decoder.decode(images, geometry, options.interpolation, out) | faults
     decoded()
     if isinstance(options, TrainOptions):
         if options.randaugment_ops or any(options.color_jitter):
@@ -93,6 +91,6 @@ def _true_sizes(
     unlisted = [row for row, image in enumerate(images) if not (pixels[row] and image.startswith(SOI))]
     if unlisted:
         sizes[unlisted], found = decoder.sizes([images[row] for row in unlisted])
-        faults = {unlisted[place]: why for place, why in found} | faults
+        faults = {unlisted[place]: why for place, why in found.items()} | faults
     sizes[list(faults)] = 1
     return sizes, faults

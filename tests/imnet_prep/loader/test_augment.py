@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import kstest
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.images.decode import resize
+from imnet_prep.images.batch_decoder import resize
 from imnet_prep.loader.augment import CROP_ATTEMPTS, erase_boxes, eval_geometry, mix, train_geometry
 from imnet_prep.loader.colour import (
     OPERATIONS,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
-from imnet_prep.images.native import load
+from imnet_prep.images.native import decoder_status, load
 from imnet_prep.loader.adapters import to_dataset
 from imnet_prep.loader.batches import CHUNK_ROWS, Batches, open_batches
 from imnet_prep.loader.options import EvalOptions, TrainOptions
@@ -38,7 +38,7 @@ EVERYTHING = TrainOptions(
     8, image_size=32, color_jitter=(0.4, 0.4, 0.4, 0.1), randaugment_ops=2, erasing_prob=0.5, mixup_alpha=0.2,
     cutmix_alpha=1.0,
 )  # fmt: skip
-NATIVES = ["off", pytest.param("on", marks=pytest.mark.skipif(load()[0] is None, reason=load()[1]))]
+NATIVES = ["off", pytest.param("on", marks=pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1]))]
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,9 @@ def test_training_without_drop_last_visits_every_record_once(records: Path, trai
 
 
 def test_native_and_portable_batches_agree(records: Path) -> None:
-    if load()[0] is None:
-        pytest.skip(load()[1])
+    built, why = decoder_status()
+    if not built:
+        pytest.skip(why)
     for one, other in zip(_run(records, native="on"), _run(records, native="off"), strict=True):
         assert np.array_equal(one.record_id, other.record_id)
         assert np.abs(one.image.astype(int) - other.image).max() <= 1
@@ -256,7 +257,7 @@ def test_only_headers_whose_size_is_not_listed_are_parsed(
     with open_batches(copy, "train", EvalOptions(8, image_size=32), native=native) as batches:
         sizes = batches._decoder.sizes
 
-        def count(images: Sequence[bytes]) -> tuple[NDArray[np.int32], list[tuple[int, str]]]:
+        def count(images: Sequence[bytes]) -> tuple[NDArray[np.int32], dict[int, str]]:
             parsed.append(len(images))
             return sizes(images)
 
@@ -278,7 +279,7 @@ def test_an_image_of_another_format_may_be_listed_upright(tmp_path: Path, native
     assert _same(expected, _run(records, EvalOptions(1, image_size=32), native=native))
 
 
-@pytest.mark.skipif(load()[0] is None, reason=load()[1])
+@pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1])
 def test_without_digests_the_native_decoder_still_tells_of_garbled_data(copy: Path) -> None:
     _, name = _spoil(copy, 1, 7, "zero the second half")
     with pytest.raises(PipelineError, match=f"{name}.*damaged image data"):
@@ -431,9 +432,10 @@ def test_to_dataset_gives_the_batches_and_the_next_epoch_each_time(records: Path
 
 def test_a_chunk_boundary_is_no_boundary(records: Path) -> None:
     options = replace(OPTIONS, batch_size=CHUNK_ROWS + 3, drop_last=False)
-    ids = np.concatenate([batch.record_id for batch in _run(records, options)])
-    small = np.concatenate([batch.record_id for batch in _run(records, replace(OPTIONS, drop_last=False))])
-    assert np.array_equal(ids, small)
+    large, small = (_run(records, one) for one in (options, replace(OPTIONS, drop_last=False)))
+    for name in ("image", "label", "record_id"):
+        one, other = (np.concatenate([getattr(batch, name) for batch in run]) for run in (large, small))
+        assert np.array_equal(one, other)
 
 
 def test_stage_times_add_up_to_the_images_made(records: Path) -> None:
@@ -494,8 +496,8 @@ def test_iterating_again_is_the_next_epoch(records: Path) -> None:
 def test_without_the_library_opencv_decodes_and_asking_for_it_is_an_error(
     records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("imnet_prep.loader.render", "imnet_prep.images.native"):
-        monkeypatch.setattr(f"{module}.load", lambda: (None, "the C++ decoder is not built"))
+    for module in ("imnet_prep.loader.render", "imnet_prep.images.batch_decoder"):
+        monkeypatch.setattr(f"{module}.decoder_status", lambda: (False, "the C++ decoder is not built"))
     with open_batches(records, "train", OPTIONS) as batches:
         assert "OpenCV" in batches.decoder
         assert len(next(batches.epoch(0))) == 8
@@ -504,7 +506,7 @@ def test_without_the_library_opencv_decodes_and_asking_for_it_is_an_error(
 
 
 def test_a_library_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "imnet_jpeg.so"
+    broken = tmp_path / "imnet_native.so"
     broken.write_bytes(b"no library")
     monkeypatch.setattr("imnet_prep.images.native.LIBRARY", broken)
     library, why = load.__wrapped__()
