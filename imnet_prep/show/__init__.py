@@ -1,1 +1,1 @@
-"""What a records folder holds, for people: info, report, browse."""
+"""Show what a records folder holds: info, report and browse."""

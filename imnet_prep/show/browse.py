@@ -19,7 +19,7 @@ from typing import Any
 from imnet_prep.errors import ImnetError, PipelineError, RecordsError
 from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED
-from imnet_prep.show.browse_data import VIEW_SIDE, Library
+from imnet_prep.show.browse_data import THUMB_SIDE, VIEW_SIDE, Library
 from imnet_prep.show.pages import render
 
 try:
@@ -130,7 +130,15 @@ def _add_pages(get: Route, library: Library, page: Callable[..., str]) -> None:
             abort(404)
         shown = positions[number * PAGE_IMAGES : (number + 1) * PAGE_IMAGES].tolist()
         images = [(position, library.row(split, position).name) for position in shown]
-        return page("browse_class.html", label=label, split=split, page=number, pages=pages, images=images)
+        return page(
+            "browse_class.html",
+            label=label,
+            split=split,
+            page=number,
+            pages=pages,
+            images=images,
+            side=THUMB_SIDE,
+        )
 
     @get("/record/<split>/<int:position>")
     def record_page(split: str, position: int) -> str:
@@ -152,6 +160,7 @@ def _add_pages(get: Route, library: Library, page: Callable[..., str]) -> None:
             form=_FIELDS,
             values=values,
             seed=_number("seed", MAX_SEED),
+            side=VIEW_SIDE,
         )
 
     @get("/<name>")

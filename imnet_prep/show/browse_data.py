@@ -26,7 +26,7 @@ class Library:
     """A records folder opened for reading; safe to share between threads. Positions are within a split, as stored."""
 
     def __init__(self, records: Path) -> None:
-        """Open a folder; about 100 bytes a record are held in memory.
+        """Open a folder; about 100 bytes per record are held in memory.
 
         Raises:
             RecordsError: It is missing, or a shard, index or record list is missing or damaged.

@@ -22,16 +22,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as
 PICTURE_BYTES = 3_300_000  # of all pictures in base64, so that the file stays under 5 MB
 MAX_REJECTED, MAX_PAIRS = 100, 24
 _CHANGES = {
-    "format": "not a JPEG",
+    "format": "Not a JPEG",
     "cmyk": "CMYK",
-    "sixteen_bit": "more than 8 bits per channel",
-    "alpha": "transparent",
-    "oriented": "with an EXIF orientation",
-    "progressive": "progressive JPEG",
-    "greyscale": "greyscale",
-    "exif_damaged": "damaged EXIF",
-    "trailing_bytes": "bytes after the end marker",
-    "resized": "larger than asked for",
+    "sixteen_bit": "More than 8 bits per channel",
+    "alpha": "Transparent",
+    "oriented": "With an EXIF orientation",
+    "progressive": "Progressive JPEG",
+    "greyscale": "Greyscale",
+    "exif_damaged": "Damaged EXIF",
+    "trailing_bytes": "Bytes after the end marker",
+    "resized": "Larger than asked for",
 }
 
 
@@ -191,8 +191,10 @@ def _shown(gathered: Gathered, pictures: _Pictures) -> dict[str, Any]:
 def _pairs(gathered: Gathered, pictures: _Pictures) -> Iterator[tuple[str, list[Picture]]]:
     """Yield what two records have in common, and both as pictures."""
     pairs = [(first, second, "same bytes") for first, second in gathered.exact[: MAX_PAIRS // 2]]
-    for pair in (gathered.near or [])[:MAX_PAIRS]:
-        pairs.append((pair.first, pair.second, f"same picture{', mirrored' if pair.mirrored else ''}"))
+    pairs += [
+        (pair.first, pair.second, "same picture, mirrored" if pair.mirrored else "same picture")
+        for pair in (gathered.near or [])[:MAX_PAIRS]
+    ]
     for first, second, why in pairs:
         rows = [gathered.folder.row(position) for position in (first, second)]
         names = [f"{row.split}/{row.name}" for row in rows]

@@ -66,7 +66,7 @@ def test_report_says_what_is_in_the_records(made: Path, records: Path) -> None:
     assert "truncated" in said
     assert "broken.jpg" in said
     assert re.search(r'<img src="data:image/jpeg[^>]+alt="train/[^"]+broken.jpg"', made.read_text(encoding="utf-8"))
-    assert "not a JPEG 1 converted to JPEG" in said
+    assert "Not a JPEG 1 converted to JPEG" in said
     assert "1 records have the same bytes" in said
     assert "same picture, mirrored" in said
     for split in manifest.splits.values():
