@@ -70,7 +70,7 @@ def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[i
 
     import numpy as np
 
-    from imnet_prep.images.native import NativeDecoder
+    from imnet_prep.images.batch_decoder import NativeDecoder
     from imnet_prep.loader.augment import eval_geometry, train_geometry
     from imnet_prep.loader.options import EvalOptions, TrainOptions
 

@@ -30,7 +30,7 @@ from imnet_prep.loader.random_numbers import Stream, uniforms
 from tests.synthetic import picture
 
 DRAWS = 100_000
-P_VALUE = 1e-3  # below it a distribution is called wrong; the seed is fixed, so the verdict does not change
+P_VALUE = 1e-3  # a smaller p-value means a wrong distribution; the seed is fixed, so the result is always the same
 
 
 def _ids(count: int) -> NDArray[np.uint64]:
@@ -51,12 +51,12 @@ def test_crop_area_is_uniform_and_ratio_log_uniform_and_place_uniform() -> None:
     assert kstest(top / (side - tall), "uniform").pvalue > P_VALUE
     assert abs(np.corrcoef(area, np.log(wide / tall))[0, 1]) < 0.02
     assert abs(found.flip.mean() - 0.5) < 0.01
-    # The test has teeth: a range that is off by a hundredth is seen.
+    # A range that is off by a hundredth is noticed.
     assert kstest(area, "uniform", args=(0.09, 0.41)).pvalue < 1e-9
 
 
 def _crop_by_the_book(options: TrainOptions, width: int, height: int, drawn: NDArray[np.float64]) -> list[int]:
-    """RandomResizedCrop as torchvision words it, one image, plain Python."""
+    """RandomResizedCrop as in torchvision, one image, in plain Python."""
     for attempt in range(CROP_ATTEMPTS):
         area = width * height * (options.scale[0] + (options.scale[1] - options.scale[0]) * drawn[attempt, 0])
         low, high = math.log(options.ratio[0]), math.log(options.ratio[1])

@@ -1,18 +1,12 @@
-"""Records to batches: the same bytes however they are made, every record once, every bad one named."""
+"""Records to batches: the same bytes however they are made, and every record once."""
 
 from __future__ import annotations
 
-import gc
-import io
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,83 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
-from imnet_prep.errors import ImnetError, PipelineError, RecordsError
+from imnet_prep.errors import PipelineError, RecordsError
 from imnet_prep.images.native import decoder_status, load
 from imnet_prep.loader.adapters import to_dataset
 from imnet_prep.loader.batches import CHUNK_ROWS, Batches, open_batches
 from imnet_prep.loader.options import EvalOptions, TrainOptions
-from imnet_prep.records.mindrecord import Shard
-from imnet_prep.types import Batch, record_id
-from tests.records import Entry, entries, rewrite_list, write_folder
-from tests.synthetic import picture
-
-TRAIN, VAL = 150, 37
-OPTIONS = TrainOptions(8, image_size=32)
-EVERYTHING = TrainOptions(
-    8, image_size=32, color_jitter=(0.4, 0.4, 0.4, 0.1), randaugment_ops=2, erasing_prob=0.5, mixup_alpha=0.2,
-    cutmix_alpha=1.0,
-)  # fmt: skip
-NATIVES = ["off", pytest.param("on", marks=pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1]))]
-
-
-@pytest.fixture(scope="module")
-def train_entries() -> list[Entry]:
-    return entries(TRAIN)
-
-
-@pytest.fixture(scope="module")
-def val_entries() -> list[Entry]:
-    return entries(VAL, seed=1)
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory, train_entries: list[Entry], val_entries: list[Entry]) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline") / "records"
-    return write_folder(folder, {"train": train_entries, "val": val_entries}, shards=3)
-
-
-@pytest.fixture
-def copy(records: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(records, tmp_path / "records"))
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_or_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No decode thread outlives a test, and none leaves a file in the working directory."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    yield
-    gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("imnet-decode")]
-    assert list(work.iterdir()) == []
-
-
-def _run(records: Path, options: TrainOptions | EvalOptions = OPTIONS, epoch: int = 0, **how: Any) -> list[Batch]:
-    start = how.pop("start_step", 0)
-    split = how.pop("split", "train")
-    with open_batches(records, split, options, how.pop("seed", 5), **how) as batches:
-        return list(batches.epoch(epoch, start))
-
-
-def _same(one: list[Batch], other: list[Batch]) -> bool:
-    def flat(batch: Batch) -> list[bytes]:
-        parts = (batch.image, batch.label, batch.record_id, batch.mix_label, batch.mix_weight)
-        return [b"" if part is None else part.tobytes() for part in parts]
-
-    return [flat(batch) for batch in one] == [flat(batch) for batch in other]
+from imnet_prep.types import record_id
+from tests.imnet_prep.loader.runs import EVERYTHING, NATIVES, OPTIONS, TRAIN, VAL, run_epoch, same
+from tests.records import Entry, write_folder
 
 
 @pytest.mark.parametrize("native", NATIVES)
 @pytest.mark.parametrize("options", [OPTIONS, EVERYTHING], ids=["crop", "everything"])
 def test_batches_are_the_same_at_1_2_and_4_threads(records: Path, options: TrainOptions, native: str) -> None:
-    first = _run(records, options, workers=1, native=native)
+    first = run_epoch(records, options, workers=1, native=native)
     assert len(first) == TRAIN // 8
     for workers in (2, 4):
-        assert _same(first, _run(records, options, workers=workers, native=native))
+        assert same(first, run_epoch(records, options, workers=workers, native=native))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -104,8 +39,8 @@ def test_batches_are_the_same_at_1_2_and_4_threads(records: Path, options: Train
 def test_the_ranks_together_are_the_single_rank_run(
     records: Path, ranks: int, options: TrainOptions | EvalOptions
 ) -> None:
-    alone = _run(records, options, epoch=1)
-    shares = [_run(records, options, epoch=1, rank=rank, ranks=ranks) for rank in range(ranks)]
+    alone = run_epoch(records, options, epoch=1)
+    shares = [run_epoch(records, options, epoch=1, rank=rank, ranks=ranks) for rank in range(ranks)]
     union = [
         batch for step in range(len(shares[0])) for share in shares if step < len(share) for batch in [share[step]]
     ]
@@ -114,28 +49,28 @@ def test_the_ranks_together_are_the_single_rank_run(
     else:
         assert sum(len(batch) for batch in union) == TRAIN
     assert len(union) > 10
-    assert _same(alone, union)
+    assert same(alone, union)
 
 
 def test_a_global_batch_of_two_ranks_is_one_batch_of_twice_the_size(records: Path) -> None:
-    large = _run(records, replace(OPTIONS, batch_size=16))
-    halves = [_run(records, OPTIONS, rank=rank, ranks=2) for rank in range(2)]
+    large = run_epoch(records, replace(OPTIONS, batch_size=16))
+    halves = [run_epoch(records, OPTIONS, rank=rank, ranks=2) for rank in range(2)]
     for step, whole in enumerate(large):
         assert np.array_equal(whole.image, np.concatenate([half[step].image for half in halves]))
         assert np.array_equal(whole.record_id, np.concatenate([half[step].record_id for half in halves]))
 
 
 def test_an_epoch_starts_at_any_step(records: Path) -> None:
-    whole = _run(records, EVERYTHING, epoch=2)
-    assert _same(whole[17:], _run(records, EVERYTHING, epoch=2, start_step=17))
-    assert _run(records, EVERYTHING, epoch=2, start_step=len(whole)) == []
+    whole = run_epoch(records, EVERYTHING, epoch=2)
+    assert same(whole[17:], run_epoch(records, EVERYTHING, epoch=2, start_step=17))
+    assert run_epoch(records, EVERYTHING, epoch=2, start_step=len(whole)) == []
 
 
 def test_an_earlier_epoch_changes_nothing_in_a_later_one(records: Path) -> None:
     with open_batches(records, "train", OPTIONS, 5) as batches:
         runs = [list(batches.epoch(number)) for number in (0, 1, 2, 1)]
-    assert _same(runs[1], runs[3])
-    assert _same(runs[2], _run(records, epoch=2))
+    assert same(runs[1], runs[3])
+    assert same(runs[2], run_epoch(records, epoch=2))
     ids = [np.concatenate([batch.record_id for batch in run]) for run in runs[:3]]
     assert not any(np.array_equal(ids[a], ids[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
@@ -144,12 +79,12 @@ def test_order_and_crops_do_not_depend_on_the_number_of_shards(
     records: Path, tmp_path: Path, train_entries: list[Entry]
 ) -> None:
     other = write_folder(tmp_path / "other", {"train": train_entries[::-1]}, shards=1)
-    assert _same(_run(records), _run(other))
+    assert same(run_epoch(records), run_epoch(other))
 
 
 @pytest.mark.parametrize("native", NATIVES)
 def test_evaluation_gives_every_row_once_in_stored_order(records: Path, val_entries: list[Entry], native: str) -> None:
-    found = _run(records, EvalOptions(8, image_size=32), split="val", native=native)
+    found = run_epoch(records, EvalOptions(8, image_size=32), split="val", native=native)
     assert [len(batch) for batch in found] == [8, 8, 8, 8, 5]
     ids = np.concatenate([batch.record_id for batch in found])
     assert ids.tolist() == [record_id("val", name) for name, _, _ in val_entries]
@@ -159,7 +94,7 @@ def test_evaluation_gives_every_row_once_in_stored_order(records: Path, val_entr
 
 def test_training_without_drop_last_visits_every_record_once(records: Path, train_entries: list[Entry]) -> None:
     for order in ("global", "blocks", "sequential"):
-        found = _run(records, replace(OPTIONS, drop_last=False), order=order)
+        found = run_epoch(records, replace(OPTIONS, drop_last=False), order=order)
         ids = np.concatenate([batch.record_id for batch in found])
         assert sorted(ids.tolist()) == sorted(record_id("train", name) for name, _, _ in train_entries)
 
@@ -168,190 +103,9 @@ def test_native_and_portable_batches_agree(records: Path) -> None:
     built, why = decoder_status()
     if not built:
         pytest.skip(why)
-    for one, other in zip(_run(records, native="on"), _run(records, native="off"), strict=True):
+    for one, other in zip(run_epoch(records, native="on"), run_epoch(records, native="off"), strict=True):
         assert np.array_equal(one.record_id, other.record_id)
         assert np.abs(one.image.astype(int) - other.image).max() <= 1
-
-
-def _spoil(folder: Path, shard: int, row: int, change: str) -> tuple[Path, str]:
-    """Damage one image in place; gives the shard and the file name."""
-    path = sorted((folder / "train").glob("*.mindrecord"))[shard]
-    with Shard(path) as opened:
-        start, end = int(opened.index.blob_start[row]) + 8, int(opened.index.blob_end[row])
-        name = str(opened.fields(row)["file_name"])
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        if change == "flip a byte":
-            file.seek((start + end) // 2)
-            byte = file.read(1)[0]
-            file.seek((start + end) // 2)
-            file.write(bytes([byte ^ 0x10]))
-        elif change == "zero the second half":
-            file.seek((start + end) // 2)
-            file.write(bytes(end - (start + end) // 2))
-        else:  # damage the length before the image
-            file.seek(start - 8)
-            file.write((1 << 40).to_bytes(8, "little"))
-    return path, name
-
-
-@pytest.mark.parametrize("native", NATIVES)
-@pytest.mark.parametrize("change", ["flip a byte", "zero the second half", "damage the length"])
-def test_a_bad_record_is_named_at_once(copy: Path, change: str, native: str) -> None:
-    path, name = _spoil(copy, 1, 7, change)
-    began = time.monotonic()
-    with pytest.raises(PipelineError) as caught:
-        _run(copy, native=native)
-    assert time.monotonic() - began < 10
-    for part in (str(path), "row 7", name):
-        assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def _list_sizes(folder: Path, size: tuple[int, int], *rows: int) -> list[str]:
-    """Write another width and height into lines of the record list; return the file names."""
-    names: list[str] = []
-
-    def change(lines: list[str]) -> list[str]:
-        for row in rows:
-            values = json.loads(lines[row])
-            names.append(values["file_name"])
-            lines[row] = json.dumps({**values, "width": size[0], "height": size[1]}, sort_keys=True)
-        return lines
-
-    rewrite_list(folder, change)
-    return names
-
-
-@pytest.mark.parametrize("native", NATIVES)
-@pytest.mark.parametrize("size", [(30, 31), (2000, 1000), (40, 4_000_000), (50_000, 50_000)])
-def test_a_record_whose_listed_size_is_not_its_headers_is_a_bad_record(
-    copy: Path, size: tuple[int, int], native: str
-) -> None:
-    expected = _run(copy, EvalOptions(8, image_size=32), native=native)
-    name = _list_sizes(copy, size, 7)[0]
-    with pytest.raises(
-        PipelineError, match=rf"row 7 \({name}\).*({size[0]} x {size[1]}|{size[0] * size[1]} pixels) by the record list"
-    ):
-        _run(copy, native=native)
-    found = _run(copy, EvalOptions(8, image_size=32), native=native, on_error="skip")
-    assert [len(batch) for batch in found[:2]] == [7, 8]
-    assert np.array_equal(found[0].image, expected[0].image[:7])
-    assert _same(found[1:], expected[1:])
-
-
-@pytest.mark.parametrize("native", NATIVES)
-@pytest.mark.parametrize("size", [(0, 0), (0, 50), (50, 0)])
-def test_a_size_that_is_not_listed_is_read_from_the_header(copy: Path, size: tuple[int, int], native: str) -> None:
-    expected = _run(copy, EVERYTHING, native=native)
-    _list_sizes(copy, size, *range(0, TRAIN, 3), 7)
-    assert _same(expected, _run(copy, EVERYTHING, native=native))
-
-
-@pytest.mark.parametrize("native", NATIVES)
-def test_only_headers_whose_size_is_not_listed_are_parsed(
-    copy: Path, native: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _list_sizes(copy, (0, 0), 3, 60)
-    parsed: list[int] = []
-    with open_batches(copy, "train", EvalOptions(8, image_size=32), native=native) as batches:
-        sizes = batches._decoder.sizes
-
-        def count(images: Sequence[bytes]) -> tuple[NDArray[np.int32], dict[int, str]]:
-            parsed.append(len(images))
-            return sizes(images)
-
-        monkeypatch.setattr(batches._decoder, "sizes", count)
-        assert sum(len(batch) for batch in batches) == TRAIN
-    assert sum(parsed) == 2
-
-
-@pytest.mark.parametrize("native", NATIVES)
-def test_an_image_of_another_format_may_be_listed_upright(tmp_path: Path, native: str) -> None:
-    image = Image.fromarray(picture(0, 0, 60, 40))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", exif=exif)
-    records = write_folder(tmp_path / "records", {"train": [("n0/a.png", 0, buffer.getvalue())]}, shards=1)
-    expected = _run(records, EvalOptions(1, image_size=32), native=native)
-    _list_sizes(records, (40, 60), 0)
-    assert _same(expected, _run(records, EvalOptions(1, image_size=32), native=native))
-
-
-@pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1])
-def test_without_digests_the_native_decoder_still_tells_of_garbled_data(copy: Path) -> None:
-    _, name = _spoil(copy, 1, 7, "zero the second half")
-    with pytest.raises(PipelineError, match=f"{name}.*damaged image data"):
-        _run(copy, EvalOptions(8, image_size=32), native="on", check="never")
-
-
-def test_skipped_rows_are_counted_and_named_and_training_keeps_its_shape(
-    copy: Path, train_entries: list[Entry]
-) -> None:
-    names = {_spoil(copy, shard, row, "flip a byte")[1] for shard, row in ((0, 3), (1, 7), (1, 8))}
-    bad = {record_id("train", name) for name in names}
-    with open_batches(copy, "train", OPTIONS, 5, on_error="skip") as batches:
-        found = list(batches.epoch(0))
-        assert [len(batch) for batch in found] == [8] * (TRAIN // 8)
-        assert 1 <= batches.skipped <= 3  # a record may be among those that did not fill a batch
-        assert all(any(name in row.where for name in names) for row in batches.skipped_rows)
-        labels = {record_id("train", name): label for name, label, _ in train_entries}
-        for batch in found:
-            assert not bad & set(batch.record_id.tolist())
-            assert [labels[one] for one in batch.record_id.tolist()] == batch.label.tolist()
-    with open_batches(copy, "train", EvalOptions(1, image_size=32), on_error="skip") as batches:
-        assert [len(batch) for batch in batches] == [1] * (TRAIN - 3)  # a batch with no row left is none
-    with open_batches(copy, "train", EvalOptions(8, image_size=32), on_error="skip") as batches:
-        ids = [one for batch in batches for one in batch.record_id.tolist()]
-        assert batches.skipped == 3
-        assert len(ids) == len(set(ids)) == TRAIN - 3
-        assert not bad & set(ids)
-
-
-def test_a_batch_of_bad_rows_alone_raises_in_training(copy: Path) -> None:
-    for row in range(50):
-        for shard in range(3):
-            _spoil(copy, shard, row, "flip a byte")
-    with pytest.raises(PipelineError, match="SHA-256"):
-        _run(copy, on_error="skip")
-
-
-def _remove(path: Path) -> None:
-    path.unlink()
-
-
-def _cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("damage", [_remove, _cut])
-@pytest.mark.parametrize("suffix", [".mindrecord", ".mindrecord.db", ".jsonl.gz"])
-def test_a_missing_or_cut_file_is_named_on_opening(copy: Path, damage: Any, suffix: str) -> None:
-    path = next(path for path in sorted((copy / "train").iterdir()) if path.name.endswith(suffix))
-    path.chmod(0o600)
-    damage(path)
-    with pytest.raises(RecordsError) as caught:
-        open_batches(copy, "train", OPTIONS)
-    assert path.name in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_shard_that_vanishes_while_open_is_an_error_not_a_hang(copy: Path) -> None:
-    with open_batches(copy, "train", OPTIONS, 5) as batches:
-        for path in (copy / "train").glob("*.mindrecord"):
-            path.unlink()
-        with pytest.raises(ImnetError, match="cannot be"):
-            list(batches.epoch(0))
-
-
-def test_a_shard_cut_while_open_is_an_error_that_names_the_row(copy: Path) -> None:
-    with open_batches(copy, "train", OPTIONS, 5) as batches:
-        for path in (copy / "train").glob("*.mindrecord"):
-            path.chmod(0o600)
-            os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(PipelineError, match=r"row \d+ \(n\d+/n\d+_\d+.JPEG\): .*cut off"):
-            list(batches.epoch(0))
 
 
 def test_leaving_an_epoch_early_stops_its_work(records: Path) -> None:
@@ -362,7 +116,7 @@ def test_leaving_an_epoch_early_stops_its_work(records: Path) -> None:
         next(iterator)
         iterator.close()
         assert list(iterator) == []
-        assert _same(list(batches.epoch(2)), _run(records, replace(OPTIONS, image_size=256), epoch=2))
+        assert same(list(batches.epoch(2)), run_epoch(records, replace(OPTIONS, image_size=256), epoch=2))
 
 
 def test_no_more_batches_are_made_than_the_stated_bound(records: Path) -> None:
@@ -387,8 +141,8 @@ def test_a_closed_pipeline_says_so(records: Path) -> None:
 def test_two_epochs_can_be_under_way_at_once(records: Path) -> None:
     with open_batches(records, "train", OPTIONS, 5) as batches:
         pairs = list(zip(batches.epoch(0), batches.epoch(1), strict=True))
-    assert _same([one for one, _ in pairs], _run(records, epoch=0))
-    assert _same([other for _, other in pairs], _run(records, epoch=1))
+    assert same([one for one, _ in pairs], run_epoch(records, epoch=0))
+    assert same([other for _, other in pairs], run_epoch(records, epoch=1))
 
 
 @pytest.mark.parametrize(
@@ -425,14 +179,14 @@ def test_to_dataset_gives_the_batches_and_the_next_epoch_each_time(records: Path
         iterator = data.create_tuple_iterator(num_epochs=2, output_numpy=True)
         epochs = [[row[0] for row in iterator] for _ in range(2)]
     for number, images in enumerate(epochs):
-        expected = _run(records, EVERYTHING, epoch=number)
+        expected = run_epoch(records, EVERYTHING, epoch=number)
         assert len(images) == len(expected)
         assert all(np.array_equal(one, batch.image) for one, batch in zip(images, expected, strict=True))
 
 
 def test_a_chunk_boundary_is_no_boundary(records: Path) -> None:
     options = replace(OPTIONS, batch_size=CHUNK_ROWS + 3, drop_last=False)
-    large, small = (_run(records, one) for one in (options, replace(OPTIONS, drop_last=False)))
+    large, small = (run_epoch(records, one) for one in (options, replace(OPTIONS, drop_last=False)))
     for name in ("image", "label", "record_id"):
         one, other = (np.concatenate([getattr(batch, name) for batch in run]) for run in (large, small))
         assert np.array_equal(one, other)
@@ -457,6 +211,7 @@ def test_an_unforeseen_failure_in_a_worker_reaches_the_caller(records: Path, mon
             next(batches.epoch(0))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_forked_child_gets_an_error_not_a_hang(records: Path) -> None:
     with open_batches(records, "train", OPTIONS) as batches:
@@ -489,8 +244,8 @@ def test_a_process_that_is_interrupted_ends_at_once(records: Path) -> None:
 def test_iterating_again_is_the_next_epoch(records: Path) -> None:
     with open_batches(records, "train", OPTIONS, 5) as batches:
         runs = [list(batches), list(batches)]
-    assert _same(runs[0], _run(records, epoch=0))
-    assert _same(runs[1], _run(records, epoch=1))
+    assert same(runs[0], run_epoch(records, epoch=0))
+    assert same(runs[1], run_epoch(records, epoch=1))
 
 
 def test_without_the_library_opencv_decodes_and_asking_for_it_is_an_error(
