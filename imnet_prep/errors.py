@@ -3,15 +3,15 @@
 ::
 
     ImnetError                 exit 1
-    ├── SourceError            what the user gave as input is not what it should be
+    ├── SourceError            an input is not what it should be
     ├── RecordsError           a records folder or its manifest is not usable
-    ├── PlanError              a plan that cannot be carried out, or differs from the one begun
+    ├── PlanError              a plan that cannot be carried out, or is not the one begun
     ├── DownloadError          a list or a download folder is not usable
     ├── PipelineError          a record cannot be read, decoded or batched
-    ├── TrainError             a training run cannot start or go on
+    ├── TrainError             a training run cannot start or continue
     │   ├── RecipeError        an unknown recipe, field or value
     │   └── CheckpointError    a checkpoint that is foreign, damaged or of another shape
-    ├── IntegrityError         exit 3: what is there is not what the manifest says
+    ├── IntegrityError         exit 3: files differ from their manifest
     ├── BudgetError            exit 3: more rejected or failed than the user allows
     └── Interrupted            exit 130: stopped by a signal after a clean checkpoint
 """
@@ -46,7 +46,7 @@ def _rebuild(kind: type[ImnetError], what: str, expected: str, got: str, remedy:
 
 
 class SourceError(ImnetError):
-    """What the user gave as input is not what it should be."""
+    """An input is not what it should be."""
 
 
 class RecordsError(ImnetError):
@@ -66,7 +66,7 @@ class PipelineError(ImnetError):
 
 
 class TrainError(ImnetError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class RecipeError(TrainError):
@@ -78,7 +78,7 @@ class CheckpointError(TrainError):
 
 
 class IntegrityError(ImnetError):
-    """What is on disk is not what the manifest says."""
+    """Files differ from their manifest."""
 
     exit_code = 3
 

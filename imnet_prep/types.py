@@ -1,6 +1,6 @@
 """The types that cross a stage boundary, in the order in which the data flows.
 
-``ImageRef`` (where an image lies) -> ``RawImage`` (its bytes) -> ``Sample`` or ``Rejected`` -> ``ShardInfo`` ->
+``ImageRef`` (the place of an image) -> ``RawImage`` (its bytes) -> ``Sample`` or ``Rejected`` -> ``ShardInfo`` ->
 ``Manifest`` (see :mod:`imnet_prep.records.manifest`) -> ``Batch``.
 """
 
@@ -21,7 +21,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Reason(enum.StrEnum):
-    """Why an image was kept out. The value is the key in ``rejected.jsonl`` and in every summary."""
+    """Why an image was rejected. The value is the key in ``rejected.jsonl`` and in every summary."""
 
     EMPTY = "empty"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # no known image format
@@ -30,18 +30,18 @@ class Reason(enum.StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"  # a decompression bomb, by its header
     TOO_LARGE = "too_large"  # more bytes than a record may hold
     ANIMATED = "animated"  # more than one frame
-    UNREADABLE = "unreadable"  # the file system or archive did not give the bytes
-    UNLABELLED = "unlabelled"  # no class is known for it
+    UNREADABLE = "unreadable"  # the file or archive member cannot be read
+    UNLABELLED = "unlabelled"  # its class is unknown
     DUPLICATE = "duplicate"  # same bytes as another image, with --duplicates reject
     DUPLICATE_NAME = "duplicate_name"  # a second member of the same name
 
 
 class Change(enum.StrEnum):
-    """What was done to, or noticed about, an image that was kept."""
+    """What was done to, or noticed about, a stored image."""
 
     FORMAT = "format"  # was not a JPEG: converted
     CMYK = "cmyk"  # CMYK or YCCK: converted to RGB
-    SIXTEEN_BIT = "sixteen_bit"  # more than 8 bits a channel: converted
+    SIXTEEN_BIT = "sixteen_bit"  # more than 8 bits per channel: converted
     ALPHA = "alpha"  # had transparency: composed over white
     ORIENTED = "oriented"  # EXIF orientation applied to the pixels
     PROGRESSIVE = "progressive"  # noticed, stored as it was (or baseline where re-encoded)
@@ -52,7 +52,7 @@ class Change(enum.StrEnum):
 
 
 def name_fault(name: object) -> str:
-    """Return why something cannot be a record's file_name, or an empty string; the rule of every command."""
+    """Return why something cannot be the file_name of a record, or an empty string."""
     if not isinstance(name, str) or not name:
         return "it has no name"
     try:
@@ -63,7 +63,7 @@ def name_fault(name: object) -> str:
 
 
 def record_id(split: str, file_name: str) -> int:
-    """Return the 64-bit id of a record: it survives resharding, renaming of folders and any worker count.
+    """Return the 64-bit id of a record. Resharding, moving the folder and the worker count do not change it.
 
     Returns:
         The first 8 bytes, little-endian, of SHA-256 of ``"<split>/<file_name>"`` in UTF-8.
@@ -73,7 +73,7 @@ def record_id(split: str, file_name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image's bytes lie: a byte range of a file or of an archive (nested archives included).
+    """The place of an image: a byte range of a file or of an archive (nested archives included).
 
     Attributes:
         split: ``train``, ``val`` or ``test``.
@@ -82,10 +82,10 @@ class ImageRef:
         path: The plain file or the outermost archive.
         offset: First byte of the image in ``path``, in bytes.
         size_bytes: Length in bytes.
-        url: Where it was downloaded from, or empty.
+        url: The URL that it was downloaded from, or empty.
         status: The HTTP status of that download, or None.
-        line: Its line in the record list of the folder it comes from, where it comes from one; else empty. Its digests
-            are known then, and it is stored as it is.
+        line: Its line in the record list of a records folder, or empty for other sources. An image with a line is
+            stored unchanged, as its digests are known.
     """
 
     split: str
@@ -107,7 +107,7 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """An image as found: its reference and its bytes, nothing checked."""
+    """An image as found: its reference and its bytes, not checked yet."""
 
     ref: ImageRef
     data: bytes
@@ -115,10 +115,9 @@ class RawImage:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image whose every compressed bit was read, ready to be stored.
+    """An image ready to be stored: all of its compressed data was read.
 
     Attributes:
-        ref: Where it came from.
         image: The bytes to store: a JPEG that any decoder reads as 8-bit greyscale or YCbCr.
         width: Columns of ``image``, in pixels.
         height: Rows of ``image``, in pixels.
@@ -127,7 +126,6 @@ class Sample:
         changes: What was done or noticed, in :class:`Change` order.
     """
 
-    ref: ImageRef
     image: bytes
     width: int
     height: int
@@ -138,14 +136,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An image that was kept out.
+    """A rejected image.
 
     Attributes:
-        split: The split it would have been in.
-        file_name: Its name, as in :class:`ImageRef` (or the archive member's, escaped, where that is not printable).
-        reason: Why.
-        detail: One line for a person.
-        thumbnail: What can be seen of it, a small JPEG in base64; empty for most.
+        split: The split of its source.
+        file_name: Its name, as in :class:`ImageRef` (or the archive member's, escaped if it is not printable).
+        reason: Why it was rejected.
+        detail: One line for the user.
+        thumbnail: The part that can be decoded, as a small JPEG in base64; empty for most.
     """
 
     split: str
@@ -156,7 +154,7 @@ class Rejected:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Rejected:
-        """Read back what :func:`dataclasses.asdict` wrote, from JSON; keys of later versions are passed over."""
+        """Read back what :func:`dataclasses.asdict` wrote, from JSON; keys of later versions are ignored."""
         known = {name: values[name] for name in cls.__slots__ if name in values}
         return cls(**{**known, "reason": Reason(values["reason"])})
 
@@ -184,13 +182,13 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a training or evaluation step takes.
+    """The input of a training or evaluation step.
 
     Attributes:
         image: uint8 (N, H, W, 3), RGB.
         label: int32 (N,).
         record_id: uint64 (N,).
-        mix_label: int32 (N,), the second label where MixUp or CutMix was applied, else None.
+        mix_label: int32 (N,), the second label if MixUp or CutMix was applied, else None.
         mix_weight: float32 (N,), the share of ``label`` (1 - share is ``mix_label``'s), else None.
     """
 
@@ -206,10 +204,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A state of a long job, for a bar or a log line.
+    """The state of a long job, for a progress bar or a log line.
 
     Attributes:
-        done: Units finished. total: Units in all, or None where unknown. unit: What is counted.
+        done: Units finished. total: Units in all, or None if unknown. unit: What is counted.
         bytes_done: Bytes handled so far.
         counts: Further counters by name, e.g. ``{"rejected": 2}``.
         note: A short text, e.g. the loss.
@@ -224,4 +222,4 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-Stop = Callable[[], bool]  # whether to leave as soon as what is in hand is finished
+Stop = Callable[[], bool]  # returns whether to stop once the work in progress is finished

@@ -80,7 +80,7 @@ def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
     found = hashlib.sha256(raw.data).hexdigest()
     stored = found if image is raw.data else hashlib.sha256(image).hexdigest()
     noticed = tuple(change for change in Change if change in changes)
-    return Sample(ref, image, width, height, sha256=stored, source_sha256=found, changes=noticed)
+    return Sample(image, width, height, sha256=stored, source_sha256=found, changes=noticed)
 
 
 @dataclass(frozen=True, slots=True)

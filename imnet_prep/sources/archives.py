@@ -12,7 +12,7 @@ from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
 from imnet_prep.sources.base import Found, Source, is_hidden, is_image_name, make_ref, printable, suffix_of
-from imnet_prep.sources.labels import WNID, Labels, class_of, official_split, tiny_labels
+from imnet_prep.sources.labels import WNID, Labels, labelled, official_split, read_tiny_annotations
 from imnet_prep.sources.tar import FILE, FOLDER, Member, walk
 from imnet_prep.types import SPLITS, Reason, Rejected
 
@@ -119,20 +119,20 @@ class FlatTar(Source):
         self.labels = labels
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        rows: list[tuple[str, str, int, int]] = []
+        images: list[tuple[str, Member]] = []
         for found in _files(_walk_whole(PlainFile(self.path), self.path), self.split):
             if isinstance(found, Rejected):
                 yield found
-            elif not is_image_name(base := found.parts[-1]):
-                ignored[suffix_of(base)] += 1
-            elif isinstance(wnid := class_of(base, self.split, self.labels), Rejected):
-                yield wnid
+            elif is_image_name(base := found.parts[-1]):
+                images.append((base, found))
             else:
-                rows.append((wnid, base, found.offset, found.size_bytes))
-        for wnid, base, offset, size_bytes in sorted(rows):
-            yield make_ref(self.split, wnid, base, str(self.path), offset, size_bytes)
-        if self.labels is not None:
-            notes += self.labels.missing(row[1] for row in rows)
+                ignored[suffix_of(base)] += 1
+        for row in labelled(images, self.split, self.labels, notes):
+            if isinstance(row, Rejected):
+                yield row
+            else:
+                wnid, base, member = row
+                yield make_ref(self.split, wnid, base, str(self.path), member.offset, member.size_bytes)
 
 
 class ClassTar(Source):
@@ -147,8 +147,8 @@ class ClassTar(Source):
                 continue
             *folders, base = found.parts
             if base == "val_annotations.txt":
-                lines = file.read(min(found.size_bytes, _MAX_ANNOTATIONS), found.offset).decode("utf-8", "replace")
-                tiny = tiny_labels(lines.splitlines(), f"{self.path}: {printable(found.name)}")
+                data = file.read(min(found.size_bytes, _MAX_ANNOTATIONS), found.offset)
+                tiny = read_tiny_annotations(data, f"{self.path}: {printable(found.name)}")
             if not is_image_name(base) or any(map(is_hidden, folders)):
                 ignored[suffix_of(base)] += 1
             else:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import os
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
-from imnet_prep.sources.digests import check_official, digests
-from imnet_prep.types import SPLITS, ImageRef, ProgressCallback, RawImage, Reason, Rejected, name_fault
+from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, RawImage, Reason, Rejected, name_fault
 
 _SUFFIXES = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff mpo heic heif avif jp2 jxl"  # the last five: rejected
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MAX_SOURCE_BYTES = 1 << 29  # read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
+_CHUNK_BYTES = 8 << 20
 _OPEN_ARCHIVES = 32  # file descriptors that a process keeps open
 Found = ImageRef | Rejected
 
@@ -103,6 +106,55 @@ class Source(ABC):
 
     def _unreadable(self, error: OSError) -> SourceError:
         return SourceError(f"{self.path} cannot be read", got=error.strerror or str(error))
+
+
+def digests(path: Path, progress: ProgressCallback | None = None) -> tuple[int, str, str]:
+    """Read a file once and return its size in bytes, its MD5 and its SHA-256, both computed at the same time."""
+    total = path.stat().st_size
+    done, md5, sha256 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
+        while chunk := file.read(_CHUNK_BYTES):
+            pending = thread.submit(md5.update, chunk)
+            sha256.update(chunk)
+            pending.result()
+            done += len(chunk)
+            if progress is not None:
+                progress(Progress(done, total, unit="bytes", bytes_done=done, note=path.name))
+    return done, md5.hexdigest(), sha256.hexdigest()
+
+
+def check_official(path: Path, size_bytes: int, md5: str, sha256: str) -> tuple[bool, str]:
+    """Compare an archive with the official ones.
+
+    Returns:
+        Whether it is an official archive, and a note for the user (may be empty).
+
+    Raises:
+        SourceError: It has an official name and size but other bytes, or it is an official archive under another's
+            name.
+    """
+    named, same = catalog.archives().get(path.name), catalog.archive_with_digest(md5)
+    pair, mix_up = catalog.mix_up()
+    if same is not None and (not same.sha256 or same.sha256 == sha256):
+        if named is not None and named.file_name != same.file_name:
+            swapped = {named.file_name, same.file_name} == pair
+            raise SourceError(
+                f"{path} is {same.file_name} ({same.what}) under another name",
+                expected=f"MD5 {named.md5}",
+                got=f"MD5 {md5}",
+                remedy=mix_up if swapped else f"rename it to {same.file_name}",
+            )
+        return True, ""
+    if named is None:
+        return False, ""
+    if size_bytes == named.size_bytes:
+        raise SourceError(
+            f"{path} is damaged: it has the official size, but other bytes",
+            expected=f"MD5 {named.md5}",
+            got=f"MD5 {md5}",
+            remedy="download it again" + (f"; note that {mix_up}" if named.file_name in pair else ""),
+        )
+    return False, f"{path.name} is not the official archive of this name: MD5 {named.md5} expected, {md5} found"
 
 
 def merge(sources: Iterable[Source]) -> Iterator[Found]:

@@ -20,7 +20,15 @@ from imnet_prep.sources.archives import (
     peek,
 )
 from imnet_prep.sources.base import Source, is_image_name
-from imnet_prep.sources.folders import ClassFolders, FlatFolder, FolderSource, Part, folders_in, has_image
+from imnet_prep.sources.folders import (
+    ClassFolders,
+    DownloadFolder,
+    FlatFolder,
+    FolderSource,
+    Part,
+    folders_in,
+    has_image,
+)
 from imnet_prep.sources.labels import WNID, official_split, read_devkit, read_kaggle_solution, read_tiny_annotations
 from imnet_prep.types import SPLITS
 
@@ -52,7 +60,7 @@ def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
         try:
             sources += _detect_one(path, split or "", any(isinstance(source, Devkit) for source in sources))
         except OSError as error:
-            raise SourceError(f"{path} cannot be read", got=error.strerror or str(error)) from error
+            raise SourceError(f"{error.filename or path} cannot be read", got=error.strerror or str(error)) from error
     _hand_out_labels(sources)
     if not any(source.has_images for source in sources):
         given = ", ".join(map(str, paths))
@@ -141,8 +149,6 @@ def _folder(path: Path, split: str, labelled: bool) -> list[Source]:
     if not any(os.scandir(path)):
         raise SourceError(f"{path} is empty", expected="class folders with images", got="an empty folder")
     if (path / "journal.sqlite").is_file():
-        from imnet_prep.sources.downloads import DownloadFolder
-
         return [DownloadFolder(path, "download", split or _split_by_name(path))]
     has_meta = any(file.is_file() for file in (path / "data" / "meta.mat", path / "meta.mat"))
     if has_meta or path.name.startswith(_DEVKIT_FOLDER):
@@ -171,7 +177,8 @@ def _tiny(path: Path, split: str) -> Source:
 
 
 def _tiny_val(path: Path) -> FlatFolder:
-    return FlatFolder("val", path / "images", read_tiny_annotations(path / "val_annotations.txt"))
+    annotations = path / "val_annotations.txt"
+    return FlatFolder("val", path / "images", read_tiny_annotations(annotations.read_bytes(), str(annotations)))
 
 
 def _kaggle(path: Path, split: str) -> list[Source] | None:
@@ -227,11 +234,7 @@ def _split_parts(path: Path, wanted: str) -> list[Part]:
         parts[part.split] = part
     if list(parts) == ["test"] and official_split(_first_image(parts["test"].folder)) != "test":
         return []  # alone it is a class that is called test
-    if wanted and parts and wanted not in parts:
-        raise SourceError(
-            f"{path} has no {wanted} split", expected=f"a folder {wanted}", got=" and ".join(sorted(parts))
-        )
-    return [part for part in parts.values() if wanted in ("", part.split)]
+    return _wanted(path, list(parts.values()), wanted) if parts else []
 
 
 def _part(split: str, folder: Path) -> Part | None:
@@ -277,8 +280,13 @@ def _one_split(path: Path, split: str) -> Source:
 
 
 def _folders(path: Path, kind: str, parts: list[Part], split: str) -> FolderSource:
-    kept = [part for part in parts if split in ("", part.split)]
-    if not kept:
-        have = " and ".join(part.split for part in parts)
-        raise SourceError(f"{path} has no {split} split", expected=split, got=have)
-    return FolderSource(path, kind, kept)
+    return FolderSource(path, kind, _wanted(path, parts, split))
+
+
+def _wanted(path: Path, parts: list[Part], split: str) -> list[Part]:
+    """Return the parts of the requested split, or all."""
+    wanted = [part for part in parts if split in ("", part.split)]
+    if not wanted:
+        have = " and ".join(sorted(part.split for part in parts))
+        raise SourceError(f"{path} has no {split} split", expected=f"a folder {split}", got=have)
+    return wanted

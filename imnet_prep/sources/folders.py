@@ -1,15 +1,17 @@
-"""Folders of images: class folders, flat labelled folders, Tiny-ImageNet; one class in memory at a time."""
+"""Folders of images: class folders, flat labelled folders, downloads; one class in memory at a time."""
 
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from imnet_prep.errors import DownloadError, SourceError
 from imnet_prep.sources.base import (
     Found,
     Source,
@@ -20,10 +22,11 @@ from imnet_prep.sources.base import (
     printable,
     suffix_of,
 )
-from imnet_prep.sources.labels import Labels, class_of
-from imnet_prep.types import SPLITS, Reason, Rejected
+from imnet_prep.sources.labels import Labels, labelled
+from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _MAX_DEPTH = 16  # folders below a class folder
+_SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control character
 
 
 class _Entry(NamedTuple):
@@ -70,17 +73,9 @@ class FlatFolder:
 
     def walk(self, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
         """Yield the images by class and name."""
-        labelled: list[tuple[str, _Entry]] = []
-        for file in _files(self.folder, "", set(), ignored, deep=self.labels is None):
-            wnid = class_of(file.name, self.split, self.labels)
-            if isinstance(wnid, Rejected):
-                yield wnid
-            else:
-                labelled.append((wnid, file))
-        for wnid, file in sorted(labelled):
-            yield _found(self.split, wnid, file.name, file)
-        if self.labels is not None:
-            notes += self.labels.missing(file.name for _, file in labelled)
+        files = ((file.name, file) for file in _files(self.folder, "", set(), ignored, deep=self.labels is None))
+        for found in labelled(files, self.split, self.labels, notes):
+            yield found if isinstance(found, Rejected) else _found(self.split, *found)
 
 
 Part = ClassFolders | FlatFolder
@@ -113,6 +108,30 @@ class FolderSource(Source):
             label = self.name if part.folder == self.path else f"{self.name}/{part.folder.relative_to(self.path)}"
             yield from part.walk(passed, notes)
             notes += ignored_note(passed, printable(label))
+
+
+class DownloadFolder(Source):
+    """A folder made by ``imnet-prep download``: the images that its journal lists as finished, each with its URL."""
+
+    def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
+        from imnet_prep.download.journal import read_finished  # other sources start faster without it
+
+        classes = defaultdict[str, bytearray](bytearray)  # packed rows: a list may have produced millions of images
+        try:
+            for done in read_finished(self.path):
+                name = done.path.rpartition("/")[2]
+                row = _SEPARATOR.join((name, done.path, str(done.size_bytes), str(done.status), done.url))
+                classes[done.wnid] += row.encode("utf-8", "surrogateescape") + b"\n"
+        except DownloadError as error:
+            raise SourceError(error.what, expected=error.expected, got=error.got, remedy=error.remedy) from error
+        except sqlite3.DatabaseError as error:
+            raise SourceError(f"{self.path}: its journal.sqlite cannot be read", got=str(error)) from error
+        for wnid in sorted(classes):
+            rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
+            for name, path, size_bytes, status, url in sorted(row.split(_SEPARATOR) for row in rows):
+                found = make_ref(self.split, wnid, name, str(self.path / path), 0, int(size_bytes))
+                known = int(status) if status.isdecimal() else None
+                yield replace(found, url=url, status=known) if isinstance(found, ImageRef) else found
 
 
 def _found(split: str, class_name: str, name: str, file: _Entry) -> Found:

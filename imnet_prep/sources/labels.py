@@ -12,14 +12,17 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 from imnet_prep.errors import SourceError
 from imnet_prep.sources.base import printable
 from imnet_prep.types import Reason, Rejected
 
+T = TypeVar("T")
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_(val|test)_(\d{8})\.[A-Za-z]+")
 WNID = re.compile(r"n\d{8}")
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
@@ -72,12 +75,27 @@ class Labels:
         return [f"{len(absent)} of {len(self.by_key)} images in {self.origin} are missing: {listed}"]
 
 
-def class_of(name: str, split: str, labels: Labels | None) -> str | Rejected:
-    """Return an image's class, empty without labels, or its rejection if the labels do not list it."""
-    if labels is None:
-        return ""
-    wnid = labels.of(name)
-    return Rejected(split, printable(name), Reason.UNLABELLED, f"not in {labels.origin}") if wnid is None else wnid
+def labelled(
+    files: Iterable[tuple[str, T]], split: str, labels: Labels | None, notes: list[str]
+) -> Iterator[tuple[str, str, T] | Rejected]:
+    """Yield the class, name and item of each file, sorted; before them, the rejections of files without a label.
+
+    Args:
+        files: The name of each file, and an item to return with it.
+        split: The split of the files.
+        labels: Their classes, or None for files without classes.
+        notes: Receives a note on images that the labels list and ``files`` lacks.
+    """
+    rows: list[tuple[str, str, T]] = []
+    for name, item in files:
+        wnid = labels.of(name) if labels else ""
+        if labels and wnid is None:
+            yield Rejected(split, printable(name), Reason.UNLABELLED, f"not in {labels.origin}")
+        else:
+            rows.append((wnid or "", name, item))
+    yield from sorted(rows, key=itemgetter(0, 1))
+    if labels is not None:
+        notes += labels.missing(name for _, name, _ in rows)
 
 
 def read_devkit(path: Path) -> Labels:
@@ -163,25 +181,14 @@ def read_kaggle_solution(path: Path) -> Labels:
     return Labels(path.name, labels, numbered=True)
 
 
-def read_tiny_annotations(path: Path) -> Labels:
+def read_tiny_annotations(data: bytes, origin: str) -> Labels:
     """Read Tiny-ImageNet's val_annotations.txt: ``name<TAB>wnid<TAB>box``.
 
     Raises:
-        SourceError: It is missing or has no such line.
+        SourceError: It has no such line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise SourceError(
-            f"{path} cannot be read", got=error.strerror or "", expected="Tiny-ImageNet's labels"
-        ) from error
-    return tiny_labels(lines, str(path))
-
-
-def tiny_labels(lines: Iterable[str], where: str) -> Labels:
-    """Return the labels in the lines of a val_annotations.txt."""
-    rows = (line.split("\t") for line in lines)
+    rows = (line.split("\t") for line in data.decode("utf-8", "replace").splitlines())
     labels = {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2 and row[0].strip() and row[1].strip()}
     if not labels:
-        raise SourceError(f"{where} holds no labels", expected="name<TAB>wnid lines")
+        raise SourceError(f"{origin} holds no labels", expected="name<TAB>wnid lines")
     return Labels("val_annotations.txt", labels, numbered=False)

@@ -9,7 +9,6 @@ Source: POSIX.1-2001 pax interchange format; GNU tar manual, "Basic Tar Format";
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from imnet_prep.files import PlainFile
@@ -61,13 +60,7 @@ class Member(NamedTuple):
         return "its name leads out of the archive (..)" if ".." in self.name.split("/") else ""
 
 
-@dataclass(slots=True)
-class _Extra:
-    """What extension headers say about the next member."""
-
-    name: bytes | None = None
-    size_bytes: int | None = None
-    sparse: bool = False
+_Extra = dict[str, bytes]  # what extension headers say about the next member: its name, size, and whether it is sparse
 
 
 def walk(file: PlainFile, start: int = 0, end: int | None = None, *, suffix: bytes = b"") -> Iterator[Member]:
@@ -99,7 +92,7 @@ def walk(file: PlainFile, start: int = 0, end: int | None = None, *, suffix: byt
                 return
             after, extra = found, _Extra()
         elif (flag := header[156:157]) in _EXTENSIONS:
-            _extend(common if flag == b"g" else extra, flag, file.read(member.size_bytes, member.offset))
+            (common if flag == b"g" else extra).update(_extension(flag, file.read(member.size_bytes, member.offset)))
         else:
             yield member
             extra = _Extra()
@@ -131,7 +124,7 @@ def _parse(file: PlainFile, header: bytes, at: int, extra: _Extra, common: _Extr
     if header[257:263] == b"ustar\x00" and header[345]:
         raw = header[345:500].split(b"\x00")[0] + b"/" + raw
     extends = flag in _EXTENSIONS
-    name = (raw if extends else extra.name or common.name or raw).decode("utf-8", "surrogateescape")
+    name = (raw if extends else extra.get("name") or common.get("name") or raw).decode("utf-8", "surrogateescape")
     size = int.from_bytes(header[125:136], "big") if header[124] == 0x80 else _octal(header[124:136])
     if size is None:
         return Member(name, FILE, body, 0), body, "its size is not a number"
@@ -139,8 +132,8 @@ def _parse(file: PlainFile, header: bytes, at: int, extra: _Extra, common: _Extr
         return Member(name, FILE, body, size), body, f"an extension header of {size} bytes"
     kind = _KINDS.get(flag, "member of unknown type")
     if not extends:
-        size = size if extra.size_bytes is None else extra.size_bytes
-        kind = _SPARSE if extra.sparse else kind
+        size = int(extra.get("size", size))
+        kind = _SPARSE if "sparse" in extra else kind
     if kind == FILE and name.endswith("/"):
         kind = FOLDER
     if flag in _WITHOUT_BODY:
@@ -152,18 +145,19 @@ def _parse(file: PlainFile, header: bytes, at: int, extra: _Extra, common: _Extr
     return Member(name, kind, body, size), body + (size + BLOCK - 1) // BLOCK * BLOCK, ""
 
 
-def _extend(extra: _Extra, flag: bytes, body: bytes) -> None:
-    """Note what an extension header says."""
-    if flag == b"L":
-        extra.name = body.split(b"\x00")[0]
-    elif flag != b"K":  # the long name of a link's target
-        for key, value in _pax_records(body):
-            if key == b"path":
-                extra.name = value.split(b"\x00")[0]
-            elif key == b"size" and value.isdigit():
-                extra.size_bytes = int(value[:20])  # no file needs more digits
-            elif key.startswith(b"GNU.sparse."):
-                extra.sparse = True
+def _extension(flag: bytes, body: bytes) -> _Extra:
+    """Return what an extension header says."""
+    if flag in b"LK":
+        return {"name": body.split(b"\x00")[0]} if flag == b"L" else {}  # K: the long name of a link's target
+    extra: _Extra = {}
+    for key, value in _pax_records(body):
+        if key == b"path":
+            extra["name"] = value.split(b"\x00")[0]
+        elif key == b"size" and value.isdigit():
+            extra["size"] = value[:20]  # no file needs more digits
+        elif key.startswith(b"GNU.sparse."):
+            extra["sparse"] = value
+    return extra
 
 
 def _pax_records(body: bytes) -> Iterator[tuple[bytes, bytes]]:
