@@ -165,6 +165,11 @@ def test_an_argument_out_of_range_is_named(records: Path, how: dict[str, Any], n
         open_batches(records, "train", **{"options": OPTIONS, **how})
 
 
+def test_an_unknown_keyword_is_refused(records: Path) -> None:
+    with pytest.raises(TypeError, match="threads"):
+        open_batches(records, "train", OPTIONS, threads=2)
+
+
 def test_an_unknown_split_lists_those_that_are_there(records: Path) -> None:
     with pytest.raises(RecordsError, match=r"train \(150 images\), val \(37 images\)"):
         open_batches(records, "test", OPTIONS)
