@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _POSITIVE_TTL_S, _NEGATIVE_TTL_S = 300.0, 30.0
@@ -32,17 +32,12 @@ class AddressRefused(OSError):
     """Every address of a name is one that we do not connect to."""
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A socket address without its port."""
+class Address(NamedTuple):
+    """A socket address without its port. ``more`` are the flow label and the scope of an IPv6 address."""
 
     family: int
     ip: str
-    scope: int = 0
-
-    def sockaddr(self, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-        """Return the argument of ``socket.connect``."""
-        return (self.ip, port) if self.family == socket.AF_INET else (self.ip, port, 0, self.scope)
+    more: tuple[Any, ...] = ()
 
 
 def is_public(ip: str) -> bool:
@@ -112,7 +107,7 @@ def _getaddrinfo(host: str) -> tuple[Address, ...]:
     except (OSError, UnicodeError) as error:
         raise NameFailed(str(error), transient=False) from error
     addresses = (
-        Address(family, str(sockaddr[0]), int(sockaddr[3]) if len(sockaddr) == 4 else 0)
+        Address(family, str(sockaddr[0]), sockaddr[2:])
         for family, _, _, _, sockaddr in found
         if family in (socket.AF_INET, socket.AF_INET6)
     )

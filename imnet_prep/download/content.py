@@ -1,4 +1,4 @@
-"""Is this answer an image, and a real one? The check itself is :mod:`imnet_prep.images.check`."""
+"""Judge whether an answer is a real image. The check itself is :mod:`imnet_prep.images.check`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ from imnet_prep.images.formats import sniff
 from imnet_prep.types import ImageRef, RawImage, Reason, Sample
 
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
-_FAIL = {
-    Reason.EMPTY: FailReason.NOT_AN_IMAGE,
-    Reason.NOT_AN_IMAGE: FailReason.NOT_AN_IMAGE,
+_FAIL = {  # any other reason is NOT_AN_IMAGE
     Reason.TRUNCATED: FailReason.TRUNCATED,
-    Reason.CORRUPT: FailReason.NOT_AN_IMAGE,
-    Reason.ANIMATED: FailReason.NOT_AN_IMAGE,
     Reason.TOO_MANY_PIXELS: FailReason.TOO_LARGE,
     Reason.TOO_LARGE: FailReason.TOO_LARGE,
 }
@@ -47,7 +43,7 @@ class Image:
 
 
 def judge(body: Body, options: ContentOptions) -> Image | Failure:
-    """Read every compressed bit of an answer and say what it is.
+    """Read every compressed bit of an answer, and return the image or why there is none.
 
     Args:
         body: The answer.
@@ -60,7 +56,7 @@ def judge(body: Body, options: ContentOptions) -> Image | Failure:
     if min(sample.width, sample.height) < options.min_side:
         tiny = f"tiny: {sample.width} x {sample.height} pixels"
         return Failure(FailReason.PLACEHOLDER, tiny, body.status)
-    one_colour, flat = _colours(sample) if _may_be_flat(sample) else (False, False)
+    one_colour, flat = _colours(sample)
     if one_colour:
         return Failure(FailReason.PLACEHOLDER, "an image of one colour", body.status)
     if options.short_side is None:
@@ -68,15 +64,11 @@ def judge(body: Body, options: ContentOptions) -> Image | Failure:
     return Image(sample, "jpg", sample.image, flat)
 
 
-def _may_be_flat(sample: Sample) -> bool:
-    """Tell from sizes alone whether a look at the colours is due: a flat JPEG has hardly any coded data."""
-    coded = len(sample.image) - max(0, sample.image.find(b"\xff\xda"))
-    return coded < _MAYBE_FLAT_BYTES_PER_PIXEL * sample.width * sample.height
-
-
 def _colours(sample: Sample) -> tuple[bool, bool]:
-    """Say whether an image has one colour, and whether one colour dominates it."""
-    pixels, _ = decode_jpeg(sample.image, reduce=8)
+    """Return whether an image has one colour, and whether one colour dominates it."""
+    coded = len(sample.image) - max(0, sample.image.find(b"\xff\xda"))  # a flat JPEG has hardly any coded data
+    few = coded < _MAYBE_FLAT_BYTES_PER_PIXEL * sample.width * sample.height
+    pixels = decode_jpeg(sample.image, reduce=8)[0] if few else None
     if pixels is None:
         return False, False
     by_pixel = pixels.reshape(-1, 3)

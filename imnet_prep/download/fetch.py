@@ -68,11 +68,6 @@ class Failure:
     retry_after_s: float | None = None
     aborted: bool = False
 
-    @property
-    def limited(self) -> bool:
-        """Whether the host asked for a pause."""
-        return self.retry_after_s is not None or self.status == 429
-
 
 class Fetcher:
     """Make requests over the connections of one worker process.

@@ -134,11 +134,6 @@ class Totals:
     repeated: int
     bytes: int
 
-    def failed_frac(self) -> float:
-        """Return the share of the finished URLs that failed, 0-1."""
-        failed = sum(self.failed.values())
-        return failed / max(1, self.ok + failed)
-
 
 def read_finished(folder: Path) -> Iterator[Finished]:
     """Yield every image of a download folder, in list order, from its journal alone (the files are not opened).
@@ -188,17 +183,17 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / JOURNAL_NAME
+        path = folder / JOURNAL_NAME
         try:
-            self.db = sqlite3.connect(self.path, isolation_level=None)
+            self.db = sqlite3.connect(path, isolation_level=None)
             pragmas = ("journal_mode = WAL", "synchronous = FULL", f"cache_size = -{_CACHE_KIB}")
             self.db.executescript("".join(f"PRAGMA {pragma};" for pragma in pragmas))
             if self.db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None:
                 version = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT_VERSION}');"
                 self.db.executescript(f"BEGIN; {_SCHEMA} {version} {_INDEXES} COMMIT;")
-            _check_version(self.db, self.path)
+            _check_version(self.db, path)
         except sqlite3.DatabaseError as error:
-            raise _damaged(self.path, error) from error
+            raise _damaged(path, error) from error
 
     def close(self) -> None:
         """Fold the WAL back and close."""

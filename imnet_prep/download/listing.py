@@ -1,4 +1,4 @@
-"""What is written beside the images for people: ``failures.jsonl`` and ``bad_lines.jsonl``."""
+"""Write the listings beside the images: ``failures.jsonl`` and ``bad_lines.jsonl``."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ def write_listings(journal: Journal) -> tuple[tuple[str, int], ...]:
         (host, failed URLs) of the hosts with the most failures.
     """
     hosts: Counter[str] = Counter()
-    failures = journal.db.execute(
+    failures = _items(
+        journal,
         "SELECT wnid, name AS id, url, reason, transient, status, coalesce(final_url, url) AS final_url, attempts,"
-        " coalesce(detail, '') AS detail, time FROM urls WHERE state = 2 ORDER BY row"
+        " coalesce(detail, '') AS detail, time FROM urls WHERE state = 2 ORDER BY row",
     )
-    _write(journal.folder / FAILURES_NAME, (_failure(item, hosts) for item in _items(failures)))
-    bad = journal.db.execute(
+    _write(journal.folder / FAILURES_NAME, (_failure(item, hosts) for item in failures))
+    bad = _items(
+        journal,
         "SELECT lists.path AS list, line, kind, why, text FROM bad_lines JOIN lists ON lists.id = bad_lines.list"
-        " ORDER BY bad_lines.list, line"
+        " ORDER BY bad_lines.list, line",
     )
-    _write(journal.folder / BAD_LINES_NAME, (item | {"list": Path(item["list"]).name} for item in _items(bad)))
+    _write(journal.folder / BAD_LINES_NAME, (item | {"list": Path(item["list"]).name} for item in bad))
     return tuple(hosts.most_common(_TOP))
 
 
-def _items(rows: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
-    names = [column[0] for column in rows.description]
-    return (dict(zip(names, row, strict=True)) for row in rows)
+def _items(journal: Journal, query: str) -> Iterator[dict[str, Any]]:
+    rows = journal.db.cursor()
+    rows.row_factory = sqlite3.Row
+    return map(dict, rows.execute(query))
 
 
 def _failure(item: dict[str, Any], hosts: Counter[str]) -> dict[str, Any]:
@@ -56,4 +59,4 @@ def _write(path: Path, items: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(path)
+    partial.replace(path)

@@ -108,7 +108,7 @@ class _Checked:
             try:
                 sock.settimeout(min(BUDGET.left(), options.connect_timeout_s))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.connect(address.sockaddr(self.port))
+                sock.connect((address.ip, self.port, *address.more))
                 # The socket's time-out bounds the whole TLS handshake that may follow.
                 sock.settimeout(min(BUDGET.left(), options.connect_timeout_s))
                 return sock

@@ -1,4 +1,4 @@
-"""What a download may be told, and the names under which a URL can fail."""
+"""The options of a download, and the reasons for which a URL can fail."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import DownloadError
+from imnet_prep.process_pool import process_count
 
 
 class FailReason(enum.StrEnum):
-    """Why a URL gave no image. The value is the key in ``--json``, the journal and ``failures.jsonl``."""
+    """Why a URL brought no image. The value is the key in ``--json``, the journal and ``failures.jsonl``."""
 
     DNS = "dns"  # the name does not resolve
     CONNECT = "connect"  # refused, reset or closed before an HTTP response, or not HTTP at all
@@ -36,10 +36,10 @@ class FailReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """What one fetch may cost and where it may go.
+    """Limits of one fetch, and where it may go.
 
     Attributes:
-        timeout_s: Total time of one attempt, redirects included, waiting for the host's turn excluded.
+        timeout_s: Total time of one attempt, with redirects, without waiting for the host's turn.
         connect_timeout_s: Part of it that connecting and the TLS handshake may take, each.
         read_timeout_s: Longest silence.
         min_bytes_per_s: Slowest average speed of a body after ``slow_grace_s`` seconds of it.
@@ -60,8 +60,8 @@ class FetchOptions:
     honour_opt_out: bool = True
 
     def __post_init__(self) -> None:
-        _positive("--timeout-s", self.timeout_s)
-        _positive("--max-bytes", self.max_bytes)
+        _check("--timeout-s", 0 < self.timeout_s < math.inf, "more than zero", self.timeout_s)
+        _check("--max-bytes", self.max_bytes > 0, "more than zero", self.max_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,10 @@ class PoliteOptions:
     probe_pause_s: float = 5.0
 
     def __post_init__(self) -> None:
-        _positive("--concurrency", self.concurrency)
-        _positive("--per-host", self.per_host)
+        _check("--concurrency", self.concurrency > 0, "more than zero", self.concurrency)
+        _check("--per-host", self.per_host > 0, "more than zero", self.per_host)
         _check("--rate-per-host", 0 <= self.rate_per_host < math.inf, "zero or more", self.rate_per_host)
-        _check("--retries", 0 <= self.retries < math.inf, "zero or more", self.retries)
+        _check("--retries", self.retries >= 0, "zero or more", self.retries)
 
     def backoff(self, attempts: int) -> float:
         """Return the seconds before a retry, with jitter, so that retries spread out."""
@@ -122,8 +122,9 @@ class ContentOptions:
     quality: int = 90
 
     def __post_init__(self) -> None:
-        fits = self.short_side is None or 8 <= self.short_side <= 8192
-        _check("--short-side", fits, "8 to 8192 pixels", self.short_side)
+        _check(
+            "--short-side", self.short_side is None or 8 <= self.short_side <= 8192, "8 to 8192 pixels", self.short_side
+        )
         _check("--quality", 1 <= self.quality <= 100, "1 to 100", self.quality)
 
 
@@ -138,7 +139,7 @@ class DownloadOptions:
         wnids: A file of wnids, one first on each line; lines of other classes are left out.
         max_failed_frac: More failed URLs than this share of the finished ones is a failed run, 0-1.
         retry_failed: First make the transiently failed URLs pending again.
-        processes: Worker processes; 0 is one a core.
+        processes: Worker processes; 0 is one per core.
     """
 
     urls: tuple[Path, ...]
@@ -153,16 +154,12 @@ class DownloadOptions:
     content: ContentOptions = field(default_factory=ContentOptions)
 
     def __post_init__(self) -> None:
-        fits = 0 <= self.max_failed_frac <= 1
-        _check("--max-failed", fits, "a share from 0% to 100%", f"{self.max_failed_frac:.4g}")
+        share = self.max_failed_frac
+        _check("--max-failed", 0 <= share <= 1, "a share from 0% to 100%", f"{share:.4g}")
 
     def process_count(self) -> int:
-        """Return the number of worker processes: as asked, else the cores that this process may use."""
-        return max(1, min(self.processes or cpu_count(), self.polite.concurrency))
-
-
-def _positive(name: str, value: float) -> None:
-    _check(name, 0 < value < math.inf, "more than zero", value)
+        """Return the number of worker processes."""
+        return min(process_count(self.processes or None), self.polite.concurrency)
 
 
 def _check(name: str, fits: bool, expected: str, got: object) -> None:

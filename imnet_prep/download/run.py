@@ -99,10 +99,10 @@ def download(
 
 def _too_many(totals: Totals, allowed_frac: float, *, stopped: bool = False) -> BudgetError | None:
     """Return the verdict on more failures than allowed, or None."""
-    share = totals.failed_frac()
+    failed = sum(totals.failed.values())
+    share = failed / max(1, totals.ok + failed)
     if share <= allowed_frac:
         return None
-    failed = sum(totals.failed.values())
     mostly = ", ".join(f"{count} {reason}" for reason, count in Counter(totals.failed).most_common(3))
     return BudgetError(
         f"{'stopped: ' if stopped else ''}{failed} of {totals.ok + failed} URLs failed, mostly {mostly}",

@@ -86,7 +86,8 @@ class _Runner:
                             spool.write(json.dumps(result._asdict()).encode() + b"\n")
                         results.append(result)
                         left.popleft()
-                        if not _answered(result):
+                        end = result.failure if isinstance(result, Retry) else result
+                        if not isinstance(end, Task) and not end.answered:
                             break  # leave the host to the scheduler
             except OSError as error:
                 broken = error.strerror or str(error)
@@ -164,13 +165,3 @@ class _Runner:
             temp=temp,
             time_s=time.time(),
         )
-
-
-def _answered(result: Outcome | Retry | Task) -> bool:
-    """Return whether the host gave an HTTP answer."""
-    match result:
-        case Retry(_, failure):
-            return failure.answered
-        case Outcome():
-            return result.answered
-    return True
