@@ -11,7 +11,7 @@ from typing import Any
 from imnet_prep.errors import TrainError
 from mbv2.checkpoint import Checkpoint, read_checkpoint
 from mbv2.data import RunData
-from mbv2.recipe import Recipe
+from mbv2.recipe import MODEL_FIELDS, Recipe
 from mbv2.run import BEST, CONFIG, LAST, RunOptions
 
 DESCRIPTIVE = ("name", "command", "source", "expected_top1")  # fields of a recipe that change nothing
@@ -79,7 +79,7 @@ def find_last(options: RunOptions, data: RunData, ranks: int) -> Checkpoint | No
 
 
 def _before_they_were_saved(last: Checkpoint, out: Path, want: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run of an earlier version was, in the fields that it did not save: a recipe's defaults.
+    """Return the fields that an earlier version did not save: those of the run's network, and else the defaults.
 
     Its steps an epoch follow from its position or stand in ``config.json``. Another number of ranks shows in them.
     """
@@ -90,4 +90,5 @@ def _before_they_were_saved(last: Checkpoint, out: Path, want: dict[str, Any]) -
     else:
         with suppress(OSError, ValueError, KeyError):
             steps = json.loads((out / CONFIG).read_text(encoding="utf-8"))["steps_per_epoch"]
-    return {**asdict(Recipe()), "ranks": want["ranks"], "steps_per_epoch": steps}
+    model = {name: last.meta.model[name] for name in MODEL_FIELDS}
+    return {**asdict(Recipe()), **model, "ranks": want["ranks"], "steps_per_epoch": steps}

@@ -24,11 +24,11 @@ from mindspore.common.initializer import HeNormal, Normal, initializer
 
 from imnet_prep.errors import RecipeError, TrainError
 from mbv2 import kernels as native
+from mbv2.recipe import PADDINGS
 from mbv2.runtime import runtime
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PADDINGS = ("symmetric", "same")
 KERNELS = ("auto", "native", "standard")
 WIDTH_RANGE = (0.35, 1.4)
 

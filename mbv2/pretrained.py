@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from imnet_prep.errors import CheckpointError, TrainError
 from mbv2.checkpoint import Checkpoint, build_network, load_parameters, read_checkpoint
-from mbv2.recipe import Recipe
+from mbv2.recipe import MODEL_FIELDS, Recipe
 
 if TYPE_CHECKING:
     from mbv2.model import ModelConfig
@@ -25,23 +25,31 @@ def pretrained_fields(checkpoint: Path | None) -> dict[str, Any]:
     Raises:
         CheckpointError: The checkpoint is not one of ours.
     """
-    return {} if checkpoint is None else {"width": read_checkpoint(checkpoint).meta.model_config().width}
+    if checkpoint is None:
+        return {}
+    config = read_checkpoint(checkpoint).meta.model_config()
+    return {name: getattr(config, name) for name in MODEL_FIELDS}
 
 
 def network_config(recipe: Recipe, classes: int, start: Checkpoint | None) -> ModelConfig:
     """Return the network's configuration: the recipe's, but what belongs to pretrained weights comes with them.
 
     Raises:
-        TrainError: The recipe's width is not the weights'.
+        TrainError: The recipe's width, padding or BatchNorm constants are not the weights'.
     """
     from mbv2.model import ModelConfig
 
     if start is None:
-        return ModelConfig(classes=classes, width=recipe.width, dropout=recipe.dropout)
+        return ModelConfig(classes, dropout=recipe.dropout, **{name: getattr(recipe, name) for name in MODEL_FIELDS})
     config = start.meta.model_config()
-    if config.width != recipe.width:
-        expected, got = f"width {config.width:g} as in {start.path}", f"{recipe.width:g}"
-        raise TrainError("the pretrained weights have another width", expected=expected, got=got)
+    for name in MODEL_FIELDS:
+        have, want = getattr(config, name), getattr(recipe, name)
+        if have != want:
+            raise TrainError(
+                f"the pretrained weights have another {name}",
+                expected=f"{name} {have} as in {start.path}",
+                got=f"{want}",
+            )
     return replace(config, classes=classes, dropout=recipe.dropout)
 
 

@@ -25,7 +25,9 @@ DEFAULT_RECIPE = "tiny"  # one machine, small images: what a first run needs; Im
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "rmsprop")
 SCHEDULES = ("cosine", "step", "linear", "constant")
 FREEZES = ("none", "bn", "backbone")
-_CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "freeze": FREEZES}
+PADDINGS = ("symmetric", "same")
+MODEL_FIELDS = ("width", "padding", "bn_eps", "bn_momentum")  # those that fix the network's function
+_CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "freeze": FREEZES, "padding": PADDINGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,10 @@ class Recipe:
         batch_size: Images a step on one device.
         image_size: Side of the square input, in pixels, 32 to 288.
         width: MobileNetV2's width multiplier, 0.35 to 1.4.
+        padding: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's). Pretrained weights bring their own, as they do
+            width and the two fields below.
+        bn_eps: What BatchNorm adds to the variance.
+        bn_momentum: Share of BatchNorm's moving statistics that stays at each step.
         dropout: Share of pooled features dropped in training.
         optimizer: ``sgd``, ``nesterov``, ``adamw`` or ``rmsprop``.
         lr: Peak learning rate, for a global batch of ``lr_batch_size``.
@@ -87,6 +93,9 @@ class Recipe:
     batch_size: int = 64
     image_size: int = 224
     width: float = 1.0
+    padding: str = "symmetric"
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.9
     dropout: float = 0.2
     optimizer: str = "sgd"
     lr: float = 0.1
@@ -151,6 +160,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "batch_size": (1, 65_536, True),
     "image_size": (32, 288, True),
     "width": (0.35, 1.4, True),
+    "bn_eps": (1e-12, 1, True),
+    "bn_momentum": (0, 1, False),
     "dropout": (0, 1, False),
     "lr": (0, _ANY, False),
     "lr_batch_size": (0, _ANY, False),
@@ -254,8 +265,9 @@ def resolve_recipe(
 
     Args:
         name_or_file: A recipe's name or file; :data:`DEFAULT_RECIPE` where neither it nor ``base`` is given.
-        flags: Fields by name; None leaves a field alone. A given ``lr`` is used as it is, whatever the batch.
-        assignments: Fields as text; they win.
+        flags: Fields by name; None leaves a field alone.
+        assignments: Fields as text; they win. A given ``lr``, here or as a flag, is used as it is, whatever the batch,
+            unless ``lr_batch_size`` is given too.
         base: The recipe of a run that is resumed, used where none is named.
         defaults: Fields that replace the named recipe's, as the width of pretrained weights does.
     """
@@ -263,7 +275,7 @@ def resolve_recipe(
     if recipe is None or name_or_file is not None:
         recipe = override(load_recipe(name_or_file or DEFAULT_RECIPE), defaults)
     given = {name: value for name, value in flags.items() if value is not None}
-    if "lr" in given and base is None:
+    if "lr" in {**given, **assignments} and base is None:
         given["lr_batch_size"] = 0
     return override(override(recipe, given, where="recipe"), assignments)
 

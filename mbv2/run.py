@@ -9,7 +9,7 @@ from typing import Any
 
 from imnet_prep.errors import TrainError
 from mbv2.checkpoint import read_checkpoint
-from mbv2.recipe import Recipe, recipe_from_fields
+from mbv2.recipe import MODEL_FIELDS, Recipe, recipe_from_fields
 from mbv2.runlog import verdict
 
 LAST, BEST, CONFIG, CURVES, LOCK = "last.ckpt", "best.ckpt", "config.json", "curves.png", ".lock"
@@ -151,11 +151,13 @@ def stored_run(out: Path) -> tuple[Recipe, int] | None:
     """
     if not (out / LAST).exists():
         return None
-    training, where = read_checkpoint(out / LAST).meta.training, out / LAST
+    meta, where = read_checkpoint(out / LAST).meta, out / LAST
     try:
-        if "recipe" not in training:
+        fields = meta.training.get("recipe")
+        if fields is None:
             where = out / CONFIG
-            training = {**training, **json.loads(where.read_text(encoding="utf-8"))}
-        return recipe_from_fields(training["recipe"], where=str(where)), int(training["identity"]["seed"])
+            model = {name: meta.model[name] for name in MODEL_FIELDS}
+            fields = {**model, **json.loads(where.read_text(encoding="utf-8"))["recipe"]}
+        return recipe_from_fields(fields, where=str(where)), int(meta.training["identity"]["seed"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainError(f"{where} does not say what the run is", got=str(error)) from error

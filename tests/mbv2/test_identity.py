@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,23 +16,30 @@ from imnet_prep.types import Progress
 from mbv2.checkpoint import Meta, read_checkpoint, save_checkpoint
 from mbv2.identity import find_last, run_identity
 from mbv2.model import ModelConfig
-from mbv2.run import BEST, CONFIG, LAST, LOCK
+from mbv2.run import BEST, CONFIG, LAST, LOCK, stored_run
 from mbv2.runlog import RunLog
 from mbv2.train import train
 from tests.imnet_prep.obstacles import names_below, small_disk
-from tests.mbv2.run_standin import BATCH, options
+from tests.mbv2.run_standin import BATCH, RECIPE, options
 from tests.mbv2.standin import memory_data
 
 MIDDLE = {"epoch": 2, "epoch_step": 3, "step": 13, "loss_sum": 1.0, "best_top1": 0.5, "best_top5": 1.0}
 
 
-def leave_run(out: Path, ranks: int = 1, without: tuple[str, ...] = (), **position: Any) -> None:
+def leave_run(
+    out: Path,
+    ranks: int = 1,
+    without: tuple[str, ...] = (),
+    position: Mapping[str, object] = MappingProxyType({}),
+    model: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Write the files of a run that was stopped in mid-epoch; ``without`` are fields that it does not save."""
     out.mkdir()
     identity = run_identity(options(out), memory_data(batch=BATCH), ranks)
     identity = {name: value for name, value in identity.items() if name not in without}
-    training = {"identity": identity, "position": MIDDLE | position}
-    meta = Meta(asdict(ModelConfig(classes=3, width=0.35)), (), 32, 0.875, epoch=2, step=13, training=training)
+    training = {"identity": identity, "position": MIDDLE | dict(position)}
+    config = asdict(ModelConfig(classes=3, width=0.35)) | dict(model)
+    meta = Meta(config, (), 32, 0.875, epoch=2, step=13, training=training)
     for name in (LAST, BEST):
         save_checkpoint(out / name, {"weight": np.ones(1, np.float32)}, meta)
 
@@ -56,7 +62,7 @@ def test_another_number_of_ranks_is_refused(before: int, now: int, tmp_path: Pat
 @pytest.mark.parametrize("config", [False, True])
 def test_ranks_of_a_run_that_did_not_save_them_show_in_its_steps(config: bool, tmp_path: Path) -> None:
     position = {"epoch": 0, "epoch_step": 3, "step": 3} if config else {}
-    leave_run(tmp_path / "run", without=("ranks", "steps_per_epoch"), **position)
+    leave_run(tmp_path / "run", without=("ranks", "steps_per_epoch"), position=position)
     (tmp_path / "run" / CONFIG).write_text(json.dumps({"steps_per_epoch": 5}))
     assert find(tmp_path / "run") == 13
     whole = memory_data(batch=BATCH)
@@ -71,6 +77,17 @@ def test_a_field_that_an_earlier_version_did_not_save_has_its_default(tmp_path: 
         find(tmp_path / "run")
     leave_run(tmp_path / "other", without=("schedule", "warmup_frac"))
     assert find(tmp_path / "other") == 13
+
+
+def test_a_run_that_did_not_save_its_network_s_fields_has_its_weights(tmp_path: Path) -> None:
+    """Version 0.1.0 took padding and BatchNorm's constants from pretrained weights without naming them."""
+    leave_run(tmp_path / "run", without=("padding", "bn_eps"), model={"padding": "same", "bn_eps": 1e-3})
+    recipe = {name: value for name, value in asdict(RECIPE).items() if name not in ("padding", "bn_eps")}
+    (tmp_path / "run" / CONFIG).write_text(json.dumps({"recipe": recipe}))
+    stored = stored_run(tmp_path / "run")
+    assert stored == (replace(RECIPE, padding="same", bn_eps=1e-3), 3)
+    again = replace(options(tmp_path / "run", resume=True), recipe=stored[0])
+    assert find_last(again, memory_data(batch=BATCH), 1) is not None
 
 
 def test_a_lost_best_checkpoint_is_named(tmp_path: Path) -> None:

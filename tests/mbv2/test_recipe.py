@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imnet_prep.errors import RecipeError
+from mbv2.pretrained import network_config
 from mbv2.recipe import Recipe, load_recipe, override, parse_assignments, recipe_names, resolve_recipe
 
 
@@ -80,9 +81,17 @@ def test_assignments_win_over_flags_and_flags_over_the_recipe() -> None:
     assert recipe.lr == load_recipe("tiny").lr
 
 
-def test_a_given_rate_is_not_scaled() -> None:
+@pytest.mark.parametrize(("flags", "assignments"), [({"lr": 0.3}, {}), ({}, {"lr": "0.3"})])
+def test_a_given_rate_is_not_scaled_however_it_is_given(flags: dict[str, float], assignments: dict[str, str]) -> None:
     assert load_recipe("tiny").lr_batch_size > 0
-    assert resolve_recipe("tiny", {"lr": 0.3}, {}).lr_batch_size == 0
+    recipe = resolve_recipe("tiny", flags, assignments)
+    assert (recipe.lr, recipe.lr_batch_size) == (0.3, 0)
+    assert resolve_recipe("tiny", flags, {**assignments, "lr_batch_size": "64"}).lr_batch_size == 64
+
+
+def test_the_paper_s_recipe_has_the_paper_s_network() -> None:
+    config = network_config(load_recipe("paper"), 1000, None)
+    assert (config.padding, config.bn_eps, config.bn_momentum) == ("same", 1e-3, 0.997)
 
 
 def test_assignment_without_equals_is_refused() -> None:
