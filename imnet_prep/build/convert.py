@@ -84,17 +84,16 @@ class _SourcesJob(Job):
         known: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             known = json.loads((workdir.work / DIGESTS).read_bytes())
-        infos: list[dict[str, Any]] = []
-        notes: list[str] = []
+        entries: list[dict[str, Any]] = []
         for source in self._sources:
             state = json.dumps([source.kind, _file_state(source.path)])
             if state not in known or source.path.is_dir():
                 known[state] = {"info": source.info(progress), "notes": source.notes}
                 write_atomically(workdir.work / DIGESTS, json.dumps(known).encode())
-            infos.append(known[state]["info"])
-            notes += known[state]["notes"]
-        for note in notes:
-            LOG.warning("%s", note)
+            entries.append(known[state])
+            for note in known[state]["notes"]:
+                LOG.warning("%s", note)
+        infos, notes = [entry["info"] for entry in entries], [note for entry in entries for note in entry["notes"]]
         return {"inputs": infos, "infos": infos, "key": self._key, "notes": notes}
 
 

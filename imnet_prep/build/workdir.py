@@ -68,9 +68,8 @@ class Workdir:
         """Return the note of the plan that was begun, or one of a finished but unnamed folder, or None."""
         with suppress(OSError, ValueError):
             return dict(json.loads(self.note.read_bytes()))
-        with suppress(ImnetError):
-            return {"plan": RecordsFolder.open(self.partial).manifest.plan, "inputs": None}
-        return None
+        manifest = _manifest_of(self.partial)
+        return None if manifest is None else {"plan": manifest.plan, "inputs": None}
 
 
 def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workdir:
@@ -97,7 +96,7 @@ def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workdir:
                 )
         elif not target.is_dir() or not (target / MANIFEST).is_file():
             raise PlanError(f"{out}: already exists and holds no records", remedy="choose another --out")
-        elif force and (not _is_ours(target) or _is_adopted(target)):
+        elif force and not (_is_ours(target) and ((manifest := _manifest_of(target)) is None or manifest.plan)):
             raise PlanError(
                 f"{out}: holds files that no conversion made", remedy="choose another --out, or delete it yourself"
             )
@@ -160,10 +159,10 @@ def _is_ours(folder: Path) -> bool:
     return all(".mindrecord" in path.name or path.name.startswith(RECORDS) for path in files)
 
 
-def _is_adopted(folder: Path) -> bool:
+def _manifest_of(folder: Path) -> Manifest | None:
     with suppress(ImnetError):
-        return not RecordsFolder.open(folder).manifest.plan
-    return False
+        return RecordsFolder.open(folder).manifest
+    return None
 
 
 def finished_before(workdir: Workdir, plan: Plan, *, force: bool) -> Manifest | None:
@@ -174,8 +173,13 @@ def finished_before(workdir: Workdir, plan: Plan, *, force: bool) -> Manifest | 
         IntegrityError: It belongs to this plan, but is not whole.
     """
     there = (workdir.out / MANIFEST).exists()
-    waiting = _manifest_of(workdir.partial, plan)  # stopped before the rename
-    if waiting is not None and (force or not there or RecordsFolder.open(workdir.out).manifest.plan == plan.digest):
+    waiting = _manifest_of(workdir.partial)  # stopped before the rename
+    if (
+        waiting is not None
+        and waiting.plan == plan.digest
+        and not _missing(workdir.partial, waiting)
+        and (force or not there or RecordsFolder.open(workdir.out).manifest.plan == plan.digest)
+    ):
         publish_folder(workdir)
         return waiting
     if force or not there:
@@ -194,14 +198,6 @@ def finished_before(workdir: Workdir, plan: Plan, *, force: bool) -> Manifest | 
             remedy="restore it, or --force to convert again",
         )
     return manifest
-
-
-def _manifest_of(folder: Path, plan: Plan) -> Manifest | None:
-    """Return the manifest of a whole folder of this plan, or None."""
-    with suppress(ImnetError):
-        manifest = RecordsFolder.open(folder).manifest
-        return manifest if manifest.plan == plan.digest and not _missing(folder, manifest) else None
-    return None
 
 
 def _missing(folder: Path, manifest: Manifest) -> str:
