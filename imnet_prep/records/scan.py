@@ -174,11 +174,14 @@ def map_rows(
         progress(Progress(min(images, folder.records), folder.records, unit, size))
 
     width = min(process_count(workers), -(-folder.records // CHUNK_ROWS))
-    for number, results in run_processes(partial(_apply, function), _chunks(folder, lines=lines), width, report):
-        early[number] = results
-        while wanted in early:
-            yield from early.pop(wanted)
-            wanted += 1
+    try:
+        for number, results in run_processes(partial(_apply, function), _chunks(folder, lines=lines), width, report):
+            early[number] = results
+            while wanted in early:
+                yield from early.pop(wanted)
+                wanted += 1
+    finally:
+        _open.cache_clear()  # Windows does not rename a folder while a file in it is open
 
 
 def _chunks(folder: RecordsFolder, *, lines: bool) -> Iterator[_Chunk]:
