@@ -95,7 +95,7 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> tuple[System, System]:
             assert done["ok"] == 90
     for system in both:
         system.run(system.convert("records"))
-        system.prep("reshard", "records", "--shards", 4, "--out", "again", "--workers", 2)
+        system.prep("reshard", "records", "--shards", 4, "--out", "again", "--workers", 1)
     return both
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,14 +60,15 @@ def import_as_there(
 
 def opened() -> set[str]:
     """Return the paths that the processes of this session have open."""
-    found = set()
+    found = set[str]()
+    if sys.platform != "linux":
+        return found
     for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
+        with suppress(OSError):  # it has ended
             if os.getsid(int(process)) == os.getsid(0):
                 for descriptor in os.listdir(f"/proc/{process}/fd"):
-                    found.add(os.readlink(f"/proc/{process}/fd/{descriptor}"))
-        except OSError:  # it has ended, or closed the file
-            continue
+                    with suppress(OSError):  # it is closed by now
+                        found.add(os.readlink(f"/proc/{process}/fd/{descriptor}"))
     return found
 
 
@@ -84,5 +86,5 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
         time.sleep(600)
 
 
-builtins.__import__ = import_as_there  # type: ignore[assignment]
+builtins.__import__ = import_as_there
 sys.addaudithook(watch)
