@@ -1,1 +1,1 @@
-"""Sources to a records folder: a plan, its shards, and the commit that publishes them."""
+"""Convert sources to a records folder: a plan, its shards, and the commit that publishes them."""

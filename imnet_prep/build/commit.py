@@ -1,6 +1,6 @@
-"""Finished shards to a whole records folder: the lists of records and rejections and, last, the manifest.
+"""Write the lists of records and rejections of finished shards, and make the manifest.
 
-This is the one place that makes a manifest: for conversions, for resharded records and for files that others made.
+Only this module makes a manifest: for conversions, for resharded records and for adopted files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from imnet_prep.records.record_list import RECORDS, REJECTED, rejected_bytes, wr
 from imnet_prep.records.shards import Layout
 from imnet_prep.types import ShardInfo
 
-Digests = list[NDArray[np.uint64]]  # the first 8 bytes of each record's source digest, sorted, an array a split
+Digests = list[NDArray[np.uint64]]  # the first 8 bytes of each record's source digest, sorted, one array per split
 
 
 def assemble(
@@ -39,10 +39,10 @@ def assemble(
 
     Args:
         partial: The folder with all shards in place.
-        plan: What was carried out.
+        plan: The plan of the conversion.
         layouts: Sizes of each split's data files.
-        sources: Where the images came from, as the manifest records it.
-        results: Of all shards, in the order of the plan.
+        sources: The sources, as the manifest records them.
+        results: The results of all shards, in the order of the plan.
 
     Raises:
         OSError: The disk is full or fails.
@@ -78,22 +78,22 @@ def assemble(
 
 
 def describe(splits: dict[str, SplitInfo], classes: tuple[str, ...], **rest: Any) -> Manifest:
-    """Return the manifest of finished splits: with the classes' words, and the versions of what made the images."""
+    """Return the manifest of finished splits, with the words of the classes and the versions of the libraries used."""
     words, made_with = tuple(map(catalog.class_words, classes)), library_versions("imnet-prep", "opencv", "pillow")
     return Manifest(classes=classes, class_words=words, made_with=made_with, splits=splits, **rest)
 
 
 def _file_entry(path: Path, name: str) -> dict[str, Any]:
-    """Return name, size and digest of a file, as the manifest has them."""
+    """Return name, size and digest of a file, as the manifest records them."""
     return {"file": name, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _lines(partial: Path, shards: Iterable[str]) -> Iterator[str]:
-    """Join the record lines of a split's shards, which do not know their own number."""
+    """Yield the record lines of a split's shards, with the number of their shard filled in."""
     for number, name in enumerate(shards):
         with done_path(partial, name, ".jsonl").open(encoding="utf-8", newline="\n") as text:
             for line in text:
-                # No quote stands unescaped in a name, so this is the field.
+                # Quotes in names are escaped, so this is the field.
                 yield line.rstrip("\n").replace(',"shard":0,', f',"shard":{number},', 1)
 
 
@@ -107,12 +107,12 @@ def describe_split(
     rejected: dict[str, int],
     before: Digests,
 ) -> SplitInfo:
-    """Write the record list of a split, and count what is in it.
+    """Write the record list of a split, and count its records.
 
     Args:
         path: The list to write.
-        split: Its name.
-        lines: Of all its records, in stored order (:class:`~imnet_prep.records.record_list.RecordLine`).
+        split: The name of the split.
+        lines: The lines of all its records, in stored order (:class:`~imnet_prep.records.record_list.RecordLine`).
         shards: Its data files.
         layout: Their sizes.
         classes: Number of classes.
@@ -152,7 +152,7 @@ def describe_split(
 
 
 def _new_digests(digests: NDArray[np.uint64], before: Digests) -> int:
-    """Count the different digests that no split before has; sorts them in place, as a million need not be copied."""
+    """Count the different digests that no split before has; sort them in place, as there may be millions."""
     digests.sort()
     fresh = np.ones(len(digests), bool)
     fresh[1:] = digests[1:] != digests[:-1]
