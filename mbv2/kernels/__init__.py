@@ -20,6 +20,10 @@ from imnet_prep.errors import TrainError
 ENVIRONMENT = "MBV2_KERNELS"
 """Set to "standard" to hide the operators: everything then runs on MindSpore's own."""
 
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+ISA_ENVIRONMENT = "MBV2_ISA"
+"""Names the instruction set to use in place of the best that this processor has, for tests."""
+
 _REMEDY = "install a C++17 compiler such as g++, then `pip install` this package again"
 
 LIBRARY = Path(__file__).parent / "mbv2_kernels.so"
@@ -45,8 +49,19 @@ def threads() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads, or, with 0, as many as this process may use. Results keep their bits at the same count."""
-    _library().mbv2_set_threads(count)
+    """Use `count` threads, or, with 0, as many as this process may use. Results keep their bits at the same count.
+
+    Raises:
+        TrainError: The system starts fewer threads.
+    """
+    started = _library().mbv2_set_threads(count)
+    if started < count:
+        raise TrainError(
+            "the system starts no more threads",
+            expected=f"{count}",
+            got=f"{started}",
+            remedy="raise the limit (ulimit -u)",
+        )
 
 
 def call(name: str, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]) -> None:
@@ -87,7 +102,14 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.mbv2_last_error.restype = ctypes.c_char_p
     library.mbv2_instruction_set.restype = ctypes.c_char_p
-    library.mbv2_set_threads.restype = None
+    wanted, chosen = os.environ.get(ISA_ENVIRONMENT), library.mbv2_instruction_set().decode()
+    if wanted and wanted != chosen:
+        known = wanted in INSTRUCTION_SETS
+        raise TrainError(
+            f"{ISA_ENVIRONMENT}={wanted} cannot be used",
+            expected=f"one of {', '.join(INSTRUCTION_SETS)}",
+            got="an instruction set that this processor has not" if known else "an unknown one",
+        )
     return library
 
 

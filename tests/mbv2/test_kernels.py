@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -329,3 +332,51 @@ def test_strided_arrays_are_refused(rng: np.random.Generator) -> None:
 def test_describe_names_instruction_set_and_threads() -> None:
     assert kernels.describe().startswith("C++ operators (")
     assert f"{kernels.threads()} threads" in kernels.describe()
+
+
+def with_instruction_set(name: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process that uses an instruction set."""
+    environment = {**os.environ, kernels.ISA_ENVIRONMENT: name}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+DESCRIBE = "from mbv2 import kernels; print(kernels.describe())"
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    done = with_instruction_set("sse9", "-c", DESCRIBE)
+    assert done.returncode == 1
+    assert "MBV2_ISA=sse9 cannot be used; expected one of avx512, avx2, baseline" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", kernels.INSTRUCTION_SETS)
+def test_the_operators_are_right_with_every_instruction_set_of_this_processor(name: str) -> None:
+    if name in kernels.describe():
+        return  # the other tests ran with it
+    if with_instruction_set(name, "-c", DESCRIBE).returncode:
+        pytest.skip(f"this processor has no {name}")
+    done = with_instruction_set(name, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", __file__)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+THREADS = """
+import resource, threading
+from imnet_prep.errors import TrainError
+from mbv2 import kernels
+kernels.threads()
+resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))  # no room for the stacks of so many threads
+try:
+    kernels.set_threads(4000)
+except TrainError as error:
+    print(error, kernels.threads() > 1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_threads_that_the_system_does_not_start_are_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=60, check=False)
+    assert "the system starts no more threads; expected 4000" in done.stdout, done.stderr
+    assert done.stdout.strip().endswith("True")

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -101,24 +102,31 @@ void Pool::forked() {
 
 void Pool::start(int count) {
   State& s = *state_;
-  for (int i = 0; i < count; ++i) s.arenas.emplace_back(new Arena);
+  s.arenas.emplace_back(new Arena);
   for (int worker = 1; worker < count; ++worker) {
-    s.threads.emplace_back([&s, worker] {
-      for (unsigned seen = 0;;) {
-        for (int i = 0; i < kSpins && s.round.load(std::memory_order_acquire) == seen; ++i) relax();
-        if (s.round.load(std::memory_order_acquire) == seen) {
-          std::unique_lock<std::mutex> lock(s.mutex);
-          s.wake.wait(lock, [&] { return s.round.load(std::memory_order_acquire) != seen; });
-        }
-        ++seen;
-        if (s.stopping.load(std::memory_order_acquire)) return;
-        (*s.job)(worker);
-        if (s.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-          std::lock_guard<std::mutex> lock(s.mutex);
-          s.finished.notify_one();
-        }
-      }
-    });
+    try {
+      s.threads.emplace_back(&Pool::work, std::ref(s), worker);
+    } catch (const std::system_error&) {  // a limit on threads: work with those that there are
+      return;
+    }
+    s.arenas.emplace_back(new Arena);
+  }
+}
+
+void Pool::work(State& s, int worker) {
+  for (unsigned seen = 0;;) {
+    for (int i = 0; i < kSpins && s.round.load(std::memory_order_acquire) == seen; ++i) relax();
+    if (s.round.load(std::memory_order_acquire) == seen) {
+      std::unique_lock<std::mutex> lock(s.mutex);
+      s.wake.wait(lock, [&] { return s.round.load(std::memory_order_acquire) != seen; });
+    }
+    ++seen;
+    if (s.stopping.load(std::memory_order_acquire)) return;
+    (*s.job)(worker);
+    if (s.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      std::lock_guard<std::mutex> lock(s.mutex);
+      s.finished.notify_one();
+    }
   }
 }
 

@@ -38,7 +38,8 @@ class Pool {
   ~Pool();
   Pool(const Pool&) = delete;
   struct State;
-  void start(int count);
+  void start(int count);  // fewer where the system starts no more threads
+  static void work(State& state, int worker);
   void stop();
   static void forked();
   State* state_;

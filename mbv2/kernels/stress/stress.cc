@@ -15,7 +15,7 @@ extern "C" {
 Operator mbv2_stem_block_train, mbv2_stem_block_grad, mbv2_stem_block_infer, mbv2_block_train, mbv2_block_grad, mbv2_block_infer,
     mbv2_head_train, mbv2_head_grad, mbv2_head_infer;
 const char* mbv2_last_error();
-void mbv2_set_threads(int);
+int mbv2_set_threads(int);
 }
 
 namespace {
