@@ -174,9 +174,9 @@ def _locked(path: Path) -> int:
         os.close(descriptor)  # the last holder deleted it after it was opened here: take the new one
 
 
-def is_possible_name(name: str) -> bool:
-    """Tell whether this system takes a name for a file: Windows reserves some, and drops dots and spaces at the end."""
-    return os.name != "nt" or not (PureWindowsPath(name).is_reserved() or name.endswith((".", " ")))
+def is_possible_name(name: str, *, windows: bool = sys.platform == "win32") -> bool:
+    """Return whether a file can have a name: Windows reserves some, and drops dots and spaces at the end."""
+    return not windows or not (PureWindowsPath(name).is_reserved() or name.endswith((".", " ")))
 
 
 def sqlite_failure(error: sqlite3.Error, path: Path) -> OSError:

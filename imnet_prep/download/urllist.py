@@ -23,6 +23,7 @@ from typing import IO, NamedTuple
 
 from imnet_prep.download.urls import BadUrl, normalise_url
 from imnet_prep.errors import DownloadError
+from imnet_prep.files import is_possible_name
 
 MAX_LINE_BYTES = 65536  # a longer line is malformed, and skipped
 _CHUNK = 1 << 20
@@ -42,8 +43,8 @@ class Line(NamedTuple):
 
 
 def is_class_name(name: str) -> bool:
-    """Return whether a class can be a folder name on any file system."""
-    return bool(_NAME.fullmatch(name.encode("utf-8", "replace")))
+    """Return whether a class can be a folder name."""
+    return bool(_NAME.fullmatch(name.encode("utf-8", "replace"))) and is_possible_name(name)
 
 
 def parse_line(raw: bytes, wnid: str | None) -> Line | None:
@@ -77,11 +78,10 @@ def parse_line(raw: bytes, wnid: str | None) -> Line | None:
         raise BadUrl("no URL")
     url = normalise_url(rest)
     match = _ID.fullmatch(head) or (_TAB_ID.fullmatch(head) if rest.startswith(b"\t") else None)
-    if match:
-        return Line(match[1].decode("ascii"), head.decode("ascii"), url)
-    if not _NAME.fullmatch(head):
+    name = (match[1] if match else head).decode("ascii", "replace")
+    if not (match or _NAME.fullmatch(head)) or not is_possible_name(name):
         raise BadUrl("neither an id nor a class before the URL")
-    return _named(head.decode("ascii"), url)
+    return Line(name, head.decode("ascii"), url) if match else _named(name, url)
 
 
 def _named(wnid: str, url: str) -> Line:
