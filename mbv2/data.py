@@ -19,6 +19,7 @@ from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch
 from mbv2.features import FeatureBatch
 from mbv2.recipe import Recipe
+from mbv2.runtime import Runtime
 
 AnyBatch = Batch | FeatureBatch
 
@@ -68,25 +69,26 @@ class RunData:
     val_images: int
 
 
-def open_run_data(
-    records: Path, recipe: Recipe, seed: int, stack: ExitStack, *, rank: int = 0, ranks: int = 1
-) -> RunData:
+def open_run_data(records: Path, recipe: Recipe, seed: int, stack: ExitStack, runtime: Runtime) -> RunData:
     """Open the splits of a records folder as a recipe asks; with several ranks, this rank's part of them.
+
+    Each split is decoded by as many threads as the operators use, so that ranks on one machine share its cores.
 
     Raises:
         RecordsError: No manifest, an empty split, or fewer training images than one batch.
     """
     manifest = RecordsFolder.open(records).manifest
+    ranks, loading = runtime.ranks, {"rank": runtime.rank, "ranks": runtime.ranks, "workers": runtime.threads}
     images = split_images(manifest, records, "train")
     if images < recipe.batch_size * ranks:
         expected, got = f"at least one batch of {recipe.batch_size * ranks} images", f"{images}"
         raise RecordsError(f"{records}: split 'train'", expected=expected, got=got, remedy="lower --batch-size")
     val_images = split_images(manifest, records, "val") if "val" in manifest.splits else 0
-    train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed, rank=rank, ranks=ranks))
+    train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed, **loading))
     val = None
     if val_images:
         options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
-        val = stack.enter_context(open_batches(records, "val", options, seed, rank=rank, ranks=ranks))
+        val = stack.enter_context(open_batches(records, "val", options, seed, **loading))
 
     def train_view(view: int) -> Iterator[Batch]:
         options: Options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)

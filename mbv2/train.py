@@ -89,7 +89,7 @@ def train(
         if data is None:
             RecordsFolder.open(options.records)  # a folder that is none is said before MindSpore is started
             here = start_mindspore(options.device_target)
-            data = open_run_data(options.records, options.recipe, options.seed, stack, rank=here.rank, ranks=here.ranks)
+            data = open_run_data(options.records, options.recipe, options.seed, stack, here)
         here = start_mindspore(options.device_target)
         if here.rank == 0:
             stack.enter_context(_locked(options.out))

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,13 +18,15 @@ import pytest
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.render import guard, stop_requested
+from imnet_prep.loader.batches import Batches
 from imnet_prep.types import Progress
 from mbv2.checkpoint import Meta, read_checkpoint, save_checkpoint
+from mbv2.data import open_run_data
 from mbv2.model import ModelConfig
 from mbv2.ranks import sum_counts, sum_floats
 from mbv2.recipe import Recipe
 from mbv2.runlog import read_metrics
-from mbv2.runtime import runtime
+from mbv2.runtime import Runtime, runtime
 from mbv2.train import RunOptions, train
 from tests.mbv2.test_convert import random_weights
 from tests.synthetic import WNIDS, picture
@@ -99,6 +102,15 @@ def test_one_process_adds_up_to_itself() -> None:
     counts = np.array([[3, 1 << 30]])
     assert np.array_equal(sum_counts(counts), counts)
     assert sum_floats(np.ones(2, np.float32)).tolist() == [1, 1]
+
+
+def test_ranks_share_the_threads_that_decode(records: Path) -> None:
+    with ExitStack() as stack:
+        data = open_run_data(records, RECIPE, 0, stack, Runtime("CPU", threads=3, rank=1, ranks=2))
+        assert isinstance(data.train, Batches)
+        assert isinstance(data.val, Batches)
+        assert (data.train.workers, data.val.workers) == (3, 3)
+        assert (data.train.loading.rank, data.train.loading.ranks) == (1, 2)
 
 
 @pytest.mark.slow
