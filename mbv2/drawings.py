@@ -1,7 +1,7 @@
-"""Draws a small labelled image set: ten kinds of patterned shape in any pose, size and colour before any background.
+"""Draw a small labelled image set: ten patterned shapes in any pose, size and colour on any background.
 
-For the demo and for tests: nothing is downloaded, and it is not trivial, as place, pose and background say
-nothing about the class, and colour little; shape and pattern do.
+The demo and the tests use it, so that they download nothing. It is not trivial: place, pose and background tell nothing
+about the class, and colour little; shape and pattern do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Mask = NDArray[np.bool_]
 
 
 def _polygon(corners: int, inner: float = 1.0) -> Points:
-    """A regular polygon, or a star where ``inner`` is the radius of every second point."""
+    """Return a regular polygon, or a star if ``inner`` is the radius of every second point."""
     number = corners if inner == 1.0 else 2 * corners
     angles = 2 * np.pi * np.arange(number) / number
     radii = np.where(np.arange(number) % 2 == 0, 1.0, inner)
@@ -84,7 +84,7 @@ class DrawnImage:
 
 
 def draw_set(seed: int, per_class: dict[str, int]) -> Iterator[DrawnImage]:
-    """Draw a set of images; each depends on the seed, its split, class and number alone.
+    """Draw a set of images; each depends only on the seed and its split, class and number.
 
     Args:
         seed: Of all draws.
@@ -127,7 +127,7 @@ def draw(class_name: str, rng: np.random.Generator) -> Rgb:
 
 
 def _background(width: int, height: int, rng: np.random.Generator) -> Rgb:
-    """A blurred patchwork of dull colours with thin lines across it."""
+    """Draw a blurred patchwork of dull colours with thin lines across it."""
     shape = (int(rng.integers(2, 5)), int(rng.integers(2, 5)))
     grey = rng.integers(0, 256) + rng.integers(-60, 61, (*shape, 1))
     patches = np.clip(grey + rng.integers(-25, 26, (*shape, 3)), 0, 255).astype(np.uint8)
@@ -141,7 +141,7 @@ def _background(width: int, height: int, rng: np.random.Generator) -> Rgb:
 def _colours(
     label: int, ground: NDArray[np.float64], rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Two colours that can be told from each other, the first from the background as well.
+    """Return two colours that differ from each other; the first also differs from the background.
 
     The first has the hue of its class, give or take the distance to the next class: a hint, not an answer.
     """
@@ -154,7 +154,7 @@ def _colours(
 
 
 def _pose(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Turn by any angle, squeeze one axis a little, mirror: a (2, 2) matrix."""
+    """Return a (2, 2) matrix that turns by any angle, squeezes one axis a little, and may mirror."""
     angle, squeeze, mirror = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.0), rng.choice([-1.0, 1.0])
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return np.asarray(turn @ np.diag([1.0, squeeze * mirror]))

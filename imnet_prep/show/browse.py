@@ -60,7 +60,7 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
 
     Args:
         records: The records folder.
-        host: The address that it will listen on; it decides which Host headers are answered.
+        host: The address to listen on. Requests with the Host header of another server are refused.
 
     Raises:
         RecordsError: The folder cannot be read.
@@ -92,7 +92,7 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
 
 
 def host_is_ours(header: str, host: str) -> bool:
-    """Check that a Host header names this server: loopback, its own address, or any address where it is on all."""
+    """Return whether a Host header names this server: by loopback or its address, or by any if it listens on all."""
     name = header.rpartition(":")[0] if not header.endswith("]") and ":" in header else header
     name = name.strip("[]").lower()
     if name in {"localhost", host.strip("[]").lower()}:
