@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class _Source:
     """What MindSpore iterates: each ``iter`` is the next epoch."""
 
     def __init__(self, batches: Batches, first_epoch: int) -> None:
-        self._batches, self._epoch = batches, first_epoch
+        self._batches, self._epochs = batches, count(first_epoch)
         mixed = isinstance(batches.options, TrainOptions) and batches.options.mixes
         self.columns = ["image", "label", *(["mix_label", "mix_weight"] if mixed else [])]
 
@@ -40,6 +41,5 @@ class _Source:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[NDArray[Any], ...]]:
-        number, self._epoch = self._epoch, self._epoch + 1
-        for batch in self._batches.epoch(number):
+        for batch in self._batches.epoch(next(self._epochs)):
             yield tuple(getattr(batch, name) for name in self.columns)

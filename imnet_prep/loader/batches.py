@@ -11,10 +11,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class Batches:
         self._skipped_rows: dict[int, SkippedRow] = {}
         self._checked = np.full(self.images, loading.check == "never")
         self._lock = threading.Lock()  # of what the threads share: counts, times, faults
-        self._next_epoch = 0
+        self._epochs = count()
         self._process: int | None = os.getpid()  # None once closed
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="imnet-decode")
 
@@ -145,8 +145,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Start the next epoch, beginning with epoch 0. Use :meth:`epoch` to choose one."""
-        number, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        return self.epoch(number)
+        return self.epoch(next(self._epochs))
 
     def __enter__(self) -> Batches:
         return self
@@ -178,8 +177,9 @@ class Batches:
         check_range("epoch", number, 0, MAX_EPOCH)
         check_range("start_step", start_step, 0, self.steps_per_epoch)
         order = self.order(number)
-        steps = range(start_step, self.steps_per_epoch)
-        queue = (self._submit(number, order[self._sampler.span(step)]) for step in steps)
+        queue = (
+            self._submit(number, order[self._sampler.span(step)]) for step in range(start_step, self.steps_per_epoch)
+        )
         return self._results(queue, deque(islice(queue, self.prefetch)))
 
     def order(self, number: int) -> NDArray[np.int64]:
@@ -219,20 +219,23 @@ class Batches:
         """Read, check and render one chunk; return the whole batch if this was its last chunk."""
         positions, out = batch.positions[start : start + CHUNK_ROWS], batch.image[start : start + CHUNK_ROWS]
         laps = [time.perf_counter()]
-
-        def lap() -> None:
-            laps.append(time.perf_counter())
-
         images, faults = self._read(positions)
-        lap()
+        laps.append(time.perf_counter())
         self._check_digests(positions, images, faults)
-        lap()
-        sizes = np.stack([self._table.width[positions], self._table.height[positions]], axis=1)
-        ids = self._table.ids[positions]
-        seed = self.loading.seed
-        rendered = render(images, sizes, ids, self.options, seed, batch.epoch, out, self._decoder, lap)
+        laps.append(time.perf_counter())
+        rendered = render(
+            images,
+            np.stack([self._table.width[positions], self._table.height[positions]], axis=1),
+            self._table.ids[positions],
+            self.options,
+            self.loading.seed,
+            batch.epoch,
+            out,
+            self._decoder,
+            decoded=lambda: laps.append(time.perf_counter()),
+        )
+        laps.append(time.perf_counter())
         faults = rendered | faults
-        lap()
         read_s, check_s, decode_s, augment_s = (end - start for start, end in pairwise(laps))
         with self._lock:
             self.times += StageTimes(read_s, check_s, decode_s, augment_s, len(images) - len(faults))
@@ -241,12 +244,12 @@ class Batches:
             last = batch.chunks_left == 0
         return self._finish(batch) if last else None
 
-    def _read(self, positions: Sequence[int] | NDArray[np.int64]) -> tuple[list[bytes], Faults]:
+    def _read(self, positions: NDArray[np.int64]) -> tuple[list[bytes], Faults]:
         """Read images; those that cannot be read are empty, and named as faults."""
         images, faults = [], {}
-        for row, position in enumerate(positions):
+        for row, position in enumerate(positions.tolist()):
             try:
-                images.append(self._reader.image(int(position)))
+                images.append(self._reader.image(position))
             except PipelineError as error:
                 images.append(b"")
                 faults[row] = str(error)

@@ -31,7 +31,7 @@ class BenchOptions:
         mode: ``train`` (random crops, shuffled) or ``eval`` (centre crops, in order).
         batch_size: Rows of a batch.
         image_size: Side of the output, pixels.
-        workers: Decode threads; None takes as many as this process may use cores.
+        workers: Decode threads; None takes one per core that this process may use.
         seconds: How long to measure, after a warm-up of a second and the first batches.
         native: The C++ decoder: ``auto``, ``on`` or ``off``.
     """
@@ -106,8 +106,7 @@ def bench(records: Path, options: BenchOptions, progress: ProgressCallback = lam
     splits = RecordsFolder.open(records).manifest.splits
     wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")
     split = next((name for name in wanted if name in splits and splits[name].images), wanted[0])
-    kind = TrainOptions if options.mode == "train" else EvalOptions
-    output = kind(batch_size=options.batch_size, image_size=options.image_size)
+    output = (TrainOptions if options.mode == "train" else EvalOptions)(options.batch_size, options.image_size)
     with open_batches(records, split, output, workers=options.workers, native=options.native) as batches:
         return _measure(batches, options, progress)
 

@@ -134,8 +134,7 @@ def warp(pixels: Pixels, matrix: list[list[float]]) -> Pixels:
     cx, cy = (width - 1) / 2.0, (height - 1) / 2.0
     shifted = np.array([[a, b, x + cx - a * cx - b * cy], [c, d, y + cy - c * cx - d * cy]], dtype=np.float64)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    warped = cv2.warpAffine(pixels, shifted, (width, height), flags=flags, borderValue=MEAN_COLOUR)
-    return np.asarray(warped, dtype=np.uint8)
+    return np.asarray(cv2.warpAffine(pixels, shifted, (width, height), flags=flags, borderValue=MEAN_COLOUR), np.uint8)
 
 
 def _rotate(pixels: Pixels, degrees: float) -> Pixels:
@@ -172,7 +171,6 @@ def randaugment_step(pixels: Pixels, draw: NDArray[np.float64], magnitude: float
 
     Source: Cubuk et al., "RandAugment", 2019.
     """
-    names = tuple(OPERATIONS)
-    name = names[min(len(names) - 1, int(draw[0] * len(names)))]
+    operation = list(OPERATIONS.values())[int(draw[0] * len(OPERATIONS))]
     sign = 1.0 if draw[1] < 0.5 else -1.0
-    return OPERATIONS[name](pixels, sign * magnitude / MAX_MAGNITUDE)
+    return operation(pixels, sign * magnitude / MAX_MAGNITUDE)

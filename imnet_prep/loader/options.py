@@ -149,7 +149,7 @@ class LoaderOptions:
 
     Attributes:
         seed: Key of every draw, together with the epoch and the record id.
-        workers: Decode threads; None takes as many as this process may use cores.
+        workers: Decode threads; None takes one per core that this process may use.
         rank: This rank, from 0.
         ranks: Number of ranks; each record goes to exactly one.
         on_error: ``raise`` at a bad record, or ``skip`` it and count it.
@@ -176,7 +176,5 @@ class LoaderOptions:
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("ranks", self.ranks, 1, 1 << 20)
         check_range("rank", self.rank, 0, self.ranks - 1)
-        for name, most in (("workers", 1024), ("prefetch", 1 << 16)):
-            value = getattr(self, name)
-            if value is not None:
-                check_range(name, value, 1, most)
+        check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
+        check_range("prefetch", 1 if self.prefetch is None else self.prefetch, 1, 1 << 16)
