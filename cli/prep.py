@@ -154,8 +154,9 @@ def to_mindrecord(
     )  # fmt: skip
     options = ConvertOptions(workers, max_rejected, executor, scheduler, force)
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:
-        result = (preview if dry_run else convert)(sources, out, split, plan_options, options, progress, stop)
-    show(result.to_json(), as_json)
+        arguments = (sources, out, split, plan_options, options, progress, stop)
+        result = preview(*arguments) if dry_run else convert(*arguments).to_json()
+    show(result, as_json)
 
 
 @main.command()

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, Workdir, check_out
 from imnet_prep.files import write_atomically
 from imnet_prep.images.check import validate
 from imnet_prep.process_pool import process_count
-from imnet_prep.sources import Source, detect, merge, read
+from imnet_prep.sources import detect, merge, read
 from imnet_prep.types import ProgressCallback, Rejected, Stop
 
 LOG = logging.getLogger(__name__)
@@ -103,42 +102,6 @@ def _file_state(path: Path) -> list[Any] | None:
     return None if path.is_dir() else [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """The result of a dry run: the plan, its sources, its estimated time in seconds, and the free disk in bytes."""
-
-    plan: Plan
-    sources: Sequence[Source]
-    seconds: float
-    disk_free: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the object that ``--json`` prints."""
-        return {
-            "sources": [
-                {"kind": source.kind, "name": source.name, "notes": list(source.notes)} for source in self.sources
-            ],
-            "images": self.plan.images,
-            "classes": len(self.plan.classes),
-            "shards": sum(part.shards for part in self.plan.splits.values()),
-            "rejected": dict(Counter(item.reason.value for item in self.plan.rejected)),
-            "splits": {
-                name: {
-                    "images": part.images,
-                    "shards": part.shards,
-                    "bytes": part.bytes,
-                    "page_size": part.layout.page_size,
-                }
-                for name, part in self.plan.splits.items()
-            },
-            "bytes": self.plan.bytes,
-            "seconds_estimated": round(self.seconds, 1),
-            "disk_needed": sum(part.stored_bytes for part in self.plan.splits.values()),
-            "disk_free": self.disk_free,
-            "label_convention": self.plan.label_convention,
-        }
-
-
 def dry_run(
     paths: Sequence[Path],
     out: Path,
@@ -147,8 +110,11 @@ def dry_run(
     options: ConvertOptions,
     progress: ProgressCallback,
     stop: Stop,
-) -> Preview:
+) -> dict[str, Any]:
     """Make the plan, time a few images, and remove everything written.
+
+    Returns:
+        The object that ``--json`` prints: sources, images, classes, shards, bytes, estimated time and disk space.
 
     Raises:
         SourceError: A source is missing, empty, damaged or of no known layout.
@@ -161,7 +127,27 @@ def dry_run(
     with named_failures(workdir), tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
         plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, interruptible(progress, stop))
         seconds = _estimate_seconds(plan) / process_count(options.workers)
-    return Preview(plan, sources, seconds, shutil.disk_usage(parent).free)
+    return {
+        "sources": [{"kind": source.kind, "name": source.name, "notes": list(source.notes)} for source in sources],
+        "images": plan.images,
+        "classes": len(plan.classes),
+        "shards": sum(part.shards for part in plan.splits.values()),
+        "rejected": dict(Counter(item.reason.value for item in plan.rejected)),
+        "splits": {
+            name: {
+                "images": part.images,
+                "shards": part.shards,
+                "bytes": part.bytes,
+                "page_size": part.layout.page_size,
+            }
+            for name, part in plan.splits.items()
+        },
+        "bytes": plan.bytes,
+        "seconds_estimated": round(seconds, 1),
+        "disk_needed": sum(part.stored_bytes for part in plan.splits.values()),
+        "disk_free": shutil.disk_usage(parent).free,
+        "label_convention": plan.label_convention,
+    }
 
 
 def _estimate_seconds(plan: Plan) -> float:

@@ -23,10 +23,9 @@ from imnet_prep.errors import IntegrityError, PlanError
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.process_pool import worker_count
 from imnet_prep.records.check import check_shard
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.folder import RecordsFolder, Row, map_rows
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.record_list import RecordLine
-from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.sources import Found
 from imnet_prep.types import ImageRef, ProgressCallback, Stop
 
