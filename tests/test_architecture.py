@@ -31,6 +31,23 @@ LADDER = (  # each imports only from its own line and from those above it
 STEP = {room: step for step, rooms in enumerate(LADDER) for room in rooms}
 MAX_LINES = 400
 LONGER = {"mbv2/train.py"}  # the one orchestrator of its package
+OF_A_SYSTEM = {"fcntl", "grp", "mmap", "msvcrt", "multiprocessing", "platform", "pwd", "resource", "termios", "winreg"}
+KNOW_THE_SYSTEM = {"imnet_prep.files", "imnet_prep.cpu", "imnet_prep.process_pool"}
+EVERYWHERE = {  # what every system has of os, signal and the modules above
+    *(
+        f"os.{name}"
+        for name in ("DirEntry", "PathLike", "R_OK", "W_OK", "X_OK", "_exit", "access", "cpu_count", "devnull")
+    ),
+    *(f"os.{name}" for name in ("environ", "fsdecode", "fsencode", "fspath", "fsync", "getcwd", "getpid", "listdir")),
+    *(f"os.{name}" for name in ("path", "rename", "replace", "scandir", "stat", "supports_effective_ids", "walk")),
+    *("signal.signal", "signal.SIG_IGN", "platform.machine", "platform.python_version"),
+    *("multiprocessing.connection.Connection", "multiprocessing.connection.wait"),
+}
+ELSEWHERE = {  # and who may use what more, and why
+    # Descriptor 2, to which C libraries write; these are the same on every system.
+    "imnet_prep.images.stderr": {f"os.{name}" for name in ("dup", "dup2", "open", "close", "write", "O_WRONLY")},
+    "imnet_prep.images.native": {"os.RTLD_DEEPBIND"},  # where there is none, two copies of libjpeg never mix
+}
 HEAVY = ("mindspore", "cv2", "torch", "scipy", "dask", "distributed", "matplotlib", "pandas")
 
 
@@ -91,6 +108,24 @@ def test_nobody_imports_the_commands() -> None:
 def test_nothing_installed_imports_tests_or_benchmarks() -> None:
     for name, path in modules():
         assert not {other.split(".")[0] for other in imported(name, path)} & {"tests", "benchmarks"}, path
+
+
+def named(tree: ast.Module) -> Iterator[str]:
+    """Yield what a module reads of others by a dotted name, or by getattr and hasattr."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            yield f"{ast.unparse(node.args[0])}.{ast.unparse(node.args[1])}".replace("'", "")
+
+
+def test_three_modules_alone_know_the_operating_system() -> None:
+    for name, path in modules():
+        if name not in KNOW_THE_SYSTEM:
+            used = {*imported(name, path), *named(ast.parse(path.read_text(encoding="utf-8")))}
+            systems = {one for one in used if one.split(".")[0] in OF_A_SYSTEM or one.startswith(("os.", "signal."))}
+            assert systems <= EVERYWHERE | ELSEWHERE.get(name, set()) | {"platform"}, name
+            assert "sys.platform" not in used, name
 
 
 def test_no_module_is_long() -> None:
