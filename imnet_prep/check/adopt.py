@@ -1,7 +1,7 @@
-"""MindRecord files that others made, given a manifest: nothing in them is changed.
+"""Write a manifest for MindRecord files of other writers, without changing the files.
 
 Every record is read and decoded once. Class names come from the folders in ``file_name`` (ImageNetToMR stores whole
-paths), from a list that is given, or are the labels themselves.
+paths), from a given list, or are the labels themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -27,28 +27,27 @@ from imnet_prep.images.check import examine
 from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.perceptual_hash import SIDE
 from imnet_prep.records.discover import find_records
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.folder import RecordsFolder, Row, map_rows
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo
 from imnet_prep.records.mindrecord import index_path
 from imnet_prep.records.publish import Change, changing
 from imnet_prep.records.record_list import RECORDS, RecordLine
 from imnet_prep.records.salvage import write_index_of
-from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.records.shards import Layout
 from imnet_prep.types import SPLITS, ProgressCallback, ShardInfo, name_fault, record_id
 
 
 @dataclass(frozen=True, slots=True)
 class AdoptOptions:
-    """How files are adopted.
+    """Options of :func:`adopt`.
 
     Attributes:
-        split: Where neither a file's folder nor its name says it; None takes such files as ``train``.
-        label_space: ``imagenet1k``, or the path of a file of class names in label order; None takes names from the
+        split: The split of files for which neither the folder nor the name tells it; None means ``train``.
+        label_space: ``imagenet1k``, or the path of a file of class names in label order; None takes the names from the
             records.
-        keep_undecodable: Write a manifest though some images do not decode; ``verify`` goes on naming them.
-        workers: Worker processes; one a usable core where None.
-        force: Replace a manifest that is there.
+        keep_undecodable: Write a manifest even if some images do not decode; ``verify`` still reports them.
+        workers: Number of worker processes; by default one per usable core.
+        force: Replace an existing manifest.
     """
 
     split: str | None = None
@@ -64,7 +63,7 @@ class AdoptOptions:
 
 @dataclass(frozen=True, slots=True)
 class AdoptResult:
-    """What was adopted, and what a person should know."""
+    """The manifest of the adopted files, and notes for the user."""
 
     manifest: Manifest
     path: Path
@@ -86,24 +85,25 @@ class AdoptResult:
 
 
 def adopt(folder: Path, options: AdoptOptions, progress: ProgressCallback) -> AdoptResult:
-    """Write a manifest for a folder of MindRecord files; they lie in it or in its ``train``, ``val`` and ``test``.
+    """Write a manifest for the MindRecord files in a folder and in its ``train``, ``val`` and ``test`` folders.
 
-    Missing indexes, record lists and the manifest appear together at the end, or the folder stays as it was.
+    Missing indexes, record lists and the manifest appear together at the end, or the folder does not change.
 
     Args:
         folder: The folder.
-        options: How.
-        progress: Told of records read.
+        options: The options.
+        progress: Called with the number of records read.
 
     Raises:
-        RecordsError: No such folder, no MindRecord file in it, files that do not belong together, no column of images
-            or labels, it has a manifest already, another command is changing it, or it cannot be written.
+        RecordsError: There is no such folder, it has no MindRecord files, the files do not belong together or have no
+            column of images or labels, the folder has a manifest already, another command is changing it, or it cannot
+            be written.
         IntegrityError: Records do not decode, or labels and class names contradict each other.
     """
     manifest_path = folder / MANIFEST
     had = os.path.lexists(manifest_path)
     with changing(folder) as change:
-        own = change.resumed and not had  # the manifest is of an adoption that was interrupted: do it again
+        own = change.resumed and not had  # the manifest is from an interrupted adoption: repeat it
         if os.path.lexists(manifest_path) and not (options.force or own):
             raise RecordsError(f"{folder}: has a {MANIFEST} already", remedy="--force replaces it")
         records, bare, notes = find_records(folder, options.split or "train")
@@ -119,22 +119,29 @@ def adopt(folder: Path, options: AdoptOptions, progress: ProgressCallback) -> Ad
 def _read_and_describe(
     change: Change, records: RecordsFolder, options: AdoptOptions, progress: ProgressCallback
 ) -> tuple[Manifest, list[str], Naming]:
-    """Read all records, write their lists, and return the manifest, what does not decode, and the names."""
+    """Read all records, write their lists, and return the manifest, the undecodable records, and the names."""
+    names: set[NameFound] = set()
+    undecodable: list[str] = []
     with (change.work / "lines.jsonl").open("w+", encoding="utf-8") as texts:
-        names, undecodable = _read(records, texts, options, progress)
+        with closing(map_rows(records, read_row, options.workers, progress)) as rows:
+            for split, line, why in rows:
+                texts.write(json.dumps(line) + "\n")
+                names.add(name_found(split, line["label"], line["file_name"]))
+                if why:
+                    undecodable.append(why)
         if undecodable and not options.keep_undecodable:
             raise IntegrityError(
                 f"{change.folder}: {len(undecodable)} records do not decode",
                 got="; ".join(undecodable[:3]) + ("; ..." if len(undecodable) > 3 else ""),
-                remedy="write the files again without them, or take them along with --keep-undecodable",
+                remedy="write the files again without them, or keep them with --keep-undecodable",
             )
-        naming = choose_naming(names, options.label_space)
+        naming = choose_naming(sorted(names), options.label_space)
         texts.seek(0)
         splits: dict[str, SplitInfo] = {}
         alike: dict[str, str] = {}
         before: Digests = []
-        for name, split in records.manifest.splits.items():
-            splits[name], alike[name] = _describe_split(change, name, split, texts, naming, before)
+        for name, info in records.manifest.splits.items():
+            splits[name], alike[name] = _describe_split(change, name, info, texts, naming, before)
     source = {
         "kind": "adopted", "name": "", "md5": "", "sha256": "", "official": False, "images": records.records,
         "size_bytes": sum(info.size_bytes for _, _, info in records.shards),
@@ -154,29 +161,14 @@ def _read_and_describe(
     return manifest, undecodable, naming
 
 
-def _read(
-    folder: RecordsFolder, texts: TextIO, options: AdoptOptions, progress: ProgressCallback
-) -> tuple[list[NameFound], list[str]]:
-    """Read every record and write its line, its name as stored; return the names by label and what does not decode."""
-    names: set[NameFound] = set()
-    undecodable: list[str] = []
-    with closing(map_rows(folder, read_row, options.workers, progress)) as rows:
-        for split, line, why in rows:
-            texts.write(json.dumps(line) + "\n")
-            names.add(name_found(split, line["label"], line["file_name"]))
-            if why:
-                undecodable.append(why)
-    return sorted(names), undecodable
-
-
 def read_row(row: Row) -> tuple[str, dict[str, Any], str]:
     """Read, hash and decode a record.
 
     Returns:
-        Its split, the values of its line, with ``file_name`` as stored, and why it does not decode.
+        Its split, the values of its line with ``file_name`` as stored, and why it does not decode (or nothing).
 
     Raises:
-        RecordsError: It cannot be read, or has no label or no name.
+        RecordsError: It cannot be read, or has no valid label or name.
     """
     fields, image = row.fields, row.image
     place = f"{row.opened.path}: row {row.row}"
@@ -187,31 +179,29 @@ def read_row(row: Row) -> tuple[str, dict[str, Any], str]:
     name = fields.get("file_name") if named else ""
     if named and (fault := name_fault(name)):
         raise RecordsError(f"{place}: no file_name: {fault}", got=repr(name))
-    width = height = 0
-    changes: tuple[str, ...] = ()
+    digest = hashlib.sha256(image).hexdigest()
+    line = {
+        "shard": row.shard, "row": row.row, "file_name": name, "label": label,
+        "width": 0, "height": 0, "sha256": digest, "source_sha256": digest, "changes": (),
+    }  # fmt: skip
     why = ""
     try:
         seen = examine(image, SIDE)
-        width, height, changes = seen.width, seen.height, tuple(change.value for change in seen.changes)
+        line |= {"width": seen.width, "height": seen.height, "changes": [change.value for change in seen.changes]}
     except ImageFault as fault:
         why = f"{fault.reason}: {fault.detail}"
     except MemoryError:
         why = "not enough memory to decode it"
-    digest = hashlib.sha256(image).hexdigest()
-    line = {
-        "shard": row.shard, "row": row.row, "file_name": name, "label": label,
-        "width": width, "height": height, "sha256": digest, "source_sha256": digest, "changes": changes,
-    }  # fmt: skip
     return row.split, line, why and f"{Path(row.file).name} row {row.row} ({name or 'no name'}): {why}"
 
 
 def _describe_split(
     change: Change, name: str, split: SplitInfo, texts: Iterable[str], naming: Naming, before: Digests
 ) -> tuple[SplitInfo, str]:
-    """Write the record list of a split from its next lines, and count it; ``before`` grows by its digests.
+    """Write the record list of a split from the next lines, and describe the split; append its digests to ``before``.
 
     Returns:
-        The split, and how stored names go with the list's (:func:`~imnet_prep.check.rows.names_agree`).
+        The split, and how to compare stored names with listed ones (:func:`~imnet_prep.check.rows.names_agree`).
     """
     ids = np.empty(split.images, np.uint64)
     alike = END

@@ -1,4 +1,4 @@
-"""What the labels of adopted records are called: decided from the names that go with them, and from what is given."""
+"""Choose the class names of adopted records, from the stored file names or from a given label space."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 from imnet_prep import catalog
 from imnet_prep.build.options import read_names
+from imnet_prep.check.rows import SEPARATORS
 from imnet_prep.errors import IntegrityError, RecordsError
 
-SEPARATORS = re.compile(r"[/\\]+")
 _WNID = re.compile(r"n\d{8}")
 _UNSAFE = re.compile(r"[^0-9A-Za-z._-]+")
 
 
 class NameFound(NamedTuple):
-    """A label with what its record's ``file_name`` says: the folders, and a wnid that the base name begins with."""
+    """A label and what a ``file_name`` says about it: the folders, and the wnid at the start of the base name."""
 
     split: str
     label: int
@@ -28,7 +28,7 @@ class NameFound(NamedTuple):
 
 
 def name_found(split: str, label: int, stored: str) -> NameFound:
-    """Return what a record's label and stored name say; few of a million records say something new."""
+    """Return what a stored name says about its label; few of a million records say something new."""
     *folders, base = SEPARATORS.split(stored)
     beginning = base.split("_")[0]
     return NameFound(split, label, tuple(folders), beginning if _WNID.fullmatch(beginning) else "")
@@ -36,13 +36,13 @@ def name_found(split: str, label: int, stored: str) -> NameFound:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """Names in label order, and how records are called.
+    """Class names, and how to name records.
 
     Attributes:
         classes: Names in label order.
         label_space: As in the manifest. convention: What the labels mean, in words.
-        notes: What a person should know.
-        kept: Number of leading parts by split that are not kept of a stored name; -1 keeps its base name alone.
+        notes: Notes for the user.
+        kept: By split, the number of leading parts to drop from a stored name; -1 keeps only its base name.
     """
 
     classes: tuple[str, ...]
@@ -52,7 +52,7 @@ class Naming:
     kept: dict[str, int] = field(default_factory=dict)
 
     def file_name(self, split: str, file: str, line: dict[str, Any]) -> str:
-        """Return ``<class>/<name>`` of a record; its place stands in for a name that it has not."""
+        """Return ``<class>/<name>`` of a record; a record without a name is named by its file and row."""
         parts = SEPARATORS.split(line["file_name"])
         base = parts[-1] or f"{_UNSAFE.sub('_', file)}-{line['row']:08d}"
         if line["label"] < 0:
@@ -61,10 +61,10 @@ class Naming:
 
 
 def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming:
-    """Decide what the classes are called.
+    """Choose the class names.
 
     Args:
-        found: All labels with the names that go with them.
+        found: All labels and what the file names say about them.
         label_space: ``imagenet1k``, the path of a file of class names in label order, or None.
 
     Raises:
@@ -76,64 +76,57 @@ def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming
     labels = sorted({name.label for name in found if name.label >= 0})
     known, kept = _from_folders(found)
     known = known or _from_beginnings(found)
-    given = _given(label_space)
-    if given is not None:
-        if labels and labels[-1] >= len(given):
-            raise RecordsError(
-                f"label {labels[-1]} has no name in {label_space}", expected=f"labels from 0 to {len(given) - 1}"
-            )
-        wrong = next((item for item in sorted(known.items()) if item[1] in given and given[item[0]] != item[1]), None)
-        if wrong is not None:
-            raise IntegrityError(
-                f"label {wrong[0]} is {given[wrong[0]]} by {label_space}", got=f"records of class {wrong[1]}"
-            )
-        space = "imagenet1k" if label_space == "imagenet1k" else "file"
-        said = "ILSVRC2012" if space == "imagenet1k" else "the list that was given"
-        return Naming(given, space, f"adopted: as {said}", kept=kept)
-    return replace(_named(labels, known), kept=kept)
-
-
-def _given(label_space: str | None) -> tuple[str, ...] | None:
     if label_space is None:
-        return None
-    if label_space == "imagenet1k":
-        return tuple(synset.wnid for synset in catalog.synsets())
-    if not Path(label_space).is_file():
+        return replace(_named(labels, known), kept=kept)
+    official = label_space == "imagenet1k"
+    if not official and not Path(label_space).is_file():
         raise RecordsError(f"unknown label space {label_space!r}", expected="imagenet1k, or a file of class names")
-    return read_names(Path(label_space))
+    given = _official_names() if official else read_names(Path(label_space))
+    if labels and labels[-1] >= len(given):
+        what = f"label {labels[-1]} has no name in {label_space}"
+        raise RecordsError(what, expected=f"labels from 0 to {len(given) - 1}")
+    for label, name in sorted(known.items()):
+        if name in given and name != given[label]:
+            raise IntegrityError(f"label {label} is {given[label]} by {label_space}", got=f"records of class {name}")
+    convention = "adopted: as " + ("ILSVRC2012" if official else "the list that was given")
+    return Naming(given, "imagenet1k" if official else "file", convention, kept=kept)
+
+
+def _official_names() -> tuple[str, ...]:
+    return tuple(wnid for wnid, *_ in catalog.synsets())
 
 
 def _named(labels: Sequence[int], known: dict[int, str]) -> Naming:
     synsets = catalog.labels()
     if known and all(synsets.get(name) == label for label, name in known.items()):
         convention = "adopted: ILSVRC2012's labels, the 1,000 WordNet ids sorted, from 0"
-        return Naming(tuple(synset.wnid for synset in catalog.synsets()), "imagenet1k", convention)
+        return Naming(_official_names(), "imagenet1k", convention)
     size = labels[-1] + 1 if labels else 0
     width = len(str(max(0, size - 1)))
     names = tuple(known.get(label, f"{label:0{width}d}") for label in range(size))
     notes = []
     if missing := size - len(labels):
-        notes.append(f"{missing} labels below {size} have no record; their classes are called by their numbers")
+        notes.append(f"{missing} labels below {size} have no record; their classes are named by their numbers")
     if not known:
-        notes.append("no class names in the records: classes are called by their labels (--label-space names them)")
+        notes.append("no class names in the records: classes are named by their labels (--label-space names them)")
     if len(set(names)) != len(names):
-        raise IntegrityError("a class is called by the number of another label", remedy="use --label-space")
+        raise IntegrityError("a class has the number of another label as its name", remedy="use --label-space")
     in_order = list(names) == sorted(names)
     return Naming(names, "found" if in_order else "file", "adopted: the labels as the files have them", tuple(notes))
 
 
 def _from_folders(found: Sequence[NameFound]) -> tuple[dict[int, str], dict[str, int]]:
-    """Return names by label from the folders in ``file_name``, and what is kept of the names (:class:`Naming`).
+    """Return names by label from the folders in ``file_name``, and ``kept`` of :class:`Naming`.
 
-    A class is the outermost folder in which the names of a split differ, so that it may have subfolders. Where that
-    does not go with the labels one to one, it is the innermost. A split with all images in one folder says nothing.
+    The class is the outermost folder in which the names of a split differ, so classes may have subfolders. If those
+    folders do not match the labels one to one, it is the innermost. A split with all images in one folder has no names.
     """
     pairs: set[tuple[int, str]] = set()
     kept: dict[str, int] = {}
     for split in {name.split for name in found}:
         mine = {(name.label, name.folders) for name in found if name.split == split and name.label >= 0}
         labels = len({label for label, _ in mine})
-        # With one label, the last folder that all have in common is its class.
+        # With one label, its class is the last folder that all names have in common.
         common = os.path.commonprefix([folders for _, folders in mine])  # noqa: RUF071 - of tuples, not of characters
         outermost = len(common) - (labels == 1)
         for place in (outermost, -1):
@@ -148,7 +141,7 @@ def _from_folders(found: Sequence[NameFound]) -> tuple[dict[int, str], dict[str,
 
 
 def _from_beginnings(found: Sequence[NameFound]) -> dict[int, str]:
-    """Names by label from base names as ``n01440764_10026.JPEG``."""
+    """Return names by label from base names like ``n01440764_10026.JPEG``."""
     pairs = {(name.label, name.wnid) for name in found if name.label >= 0}
     return _one_to_one(pairs) if all(name for _, name in pairs) else {}
 

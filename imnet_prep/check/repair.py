@@ -1,8 +1,8 @@
-"""Indexes made again from their data files, and what is left of data files that were cut or damaged.
+"""Write damaged indexes again from their data files, and recover data files that are cut off or damaged.
 
-A shard of ours is a function of its rows, and the record list has each row's digest, label and name. So where every
-image is still there, the whole shard comes back bit for bit, whatever else was damaged: header, scalar fields, index.
-Where images are lost, the whole rows go into a new shard under the same name, and the damaged file is put aside.
+The bytes of our own shards depend only on their rows, and the record list has each row's digest, label and name. So if
+every image is still there, the whole shard is restored bit for bit, whatever else is damaged: header, scalar fields or
+index. If images are lost, the whole rows go into a new shard of the same name, and the damaged file is moved aside.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ShardRepair:
-    """What became of a shard.
+    """The result of repairing a shard.
 
     Attributes:
-        file: Relative to the records folder.
+        file: Path relative to the records folder.
         state: ``intact``; ``rebuilt`` (the index); ``restored`` (data file and index, bit for bit); ``damaged`` (bytes
-            inside images changed; the data file stays as it is); ``salvaged`` (the whole rows, in a new data file);
+            inside images changed; the data file is unchanged); ``salvaged`` (the whole rows, in a new data file);
             ``lost`` (nothing could be read).
-        rows: Rows that are there now. expected: Rows that the manifest promises.
-        exact: Data file and index have the manifest's digests.
+        rows: Number of rows now. expected: Number of rows in the manifest.
+        exact: Whether data file and index have the digests in the manifest.
         detail: One line for a person.
     """
 
@@ -55,13 +55,13 @@ class ShardRepair:
 
 @dataclass(frozen=True, slots=True)
 class RepairResult:
-    """What became of a folder."""
+    """The result of repairing a folder."""
 
     shards: tuple[ShardRepair, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether every data file and index is the manifest's now."""
+        """Whether every data file and index now has the digest in the manifest."""
         return all(shard.exact for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
@@ -78,13 +78,13 @@ class RepairResult:
 
 
 def repair_index(records: Path, progress: ProgressCallback) -> RepairResult:
-    """Make lost or damaged indexes again, and data files where all or some of their rows can be written again.
+    """Write lost or damaged indexes again, and data files of which all or some rows can be recovered.
 
-    Every byte of the shards is read. Each shard gets its new files before the next one is looked at.
+    Every byte of the shards is read. The new files of a shard are published before the next shard is read.
 
     Args:
-        records: The folder; its manifest must be whole.
-        progress: Told of shards looked at.
+        records: The folder; its manifest must be intact.
+        progress: Called with the number of shards done.
 
     Raises:
         RecordsError: There is no such folder, it has no manifest, another command is changing it, or it cannot be
@@ -114,7 +114,7 @@ def _repair(
     if why:
         return _lost(info, why)
     if got == info.sha256:
-        exact, detail = _make_index(change, path, info)
+        exact, detail = _rewrite_index(change, path, info)
         return ShardRepair(info.file, REBUILT, info.rows, info.rows, exact, detail)
     first = sum(shard.rows for shard in split.shards[:number])
     lines = [*islice(folder.lines(name), first, first + info.rows)] if list_is_whole(name) else []
@@ -125,14 +125,14 @@ def _repair(
     if shard is not None and not (ours and lines and not missing):
         return _damaged(change, path, info, lines, missing, indexed=indexed)
     if not ours:
-        return _clip(change, path, info)
+        return _salvage(change, path, info)
     if not places:
-        why = f"{split.records['file']} is damaged too: restore it first"
-        return _lost(info, "no image in it is whole" if lines else why)
+        list_damaged = f"{split.records['file']} is damaged too: restore it first"
+        return _lost(info, "no image in it is whole" if lines else list_damaged)
     made = change.stage(path)
     rewrite_shard(path, made, split, lines, places)
     exact = (file_digest(made), file_digest(index_path(made))) == (info.sha256, info.index_sha256)
-    detail = "" if exact else "every row is there, and the file is not the manifest's bit for bit"
+    detail = "" if exact else "every row is there, but the file is not bit for bit the manifest's"
     if missing:
         detail = f"{_rows(missing, lines)} are lost; the damaged files are in {folder.path / DAMAGED_FOLDER}"
     _publish(change, [path, index_path(path)], keep=not exact)
@@ -159,37 +159,37 @@ def _rows(rows: Sequence[int], lines: Sequence[RecordLine]) -> str:
 
 
 def _publish(change: Change, places: Sequence[Path], *, keep: bool = False) -> None:
-    """Put new files in place; ``keep`` the old ones aside, as is done with whatever is no file."""
+    """Publish new files; move the old ones aside if ``keep``, or if one is not a regular file."""
     keep = keep or any(os.path.lexists(place) and not place.is_file() for place in places)
     change.publish(places, aside=change.folder / DAMAGED_FOLDER if keep else None)
 
 
-def _make_index(change: Change, path: Path, info: ShardInfo) -> tuple[bool, str]:
-    """Make the index again; return whether it is the manifest's, and what to say of it."""
+def _rewrite_index(change: Change, path: Path, info: ShardInfo) -> tuple[bool, str]:
+    """Write the index again; return whether it has the digest in the manifest, and a detail if not."""
     made = change.stage(path)
     try:
         write_index_of(path, made)
     except RecordsError as error:
-        return False, f"the index cannot be made again: {error}"
+        return False, f"the index cannot be written again: {error}"
     exact = file_digest(index_path(made)) == info.index_sha256
     _publish(change, [index_path(path)])
-    return exact, "" if exact else "the index is made again, and is not the manifest's bit for bit"
+    return exact, "" if exact else "the index is written again, but is not bit for bit the manifest's"
 
 
 def _damaged(
     change: Change, path: Path, info: ShardInfo, lines: Sequence[RecordLine], missing: Sequence[int], *,
     indexed: bool,
 ) -> ShardRepair:  # fmt: skip
-    """Leave a data file as it is in which bytes changed, and every row still lies in its place."""
+    """Report a data file in which bytes changed but every row is still in its place; write a damaged index again."""
     verify = "`imnet-prep verify --level decode` lists them"
     detail = f"{_rows(missing, lines)} are damaged; {verify}" if lines and missing else f"bytes changed; {verify}"
     if not indexed:
-        detail += "; " + (_make_index(change, path, info)[1] or "the index is made again")
+        detail += "; " + (_rewrite_index(change, path, info)[1] or "the index is written again")
     return ShardRepair(info.file, DAMAGED, info.rows, info.rows, False, detail)
 
 
-def _clip(change: Change, path: Path, info: ShardInfo) -> ShardRepair:
-    """Keep the rows before the damage of a file that others wrote, as its own pages say where they lie."""
+def _salvage(change: Change, path: Path, info: ShardInfo) -> ShardRepair:
+    """Keep the rows before the damage in a file of another writer, as its pages locate them."""
     made = change.stage(path)
     try:
         rows = salvage_rows(path, made)

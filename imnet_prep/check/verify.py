@@ -34,9 +34,8 @@ from imnet_prep.records.check import (
     check_unlisted,
     listed_files,
 )
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.folder import RecordsFolder, map_rows
 from imnet_prep.records.manifest import MANIFEST, MIN_ROW_BYTES, Manifest, SplitInfo
-from imnet_prep.records.scan import map_rows
 from imnet_prep.types import Progress, ProgressCallback
 
 LEVELS = ("quick", "hash", "decode")

@@ -1,4 +1,4 @@
-"""MindRecord files that have no manifest yet: which there are in a folder, and whether they belong together."""
+"""Find the MindRecord files of a folder without a manifest, and check that they belong together."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class _File(NamedTuple):
 
 
 def find_records(folder: Path, split: str) -> tuple[RecordsFolder, list[Path], list[str]]:
-    """Find the data files in a folder and in its ``train``, ``val`` and ``test``.
+    """Find the data files in a folder and in its ``train``, ``val`` and ``test`` folders.
 
     Args:
         folder: The folder.
-        split: Of files for which neither their folder nor a name says it.
+        split: The split of files for which neither the folder nor a name tells it.
 
     Returns:
-        Their records, of a manifest with what is known before they are read; the data files without an index; and notes
-        on what was left out or is missing.
+        A records folder with a draft manifest, which holds what is known before the records are read; the data files
+        without an index; and notes on what was left out or is missing.
 
     Raises:
-        RecordsError: There is none, a part is missing or damaged, or MindSpore would not read them together.
+        RecordsError: There are no data files, a part is missing or damaged, or MindSpore cannot read them together.
     """
     bare: list[Path] = []
     found: list[_File] = []
@@ -55,17 +55,17 @@ def find_records(folder: Path, split: str) -> tuple[RecordsFolder, list[Path], l
                 continue
             _check_name(path, header)
             if not header.pages:
-                notes.append(f"{path.name}: has no row, left out")
+                notes.append(f"{path.name}: has no rows, left out")
                 continue
             if not (indexed := os.path.lexists(index_path(path))):
-                notes.append(f"{path.name}: its index was missing and is made again")
+                notes.append(f"{path.name}: has no index, a new one is written")
                 bare.append(path)
             rows = len(Shard(path) if indexed else index_from_data(path, header))
             info = ShardInfo(path.relative_to(folder).as_posix(), rows, path.stat().st_size, "", 0, "")
             mine = place.name if place != folder else _split_of(path, folder) or split
             found.append(_File(mine, path, header, info))
     if not found:
-        raise RecordsError(f"{folder}: no MindRecord file in it", expected="files written by MindSpore's FileWriter")
+        raise RecordsError(f"{folder}: has no MindRecord files", expected="files written by MindSpore's FileWriter")
     columns = _check_together(found)
     splits = {name: _draft(files) for name in SPLITS if (files := [file for file in found if file.split == name])}
     return RecordsFolder(folder, Manifest((), (), "", "", 0, {}, (), {}, "", splits, columns)), bare, notes
@@ -78,7 +78,7 @@ def _draft(files: Sequence[_File]) -> SplitInfo:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort ``x.mindrecord10`` behind ``x.mindrecord9``."""
+    """Return a key that sorts ``x.mindrecord10`` after ``x.mindrecord9``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
@@ -92,20 +92,20 @@ def _split_of(path: Path, folder: Path) -> str:
 
 def _check_name(path: Path, header: Header) -> None:
     if not _NAME.fullmatch(path.name):
-        expected = "letters, digits, '.', '_' and '-'"
-        raise RecordsError(f"{path}: cannot be in a manifest under this name", expected=expected)
+        what = f"{path}: has a name that a manifest cannot list"
+        raise RecordsError(what, expected="letters, digits, '.', '_' and '-'")
     if path.name not in header.addresses:
         expected = f"the name {next(iter(header.addresses), '')}"
-        raise RecordsError(f"{path}: was renamed; MindSpore does not open it", expected=expected)
+        raise RecordsError(f"{path}: was renamed, and MindSpore cannot open it", expected=expected)
 
 
 def _check_together(found: Sequence[_File]) -> dict[str, str]:
-    """Check that MindSpore reads the files together, and that there is what training needs; return the columns."""
+    """Check that MindSpore can read the files together and that they have images and labels; return the columns."""
     first = found[0]
     columns = first.header.fields
     for split, path, header, _ in found:
         if missing := [name for name in header.addresses if not (path.parent / name).is_file()]:
-            raise RecordsError(f"{path}: belongs to files that are not there", expected=", ".join(missing[:5]))
+            raise RecordsError(f"{path}: belongs to files that are missing", expected=", ".join(missing[:5]))
         if (header.fields, header.blob_fields) != (columns, first.header.blob_fields):
             other = f"{path}: has other columns than {first.path.name}"
             raise RecordsError(other, expected=str(columns), got=str(header.fields))

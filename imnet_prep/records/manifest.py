@@ -1,8 +1,8 @@
-"""The manifest of a records folder: what is in it, down to the digest of each file.
+"""Read and check the manifest of a records folder, which lists its contents down to the digest of each file.
 
-``manifest.json`` is written last, so a folder that has one is whole. It carries no time, no host and no path: the same
-input, seed and options give the same bytes. ``records.jsonl.gz`` beside each split's shards has a line a record.
-Source: the file formats are defined by ``manifests/records.schema.json`` and ``docs/manifest.md``.
+``manifest.json`` is written last, so a folder that has one is complete. It stores no time, host or path: the same
+input, seed and options give the same bytes. ``records.jsonl.gz`` beside each split's shards has one line per record.
+Source: ``manifests/records.schema.json`` and ``docs/manifest.md`` define the file formats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from imnet_prep.types import ShardInfo
 FORMAT = "imnet-prep/records"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MIN_ROW_BYTES = 16  # two lengths: what a row takes at least in a data file
+MIN_ROW_BYTES = 16  # the minimum size of a row in a data file: two lengths
 COLUMNS = {"file_name": "string", "image": "bytes", "label": "int32"}  # ImageNetToMR's, so any MindDataset reads them
 
 
@@ -31,14 +31,14 @@ class SplitInfo:
     """One split of a records folder.
 
     Attributes:
-        found: Images that the source held; ``images`` + the sum of ``rejected``.
-        images: Records stored.
-        rejected: Number by :class:`~imnet_prep.types.Reason`.
-        changes: Number by :class:`~imnet_prep.types.Change`.
-        duplicates: Records whose source bytes an earlier record has too.
-        class_counts: Images by label.
-        header_size: Bytes reserved for each data file's header.
-        page_size: Bytes of a page, the same in every shard.
+        found: Number of images in the source: ``images`` plus the sum of ``rejected``.
+        images: Number of records.
+        rejected: Number of images by :class:`~imnet_prep.types.Reason`.
+        changes: Number of images by :class:`~imnet_prep.types.Change`.
+        duplicates: Number of records with the same source bytes as an earlier record.
+        class_counts: Number of images by label.
+        header_size: Bytes reserved for the header of each data file.
+        page_size: Size of a page in bytes, the same in every shard.
         records: Name, size and digest of ``records.jsonl.gz``.
         shards: The data files, in reading order.
     """
@@ -57,11 +57,11 @@ class SplitInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What ``manifest.json`` says.
+    """The contents of ``manifest.json``.
 
-    ``plan`` is the digest of the plan it was made by (empty for adopted files); ``columns`` are the data files' fields;
-    ``rejected`` is name, size and digest of ``rejected.jsonl`` (empty where there is none); ``digest`` is the SHA-256
-    (hex) of the file's bytes, empty for one not yet written.
+    ``plan`` is the digest of the plan (empty for adopted files); ``columns`` are the fields of the data files;
+    ``rejected`` is name, size and digest of ``rejected.jsonl`` (empty without one); ``digest`` is the SHA-256 (hex) of
+    the bytes of the manifest, empty if it is not yet written.
     """
 
     classes: tuple[str, ...]
@@ -79,7 +79,7 @@ class Manifest:
     digest: str = field(default="", compare=False)
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of ``manifest.json``: sorted keys, two spaces, one final newline."""
+        """Return the bytes of ``manifest.json``: sorted keys, an indent of two spaces, a final newline."""
         document: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -104,7 +104,7 @@ class Manifest:
         """Return a split that has images.
 
         Raises:
-            RecordsError: The folder has no such split, or it is empty; the message lists those that are there.
+            RecordsError: The folder has no such split, or it is empty; the message lists the splits it has.
         """
         found = self.splits.get(name)
         if found is None or not found.images:
@@ -118,7 +118,7 @@ def _canonical(document: dict[str, Any]) -> bytes:
 
 
 def _self_digest(document: dict[str, Any]) -> str:
-    """SHA-256 (hex) of the canonical bytes without the digest itself: an edit by hand shows."""
+    """Return the SHA-256 (hex) of the canonical bytes without the digest itself; it detects edits by hand."""
     rest = {key: value for key, value in document.items() if key != "self_sha256"}
     return hashlib.sha256(_canonical(rest)).hexdigest()
 
@@ -144,14 +144,12 @@ def load_manifest(records: Path) -> Manifest:
         canonical = _canonical(document)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path}: not JSON", got=str(error), remedy=remedy) from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or version != FORMAT_VERSION:
+    said = document if isinstance(document, dict) else {"format": type(document).__name__}
+    if (said.get("format"), said.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise RecordsError(
-            f"{path}: not a manifest this version reads",
+            f"{path}: this version cannot read the manifest",
             expected=f"{FORMAT} version {FORMAT_VERSION}",
-            got=f"{document.get('format')} version {version}"
-            if isinstance(document, dict)
-            else type(document).__name__,
+            got=f"{said.get('format')} version {said.get('format_version')}",
             remedy="use the imnet-prep that wrote it, or convert again",
         )
     _check_schema(path, document)
@@ -169,7 +167,7 @@ def load_manifest(records: Path) -> Manifest:
 
 
 def _contradiction(manifest: Manifest) -> str:
-    """Return what in a manifest contradicts the rest of it, or an empty string: readers rely on these numbers."""
+    """Return the first contradiction among the numbers of a manifest, or an empty string: readers rely on them."""
     files = [shard.file for split in manifest.splits.values() for shard in split.shards]
     for what, items in (("shard", files), ("class", manifest.classes)):
         if len(set(items)) != len(items):
@@ -197,9 +195,8 @@ def _contradiction(manifest: Manifest) -> str:
                 "a shard with more rows than its bytes can hold",
             ),
         )
-        for good, wrong in checks:
-            if not good:
-                return f"split {name}: {wrong}"
+        if wrong := [text for good, text in checks if not good]:
+            return f"split {name}: {wrong[0]}"
     return ""
 
 
@@ -248,5 +245,5 @@ def _split_from(entry: dict[str, Any]) -> SplitInfo:
 
 
 def _known(kind: type, entry: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what a later version added: it may be ignored, or the format version would be another."""
+    """Return the fields of a type. Additions of later versions are ignored; others change the format version."""
     return {field.name: entry[field.name] for field in fields(kind)}

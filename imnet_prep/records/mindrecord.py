@@ -380,7 +380,6 @@ class Shard:
         start = int(self.index.blob_start[row]) + LENGTH.size
         if len(self.header.blob_fields) == 1:
             return start, int(self.index.blob_end[row]) - start
-        blobs = self.blobs(row)
-        for name in self.header.blob_fields[: self.header.blob_fields.index(self.header.image_field)]:
-            start += LENGTH.size + len(blobs[name])
-        return start, len(blobs[self.header.image_field])
+        blobs, image = self.blobs(row), self.header.image_field
+        before = self.header.blob_fields[: self.header.blob_fields.index(image)]
+        return start + sum(LENGTH.size + len(blobs[name]) for name in before), len(blobs[image])

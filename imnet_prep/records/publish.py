@@ -1,8 +1,8 @@
-"""How finished files and folders get their names: all of them, whatever interrupts it, by plain renames.
+"""Publish finished files and folders under their final names: all or none, even when interrupted.
 
-What is new is written and flushed under other names first. Then a journal says what goes where, and the renames follow;
-from the journal on, whoever comes next finishes them. Of each rename the file (or folder) is on the disk before it, and
-the folder of its name after it. No system call is needed that Windows and macOS have not.
+New files are written and flushed under other names first. Then a journal lists the renames, and the renames follow. If
+they are interrupted after the journal is written, the next command finishes them. Before each rename the file or folder
+is flushed, and after it the folder that holds its new name. Plain renames suffice, so this works on every system.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from imnet_prep.records.manifest import FORMAT, MANIFEST
 
 WORK = ".imnet-prep"  # in a records folder while `adopt` or `repair-index` changes it
 WORK_JOURNAL, WORK_LOCK = f"{WORK}.publish", f"{WORK}.lock"
-DAMAGED_FOLDER = ".damaged"  # in a records folder: files that `repair-index` replaced
-BUILD_WORK = ".work"  # in a `.partial` folder while it is made
-AGAIN = "run the command that was interrupted again: it goes on"
+DAMAGED_FOLDER = ".damaged"  # in a records folder: the files that `repair-index` replaced
+BUILD_WORK = ".work"  # in a `.partial` folder during a conversion
+AGAIN = "run the interrupted command again: it resumes"
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A file or folder that gets its name.
+    """A rename of a finished file or folder to its final name.
 
     Attributes:
-        new: What is finished. place: The name it gets.
-        aside: The name that what stood there gets, where there is nothing yet; None lets a file be replaced.
+        new: The finished file or folder. place: Its final name.
+        aside: Where to move what has this name now, unless something is there already; None replaces a file.
     """
 
     new: Path
@@ -41,16 +41,16 @@ class Move:
 
 
 def publish(journal: Path, moves: Sequence[Move], discard: Sequence[Path] = (), *, stage: Path | None = None) -> None:
-    """Carry out moves, in order, all of them or, after an interruption, when :func:`finish` is called.
+    """Carry out moves in order; after an interruption :func:`finish` completes them.
 
     Args:
-        journal: Where to note them; all paths lie in its folder or below it.
-        moves: What gets which name; on the disk already.
-        discard: What is deleted afterwards, where it is there.
+        journal: The file that lists them; all paths lie in its folder or below it.
+        moves: The moves; the files are flushed already.
+        discard: Paths to delete afterwards, if they exist.
         stage: Where the journal is written first, see :func:`~imnet_prep.files.write_atomically`.
 
     Raises:
-        OSError: The disk fails; once the journal is there, :func:`finish` goes on.
+        OSError: The disk fails. Once the journal is written, :func:`finish` completes the moves.
     """
     base = journal.parent
     document = {
@@ -62,17 +62,17 @@ def publish(journal: Path, moves: Sequence[Move], discard: Sequence[Path] = (), 
 
 
 def finish(journal: Path, among: Collection[Path] | None = None) -> bool:
-    """Carry out what an interrupted :func:`publish` left to do.
+    """Complete the moves of an interrupted :func:`publish`.
 
     Args:
-        journal: Where it was noted. It may come from someone else, so nothing outside its folder is touched.
-        among: The only paths that it may name; None for any in the folder.
+        journal: The file that lists them. It may be forged, so nothing outside its folder is touched.
+        among: The only paths that it may name; None allows any path in the folder.
 
     Returns:
-        Whether there was something.
+        Whether there was a journal.
 
     Raises:
-        RecordsError: The journal is not one.
+        RecordsError: The journal is invalid.
         OSError: The disk fails.
     """
     try:
@@ -87,7 +87,7 @@ def finish(journal: Path, among: Collection[Path] | None = None) -> bool:
 def _carry_out(journal: Path, moves: Sequence[Move], discard: Sequence[Path]) -> None:
     for move in moves:
         if not os.path.lexists(move.new):
-            continue  # it has its name already
+            continue  # already moved
         if move.aside is not None and os.path.lexists(move.place) and not os.path.lexists(move.aside):
             move.aside.parent.mkdir(parents=True, exist_ok=True)
             os.rename(move.place, move.aside)
@@ -112,7 +112,7 @@ def _parse(journal: Path, data: bytes, among: Collection[Path] | None) -> tuple[
         if not name or ".." in path.parts or not (among is None or path in among):
             raise ValueError(f"a path that it may not name: {name}")
         if base.resolve() not in (through_links, *through_links.parents):
-            raise ValueError(f"a path out of the folder: {name}")
+            raise ValueError(f"a path outside the folder: {name}")
         return path
 
     try:
@@ -123,14 +123,15 @@ def _parse(journal: Path, data: bytes, among: Collection[Path] | None) -> tuple[
         ]
         return moves, [inside(name) for name in document["discard"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        remedy = "delete it if it is none of yours"
         raise RecordsError(
-            f"{journal}: is not the journal of an interrupted change", got=str(error), remedy=remedy
+            f"{journal}: is not the journal of an interrupted change",
+            got=str(error),
+            remedy="delete it if it is not yours",
         ) from error
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, where it is there.
+    """Delete a file or folder, if it exists.
 
     Raises:
         OSError: It cannot be deleted.
@@ -143,11 +144,11 @@ def remove(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of a records folder that is being made.
+    """A change of a records folder in progress.
 
     Attributes:
-        folder: The records folder. work: A folder in it for what is being written; it goes away with the change.
-        resumed: An earlier change that was interrupted was finished first.
+        folder: The records folder. work: A folder in it for temporary files, deleted at the end of the change.
+        resumed: Whether an earlier, interrupted change was finished first.
     """
 
     folder: Path
@@ -155,20 +156,20 @@ class Change:
     resumed: bool
 
     def stage(self, place: Path) -> Path:
-        """Return where to write what will get the name ``place``; the base name is the same, its folder is there."""
+        """Return where to write the new file for ``place``: a path with the same base name, whose folder exists."""
         path = self.work / "new" / place.relative_to(self.folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def publish(self, places: Sequence[Path], *, aside: Path | None = None) -> None:
-        """Move staged files to their names, in this order.
+        """Move staged files to their final names, in order.
 
         Args:
-            places: The names; each was staged, and is flushed.
-            aside: A folder that gets what stood there, but never over what it has. None lets it be replaced.
+            places: The final names; each file is staged and flushed.
+            aside: A folder to which replaced files are moved, but never over a file there. None replaces them.
 
         Raises:
-            RecordsError: A name cannot be given: nothing is changed, where a journal would wait for ever.
+            RecordsError: A file cannot get its name. Nothing is changed then, as the journal could never be finished.
         """
         moves = [
             Move(self.stage(place), place, None if aside is None else aside / place.relative_to(self.folder))
@@ -191,7 +192,7 @@ class Change:
 
 @contextmanager
 def changing(folder: Path) -> Iterator[Change]:
-    """Change a records folder alone; what was interrupted before is finished, and nothing is left behind.
+    """Lock a records folder for a change, finish an earlier interrupted change, and delete temporary files at the end.
 
     Raises:
         RecordsError: There is no such folder, another process is changing it, or it cannot be written.
@@ -207,44 +208,43 @@ def changing(folder: Path) -> Iterator[Change]:
             try:
                 yield Change(folder, work, resumed)
             finally:
-                if not os.path.lexists(folder / WORK_JOURNAL):  # else what is in it waits for the next run
+                if not os.path.lexists(folder / WORK_JOURNAL):  # otherwise the next run needs what is in it
                     remove(work)
     except BlockingIOError as error:
         raise RecordsError(f"{folder}: another command is changing it", remedy="wait for it, or stop it") from error
     except OSError as error:
-        where = f"{error.filename or folder}: cannot be written or read"
-        remedy = "mend that and run the same command again"
-        raise RecordsError(where, got=error.strerror or str(error), remedy=remedy) from error
+        where, got = f"{error.filename or folder}: cannot be written or read", error.strerror or str(error)
+        raise RecordsError(where, got=got, remedy="fix this and run the same command again") from error
 
 
 def refuse_interrupted(folder: Path) -> None:
-    """Check that no change of a folder was interrupted half-way.
+    """Check that no change of a folder was interrupted.
 
     Raises:
-        RecordsError: One was.
+        RecordsError: A change was interrupted.
     """
     if os.path.lexists(folder / WORK_JOURNAL):
         raise RecordsError(f"{folder}: `adopt` or `repair-index` was interrupted while it changed it", remedy=AGAIN)
 
 
 def refuse_inside_records(*paths: Path | None) -> None:
-    """Check that files or folders to be made lie in no records folder, finished or not; None is passed over.
+    """Check that new files or folders are not in a records folder, finished or not; None is ignored.
 
     Raises:
-        RecordsError: One does.
+        RecordsError: A path is in a records folder.
     """
     for path in filter(None, paths):
         named = Path(os.path.realpath(path.parent), path.name)
-        for folder in (*named.parents, *Path(os.path.realpath(path)).parents):  # a link is replaced, or followed
+        for folder in (*named.parents, *Path(os.path.realpath(path)).parents):  # a link may be replaced or followed
             if is_records_folder(folder):
                 raise RecordsError(
-                    f"{path}: lies in the records folder {folder}, which holds its own files alone",
+                    f"{path}: lies in the records folder {folder}, which may hold only its own files",
                     remedy="choose a place outside it",
                 )
 
 
 def is_records_folder(folder: Path) -> bool:
-    """Tell a records folder from other folders, also one that is in work or whose manifest is damaged."""
+    """Return whether a folder is a records folder, including one in progress or with a damaged manifest."""
     if folder.name.endswith(".partial") and (folder / BUILD_WORK).is_dir():
         return True
     try:

@@ -1,6 +1,6 @@
-"""The lists beside the shards: a line a record (``records.jsonl.gz``), and a line a rejected image.
+"""Read and write the lists beside the shards: ``records.jsonl.gz`` (records) and ``rejected.jsonl`` (rejections).
 
-Source: the formats are described in ``docs/records.md``.
+Source: ``docs/records.md`` describes the formats.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class RecordLine:
         label: The stored label.
         width: Pixels. height: Pixels.
         sha256: Of the stored bytes. source_sha256: Of the bytes as found.
-        changes: What was done or noticed (:class:`~imnet_prep.types.Change`).
-        url: Where it was downloaded from, or empty. status: The HTTP status of that, or None.
+        changes: What was changed or noticed (:class:`~imnet_prep.types.Change`).
+        url: The URL it was downloaded from, or empty. status: The HTTP status of the download, or None.
     """
 
     shard: int
@@ -55,16 +55,16 @@ class RecordLine:
     status: int | None = None
 
     def to_json(self) -> str:
-        """Return the line, without its newline; what is empty is left out."""
+        """Return the line without its newline; empty values are left out."""
         values = {name: value for name in self.__slots__ if (value := getattr(self, name)) not in ("", None, ())}
         return json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> RecordLine:
-        """Read a line; keys of later versions are passed over.
+        """Parse a line; keys of later versions are ignored.
 
         Raises:
-            ValueError: It is no such line.
+            ValueError: The line is invalid.
         """
         try:
             values: dict[str, Any] = json.loads(text)
@@ -73,24 +73,24 @@ class RecordLine:
             numbers = (line.shard, line.row, line.label, line.width, line.height)
             texts = (line.file_name, line.source_sha256, line.url, *line.changes)
             if not all(type(value) is int and -2 < value < 1 << 31 for value in numbers):
-                raise ValueError("a number of another type or out of range")
+                raise ValueError("a number has another type or is out of range")
             if not all(isinstance(value, str) for value in texts) or name_fault(line.file_name):
-                raise ValueError("a text of another type, or no name")
+                raise ValueError("a text has another type, or the name is invalid")
             if not (_DIGEST.fullmatch(line.sha256) and _DIGEST.fullmatch(line.source_sha256)):
-                raise ValueError("a digest that is none")
+                raise ValueError("a digest is invalid")
             if (line.url and name_fault(line.url)) or type(line.status) not in (int, type(None)):
-                raise ValueError("a download that is none")
+                raise ValueError("the download is invalid")
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"no record line: {error}") from error
+            raise ValueError(f"not a record line: {error}") from error
         return line
 
 
 @contextmanager
 def opened_list(path: Path) -> Iterator[io.BufferedIOBase]:
-    """Open a record list for reading its lines as bytes; what is wrong with the file while it is read is one error.
+    """Open a record list to read its lines as bytes.
 
     Raises:
-        RecordsError: It cannot be read, or is damaged.
+        RecordsError: The list cannot be opened, or turns out to be damaged while it is read.
     """
     try:
         with open_plain(path) as raw, gzip.GzipFile(fileobj=raw) as lines:
@@ -103,12 +103,11 @@ def opened_list(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 def read_lines(path: Path) -> Iterator[RecordLine]:
-    """Read a record list, in shard and row order, one line at a time.
+    """Yield the lines of a record list, in shard and row order.
 
     Raises:
-        RecordsError: It cannot be read, or a line is not one.
+        RecordsError: The list cannot be read, or a line is invalid.
     """
-    number = 0
     with opened_list(path) as lines:
         for number, text in enumerate(lines, 1):
             try:
@@ -119,9 +118,9 @@ def read_lines(path: Path) -> Iterator[RecordLine]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write ``records.jsonl.gz`` and bring it to the disk.
+    """Write ``records.jsonl.gz`` and flush it to the disk.
 
-    Its time stamp is 0 and no name is inside, so that equal lines give equal bytes.
+    Its time stamp is 0 and it stores no file name, so equal lines give equal bytes.
 
     Raises:
         OSError: The disk is full or fails.
@@ -138,7 +137,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def rejected_bytes(rejected: Iterable[Rejected]) -> bytes:
-    """Return the bytes of ``rejected.jsonl``: a line an image, sorted by split, name and reason."""
+    """Return the bytes of ``rejected.jsonl``: one line per image, sorted by split, name and reason."""
     lines = [
         json.dumps({k: v for k, v in asdict(item).items() if v or k != "thumbnail"}, sort_keys=True, ensure_ascii=False)
         for item in sorted(rejected, key=lambda item: (item.split, item.file_name, item.reason))
@@ -147,10 +146,10 @@ def rejected_bytes(rejected: Iterable[Rejected]) -> bytes:
 
 
 def read_rejected(path: Path) -> Iterator[Rejected]:
-    """Read ``rejected.jsonl``.
+    """Yield the entries of ``rejected.jsonl``.
 
     Raises:
-        RecordsError: It cannot be read, or a line is damaged.
+        RecordsError: The list cannot be read, or a line is damaged.
     """
     number = 0
     try:

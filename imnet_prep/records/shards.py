@@ -1,8 +1,8 @@
-"""Samples to one MindRecord file and its index, byte for byte reproducible.
+"""Write samples to a MindRecord file and its index, byte for byte reproducibly.
 
-MindSpore's own ``FileWriter`` costs 400 MB and a second for each process, writes other bytes for another chunk size,
-has no fsync and finds a full disk late, so the format (see :mod:`imnet_prep.records.mindrecord`) is written here. The
-data file is, byte for byte, what ``FileWriter`` makes of the same rows in one call (a test holds that).
+The format (see :mod:`imnet_prep.records.mindrecord`) is written here because MindSpore's ``FileWriter`` costs 400 MB
+and a second per process, writes different bytes for each chunk size, does not fsync, and detects a full disk late. The
+data file is, byte for byte, what ``FileWriter`` writes for the same rows in one call; a test checks this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import os
 import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,26 @@ import msgpack
 import numpy as np
 
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
-from imnet_prep.files import file_digest, sqlite_failure
+from imnet_prep.files import PlainFile, file_digest, sqlite_failure
 from imnet_prep.records.manifest import COLUMNS
-from imnet_prep.records.mindrecord import BLOB, LENGTH, RAW, index_from_data, index_path, read_header, read_index
+from imnet_prep.records.mindrecord import (
+    BLOB,
+    LENGTH,
+    MAX_HEADER_BYTES,
+    MAX_PAGE_BYTES,
+    RAW,
+    index_from_data,
+    index_path,
+    read_header,
+    read_index,
+)
 from imnet_prep.types import ShardInfo
 
-SQLITE_VERSION_OFFSET = 96  # where SQLite notes the version that wrote the file last: it must not differ by machine
+SQLITE_VERSION_OFFSET = 96  # where SQLite stores the version that last wrote the file: it must not differ by machine
 SQLITE_VERSION = 3_040_000
-MIN_HEADER_BYTES, MAX_HEADER_BYTES = 1 << 14, 1 << 27  # MindSpore's own limits
-MIN_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 15, 1 << 28
-RAW_BYTES = 80  # a row's scalar fields, about
+MIN_HEADER_BYTES, MIN_PAGE_BYTES = 1 << 14, 1 << 15  # MindSpore's limits
+RAW_BYTES = 80  # approximate size of a row's scalar fields
+READ_BYTES = 1 << 20
 _PLACES = (
     "ROW_ID", "PAGE_ID_RAW", "PAGE_OFFSET_RAW", "PAGE_OFFSET_RAW_END", "ROW_GROUP_ID",
     "PAGE_ID_BLOB", "PAGE_OFFSET_BLOB", "PAGE_OFFSET_BLOB_END",
@@ -40,11 +52,11 @@ _PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes that every shard of a split shares (files read together must agree in them).
+    """Sizes that all shards of a split share; MindSpore requires this of files that are read together.
 
     Attributes:
         header_size: Bytes reserved for the header, 16 KiB to 128 MiB, a power of two.
-        page_size: Bytes of a page, 32 KiB to 256 MiB, a power of two; a row must fit.
+        page_size: Size of a page in bytes, 32 KiB to 256 MiB, a power of two; a row must fit in a page.
     """
 
     header_size: int
@@ -66,8 +78,8 @@ class Layout:
 class LayoutTooSmall(Exception):
     """A row or the header does not fit.
 
-    ``doublings`` is how often the layout must at least be doubled: exact for a row. A header may fit after one, as
-    there are fewer pages then.
+    ``doublings`` is how often the layout must be doubled at least. It is exact for a row; for a header it is 1, as
+    larger pages also need fewer entries in the header.
     """
 
     def __init__(self, name: str, size_bytes: int, limit_bytes: int, doublings: int | None = None) -> None:
@@ -81,16 +93,16 @@ def _power_of_two(value: float, *, nearest: bool = False) -> int:
 
 
 def choose_layout(rows: int, total_bytes: int, largest_bytes: int) -> Layout:
-    """Choose sizes that waste little at any scale.
+    """Choose sizes that waste little space at any scale.
 
-    A blob page loses half a row on average, and the last one half of itself, so the square root of mean row times
-    shard wastes least; the largest image must fit, twice over where that costs little, as converting can make it grow.
-    What does not fit after all makes the split's shards be written again with twice the sizes.
+    A blob page wastes half a row on average, and the last page half of itself, so a page size near the square root of
+    (mean row size times shard size) wastes least. The largest image must fit, twice over where that costs little, as
+    conversion can make it grow. If something still does not fit, the split is written again with doubled sizes.
 
     Args:
-        rows: Rows of the fullest shard.
-        total_bytes: Bytes of its images.
-        largest_bytes: Bytes of the largest image of the split.
+        rows: Number of rows of the fullest shard.
+        total_bytes: Size of its images.
+        largest_bytes: Size of the largest image of the split.
     """
     mean = total_bytes / max(1, rows)
     least = _power_of_two((2 * (mean + LENGTH.size) * total_bytes) ** 0.5, nearest=True)
@@ -104,11 +116,11 @@ def choose_layout(rows: int, total_bytes: int, largest_bytes: int) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was given to the disk, to compare with what it gives back.
+    """What was written, to compare with what is read back.
 
     Attributes:
-        rows: Records.
-        sums: Of the header and of each page, their bytes as little-endian 64-bit words added up modulo 2^64.
+        rows: Number of records.
+        sums: Sums of the header and of each page: their bytes as little-endian 64-bit words, added modulo 2^64.
     """
 
     rows: int
@@ -116,28 +128,27 @@ class Written:
 
 
 class ShardWriter:
-    """Writes one data file row by row, then its header and index.
+    """Write a data file row by row, then its header and index.
 
-    One page is held in memory, and of each row its scalar fields and its place (about 80 bytes in all), as they come
-    after the images.
+    It holds one page in memory, and the scalar fields and place of every row (about 80 bytes), which are written after
+    the images.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
         """Create the data file.
 
         Args:
-            path: The data file; must not exist. Its base name goes into the file, so it must never be renamed.
+            path: The data file; must not exist. The file stores its base name, so it must never be renamed.
             layout: The sizes of the split.
         """
         self.path = path
         self.layout = layout
         self._file = path.open("xb", buffering=0)
-        self._page = bytearray()  # grows to what a page needs, and is then used again
+        self._page = bytearray()  # grows to the size that pages need, and is reused
         self._used = 0
-        self._raw = bytearray()  # scalar fields of all rows, one after the other
-        self._raw_ends = array("Q")  # in _raw
-        self._group_start = 0  # in _raw; a row group is a blob page's rows, and never spans raw pages
-        self._group_ends = array("I")  # in rows
+        self._group = bytearray()  # scalar fields of the rows of the blob page; a row group never spans raw pages
+        self._groups: list[tuple[int, bytes]] = []  # number of rows and scalar fields of the groups before
+        self._raw_sizes = array("I")  # of each row
         self._blob = array("I")  # page, start and end of each row
         self._labels = array("i")
         self._pages: list[dict[str, Any]] = []
@@ -150,7 +161,7 @@ class ShardWriter:
         """Append a row.
 
         Raises:
-            LayoutTooSmall: It does not fit in a page.
+            LayoutTooSmall: The row does not fit in a page.
             OSError: The disk is full or fails.
         """
         packed = msgpack.packb({"file_name": file_name, "label": label})
@@ -158,30 +169,29 @@ class ShardWriter:
         page_size = self.layout.page_size
         if max(blob_bytes, raw_bytes) > page_size:
             raise LayoutTooSmall(file_name, max(blob_bytes, raw_bytes), page_size)
-        if self._used + blob_bytes > page_size or len(self._raw) - self._group_start + raw_bytes > page_size:
+        if self._used + blob_bytes > page_size or len(self._group) + raw_bytes > page_size:
             self._flush()
         start, self._used = self._used, self._used + blob_bytes
         if self._used > len(self._page):
             self._page.extend(bytes(min(page_size, 2 * self._used) - len(self._page)))
         LENGTH.pack_into(self._page, start, len(image))
         self._page[start + LENGTH.size : self._used] = image
-        self._raw += LENGTH.pack(len(packed))
-        self._raw += packed
-        self._raw_ends.append(len(self._raw))
+        self._group += LENGTH.pack(len(packed)) + packed
+        self._raw_sizes.append(raw_bytes)
         self._blob.extend((len(self._pages), start, self._used))
         self._labels.append(label)
 
     def _flush(self) -> None:
-        """Write the blob page in hand."""
+        """Write the current blob page."""
         if not self._used:
             return
         page_id = len(self._pages)
         with memoryview(self._page) as whole, whole[: self._used] as page:
             self._write_page(page_id, page)
-        rows = self._group_ends[-1] if self._group_ends else 0, len(self)
-        self._pages.append(_page(page_id, BLOB, page_id, self._used, rows, [(0, 0)]))
-        self._group_ends.append(len(self))
-        self._group_start = len(self._raw)
+        first_row = self._pages[-1]["end_row_id"] if self._pages else 0
+        self._pages.append(_page(page_id, BLOB, page_id, self._used, (first_row, len(self)), [(0, 0)]))
+        self._groups.append((len(self) - first_row, bytes(self._group)))
+        self._group.clear()
         self._used = 0
 
     def _write_page(self, page_id: int, data: bytearray | memoryview) -> None:
@@ -189,7 +199,7 @@ class ShardWriter:
         self._sums.append(_word_sum(data))
 
     def finish(self) -> Written:
-        """Write what is left, the header and the index; :func:`imnet_prep.files.sync` then brings it to the disk.
+        """Write the remaining rows, the header and the index; :func:`imnet_prep.files.sync` flushes the data file.
 
         Raises:
             LayoutTooSmall: The header does not fit.
@@ -210,12 +220,12 @@ class ShardWriter:
         return Written(len(self), (_word_sum(header), *self._sums))
 
     def close(self) -> None:
-        """Let go of an unfinished file."""
+        """Close an unfinished file."""
         self._file.close()
 
     def _write_raw(self) -> Iterator[tuple[int, int, int]]:
-        """Write the raw pages; gives page, start and end of each row."""
-        places = array("I")
+        """Write the raw pages; return page, start and end of each row."""
+        places, sizes = array("I"), iter(self._raw_sizes)
         page, groups = bytearray(), list[tuple[int, int]]()
         first = len(self._pages)
 
@@ -226,20 +236,16 @@ class ShardWriter:
             kind_id = 0 if page_id == first else page_id
             self._pages.append(_page(page_id, RAW, kind_id, len(page), (0, 0), groups))
 
-        row = at = 0
-        for number, end_row in enumerate(self._group_ends):
-            end = self._raw_ends[end_row - 1]
-            if page and len(page) + end - at > self.layout.page_size:
+        for number, (rows, data) in enumerate(self._groups):
+            if page and len(page) + len(data) > self.layout.page_size:
                 flush()
                 page, groups = bytearray(), []
             groups.append((number, len(page)))
-            shift = len(page) - at
-            while row < end_row:
-                start = self._raw_ends[row - 1] if row else 0
-                places.extend((len(self._pages), start + shift, self._raw_ends[row] + shift))
-                row += 1
-            page += self._raw[at:end]
-            at = end
+            start = len(page)
+            for size in islice(sizes, rows):
+                places.extend((len(self._pages), start, start + size))
+                start += size
+            page += data
         flush()
         return zip(*[iter(places)] * 3, strict=True)
 
@@ -283,41 +289,41 @@ def _write_all(file: io.FileIO, data: bytes | bytearray | memoryview, offset: in
     done = 0
     with memoryview(data) as view:
         while done < len(view):
-            with view[done:] as rest:  # released at once: what is behind it may be about to grow
+            with view[done:] as rest:  # released at once: the buffer behind it may be resized next
                 done += file.write(rest)
 
 
 def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[str] | None = None) -> None:
-    """Write ``<path>.db``, for a file of ours the same bytes on every machine.
+    """Write ``<path>.db``; for our own files the bytes are the same on every machine.
 
     Args:
         path: The data file.
         rows: (row, raw page, raw start, raw end, group, blob page, blob start, blob end, *fields) in row order; starts
-            and ends are bytes within their page.
-        fields: Columns of the indexed fields, as SQL, of a file that others wrote; None for ours.
+            and ends are byte offsets in their page.
+        fields: The columns of the indexed fields, as SQL, for a file of another writer; None for our own.
 
     Raises:
         OSError: The disk is full or fails.
     """
     database = index_path(path)
-    # FileWriter puts before each field the row's number within its schema, and there is one schema.
+    # Before each field FileWriter stores the number of its schema, and there is only one.
     columns = fields if fields is not None else ["label_0 INTEGER"]
     indexed = [part for number, field in enumerate(columns) for part in (f"INC_{number} INT", field)]
     keys = ["ROW_ID", *(f"INC_{number}" for number in range(len(columns)))]
     parts = ", ".join([*(f"{name} INT NOT NULL" for name in _PLACES), *indexed, f"PRIMARY KEY({', '.join(keys)})"])
     marks = ",".join(["?"] * len(_PLACES) + ["0,?"] * len(columns))
-    connection = sqlite3.connect(database, isolation_level=None)
     try:
-        connection.executescript("PRAGMA page_size = 4096; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
-        connection.execute(f"CREATE TABLE INDEXES({parts})")
-        connection.executemany(f"INSERT INTO INDEXES VALUES({marks})", rows)
-        connection.execute("CREATE TABLE SHARD_NAME(NAME TEXT NOT NULL)")
-        connection.execute("INSERT INTO SHARD_NAME VALUES(?)", (path.name,))
-        connection.execute("COMMIT")
+        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+            connection.executescript(
+                "PRAGMA page_size = 4096; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN"
+            )
+            connection.execute(f"CREATE TABLE INDEXES({parts})")
+            connection.executemany(f"INSERT INTO INDEXES VALUES({marks})", rows)
+            connection.execute("CREATE TABLE SHARD_NAME(NAME TEXT NOT NULL)")
+            connection.execute("INSERT INTO SHARD_NAME VALUES(?)", (path.name,))
+            connection.execute("COMMIT")
     except sqlite3.Error as error:
         raise sqlite_failure(error, database) from error
-    finally:
-        connection.close()
     with database.open("r+b", buffering=0) as file:
         if fields is None:
             _write_all(file, SQLITE_VERSION.to_bytes(4, "big"), SQLITE_VERSION_OFFSET)
@@ -326,22 +332,22 @@ def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[st
 
 
 def _word_sum(data: bytes | bytearray | memoryview) -> int:
-    """Add up the bytes as little-endian 64-bit words modulo 2^64; zeros after them change nothing."""
+    """Add the bytes as little-endian 64-bit words modulo 2^64; trailing zeros change nothing."""
     whole = len(data) & ~7
     words = np.frombuffer(data, "<u8", whole // 8).sum(dtype=np.uint64)
     return (int(words) + int.from_bytes(data[whole:], "little")) % (1 << 64)
 
 
 def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
-    """Read a finished shard again, by the reader and not by the writer's memory, and hash it on the way.
+    """Read a finished shard, compare it with what was written, and hash it on the way.
 
     Args:
         path: The data file.
         relative: Its name in the manifest.
-        written: What the writer gave.
+        written: The result of the writer.
 
     Raises:
-        IntegrityError: What is on the disk is not what was written.
+        IntegrityError: The disk does not hold what was written.
     """
     database = index_path(path)
     try:
@@ -349,9 +355,10 @@ def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
         index, walked = read_index(path, header), index_from_data(path, header)
     except RecordsError as error:
         raise _not_as_written(path, str(error)) from error
-    digest, sizes = hashlib.sha256(), (header.header_size, *(header.page_size for _ in header.pages))
-    with path.open("rb", buffering=0) as file:
-        sums = tuple([_hash_region(file, size, digest) for size in sizes])
+    file, digest = PlainFile(path), hashlib.sha256()
+    starts = (0, *(header.offset(page.page_id) for page in header.pages))
+    ends = (*starts[1:], header.offset(len(header.pages)))
+    sums = tuple([_hash_region(file, start, end, digest) for start, end in zip(starts, ends, strict=True)])
     if sums != written.sums:
         wrong = [number for number, (a, b) in enumerate(zip(sums, written.sums, strict=False)) if a != b]
         raise _not_as_written(path, f"other bytes in page {wrong[0] - 1}" if wrong else f"{len(header.pages)} pages")
@@ -360,34 +367,26 @@ def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
     return ShardInfo(
         file=relative,
         rows=written.rows,
-        size_bytes=path.stat().st_size,
+        size_bytes=file.size_bytes,
         sha256=digest.hexdigest(),
         index_size_bytes=database.stat().st_size,
         index_sha256=file_digest(database),
     )
 
 
-def _hash_region(file: io.FileIO, size: int, digest: hashlib._Hash) -> int:
-    """Hash the next ``size`` bytes (fewer at the end of the file) and give their word sum."""
-    total, buffer = 0, memoryview(bytearray(min(size, 1 << 20)))
-    while size > 0 and (got := _fill(file, buffer[: min(size, len(buffer))])):
-        digest.update(buffer[:got])
-        total += _word_sum(buffer[:got])
-        size -= got
+def _hash_region(file: PlainFile, start: int, end: int, digest: hashlib._Hash) -> int:
+    """Hash the bytes from ``start`` to ``end``, or to the end of the file, and return their word sum."""
+    total = 0
+    for offset in range(start, end, READ_BYTES):
+        data = file.read(min(READ_BYTES, end - offset), offset)
+        digest.update(data)
+        total += _word_sum(data)
     return total % (1 << 64)
-
-
-def _fill(file: io.FileIO, buffer: memoryview) -> int:
-    """Read until the buffer is full or the file ends: a short read would shift the words."""
-    filled = 0
-    while filled < len(buffer) and (got := file.readinto(buffer[filled:])):
-        filled += got
-    return filled
 
 
 def _not_as_written(path: Path, got: str) -> IntegrityError:
     return IntegrityError(
-        f"{path.name}: reading back does not give what was written",
+        f"{path.name}: what is read back is not what was written",
         got=got,
         remedy="check the disk and memory of this machine, then run the same command again",
     )

@@ -9,7 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +135,9 @@ def _read_list(
     with opened_list(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             lines = _parse_lines(path, chunk + file.readline(CHUNK_BYTES), count)
-            name, height, label, row, sha256, shard, width = zip(*lines, strict=True)
-            text = b" ".join([*shard, *row, *label, *width, *height])
+            flat = list(chain.from_iterable(lines))  # faster than zip(*lines)
+            name, height, label, row, sha256, shard, width = (flat[group::7] for group in range(7))
+            text = b" ".join(shard + row + label + width + height)
             listed = np.fromstring(text, dtype=np.int32, sep=" ").reshape(5, -1)
             part = slice(count, count := count + len(name))
             wanted = expected[:, part]

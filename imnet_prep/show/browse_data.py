@@ -15,8 +15,7 @@ from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.formats import sniff
 from imnet_prep.loader.options import Options
 from imnet_prep.loader.render import choose_decoder, render
-from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.scan import Row
+from imnet_prep.records.folder import RecordsFolder, Row
 from imnet_prep.show.pictures import thumbnail
 
 THUMB_SIDE, VIEW_SIDE = 192, 160

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from imnet_prep.check.duplicates import Pair, exact_pairs, picture_pairs
 from imnet_prep.images.decode import decode_quietly
 from imnet_prep.images.perceptual_hash import signature
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.folder import RecordsFolder, Row, map_rows
 from imnet_prep.records.record_list import RecordLine
-from imnet_prep.records.scan import Row, map_rows
 from imnet_prep.types import ProgressCallback
 
 MAX_COLOURS = 10_000  # images whose colours are measured; more would change the third digit at most

@@ -11,7 +11,7 @@ import cv2
 from imnet_prep.errors import RecordsError
 from imnet_prep.images.decode import decode_quietly
 from imnet_prep.images.encode import shrink
-from imnet_prep.records.scan import Row
+from imnet_prep.records.folder import Row
 
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 70, cv2.IMWRITE_JPEG_OPTIMIZE, 1)
 

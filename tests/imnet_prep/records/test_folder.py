@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.folder import CHUNK_ROWS, RecordsFolder, Row, map_rows
 from imnet_prep.records.mindrecord import index_path
-from imnet_prep.records.scan import CHUNK_ROWS, Row, map_rows
 from imnet_prep.types import Progress
 from tests.imnet_prep.obstacles import make_fifo
 from tests.records import copy, make_records, quiet

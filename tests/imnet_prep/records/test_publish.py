@@ -115,7 +115,7 @@ def test_a_journal_of_someone_else_moves_nothing_through_links(
     (folder / "link").symlink_to(outside)
     for document in ({"moves": [["a.new", "link/keys", None]], "discard": []}, {"moves": [], "discard": ["link/keys"]}):
         (folder / "journal").write_text(json.dumps(document))
-        with pytest.raises(RecordsError, match="a path out of the folder"):
+        with pytest.raises(RecordsError, match="a path outside the folder"):
             finish(folder / "journal")
     assert (outside / "keys").read_text() == "mine"
 
