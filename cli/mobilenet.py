@@ -61,6 +61,7 @@ def train(
     """
     from mbv2.official import BASE_RECIPE, OfficialConfig, read_official
     from mbv2.recipe import parse_assignments, resolve_recipe
+    from mbv2.runtime import runtime
     from mbv2.train import RunOptions, pretrained_fields, stored_run
     from mbv2.train import train as run
 
@@ -88,7 +89,8 @@ def train(
         result = run(options, stop=stop, progress=progress)
     if result.already_done and not as_json:
         click.echo("already done", err=True)
-    show(result.to_json(), as_json, result.rows())
+    if runtime().rank == 0:
+        show(result.to_json(), as_json, result.rows())
 
 
 @main.command("eval")

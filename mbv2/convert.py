@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from imnet_prep import catalog
-from imnet_prep.errors import CheckpointError
+from imnet_prep.errors import CheckpointError, TrainError
 from mbv2.checkpoint import Meta, Tensors, check_complete, load_parameters, read_tensors, save_checkpoint
 from mbv2.outputs import check_outputs
+from mbv2.recipe import IMAGE_SIZES
 
 SOURCES = ("timm", "torchvision", "mindcv", "mindspore-models")
 _TORCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
@@ -46,6 +47,11 @@ class ConvertOptions:
     bn_eps: float | None = None
     image_size: int = 224
     eval_crop: float = 0.875
+
+    def __post_init__(self) -> None:
+        low, high = IMAGE_SIZES
+        if not low <= self.image_size <= high:
+            raise TrainError("--image-size is out of range", expected=f"{low} to {high}", got=f"{self.image_size}")
 
 
 @dataclass(frozen=True, slots=True)

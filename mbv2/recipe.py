@@ -26,6 +26,7 @@ OPTIMIZERS = ("sgd", "nesterov", "adamw", "rmsprop")
 SCHEDULES = ("cosine", "step", "linear", "constant")
 FREEZES = ("none", "bn", "backbone")
 PADDINGS = ("symmetric", "same")
+IMAGE_SIZES = (32, 288)  # lowest and highest side of the input, in pixels
 MODEL_FIELDS = ("width", "padding", "bn_eps", "bn_momentum")  # those that fix the network's function
 _CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "freeze": FREEZES, "padding": PADDINGS}
 
@@ -158,7 +159,7 @@ _ANY = math.inf
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "epochs": (1, 100_000, True),
     "batch_size": (1, 65_536, True),
-    "image_size": (32, 288, True),
+    "image_size": (*IMAGE_SIZES, True),
     "width": (0.35, 1.4, True),
     "bn_eps": (1e-12, 1, True),
     "bn_momentum": (0, 1, False),

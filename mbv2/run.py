@@ -51,8 +51,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise TrainError("seed", expected="0 or more", got=f"{self.seed}")
-        if self.save_every < 0 or self.log_every < 1:
-            raise TrainError("save_every and log_every", expected="0 or more and 1 or more", got=f"{self}")
+        for name, least in (("save_every", 0), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise TrainError(name, expected=f"{least} or more", got=f"{getattr(self, name)}")
         if self.recipe.freeze == "backbone" and self.pretrained is None and not self.resume:
             raise TrainError(
                 "freeze=backbone trains the head of a pretrained network", remedy="give one with --pretrained"
@@ -67,7 +68,7 @@ class RunResult:
         top1: Of the best checkpoint, or None where the records have no validation split.
         top5: Of the same checkpoint.
         epochs: Finished epochs.
-        images_per_s: Training images a second over the whole process, compilation and evaluation left out.
+        images_per_s: Training images a second over all ranks, compilation and evaluation left out.
         data_wait_frac: Share of that time spent waiting for data.
         checkpoint: ``best.ckpt``.
         already_done: The folder held this very run, finished.

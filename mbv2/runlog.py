@@ -57,9 +57,9 @@ class StepRow:
         step: Finished steps of the run.
         loss: Of this step.
         lr: Learning rate of this step.
-        grad_norm: Global norm of the gradient where it is clipped, else 0.
+        grad_norm: Global norm of the gradient, or None where it is not clipped and so not computed.
         step_ms: Mean time of a step, waiting for data included.
-        images_per_s: Images a second.
+        images_per_s: Images a second, over all ranks.
         data_wait_frac: Share of that time spent waiting for data.
         verdict: :func:`verdict` of it.
     """
@@ -68,7 +68,7 @@ class StepRow:
     step: int
     loss: float
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     step_ms: float
     images_per_s: float
     data_wait_frac: float

@@ -303,7 +303,7 @@ class _Run:
             result, norm = self._step(batch, lr)
             finished = time.perf_counter()
             position.step, position.epoch_step = position.step + 1, position.epoch_step + 1
-            self._count(len(batch), waited - started, finished - waited)
+            self._count(len(batch) * self.ranks, waited - started, finished - waited)
             self.pending.append((position.step, lr, result, norm))
             if position.step % self.options.log_every == 0:
                 self._log_step()
@@ -393,7 +393,8 @@ class _Run:
         epoch = (position.step - 1) // self.steps_per_epoch
         step_ms = 1000 * (pace.wait_s + pace.busy_s) / max(1, pace.steps)
         wait = pace.data_wait_frac
-        row = StepRow(epoch, position.step, loss, lr, norm, step_ms, pace.images_per_s, wait, verdict(wait))
+        clipped = norm if self.recipe.clip_norm else None
+        row = StepRow(epoch, position.step, loss, lr, clipped, step_ms, pace.images_per_s, wait, verdict(wait))
         if self.log is not None:
             self.log.add_step(row)
         self.row_pace = Pace()
@@ -401,7 +402,7 @@ class _Run:
     def _report(self, lr: float) -> None:
         if self.progress is None:
             return
-        position, size = self.position, self.recipe.batch_size
+        position, size = self.position, self.recipe.batch_size * self.ranks
         seen = position.epoch_step - len(self.pending)
         loss = f"loss {position.loss_sum / seen:.3f}, " if seen else ""
         epoch = f"epoch {position.epoch + 1}/{self.recipe.epochs}, "

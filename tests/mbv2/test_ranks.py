@@ -154,7 +154,7 @@ def main() -> None:
 
     def progress(state: Progress) -> None:
         spared = name == "SIGINT" and runtime().rank == 0
-        if state.done == step * GLOBAL_BATCH // 2 and not spared:
+        if state.done == step * GLOBAL_BATCH and not spared:
             os.kill(os.getpid(), signal.Signals[name])
 
     with stop_requested() as stop:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep.errors import RecipeError
+from imnet_prep.errors import RecipeError, TrainError
+from mbv2.convert import ConvertOptions
 from mbv2.pretrained import network_config
 from mbv2.recipe import Recipe, load_recipe, override, parse_assignments, recipe_names, resolve_recipe
+from mbv2.run import RunOptions
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -103,3 +105,14 @@ def test_every_field_is_documented() -> None:
     assert Recipe.__doc__ is not None
     for field in dataclasses.fields(Recipe):
         assert f"        {field.name}: " in Recipe.__doc__
+
+
+@pytest.mark.parametrize("field", ["save_every", "log_every"])
+def test_an_option_of_a_run_that_is_out_of_range_is_named_alone(field: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=rf"^{field}; expected \d or more; got -1$"):
+        dataclasses.replace(RunOptions(tmp_path, tmp_path, Recipe()), **{field: -1})
+
+
+def test_weights_are_converted_for_sizes_that_the_network_takes() -> None:
+    with pytest.raises(TrainError, match="expected 32 to 288; got 5"):
+        ConvertOptions(image_size=5)
