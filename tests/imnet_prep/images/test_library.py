@@ -34,10 +34,9 @@ def test_without_libjpegs_headers_the_library_still_scans(tmp_path: Path, monkey
     assert clean_end(data) == len(data)
     assert decode_whole(data, grey=False, reduce=1, size=(48, 40)) is None
     assert decode_shrunk(data, components=3, reduce=1, size=(48, 40), small=(24, 20)) == (None, 0)
-    assert decoder_status() == (
-        False,
-        "the C++ decoder is not built: install libjpeg-turbo's headers, then this package",
-    )
+    built, why = decoder_status()
+    assert not built
+    assert "libjpeg-turbo's headers" in why
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -79,5 +78,5 @@ def test_the_first_warning_of_libjpeg_is_reported() -> None:
 def test_what_may_differ_between_versions_of_libjpeg_is_left_to_opencv() -> None:
     flags = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411]
     rare = cv2.imencode(".jpg", picture(1, 1), flags)[1].tobytes()
-    for data in (rare, odd_images()["cmyk"].data, jpeg()[:-40], b"no image"):
+    for data in (rare, odd_images()["cmyk"].data, jpeg()[:-40]):
         assert decode_whole(data, grey=False, reduce=1, size=(48, 40)) is None
