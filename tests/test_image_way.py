@@ -59,7 +59,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         convert(sorted(folder.glob("ILSVRC*")), folder / "records", None, *options, lambda _: None, lambda: False)
     batches = open_batches(folder / "records", "train", TrainOptions(batch_size=4, image_size=32))
     with passed(ways["batch"]):
-        assert sum(len(batch) for batch in batches) > 4
+        assert sum(batch.label.size for batch in batches) > 4
     return ways
 
 
