@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,8 +110,9 @@ def test_every_field_is_documented() -> None:
 
 @pytest.mark.parametrize("field", ["save_every", "log_every"])
 def test_an_option_of_a_run_that_is_out_of_range_is_named_alone(field: str, tmp_path: Path) -> None:
+    wrong: dict[str, Any] = {field: -1}
     with pytest.raises(TrainError, match=rf"^{field}; expected \d or more; got -1$"):
-        dataclasses.replace(RunOptions(tmp_path, tmp_path, Recipe()), **{field: -1})
+        RunOptions(tmp_path, tmp_path, Recipe(), **wrong)
 
 
 def test_weights_are_converted_for_sizes_that_the_network_takes() -> None:
