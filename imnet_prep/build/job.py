@@ -207,11 +207,11 @@ def _run_tasks(
     for result in results.values():
         budget.spend(result.rejected)
     kept_images = sum(result.images + len(result.rejected) for result in results.values())
-    kept_rejected, more = len(budget.rejected), Counter[str]()
+    kept_rejected, total, more = len(budget.rejected), plan.images, Counter[str]()
 
     def report(images: int, size: int, rejected: int) -> None:
-        done, counts = min(plan.images, kept_images + images), (("rejected", kept_rejected + rejected),)
-        progress(Progress(done, plan.images, "images", size, counts))
+        done, counts = min(total, kept_images + images), (("rejected", kept_rejected + rejected),)
+        progress(Progress(done, total, "images", size, counts))
 
     todo = [task for task in tasks if task.name not in results]
     work = executors.run(todo, options.workers, options.scheduler, report, lambda: stop() or bool(more))
