@@ -1,7 +1,7 @@
-"""The journal: one SQLite row a URL, so that resume is by record and every URL is accounted for.
+"""The journal: one SQLite row per URL, so that every URL is accounted for and a run can be resumed anywhere.
 
-A file of the folder may stand under its final name only if the journal already says ``ok`` with its digest: results are
-committed first (WAL, synchronous FULL), renamed after. See docs/journal.md for the columns and the crash cases.
+A file gets its final name only after the journal says ``ok`` with its digest: results are committed first (WAL,
+synchronous FULL), and files renamed afterwards. See docs/journal.md for the columns and the crash cases.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,20 +85,20 @@ class Finished:
 
 
 class Outcome(NamedTuple):
-    """How a URL ended, good (``reason`` None) or bad; crosses from worker to journal.
+    """How a URL ended, as the worker reports it to the journal. Its fields are the keys of a spool's JSON lines.
 
     Attributes:
         row: The URL's row.
-        reason: None for an image.
-        transient: Whether another day may help (only with a reason).
+        reason: Why it failed, or None for an image.
+        transient: Whether a later run may succeed (only with a reason).
         attempts: Attempts made, this one included.
         status: Last HTTP status, or None.
         final_url: URL of the last answer.
-        detail: One line for a person.
+        detail: One line for the user.
         ext, size_bytes, sha256 (hex), width, height, flat: The image as it came.
-        answered: Whether there was an HTTP answer (the circuit breaker's question).
-        stored_bytes, stored_sha256: The file, where it was re-encoded; else None.
-        temp: File name in the incoming folder that waits for its rename.
+        answered: Whether there was an HTTP answer (for the circuit breaker).
+        stored_bytes, stored_sha256: The file, if it was re-encoded; else None.
+        temp: Name of the image's file in the incoming folder.
         time_s: Unix time of the end.
     """
 
@@ -124,7 +124,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Where all URLs stand: ``requested == ok + sum(failed.values()) + pending``, by construction and by test."""
+    """Counts of all URLs. ``requested == ok + sum(failed.values()) + pending`` always holds."""
 
     requested: int
     ok: int
@@ -139,7 +139,7 @@ def read_finished(folder: Path) -> Iterator[Finished]:
     """Yield every image of a download folder, in list order, from its journal alone (the files are not opened).
 
     Raises:
-        DownloadError: no journal, or not ours.
+        DownloadError: The folder has no journal, or one that cannot be used.
     """
     path = folder / JOURNAL_NAME
     with closing(_open_to_read(path)) as connection:
@@ -179,7 +179,7 @@ def _damaged(path: Path, error: Exception) -> DownloadError:
 
 
 class Journal:
-    """The journal open for writing; one process at a time (the run holds the folder's lock)."""
+    """The journal, open for writing by one process (which holds the folder's lock)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -200,10 +200,8 @@ class Journal:
         self.db.close()
 
     def build_indexes(self) -> None:
-        """Build what is missing, by one external sort."""
+        """Build the indexes that are missing, by one external sort each."""
         self.db.executescript(_INDEXES)
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     def hosts_with_pending(self) -> list[tuple[int, int]]:
         """Return (host key, pending URLs), largest first: the longest queues start earliest."""
@@ -228,7 +226,7 @@ class Journal:
         return found
 
     def totals(self) -> Totals:
-        """Return the standing of all URLs, from counters kept in the same transactions as the rows."""
+        """Count all URLs by how they stand, from counters kept in the same transactions as the rows."""
         counts: Counter[str] = Counter(dict(self.db.execute("SELECT key, n FROM counts")))
         failed = {
             key.removeprefix("failed:"): n for key, n in sorted(counts.items()) if key.startswith("failed:") and n
@@ -239,43 +237,30 @@ class Journal:
         pending = counts["requested"] - counts["ok"] - sum(failed.values())
         return Totals(counts["requested"], counts["ok"], failed, pending, malformed, repeated, counts["bytes"])
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit all that is written inside, or nothing."""
+        """Commit everything that is written inside, or nothing."""
         with self.db:
             self.db.execute("BEGIN IMMEDIATE")
             yield
 
-    def commit(self, outcomes: Iterable[Outcome], attempts: Iterable[tuple[int, int]] = ()) -> list[tuple[str, str]]:
-        """Make outcomes durable in one transaction.
-
-        Args:
-            outcomes: Ends of URLs.
-            attempts: (row, attempts made) of URLs that will be tried again.
+    def finish(self, outcome: Outcome) -> str | None:
+        """Write the end of a URL, within a transaction.
 
         Returns:
-            (temporary file name, final relative path) of each image, to be renamed now. A row that has already ended
-            (it was found again after a crash) is left as it is.
+            The final relative path of an image, or None: for a failure, and for a row that has already ended (it was
+            found again after a crash), which is left as it is.
         """
-        moves: list[tuple[str, str]] = []
-        added: Counter[str] = Counter()
-        with self.transaction():
-            for outcome in outcomes:
-                digests = {
-                    "sha256": bytes.fromhex(outcome.sha256),
-                    "stored_sha256": bytes.fromhex(outcome.stored_sha256 or ""),
-                }
-                found = self.db.execute(_FINISH, outcome._asdict() | digests).fetchone()
-                if found and outcome.reason:
-                    added[f"failed:{outcome.reason}"] += 1
-                elif found:
-                    moves.append((outcome.temp, found[0]))
-                    added.update(ok=1, bytes=outcome.size_bytes)
-            self.db.executemany("UPDATE urls SET attempts = ?2 WHERE row = ?1 AND state = 0", attempts)
-            self.count(added)
-        return moves
+        digests = {
+            "sha256": bytes.fromhex(outcome.sha256),
+            "stored_sha256": bytes.fromhex(outcome.stored_sha256 or ""),
+        }
+        found = self.db.execute(_FINISH, outcome._asdict() | digests).fetchone()
+        if found is None:
+            return None
+        failed = {f"failed:{outcome.reason}": 1}
+        self.count(failed if outcome.reason else {"ok": 1, "bytes": outcome.size_bytes})
+        return str(found[0]) if outcome.reason is None else None
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Add to the counters, within a transaction that changes the rows."""
@@ -284,7 +269,7 @@ class Journal:
         )
 
     def fail_host(self, host: int, reason: FailReason, detail: str) -> int:
-        """Fail all that is pending at a dead host, transiently, and return the number of URLs."""
+        """Fail the pending URLs of a dead host, transiently, and return their number."""
         with self.transaction():
             changed = self.db.execute(
                 "UPDATE urls SET state = 2, reason = ?, transient = 1, detail = ?, time = ?"

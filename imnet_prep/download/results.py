@@ -1,4 +1,4 @@
-"""The results of a run: counted, buffered, and committed to the journal a few hundred at a time."""
+"""The results of a run: counted, written to the journal, and committed a few times a second."""
 
 from __future__ import annotations
 
@@ -13,39 +13,46 @@ from imnet_prep.download.options import FailReason
 from imnet_prep.files import sync
 
 log = logging.getLogger(__name__)
-_COMMIT_EVERY_S, _COMMIT_ROWS = 0.25, 256
+_COMMIT_EVERY_S = 0.25
 
 
 class Results:
-    """Buffer results between the workers and the journal.
+    """Write results to the journal, and commit them a few times a second.
 
     Attributes:
         journal: Where results go.
-        ended: Results by row that the journal does not have yet.
         counts: Ended URLs of this run, by reason of failure or "ok".
         size_bytes: Bytes of this run's images.
-        old_spools: Spools of which every result has been added.
+        leftovers: Files of the incoming folder that are needless after the next commit.
     """
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self.ended: dict[int, Outcome] = {}
         self.counts = Counter[str]()
         self.size_bytes = 0
-        self.old_spools: list[str] = []
-        self._attempts: dict[int, int] = {}
-        self._committed_at = 0.0
+        self.leftovers: list[str] = []
+        self._moves: list[tuple[str, str]] = []
+        self._due_at = 0.0
 
     def add(self, outcome: Outcome) -> None:
         """Take the end of a URL."""
-        self.ended[outcome.row] = outcome
-        self._attempts.pop(outcome.row, None)
         self.counts[outcome.reason or "ok"] += 1
         self.size_bytes += outcome.size_bytes
+        self._begin()
+        if place := self.journal.finish(outcome):
+            self._moves.append((outcome.temp, place))
+        elif outcome.temp:  # its row had ended meanwhile
+            self.leftovers.append(outcome.temp)
 
     def tried(self, task: Task) -> None:
         """Take the number of attempts of a URL that will be tried again."""
-        self._attempts[task.row] = task.attempts
+        self._begin()
+        self.journal.db.execute("UPDATE urls SET attempts = ?2 WHERE row = ?1 AND state = 0", (task.row, task.attempts))
+
+    def _begin(self) -> None:
+        if not self.journal.db.in_transaction:
+            self.journal.db.execute("BEGIN IMMEDIATE")
+            self._due_at = time.monotonic() + _COMMIT_EVERY_S
 
     def give_up(self, host: int, reason: FailReason, detail: str) -> None:
         """Fail every pending URL of a host without asking for it."""
@@ -55,23 +62,16 @@ class Results:
 
     def due_s(self) -> float:
         """Return the seconds until the next commit is due, at most one."""
-        if not self.ended and not self._attempts:
-            return 1.0
-        left = self._committed_at + _COMMIT_EVERY_S - time.monotonic()
-        return max(0.0, left) if len(self.ended) < _COMMIT_ROWS else 0.0
+        return max(0.0, self._due_at - time.monotonic()) if self.journal.db.in_transaction else 1.0
 
     def commit(self) -> None:
         """Commit the results to the journal, then give the images their names."""
         incoming = self.journal.folder / INCOMING
-        temps = {outcome.temp for outcome in self.ended.values() if outcome.temp}
-        if temps:
+        if self._moves:
             sync(incoming)  # the files' names
-        moves = self.journal.commit(self.ended.values(), self._attempts.items())
-        land(self.journal, moves)
-        unmoved = temps.difference(temp for temp, _ in moves)  # their rows had ended meanwhile
-        for name in (*unmoved, *self.old_spools):
+        self.journal.db.commit()
+        land(self.journal, self._moves)
+        for name in self.leftovers:
             (incoming / name).unlink(missing_ok=True)
-        self.ended.clear()
-        self._attempts.clear()
-        self.old_spools.clear()
-        self._committed_at = time.monotonic()
+        self._moves.clear()
+        self.leftovers.clear()

@@ -16,14 +16,13 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from imnet_prep.download.fetch import Failure
-from imnet_prep.download.folder import INCOMING, bury, opened, read_spool, recover
+from imnet_prep.download.folder import INCOMING, bury, opened, read_spool, recover, retract_repeats
 from imnet_prep.download.ingest import take_in
 from imnet_prep.download.journal import Journal, Totals
 from imnet_prep.download.listing import write_listings
 from imnet_prep.download.messages import Died, LaneDone, Ready, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.download.pool import Pool
-from imnet_prep.download.repeats import retract_repeats
 from imnet_prep.download.results import Results
 from imnet_prep.download.scheduler import Scheduler
 from imnet_prep.download.urllist import is_class_name, read_wnids
@@ -186,7 +185,7 @@ class _Run:
         match message:
             case LaneDone():
                 self.scheduler.lane_done(message, now)
-                self.results.old_spools.append(message.spool)
+                self.results.leftovers.append(message.spool)
                 self.broken = self.broken or message.broken
             case Ready(worker):
                 self.scheduler.ready(worker, self.pool.threads)
@@ -209,7 +208,7 @@ class _Run:
             return outcome is None
 
         self.scheduler.died(died.worker, goes_on, now)
-        self.results.old_spools += died.spools
+        self.results.leftovers += died.spools
 
     def _report(self, now: float) -> None:
         if self.progress and now - self.reported_at >= _PROGRESS_EVERY_S:

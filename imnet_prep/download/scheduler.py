@@ -222,7 +222,7 @@ class Scheduler:
             host.more = len(rows) == _REFILL
             for row, url, attempts in rows:
                 host.cursor = row
-                if row not in self._rows and row not in self._results.ended:
+                if row not in self._rows:
                     self._rows.add(row)
                     host.queue.append(Task(row, url, attempts))
         if host.queue:
