@@ -1,4 +1,8 @@
-// Separable resampling of 4-byte pixels with Pillow's antialiased filters, in 16-bit fixed point.
+// Separable resampling of 4-byte pixels with Pillow's antialiased filters, in 16-bit fixed point, for the loader.
+//
+// shrink.h does it to the bit as Pillow, in 32 bits, for storage. The two stay apart: to 224 x 224, shrink.h takes 0.8
+// times as long from 230 to 375 pixels, but 1.13 times from 500 x 375 and 1.22 times from 1000 x 750 (medians of 61
+// alternating runs, AVX2); it has one filter; and the pixels that training has seen would change.
 #ifndef IMNET_PREP_NATIVE_RESAMPLE_H_
 #define IMNET_PREP_NATIVE_RESAMPLE_H_
 

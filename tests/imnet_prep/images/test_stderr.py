@@ -93,3 +93,11 @@ def test_with_the_library_stderr_is_left_alone(name: str, monkeypatch: pytest.Mo
             RawImage(ImageRef("train", "c", "c/x", "x", 0, len(data)), data), ValidateOptions(short_side=short_side)
         )
     assert used == []
+
+
+def test_a_system_without_linuxs_calls_captures_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memfd_create", "pread", "register_at_fork", "fork"):
+        monkeypatch.delattr(os, name, raising=False)
+    with captured_stderr() as messages:
+        os.write(2, DAMAGE)
+    assert messages == [DAMAGE.decode().strip()]
