@@ -102,7 +102,7 @@ class RunLog:
 
     def add_step(self, row: StepRow) -> None:
         """Append a row to ``log.jsonl``."""
-        with self.log.open("a", encoding="utf-8") as handle:
+        with self.log.open("a", encoding="utf-8", newline="\n") as handle:
             handle.write(json.dumps(asdict(row)) + "\n")
         names = ("loss", "lr", "grad_norm", "step_ms", "images_per_s", "data_wait_frac")
         self._add_events("train", {name: getattr(row, name) for name in names}, row.step)
@@ -177,5 +177,5 @@ def _csv_text(rows: list[EpochRow]) -> str:
 
 def _rewrite(path: Path, text: Callable[[], str]) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text(), encoding="utf-8")
+    partial.write_text(text(), encoding="utf-8", newline="\n")
     os.replace(partial, path)

@@ -54,7 +54,7 @@ def _failure(item: dict[str, Any], hosts: Counter[str]) -> dict[str, Any]:
 
 def _write(path: Path, items: Iterable[dict[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
         for item in items:
             file.write(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n")
         file.flush()
