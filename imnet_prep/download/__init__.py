@@ -1,9 +1,10 @@
-"""URL lists to verified images on disk, every URL accounted for.
+"""Download the images of URL lists, and account for every URL.
 
-``urllist`` and ``urls`` read the lists, ``ingest`` brings them into the ``journal``, ``hosts`` decides who is fetched
-next, ``worker`` processes ``fetch`` through the safe transport of ``net`` and ``addresses`` and judge the ``content``,
-``run`` ties them together and ``folder`` mends what a crash left. Names are loaded when used: ``--help`` and readers of
-a journal need no HTTP client.
+``run`` is the whole of a download. ``ingest`` reads the lists (``urllist``, ``urls``) into the ``journal``. The
+``scheduler`` decides which URL is fetched next, and ``hosts`` how a host is treated. The ``pool`` runs ``worker``
+processes, which ``fetch`` through the safe transport of ``net`` and ``addresses``, and judge the ``content``.
+``results`` commits what they report, and ``folder`` repairs what a crash left. Names are loaded when used: ``--help``
+and readers of a journal need no HTTP client.
 """
 
 from __future__ import annotations

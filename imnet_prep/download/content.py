@@ -33,7 +33,7 @@ class Image:
         sample: What the check found; its ``sha256`` is that of ``data`` where that was re-encoded.
         ext: Extension of the stored bytes' real format.
         data: What to store: the bytes as they came, or re-encoded ones.
-        flat: A picture with one dominant colour, such as a sign.
+        flat: Whether one colour dominates, as in a sign.
     """
 
     sample: Sample

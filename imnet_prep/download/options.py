@@ -69,12 +69,12 @@ class PoliteOptions:
     """How hosts are treated.
 
     Attributes:
-        concurrency: Most fetches at any moment, all hosts together.
-        per_host: Most connections to one host (name and port) at any moment.
+        concurrency: Most fetches at a time, all hosts together.
+        per_host: Most connections to one host (name and port) at a time.
         rate_per_host: Most requests to one host in a second; 0 is no limit.
-        retries: Further attempts after the first, only for what may pass.
+        retries: Further attempts after the first, for failures that may pass.
         backoff_s: First pause before a retry; it doubles, with jitter, up to ``max_backoff_s``.
-        max_retry_after_s: Longest ``Retry-After`` that is waited for; beyond it the host's URLs fail as rate_limited.
+        max_retry_after_s: Longest ``Retry-After`` to wait for; beyond it, the host's URLs fail as rate_limited.
         dead_after: Failures to get any HTTP answer, in a row, that open a host's circuit breaker.
         dead_probes: Probes of an open breaker that must fail before the host is given up.
         probe_pause_s: Pause before the first probe; it doubles.
@@ -108,9 +108,9 @@ class ContentOptions:
 
     Attributes:
         min_side: Images with a side under this many pixels are placeholders (tracking pixels, spacers).
-        repeats_flat: So many URLs with the same bytes make a flat picture (a sign, an icon) a placeholder,
-        repeats_photo: so many one that looks like a photograph; both times the median number of URLs that a photograph
-            has in this folder (a list may name every photograph many times).
+        repeats_flat: Number of URLs with the same bytes that makes a flat picture (a sign, an icon) a placeholder.
+        repeats_photo: The same for a picture that looks like a photograph. Both are multiplied by the median number of
+            URLs that a photograph has in this folder, as a list may name every photograph many times.
         short_side: Store as JPEG with this short side in pixels; None stores the bytes as they came.
         quality: JPEG quality of ``short_side``.
     """
@@ -130,14 +130,14 @@ class ContentOptions:
 
 @dataclass(frozen=True, slots=True)
 class DownloadOptions:
-    """Everything that ``imnet-prep download`` may be told.
+    """All options of ``imnet-prep download``.
 
     Attributes:
         urls: URL lists, plain or gzip.
         out: The download folder.
         wnid: Class of lines that name none.
-        wnids: A file of wnids, one first on each line; lines of other classes are left out.
-        max_failed_frac: More failed URLs than this share of the finished ones is a failed run, 0-1.
+        wnids: A file whose lines each begin with a wnid. Lines of other classes are left out.
+        max_failed_frac: Share of failed URLs among the finished ones above which the run fails, 0-1.
         retry_failed: First make the transiently failed URLs pending again.
         processes: Worker processes; 0 is one per core.
     """

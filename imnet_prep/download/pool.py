@@ -1,4 +1,4 @@
-"""The worker processes as the parent sees them: start, hear, replace and end them."""
+"""Start, replace and end the worker processes, and pass messages to and from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a run: counted, written to the journal, and committed a few times a second."""
+"""Count the results of a run, write them to the journal, and commit them a few times a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""URLs as pure text: normalising, joining redirects, host keys. Nothing here touches the network.
+"""Normalise URLs, join redirects, and make host keys. Nothing here touches the network.
 
 Source: RFC 3986 (syntax, section 5 for references), RFC 3987 section 3.1 (IRIs to URIs), IDNA 2008 by ``idna``.
 """
@@ -23,17 +23,18 @@ _PLACEHOLDER_NAME = re.compile(r"photo_unavailable[^/]*", re.IGNORECASE)
 
 
 class BadUrl(ValueError):
-    """A URL that cannot be fetched as it stands; the message says why."""
+    """A URL, or a line of a list, that cannot be used; the message says why."""
 
 
 def normalise_url(raw: bytes) -> str:
     """Return the ASCII form that is stored and requested.
 
-    Scheme and host lower-case, IDN as punycode, spaces and other bytes outside RFC 3986 percent-encoded as they are
-    (whatever their encoding), fragment and credentials dropped, a default port dropped, an empty path made ``/``.
+    Scheme and host become lower-case, and IDN punycode. Spaces and other bytes outside RFC 3986 are percent-encoded as
+    they are, whatever their encoding. Fragment, credentials and a default port are dropped. An empty path becomes
+    ``/``.
 
     Raises:
-        BadUrl: no or another scheme, no host, a bad port, control bytes in the host, too long.
+        BadUrl: The scheme is missing or not http, the host is missing or invalid, the port is bad, or it is too long.
     """
     raw = raw.strip(b" \t\r\n\x0b\x0c")
     if len(raw) > MAX_URL_BYTES:
@@ -55,7 +56,7 @@ def normalise_url(raw: bytes) -> str:
 
 
 def _authority(raw: bytes) -> tuple[str, int | None]:
-    """Split ``user:password@host:port``; the credentials are dropped, never stored, sent or shown."""
+    """Split ``user:password@host:port``. The credentials are dropped: never stored, sent or shown."""
     raw = raw.rpartition(b"@")[2]
     if raw.startswith(b"["):
         literal, bracket, rest = raw[1:].partition(b"]")
@@ -99,11 +100,11 @@ def join_redirect(base: str, location: bytes) -> str:
     """Resolve a ``Location`` header, relative or not, against the URL that answered with it.
 
     Raises:
-        BadUrl: as :func:`normalise_url`, and for an empty header.
+        BadUrl: The header is empty, or the URL is bad.
     """
     if not location.strip():
         raise BadUrl("empty Location")
-    # Latin-1 keeps every byte as one character through urljoin; file: and friends must not be joined away.
+    # Latin-1 keeps every byte as one character through urljoin.
     try:
         joined = urljoin(base, location.strip().decode("latin-1"))
     except ValueError as error:
@@ -112,7 +113,7 @@ def join_redirect(base: str, location: bytes) -> str:
 
 
 def is_placeholder_url(url: str) -> bool:
-    """Say whether a URL is a host's stand-in for a lost photograph, by its file name."""
+    """Return whether a URL is a host's stand-in for a lost photograph, by its file name."""
     if "%" not in url and "unavailable" not in url.lower():  # the common case, without taking the URL apart
         return False
     name = unquote(urlsplit(url).path).rpartition("/")[2]
