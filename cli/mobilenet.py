@@ -1,7 +1,5 @@
 """``mbv2``: train, evaluate and convert MobileNetV2."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

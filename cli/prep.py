@@ -1,7 +1,5 @@
 """``imnet-prep``: download, convert and check."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

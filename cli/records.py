@@ -1,7 +1,5 @@
 """The commands that check, describe, repair, rewrite and measure a records folder."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict
 from pathlib import Path

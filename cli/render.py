@@ -1,7 +1,5 @@
 """Print results to stdout, errors and progress to stderr, and handle signals."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -1,7 +1,5 @@
 """What is known of ImageNet: the only reader of ``manifests/``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

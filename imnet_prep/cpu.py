@@ -1,7 +1,5 @@
 """Count the cores that this process may use, and find the versions of installed libraries."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import os

@@ -16,8 +16,6 @@
     └── Interrupted            exit 130: stopped by a signal after a clean checkpoint
 """
 
-from __future__ import annotations
-
 
 class ImnetError(Exception):
     """A named error that becomes one line and an exit code.

@@ -1,7 +1,5 @@
 """Read, write, flush and lock files, on Linux, macOS and Windows alike."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -4,8 +4,6 @@ Workers are spawned on every system: the threads of OpenCV and MindSpore do not 
 of the terminal to the parent, and die with it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -3,8 +3,6 @@
 Only this module makes a manifest: for conversions, for resharded records and for adopted files.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

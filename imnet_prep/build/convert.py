@@ -1,7 +1,5 @@
 """Convert archives and folders to a records folder, or show the plan and its cost first."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Run the shard tasks in a pool of processes here, or on Dask workers of machines that share the folder."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from concurrent.futures import CancelledError
 

@@ -5,8 +5,6 @@ flushed and moved to its place. Then a note in ``.work/done/`` records it. An in
 progress, and the same command continues.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

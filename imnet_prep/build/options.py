@@ -1,7 +1,5 @@
 """The options of a conversion: those that determine the result, and those that say how to compute it."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ or on another machine, reads only its own part. An image's place is its rank by 
 the seed and the names, never on the order of the sources, their folders, or the workers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ A task is small and self-contained. Any process on any machine that sees the fol
 result is the same bytes, and it is moved into place as a whole.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

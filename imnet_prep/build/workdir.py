@@ -5,8 +5,6 @@ the plan, the notes of finished shards, and the shards in progress. The manifest
 a manifest is whole. It is renamed by the protocol of :mod:`imnet_prep.records.publish`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

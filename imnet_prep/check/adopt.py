@@ -4,8 +4,6 @@ Every record is read and decoded once. Class names come from the folders in ``fi
 paths), from a given list, or are the labels themselves.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Choose the class names of adopted records, from the stored file names or from a given label space."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

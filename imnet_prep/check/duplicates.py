@@ -6,8 +6,6 @@ in one of 24 bands of 18 bits are compared bit by bit, and those that differ in 
 Source: Indyk and Motwani, "Approximate nearest neighbors", 1998.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache

@@ -5,8 +5,6 @@ every image is still there, the whole shard is restored bit for bit, whatever el
 index. If images are lost, the whole rows go into a new shard of the same name, and the damaged file is moved aside.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Check one record: the part of ``verify --level decode`` that runs in worker processes."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@
 what cannot be read is reported as a problem.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor

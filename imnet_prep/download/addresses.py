@@ -4,8 +4,6 @@ Connections go to the address that was checked here (see :mod:`imnet_prep.downlo
 between the check and the connection (DNS rebinding) therefore gains nothing.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import socket
 import threading

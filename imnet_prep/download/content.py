@@ -1,7 +1,5 @@
 """Judge whether an answer is a real image. The check itself is :mod:`imnet_prep.images.check`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Redirects are followed by the scheduler, so that the limits of the next host hold for them too.
 """
 
-from __future__ import annotations
-
 import email.utils
 import http.client
 import ssl

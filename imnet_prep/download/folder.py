@@ -4,8 +4,6 @@ An image is first written and fsynced in the incoming folder. Then a line goes t
 committed, and the image gets its final name. :func:`recover` repairs what a crash leaves between two of these steps.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

@@ -1,7 +1,5 @@
 """One host and how politely it is treated: its queue, its connections, its pauses and its circuit breaker."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ The result is that of reading line by line: a line is repeated if its URL or its
 not itself repeated.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

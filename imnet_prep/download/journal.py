@@ -4,8 +4,6 @@ A file gets its final name only after the journal says ``ok`` with its digest: r
 synchronous FULL), and files renamed afterwards. See docs/journal.md for the columns and the crash cases.
 """
 
-from __future__ import annotations
-
 import itertools
 import sqlite3
 import time

@@ -1,7 +1,5 @@
 """Write the listings beside the images: ``failures.jsonl`` and ``bad_lines.jsonl``."""
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3

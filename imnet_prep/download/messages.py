@@ -1,7 +1,5 @@
 """What the parent process and its workers tell each other."""
 
-from __future__ import annotations
-
 import time
 from typing import NamedTuple
 

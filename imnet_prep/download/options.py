@@ -1,7 +1,5 @@
 """The options of a download, and the reasons for which a URL can fail."""
 
-from __future__ import annotations
-
 import enum
 import math
 import random

@@ -1,7 +1,5 @@
 """Start, replace and end the worker processes, and pass messages to and from them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import suppress

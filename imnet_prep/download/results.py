@@ -1,7 +1,5 @@
 """Count the results of a run, write them to the journal, and commit them a few times a second."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

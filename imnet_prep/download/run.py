@@ -3,8 +3,6 @@
 Only the parent process writes the journal and renames files. :mod:`imnet_prep.download.folder` has the order of events.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil

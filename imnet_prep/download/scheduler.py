@@ -5,8 +5,6 @@ open never exceed that number. The host with the fewest lanes at work comes firs
 host that answers slowly therefore holds its own lanes and nobody else's.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 from collections import Counter

@@ -10,8 +10,6 @@ These forms are told apart line by line::
 Source: the list files of image-net.org.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import re

@@ -3,8 +3,6 @@
 Source: RFC 3986 (syntax, section 5 for references), RFC 3987 section 3.1 (IRIs to URIs), IDNA 2008 by ``idna``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import ipaddress
 import re

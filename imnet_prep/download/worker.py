@@ -4,8 +4,6 @@ Images lie whole in the incoming folder, and every result is in the lane's spool
 of all processes therefore loses only what was in flight.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Find the MindRecord files of a folder without a manifest, and check that they belong together."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

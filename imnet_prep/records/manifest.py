@@ -5,8 +5,6 @@ input, seed and options give the same bytes. ``records.jsonl.gz`` beside each sp
 Source: ``manifests/records.schema.json`` and ``docs/manifest.md`` define the file formats.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields

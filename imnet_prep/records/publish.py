@@ -5,8 +5,6 @@ they are interrupted after the journal is written, the next command finishes the
 is flushed, and after it the folder that holds its new name. Plain renames suffice, so this works on every system.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

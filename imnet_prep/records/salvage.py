@@ -1,7 +1,5 @@
 """Recover damaged data files: write an index again, find whole images, and copy the whole rows before a cut."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

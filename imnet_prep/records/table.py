@@ -1,7 +1,5 @@
 """Load a split's records as flat arrays, 52 bytes per record: place, label, size, id and digest."""
 
-from __future__ import annotations
-
 import binascii
 import hashlib
 import json

@@ -5,8 +5,6 @@ path comes from outside. The Host header must name this server: otherwise a page
 a name of its own that points here (DNS rebinding).
 """
 
-from __future__ import annotations
-
 import ipaddress
 import logging
 import math

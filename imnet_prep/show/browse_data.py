@@ -1,7 +1,5 @@
 """Read what the browser's pages show: classes, images, the stored fields of a record, and its augmented views."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

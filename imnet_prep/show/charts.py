@@ -1,7 +1,5 @@
 """Turn numbers into charts; ``templates/parts.html`` draws them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

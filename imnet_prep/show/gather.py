@@ -1,7 +1,5 @@
 """Collect the numbers of a report from a records folder: sizes, colours, duplicates, and which records to show."""
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter, defaultdict
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Describe a records folder from its manifest alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

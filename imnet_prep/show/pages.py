@@ -5,8 +5,6 @@ are readable without their script, in light and dark, from a width of 320 pixels
 table of their numbers. A content security policy keeps a report from loading anything.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

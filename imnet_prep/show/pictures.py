@@ -1,7 +1,5 @@
 """Make the small pictures of pages."""
 
-from __future__ import annotations
-
 import base64
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Report on a records folder, in one HTML file that needs nothing else."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass

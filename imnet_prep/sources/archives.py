@@ -1,7 +1,5 @@
 """Tar archives, read in place: the official ones of ILSVRC2012 and plain ones of class folders."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby, takewhile

@@ -1,7 +1,5 @@
 """The base of every source: references in order, a description for the manifest, and notes for the user."""
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import os

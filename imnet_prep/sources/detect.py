@@ -1,7 +1,5 @@
 """Recognize the layout of each source by its content first, then by its name."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

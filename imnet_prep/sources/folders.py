@@ -1,7 +1,5 @@
 """Folders of images: class folders, flat labelled folders, downloads; one class in memory at a time."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import stat

@@ -4,8 +4,6 @@ Validation images are labelled by the number in their name, never by their posit
 Source: the readme of ILSVRC2012_devkit_t12; Kaggle's LOC_val_solution.csv; tiny-imagenet-200's val_annotations.txt.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

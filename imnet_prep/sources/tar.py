@@ -6,8 +6,6 @@ inside a tar is a byte range, and a false header is reported.
 Source: POSIX.1-2001 pax interchange format; GNU tar manual, "Basic Tar Format"; base-256 numbers as in GNU tar.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
