@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import PipelineError
-from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.types import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -100,8 +99,10 @@ def bench(records: Path, options: BenchOptions, progress: ProgressCallback = lam
         RecordsError: The folder is not usable.
         PipelineError: An option is out of range, or a record is bad.
     """
-    from imnet_prep.loader.batches import open_batches  # imports OpenCV, which `--help` does not need
+    # Imported here, as the command line needs the options alone, and every worker process imports that again.
+    from imnet_prep.loader.batches import open_batches
     from imnet_prep.loader.options import EvalOptions, TrainOptions
+    from imnet_prep.records.folder import RecordsFolder
 
     splits = RecordsFolder.open(records).manifest.splits
     wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")
