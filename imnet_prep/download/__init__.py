@@ -7,8 +7,6 @@ processes, which ``fetch`` through the safe transport of ``net`` and ``addresses
 and readers of a journal need no HTTP client.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

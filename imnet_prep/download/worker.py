@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -132,7 +132,7 @@ class _Runner:
         if failure.aborted:
             time.sleep(_LINGER_S)
         if failure.transient and task.attempts <= polite.retries:
-            return Retry(task, replace(failure, retry_after_s=pause))
+            return Retry(task, failure._replace(retry_after_s=pause))
         return task.failed(failure)
 
     def _kept(self, task: Task, body: Body) -> Outcome | Failure:
