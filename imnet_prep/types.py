@@ -36,6 +36,14 @@ class Reason(enum.StrEnum):
     DUPLICATE_NAME = "duplicate_name"  # a second member of the same name
 
 
+class ImageFault(Exception):
+    """An image that cannot be used: the reason and the detail of its rejection."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
 class Change(enum.StrEnum):
     """What was done to, or noticed about, a stored image."""
 

@@ -22,7 +22,6 @@ from imnet_prep.check.rows import BASE, END, names_agree
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest, write_atomically
 from imnet_prep.images.check import examine
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.perceptual_hash import SIDE
 from imnet_prep.records.discover import find_records
 from imnet_prep.records.folder import RecordsFolder, Row, map_rows
@@ -32,7 +31,7 @@ from imnet_prep.records.publish import Change, changing
 from imnet_prep.records.record_list import RECORDS, RecordLine
 from imnet_prep.records.salvage import write_index_of
 from imnet_prep.records.shards import Layout
-from imnet_prep.types import SPLITS, ProgressCallback, ShardInfo, name_fault, record_id
+from imnet_prep.types import SPLITS, ImageFault, ProgressCallback, ShardInfo, name_fault, record_id
 
 
 @dataclass(frozen=True, slots=True)

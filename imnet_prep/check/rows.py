@@ -8,13 +8,12 @@ from typing import Any, NamedTuple, TypeGuard
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.images.check import examine
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.perceptual_hash import SIDE, signature
 from imnet_prep.records.check import Problem
 from imnet_prep.records.folder import Row
 from imnet_prep.records.mindrecord import NO_LABEL
 from imnet_prep.records.record_list import RecordLine
-from imnet_prep.types import name_fault, record_id
+from imnet_prep.types import ImageFault, name_fault, record_id
 
 EQUAL, END, BASE = "equal", "end", "base"
 SEPARATORS = re.compile(r"[/\\]+")

@@ -4,8 +4,6 @@
 tolerance of it. Both release the GIL.
 """
 
-from __future__ import annotations
-
 import ctypes
 import io
 import warnings
@@ -19,10 +17,9 @@ from PIL import Image
 
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.decode import PILLOW_FAULTS
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.jpeg import jpeg_size
 from imnet_prep.images.native import MESSAGE_BYTES, decoder_status, function
-from imnet_prep.types import Reason
+from imnet_prep.types import ImageFault, Reason
 
 SOI = b"\xff\xd8"  # how a JPEG begins
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, a quarter of 2**32 / 6
@@ -53,7 +50,7 @@ class Geometry:
     box: NDArray[np.float64]
     flip: NDArray[np.bool_]
 
-    def of(self, rows: NDArray[np.int64] | slice) -> Geometry:
+    def of(self, rows: NDArray[np.int64] | slice) -> "Geometry":
         """Return the geometry of some of the images."""
         return Geometry(self.sizes[rows], self.limits[rows], self.box[rows], self.flip[rows])
 

@@ -7,8 +7,6 @@ the table.
 Three steps, each in one function: :func:`read_header` reads, :func:`decide` decides, :func:`store` stores.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass
@@ -17,11 +15,10 @@ from typing import Literal
 from imnet_prep.errors import PlanError
 from imnet_prep.images.decode import Pixels, decode_cmyk_jpeg, decode_jpeg, decode_other
 from imnet_prep.images.encode import encode_jpeg, orient, short_side_size, shrink, to_grey
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.formats import MAX_JPEG_SIDE, check_container, refuse_bomb, sniff
 from imnet_prep.images.jpeg import JpegInfo, read_markers, without_oddities
 from imnet_prep.images.native import clean_end, decode_shrunk
-from imnet_prep.types import Change, RawImage, Reason, Rejected, Sample
+from imnet_prep.types import Change, ImageFault, RawImage, Reason, Rejected, Sample
 
 CONVERT_QUALITY = 95  # a conversion is not meant to be seen; 4:4:4 at 95 stays above 40 dB on photographs
 _CHECK_REDUCE = 8  # a decode at 1/8 reads the whole stream and skips most of the inverse DCT

@@ -1,7 +1,5 @@
 """Decode images for storage: every complaint of a decoder is read, and none is printed."""
 
-from __future__ import annotations
-
 import io
 import tempfile
 import warnings
@@ -16,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.formats import refuse_bomb
 from imnet_prep.images.jpeg import jpeg_size, reporting
 from imnet_prep.images.native import clean_end, decode_whole
 from imnet_prep.images.stderr import captured_stderr, process_lock
 from imnet_prep.images.tiff import ORIENTATION
-from imnet_prep.types import Change, Reason
+from imnet_prep.types import Change, ImageFault, Reason
 
 Pixels = NDArray[np.uint8]  # (H, W) grey or (H, W, 3) BGR, OpenCV's order
 _FILE_BUFFER = 4096  # bytes that libjpeg reads of a file at once (INPUT_BUF_SIZE in jdatasrc.c)

@@ -1,14 +1,11 @@
 """Turn, shrink and encode the pixels that are to be stored."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 from PIL import Image
 
 from imnet_prep.images.decode import Pixels
-from imnet_prep.images.fault import ImageFault
-from imnet_prep.types import Reason
+from imnet_prep.types import ImageFault, Reason
 
 
 def to_grey(pixels: Pixels) -> Pixels:

@@ -6,15 +6,12 @@ promises is checked here first, with no pixel decoded.
 Source: PNG (ISO 15948) section 5, GIF89a, RFC 9649 (WebP), the BMP file header, TIFF 6.0 section 2.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Callable
 
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.tiff import BITS_PER_SAMPLE, SHORT, first_directory
-from imnet_prep.types import Reason
+from imnet_prep.types import ImageFault, Reason
 
 MAX_JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

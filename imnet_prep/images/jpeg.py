@@ -3,17 +3,14 @@
 Source: ITU-T T.81 annex B (markers), JFIF 1.02, the Adobe APP14 segment, EXIF 2.32 section 4.6 (a TIFF in APP1).
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.tiff import FIELD_BYTES, ORIENTATION, SHORT, first_directory
-from imnet_prep.types import Reason
+from imnet_prep.types import ImageFault, Reason
 
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
 _TEM, _DRI, _APP1 = 0x01, 0xDD, 0xE1

@@ -3,8 +3,6 @@
 File descriptor 2 belongs to the whole process. What other threads write meanwhile is passed on afterwards.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile

@@ -1,14 +1,12 @@
 """Draw a thumbnail of an image that was rejected, for the report: as much of it as still decodes."""
 
-from __future__ import annotations
-
 import base64
 import re
 
 from imnet_prep.images.decode import bgr, opened
 from imnet_prep.images.encode import encode_jpeg, shrink
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.formats import refuse_bomb, sniff
+from imnet_prep.types import ImageFault
 
 SIDE, QUALITY = 96, 70
 _PARTIAL = re.compile("truncated|when reading image file")  # Pillow's words where it has decoded a part

@@ -3,8 +3,6 @@
 Source: TIFF 6.0, section 2.
 """
 
-from __future__ import annotations
-
 import struct
 from typing import Literal
 

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.formats import sniff
 from imnet_prep.loader.options import Options
 from imnet_prep.loader.render import choose_decoder, render
 from imnet_prep.records.folder import RecordsFolder, Row
 from imnet_prep.show.pictures import thumbnail
+from imnet_prep.types import ImageFault
 
 THUMB_SIDE, VIEW_SIDE = 192, 160
 

@@ -4,8 +4,6 @@ Scanning is always part of it; decoding needs libjpeg-turbo's headers, and shrin
 library finds in doubt is left to OpenCV and Pillow, so the results are the same without it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Callable

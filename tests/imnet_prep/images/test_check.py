@@ -24,9 +24,8 @@ from imnet_prep.errors import PlanError
 from imnet_prep.images.check import ValidateOptions, examine, validate
 from imnet_prep.images.decode import decode_jpeg
 from imnet_prep.images.encode import orient, short_side_size, shrink
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.stderr import captured_stderr
-from imnet_prep.types import Change, ImageRef, RawImage, Reason, Rejected, Sample
+from imnet_prep.types import Change, ImageFault, ImageRef, RawImage, Reason, Rejected, Sample
 from tests import synthetic
 from tests.imnet_prep.images.libraries import without_library
 from tests.synthetic import Picture, encode, exif, jpeg, odd_images, picture, with_exif

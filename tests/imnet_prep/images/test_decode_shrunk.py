@@ -22,10 +22,9 @@ from imnet_prep.images import native
 from imnet_prep.images.check import ValidateOptions, validate
 from imnet_prep.images.decode import decode_jpeg
 from imnet_prep.images.encode import short_side_size, shrink
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.jpeg import read_markers
 from imnet_prep.images.native import decode_shrunk, decoder_status, function
-from imnet_prep.types import ImageRef, RawImage
+from imnet_prep.types import ImageFault, ImageRef, RawImage
 from tests.imnet_prep.images.libraries import without_library
 from tests.synthetic import encode, jpeg, odd_images, picture
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imnet_prep.images.batch_decoder import INTERPOLATIONS, Geometry, NativeDecoder, PortableDecoder, image_size
-from imnet_prep.images.fault import ImageFault
 from imnet_prep.images.jpeg import jpeg_size
 from imnet_prep.images.native import decoder_status
 from imnet_prep.loader.augment import eval_geometry, train_geometry
 from imnet_prep.loader.options import EvalOptions, TrainOptions
+from imnet_prep.types import ImageFault
 from tests.synthetic import encode, picture
 
 pytestmark = pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1])
