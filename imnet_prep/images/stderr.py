@@ -3,6 +3,7 @@
 File descriptor 2 belongs to the whole process. What other threads write meanwhile is passed on afterwards.
 """
 
+import io
 import os
 import re
 import tempfile
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 # Every warning of libjpeg (jerror.h), OpenCV's log, and libtiff's messages, which begin with the name of a function.
 _OURS = re.compile(
@@ -19,8 +21,6 @@ _OURS = re.compile(
     rb"|(?:_?TIFF|LZW|ZIP|PackBits|Fax|JPEG|OJPEG|Log|PixarLog|LZMA|ZSTD|WebP|SGILog|Thunder|NeXT|DumpMode)\w*: "
     rb"|tempfile\.tif: )[^\n]*\n?"
 )
-_MAX_CAPTURE_BYTES = 1 << 20  # the capture file is emptied beyond this
-_READ: dict[int, int] = {}  # by capture file: the bytes that were read
 _LOCKS: dict[int, threading.Lock] = {}  # by process: a forked child cannot use one that a thread of its parent holds
 
 
@@ -30,10 +30,11 @@ def process_lock() -> threading.Lock:
 
 
 @cache
-def _capture_file(process: int) -> int:
-    """Return the file in place of stderr, one a process; writes go to its end, wherever it is read."""
-    with tempfile.TemporaryFile("a+b") as file:
-        return os.dup(file.fileno())
+def _capture_files(process: int) -> tuple[io.FileIO, io.FileIO]:
+    """Return the file in place of stderr, and the same file to read from where the last capture ended."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows deletes no open file
+        path = Path(folder, "stderr")
+        return path.open("ab", 0), path.open("rb", 0)
 
 
 @contextmanager
@@ -46,20 +47,15 @@ def captured_stderr() -> Iterator[list[str]]:
         except OSError:  # a daemon without stderr
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             saved = os.dup(2)
-        file = _capture_file(os.getpid())
-        os.dup2(file, 2)
+        writer, reader = _capture_files(os.getpid())
+        os.dup2(writer.fileno(), 2)
         try:
             yield messages
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-            # A write of another thread may still be under way: it ends up behind this, and is passed on next time.
-            os.lseek(file, _READ.get(file, 0), os.SEEK_SET)
-            written = b"".join(iter(lambda: os.read(file, 1 << 16), b""))
-            _READ[file] = os.lseek(file, 0, os.SEEK_CUR)
-            if _READ[file] > _MAX_CAPTURE_BYTES:
-                os.ftruncate(file, 0)
-                _READ[file] = 0
+            # A write of another thread may still be under way: it is read and passed on by the next capture.
+            written = reader.read()
             messages += [message.decode("utf-8", "replace").strip() for message in _OURS.findall(written)]
             if others := _OURS.sub(b"", written):
                 os.write(2, others)
