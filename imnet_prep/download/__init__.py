@@ -1,10 +1,9 @@
 """Download the images of URL lists, and account for every URL.
 
 ``run`` is the whole of a download. ``ingest`` reads the lists (``urllist``, ``urls``) into the ``journal``. The
-``scheduler`` decides which URL is fetched next, and ``hosts`` how a host is treated. The ``pool`` runs ``worker``
-processes, which ``fetch`` through the safe transport of ``net`` and ``addresses``, and judge the ``content``.
-``results`` commits what they report, and ``folder`` repairs what a crash left. Names are loaded when used: ``--help``
-and readers of a journal need no HTTP client.
+``scheduler`` decides which URL is fetched next. The ``pool`` runs ``worker`` processes, which ``fetch`` over the safe
+connections of ``net`` and ``addresses``, and judge the ``content``. ``folder`` commits what they report and repairs
+what a crash left. Names are loaded when used: ``--help`` and readers of a journal need no HTTP client.
 """
 
 import importlib

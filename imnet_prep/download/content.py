@@ -1,17 +1,13 @@
 """Judge whether an answer is a real image. The check itself is :mod:`imnet_prep.images.check`."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from imnet_prep.download.fetch import Body, Failure
 from imnet_prep.download.options import ContentOptions, FailReason
 from imnet_prep.images.check import ValidateOptions, validate
 from imnet_prep.images.decode import decode_jpeg
-from imnet_prep.images.formats import sniff
 from imnet_prep.types import ImageRef, RawImage, Reason, Sample
 
-_EXTENSION = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 _FAIL = {  # any other reason is NOT_AN_IMAGE
     Reason.TRUNCATED: FailReason.TRUNCATED,
     Reason.TOO_MANY_PIXELS: FailReason.TOO_LARGE,
@@ -23,29 +19,15 @@ _FLAT_SHARE = 0.4  # of the pixels in one of 4,096 colours: a sign or an icon
 _MAX_STORED = 1 << 30  # the byte cap of the fetch rules here
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image that passed.
-
-    Attributes:
-        sample: What the check found; its ``sha256`` is that of ``data`` where that was re-encoded.
-        ext: Extension of the stored bytes' real format.
-        data: What to store: the bytes as they came, or re-encoded ones.
-        flat: Whether one colour dominates, as in a sign.
-    """
-
-    sample: Sample
-    ext: str
-    data: bytes
-    flat: bool
-
-
-def judge(body: Body, options: ContentOptions) -> Image | Failure:
-    """Read every compressed bit of an answer, and return the image or why there is none.
+def judge(body: Body, options: ContentOptions) -> tuple[Sample, bool] | Failure:
+    """Read every compressed bit of an answer.
 
     Args:
         body: The answer.
         options: Limits and storage.
+
+    Returns:
+        What the check found, and whether one colour dominates the image, as in a sign; or why there is no image.
     """
     checks = ValidateOptions(short_side=options.short_side, quality=options.quality, max_bytes=_MAX_STORED)
     sample = validate(RawImage(ImageRef("train", "", "download", "", 0, len(body.data)), body.data), checks)
@@ -57,9 +39,7 @@ def judge(body: Body, options: ContentOptions) -> Image | Failure:
     one_colour, flat = _colours(sample)
     if one_colour:
         return Failure(FailReason.PLACEHOLDER, "an image of one colour", body.status)
-    if options.short_side is None:
-        return Image(sample, _EXTENSION[sniff(body.data)], body.data, flat)
-    return Image(sample, "jpg", sample.image, flat)
+    return sample, flat
 
 
 def _colours(sample: Sample) -> tuple[bool, bool]:

@@ -1,4 +1,4 @@
-"""The download folder before and after a run: locks, spools, what a crash left, and placeholders by repetition.
+"""The download folder: locks, spools, what a crash left, commits, placeholders by repetition, and listings.
 
 An image is first written and fsynced in the incoming folder. Then a line goes to its worker's spool, the row is
 committed, and the image gets its final name. :func:`recover` repairs what a crash leaves between two of these steps.
@@ -6,21 +6,34 @@ committed, and the image gets its final name. :func:`recover` repairs what a cra
 
 import itertools
 import json
+import logging
+import os
 import shutil
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from imnet_prep.download.journal import PLACE, Journal, Outcome
+from imnet_prep.download.messages import Task
 from imnet_prep.download.options import ContentOptions, FailReason
+from imnet_prep.download.urls import host_of
 from imnet_prep.errors import DownloadError
-from imnet_prep.files import exclusive_lock, file_digest
+from imnet_prep.files import exclusive_lock, file_digest, sync
+
+log = logging.getLogger(__name__)
 
 INCOMING = ".incoming"  # in the download folder: whole images that wait for their row, the spools, the locks
 LOCK_NAME = "download.lock"
 WORKER_LOCK = "worker-{}.lock"
 OLD_WORKERS_LOCK = "users.lock"  # shared by the workers of earlier versions
+_COMMIT_EVERY_S = 0.25
+FAILURES_NAME = "failures.jsonl"
+BAD_LINES_NAME = "bad_lines.jsonl"
+_TOP = 5  # hosts named with their failures
 _STRAGGLERS_S = 20.0  # how long the workers of a killed run may take to notice
 
 
@@ -119,6 +132,67 @@ def land(journal: Journal, moves: list[tuple[str, str]]) -> None:
             source.replace(target)
 
 
+class Results:
+    """Write results to the journal, and commit them a few times a second.
+
+    Attributes:
+        journal: Where results go.
+        counts: Ended URLs of this run, by reason of failure or "ok".
+        size_bytes: Bytes of this run's images.
+        leftovers: Files of the incoming folder that are needless after the next commit.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.counts = Counter[str]()
+        self.size_bytes = 0
+        self.leftovers: list[str] = []
+        self._moves: list[tuple[str, str]] = []
+        self._due_at = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        """Take the end of a URL."""
+        self.counts[outcome.reason or "ok"] += 1
+        self.size_bytes += outcome.size_bytes
+        self._begin()
+        if place := self.journal.finish(outcome):
+            self._moves.append((outcome.temp, place))
+        elif outcome.temp:  # its row had ended meanwhile
+            self.leftovers.append(outcome.temp)
+
+    def tried(self, task: Task) -> None:
+        """Take the number of attempts of a URL that will be tried again."""
+        self._begin()
+        self.journal.db.execute("UPDATE urls SET attempts = ?2 WHERE row = ?1 AND state = 0", (task.row, task.attempts))
+
+    def _begin(self) -> None:
+        if not self.journal.db.in_transaction:
+            self.journal.db.execute("BEGIN IMMEDIATE")
+            self._due_at = time.monotonic() + _COMMIT_EVERY_S
+
+    def give_up(self, host: int, reason: FailReason, detail: str) -> None:
+        """Fail every pending URL of a host without asking for it."""
+        log.info("%s (%s)", detail, reason)
+        self.commit()
+        self.counts[reason] += self.journal.fail_host(host, reason, detail)
+
+    def due_s(self) -> float:
+        """Return the seconds until the next commit is due, at most one."""
+        return max(0.0, self._due_at - time.monotonic()) if self.journal.db.in_transaction else 1.0
+
+    def commit(self) -> None:
+        """Commit the results to the journal, then give the images their names."""
+        incoming = self.journal.folder / INCOMING
+        if self._moves:
+            sync(incoming)  # the files' names
+        self.journal.db.commit()
+        land(self.journal, self._moves)
+        for name in self.leftovers:
+            (incoming / name).unlink(missing_ok=True)
+        self._moves.clear()
+        self.leftovers.clear()
+
+
 def bury(journal: Journal) -> None:
     """Delete the files of images that were retracted."""
     for (path,) in journal.db.execute("SELECT path FROM doomed").fetchall():
@@ -172,3 +246,47 @@ def _retract(journal: Journal, sha256: bytes, detail: str) -> int:
         )
         journal.count({"ok": -urls, "bytes": -size_bytes, f"failed:{FailReason.PLACEHOLDER}": urls})
     return int(urls)
+
+
+def write_listings(journal: Journal) -> tuple[tuple[str, int], ...]:
+    """Write both listings, each whole or not at all.
+
+    Returns:
+        (host, failed URLs) of the hosts with the most failures.
+    """
+    hosts: Counter[str] = Counter()
+    failures = _items(
+        journal,
+        "SELECT wnid, name AS id, url, reason, transient, status, coalesce(final_url, url) AS final_url, attempts,"
+        " coalesce(detail, '') AS detail, time FROM urls WHERE state = 2 ORDER BY row",
+    )
+    _write(journal.folder / FAILURES_NAME, (_failure(item, hosts) for item in failures))
+    bad = _items(
+        journal,
+        "SELECT lists.path AS list, line, kind, why, text FROM bad_lines JOIN lists ON lists.id = bad_lines.list"
+        " ORDER BY bad_lines.list, line",
+    )
+    _write(journal.folder / BAD_LINES_NAME, (item | {"list": Path(item["list"]).name} for item in bad))
+    return tuple(hosts.most_common(_TOP))
+
+
+def _items(journal: Journal, query: str) -> Iterator[dict[str, Any]]:
+    rows = journal.db.cursor()
+    rows.row_factory = sqlite3.Row
+    return map(dict, rows.execute(query))
+
+
+def _failure(item: dict[str, Any], hosts: Counter[str]) -> dict[str, Any]:
+    host = host_of(item["url"])
+    hosts[host] += 1
+    return item | {"host": host, "transient": bool(item["transient"])}
+
+
+def _write(path: Path, items: Iterable[dict[str, Any]]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        for item in items:
+            file.write(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

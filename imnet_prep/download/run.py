@@ -14,14 +14,21 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from imnet_prep.download.fetch import Failure
-from imnet_prep.download.folder import INCOMING, bury, opened, read_spool, recover, retract_repeats
+from imnet_prep.download.folder import (
+    INCOMING,
+    Results,
+    bury,
+    opened,
+    read_spool,
+    recover,
+    retract_repeats,
+    write_listings,
+)
 from imnet_prep.download.ingest import take_in
 from imnet_prep.download.journal import Journal, Totals
-from imnet_prep.download.listing import write_listings
 from imnet_prep.download.messages import Died, LaneDone, Ready, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.download.pool import Pool
-from imnet_prep.download.results import Results
 from imnet_prep.download.scheduler import Scheduler
 from imnet_prep.download.urllist import is_class_name, read_wnids
 from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted

@@ -22,9 +22,11 @@ from imnet_prep.download.folder import INCOMING, worker_lock
 from imnet_prep.download.journal import Outcome
 from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
+from imnet_prep.images.formats import sniff
 from imnet_prep.process_pool import begin_worker
 
 log = logging.getLogger(__name__)
+_EXTENSION = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 _LINGER_S = 0.05  # a host needs a moment to notice that we cut a connection before it may see the next
 
 
@@ -140,25 +142,28 @@ class _Runner:
         found = judge(body, self.options.content)
         if isinstance(found, Failure):
             return found
-        temp = f"{task.row}-{os.getpid()}-{self.place}.{found.ext}"
+        sample, flat = found
+        data = body.data if self.options.content.short_side is None else sample.image
+        reencoded = data is not body.data
+        ext = _EXTENSION[sniff(data)]
+        temp = f"{task.row}-{os.getpid()}-{self.place}.{ext}"
         with (self.options.out / INCOMING / temp).open("wb") as file:
-            file.write(found.data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        sample, reencoded = found.sample, found.data is not body.data
         return Outcome(
             row=task.row,
             reason=None,
             attempts=task.attempts,
             status=body.status,
             final_url=task.url,
-            ext=found.ext,
+            ext=ext,
             size_bytes=len(body.data),
             sha256=sample.source_sha256,
             width=sample.width,
             height=sample.height,
-            flat=found.flat,
-            stored_bytes=len(found.data) if reencoded else None,
+            flat=flat,
+            stored_bytes=len(data) if reencoded else None,
             stored_sha256=sample.sha256 if reencoded else None,
             temp=temp,
             time_s=time.time(),
