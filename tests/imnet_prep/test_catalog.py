@@ -53,18 +53,7 @@ def test_counts_are_ilsvrc2012s() -> None:
     assert (counts.train_per_class_min, counts.train_per_class_max, counts.val_per_class) == (732, 1300, 50)
 
 
-def test_the_24_odd_files_are_listed() -> None:
-    entry = json.loads((FOLDER / "known_odd_files.json").read_text(encoding="utf-8"))
-    kinds = {name: kind for kind in ("png", "cmyk") for name in entry[kind]}
-    assert len(kinds) == 24
-    assert [name for name, kind in kinds.items() if kind == "png"] == ["n02105855_2933.JPEG"]
-    assert kinds["ILSVRC2012_val_00019877.JPEG"] == "cmyk"
-    assert all(name.split("_")[0] in catalog.labels() for name in kinds if name.startswith("n"))
-
-
 def test_every_manifest_file_is_readable_json_or_tsv() -> None:
     for path in FOLDER.glob("*.json"):
         json.loads(path.read_text(encoding="utf-8"))
-    assert {"archives.json", "counts.json", "known_odd_files.json", "ilsvrc2012_synsets.tsv"} <= {
-        path.name for path in FOLDER.iterdir()
-    }
+    assert {"archives.json", "counts.json", "ilsvrc2012_synsets.tsv"} <= {path.name for path in FOLDER.iterdir()}
