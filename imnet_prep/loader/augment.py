@@ -3,8 +3,6 @@
 All draws are keyed by (seed, epoch, record id) and made in NumPy, so both decoders get the same ones.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

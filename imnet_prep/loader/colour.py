@@ -4,8 +4,6 @@ Operations, ranges and order are those of torchvision's ColorJitter and RandAugm
 bilinearly and fill with ImageNet's mean colour, as timm's do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import cv2

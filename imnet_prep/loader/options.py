@@ -1,7 +1,5 @@
 """Options of the loader: what is done to an image, and how a split is read. Each is checked when it is made."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite

@@ -1,7 +1,5 @@
 """The order of an epoch, and the part of it that each rank takes: pure functions of (seed, epoch, rank)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

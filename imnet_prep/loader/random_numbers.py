@@ -6,8 +6,6 @@ Source: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
 against the authors' known-answer vectors.
 """
 
-from __future__ import annotations
-
 import enum
 
 import numpy as np

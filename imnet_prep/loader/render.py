@@ -1,7 +1,5 @@
 """Render images: from stored bytes to the pixels that training, evaluation and the browser page show."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 
