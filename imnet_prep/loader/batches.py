@@ -5,8 +5,6 @@ batch; decoding releases the GIL. At most ``prefetch`` batches are being made or
 ``(prefetch + 2) * batch_size * image_size**2 * 3`` bytes and the compressed bytes of ``workers`` chunks.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -16,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import count, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,11 +53,11 @@ class StageTimes:
     augment_s: float = 0.0
     images: int = 0
 
-    def __add__(self, other: StageTimes) -> StageTimes:
-        return StageTimes(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
-    def __sub__(self, other: StageTimes) -> StageTimes:
-        return StageTimes(*(getattr(self, one.name) - getattr(other, one.name) for one in fields(self)))
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, one.name) - getattr(other, one.name) for one in fields(self)))
 
 
 @dataclass(slots=True, eq=False)
@@ -147,7 +145,7 @@ class Batches:
         """Start the next epoch, beginning with epoch 0. Use :meth:`epoch` to choose one."""
         return self.epoch(next(self._epochs))
 
-    def __enter__(self) -> Batches:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
