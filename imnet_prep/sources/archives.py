@@ -1,10 +1,11 @@
 """Tar archives, read in place: the official ones of ILSVRC2012 and plain ones of class folders."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
 from operator import itemgetter
 from pathlib import Path
+from typing import Self
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
@@ -96,8 +97,8 @@ class TarFolder(Source):
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         for path in sorted(self.path.iterdir()):
             if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
-                whole = (path.stem, 0, path.stat().st_size)
-                yield from _class_tars(PlainFile(path), [whole], self.split, path.stem, path)
+                whole = [(path.stem, 0, path.stat().st_size)]
+                yield from _class_tars(PlainFile(path), whole, self.split, path.stem, path)
             else:
                 ignored[suffix_of(path.name)] += 1
 
@@ -107,14 +108,9 @@ class FlatTar(Source):
 
     labels: Labels | None = None
 
-    @property
-    def needs_labels(self) -> bool:
-        """Whether it holds validation images whose classes are not known yet."""
-        return self.split == "val" and self.labels is None
-
-    def label(self, labels: Labels) -> None:
-        """Take the classes of the validation images."""
-        self.labels = labels
+    def unlabelled(self) -> Sequence[Self]:
+        """Return the archive itself if it holds validation images whose classes are not known yet."""
+        return [self] if self.split == "val" and self.labels is None else []
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         images: list[tuple[str, Member]] = []

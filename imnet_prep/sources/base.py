@@ -47,7 +47,7 @@ class Source(ABC):
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         """Yield references sorted by split, class and name; append notes, and count ignored files by suffix."""
 
-    def info(self, progress: ProgressCallback | None = None) -> dict[str, Any]:
+    def info(self, progress: ProgressCallback = lambda state: None) -> dict[str, Any]:
         """Return the source's entry in the manifest; an archive is read once to compute its digests.
 
         It holds no path, and the name of no folder, so a copy elsewhere gives the same manifest.
@@ -106,7 +106,7 @@ class Source(ABC):
         return SourceError(f"{self.path} cannot be read", got=error.strerror or str(error))
 
 
-def digests(path: Path, progress: ProgressCallback | None = None) -> tuple[int, str, str]:
+def digests(path: Path, progress: ProgressCallback) -> tuple[int, str, str]:
     """Read a file once and return its size in bytes, its MD5 and its SHA-256, both computed at the same time."""
     total = path.stat().st_size
     done, md5, sha256 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
@@ -116,8 +116,7 @@ def digests(path: Path, progress: ProgressCallback | None = None) -> tuple[int, 
             sha256.update(chunk)
             pending.result()
             done += len(chunk)
-            if progress is not None:
-                progress(Progress(done, total, unit="bytes", bytes_done=done, note=path.name))
+            progress(Progress(done, total, unit="bytes", bytes_done=done, note=path.name))
     return done, md5.hexdigest(), sha256.hexdigest()
 
 
@@ -160,31 +159,23 @@ def merge(sources: Iterable[Source]) -> Iterator[Found]:
 
     Where two sources hold an image of the same split and name, the first source's is kept.
     """
-    streams = [_keyed(source.refs(), place) for place, source in enumerate(sources)]
-    return _unique(found for _, found in heapq.merge(*streams, key=lambda pair: pair[0]))
+    return _unique(heapq.merge(*(source.refs() for source in sources), key=_sort_key))
 
 
-_Key = tuple[int, str, str, int]
-
-
-def _keyed(found: Iterable[Found], place: int) -> Iterator[tuple[_Key, Found]]:
-    key: _Key = (-1, "", "", place)
-    for item in found:
-        if isinstance(item, ImageRef):
-            key = (SPLITS.index(item.split), item.class_name, item.file_name, place)
-        yield key, item  # a rejection keeps its position
+def _sort_key(found: Found) -> tuple[int | str, ...]:
+    """Return the place of an image; that of a rejection is before all, so it follows what its source yielded last."""
+    return (SPLITS.index(found.split), found.class_name, found.file_name) if isinstance(found, ImageRef) else ()
 
 
 def _unique(found: Iterable[Found]) -> Iterator[Found]:
-    last: tuple[str, str] | None = None
+    last = ("", "")
     for item in found:
-        if isinstance(item, ImageRef):
-            this = (item.split, item.file_name)
-            if this == last:
-                yield Rejected(*this, Reason.DUPLICATE_NAME, f"another image of this name is in the {item.split} split")
-                continue
-            last = this
-        yield item
+        if isinstance(item, Rejected):
+            yield item
+        elif last == (last := (item.split, item.file_name)):
+            yield Rejected(*last, Reason.DUPLICATE_NAME, f"another image of this name is in the {item.split} split")
+        else:
+            yield item
 
 
 def is_image_name(name: str) -> bool:

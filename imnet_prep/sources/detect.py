@@ -56,7 +56,14 @@ def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
     sources: list[Source] = []
     for path in map(Path, paths):
         try:
-            sources += _detect_one(path, split or "", any(isinstance(source, Devkit) for source in sources))
+            if path.is_dir():
+                sources += _folder(path, split or "", any(isinstance(source, Devkit) for source in sources))
+            elif path.is_file():
+                sources.append(_file(path, split or ""))
+            elif path.exists():
+                raise SourceError(f"{path} is neither a folder nor a file")
+            else:
+                raise SourceError(f"{path} does not exist", remedy="check the path")
         except OSError as error:
             raise SourceError(f"{error.filename or path} cannot be read", got=error.strerror or str(error)) from error
     _hand_out_labels(sources)
@@ -66,19 +73,9 @@ def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
     return sources
 
 
-def _detect_one(path: Path, split: str, labelled: bool) -> list[Source]:
-    if path.is_dir():
-        return _folder(path, split, labelled)
-    if path.is_file():
-        return [_file(path, split)]
-    if path.exists():
-        raise SourceError(f"{path} is neither a folder nor a file")
-    raise SourceError(f"{path} does not exist", remedy="check the path")
-
-
 def _hand_out_labels(sources: list[Source]) -> None:
     """Label the validation images without class folders with the labels of a devkit among the sources."""
-    waiting = [source for source in sources if isinstance(source, FlatTar | FolderSource) and source.needs_labels]
+    waiting = [source for source in sources if isinstance(source, FlatTar | FolderSource) and source.unlabelled()]
     known = [source.labels for source in sources if isinstance(source, Devkit)]
     if waiting and not known:
         raise SourceError(
@@ -90,7 +87,8 @@ def _hand_out_labels(sources: list[Source]) -> None:
     if waiting and any(labels.by_key != known[0].by_key for labels in known):
         raise SourceError("two sources of validation labels contradict each other", remedy="give one of them")
     for source in waiting:
-        source.label(known[0])
+        for part in source.unlabelled():
+            part.labels = known[0]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -153,10 +151,12 @@ def _folder(path: Path, split: str, labelled: bool) -> list[Source]:
         return [_devkit(path)]
     if (path / "wnids.txt").is_file() and (path / "train").is_dir():
         return [_tiny(path, split)]
-    for layout in (_kaggle, _official_archives):
-        if (sources := layout(path, split)) is not None:
-            return sources
-    return _splits(path, split, labelled) or [_one_split(path, split)]
+    return (
+        _kaggle(path, split)
+        or _official_archives(path, split)
+        or _splits(path, split, labelled)
+        or [_one_split(path, split)]
+    )
 
 
 def _split_by_name(path: Path) -> str:
@@ -171,7 +171,7 @@ def _tiny(path: Path, split: str) -> Source:
         parts.append(ClassFolders("val", path / "val"))
     if (path / "test" / "images").is_dir():
         parts.append(FlatFolder("test", path / "test" / "images"))
-    return _folders(path, "tiny-imagenet", parts, split)
+    return FolderSource(path, "tiny-imagenet", _wanted(path, parts, split))
 
 
 def _tiny_val(path: Path) -> FlatFolder:
@@ -179,30 +179,31 @@ def _tiny_val(path: Path) -> FlatFolder:
     return FlatFolder("val", path / "images", read_tiny_annotations(annotations.read_bytes(), str(annotations)))
 
 
-def _kaggle(path: Path, split: str) -> list[Source] | None:
+def _kaggle(path: Path, split: str) -> list[Source]:
     trees = [path / sub for sub in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC") if (path / sub).is_dir()]
     if path.parts[-2:] == ("Data", "CLS-LOC"):
         trees.append(path)
     if not trees:
-        return None
+        return []
     parts = _split_parts(trees[0], split)
     if not parts:
         raise SourceError(
             f"{path} has Kaggle's layout and no images in {trees[0]}", expected="train, val or test in it"
         )
-    source = _folders(path, "kaggle", parts, split)
-    for top in (path, *list(path.parents)[:3]):
-        if (top / _KAGGLE_SOLUTION).is_file():
-            source.label(read_kaggle_solution(top / _KAGGLE_SOLUTION))
-            break
+    source = FolderSource(path, "kaggle", parts)
+    places = (top / _KAGGLE_SOLUTION for top in (path, *list(path.parents)[:3]))
+    if solution := next(filter(Path.is_file, places), None):
+        labels = read_kaggle_solution(solution)
+        for part in source.unlabelled():
+            part.labels = labels
     return [source]
 
 
-def _official_archives(path: Path, split: str) -> list[Source] | None:
+def _official_archives(path: Path, split: str) -> list[Source]:
     known = {name: entry for name, entry in catalog.archives().items() if (path / name).is_file()}
     known.pop("ILSVRC2012_img_train_t3.tar", None)  # a part of the whole training archive
     if not any(name.endswith(".tar") for name in known):
-        return None
+        return []
     if "ILSVRC2012_img_test_v10102019.tar" in known:
         known.pop("ILSVRC2012_img_test.tar", None)
     return [_file(path / name, split) for name, entry in known.items() if not split or entry.split in ("", split)]
@@ -213,9 +214,9 @@ def _splits(path: Path, split: str, labelled: bool) -> list[Source]:
     if not parts:
         return []
     official = any(isinstance(part, FlatFolder) for part in parts)
-    tree = _folders(path, "ilsvrc2012-tree" if official else "imagefolder", parts, split)
+    tree = FolderSource(path, "ilsvrc2012-tree" if official else "imagefolder", parts)
     devkits = [path / name for name in (_DEVKIT_ARCHIVE, _DEVKIT_FOLDER) if (path / name).exists()]
-    return [_devkit(devkits[0]), tree] if devkits and not labelled and tree.needs_labels else [tree]
+    return [_devkit(devkits[0]), tree] if devkits and not labelled and tree.unlabelled() else [tree]
 
 
 def _split_parts(path: Path, wanted: str) -> list[Part]:
@@ -253,13 +254,13 @@ def _first_image(folder: Path) -> str:
 def _one_split(path: Path, split: str) -> Source:
     """Recognize a folder without split folders: class folders, flat official images, or class tars."""
     if (path / "val_annotations.txt").is_file() and (path / "images").is_dir():  # Tiny-ImageNet's val by itself
-        return _folders(path, "tiny-imagenet", [_tiny_val(path)], split)
+        return FolderSource(path, "tiny-imagenet", _wanted(path, [_tiny_val(path)], split))
     named = split or _split_by_name(path)
     if any(map(has_image, folders_in(path))):
-        return _folders(path, "imagefolder", [ClassFolders(named, path)], split)
+        return FolderSource(path, "imagefolder", [ClassFolders(named, path)])
     first = _first_image(path)
     if flat := official_split(first):
-        return _folders(path, "ilsvrc2012-tree", [FlatFolder(flat, path)], split)
+        return FolderSource(path, "ilsvrc2012-tree", _wanted(path, [FlatFolder(flat, path)], split))
     if first:
         raise SourceError(
             f"{path} has images and no class folders",
@@ -277,11 +278,7 @@ def _one_split(path: Path, split: str) -> Source:
     )
 
 
-def _folders(path: Path, kind: str, parts: list[Part], split: str) -> FolderSource:
-    return FolderSource(path, kind, _wanted(path, parts, split))
-
-
-def _wanted(path: Path, parts: list[Part], split: str) -> list[Part]:
+def _wanted(path: Path, parts: Sequence[Part], split: str) -> list[Part]:
     """Return the parts of the requested split, or all."""
     wanted = [part for part in parts if split in ("", part.split)]
     if not wanted:

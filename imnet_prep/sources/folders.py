@@ -86,17 +86,8 @@ class FolderSource(Source):
         super().__init__(path, kind)
         self._parts = sorted(parts, key=lambda part: SPLITS.index(part.split))
 
-    @property
-    def needs_labels(self) -> bool:
-        """Whether it holds validation images whose classes are not known yet."""
-        return bool(self._unlabelled())
-
-    def label(self, labels: Labels) -> None:
-        """Take the classes of the validation images."""
-        for part in self._unlabelled():
-            part.labels = labels
-
-    def _unlabelled(self) -> list[FlatFolder]:
+    def unlabelled(self) -> Sequence[FlatFolder]:
+        """Return the parts that hold validation images whose classes are not known yet."""
         flat = (part for part in self._parts if isinstance(part, FlatFolder))
         return [part for part in flat if part.split == "val" and part.labels is None]
 

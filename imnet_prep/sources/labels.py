@@ -34,8 +34,7 @@ _LISTED = 20  # missing names listed in a note
 
 def official_split(name: str) -> str:
     """Return ``val`` or ``test`` for the base name of an official image of that split, else an empty string."""
-    match = _OFFICIAL_NAME.fullmatch(name)
-    return match[1] if match else ""
+    return match[1] if (match := _OFFICIAL_NAME.fullmatch(name)) else ""
 
 
 @dataclass(frozen=True, slots=True)
