@@ -4,14 +4,12 @@
 ``Manifest`` (see :mod:`imnet_prep.records.manifest`) -> ``Batch``.
 """
 
-from __future__ import annotations
-
 import enum
 import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +159,7 @@ class Rejected:
     thumbnail: str = ""
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Rejected:
+    def from_json(cls, values: dict[str, Any]) -> Self:
         """Read back what :func:`dataclasses.asdict` wrote, from JSON; keys of later versions are ignored."""
         known = {name: values[name] for name in cls.__slots__ if name in values}
         return cls(**{**known, "reason": Reason(values["reason"])})

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep import catalog
-from imnet_prep.build.plan import Plan
+from imnet_prep.build.plan import CONVENTIONS, Plan
 from imnet_prep.build.shard_task import ShardResult, done_path
 from imnet_prep.cpu import library_versions
 from imnet_prep.files import file_digest, sync, write_atomically
@@ -66,7 +66,7 @@ def assemble(
         splits,
         plan.classes,
         label_space=plan.label_space,
-        label_convention=plan.label_convention,
+        label_convention=CONVENTIONS[plan.label_space],
         seed=plan.options.seed,
         options=plan.options.content(),
         sources=tuple(sorted(sources, key=lambda source: json.dumps(source, sort_keys=True))),
@@ -77,8 +77,13 @@ def assemble(
 
 def describe(splits: dict[str, SplitInfo], classes: tuple[str, ...], **rest: Any) -> Manifest:
     """Return the manifest of finished splits, with the words of the classes and the versions of the libraries used."""
-    words, made_with = tuple(map(catalog.class_words, classes)), library_versions("imnet-prep", "opencv", "pillow")
-    return Manifest(classes=classes, class_words=words, made_with=made_with, splits=splits, **rest)
+    return Manifest(
+        classes=classes,
+        class_words=tuple(map(catalog.class_words, classes)),
+        made_with=library_versions("imnet-prep", "opencv", "pillow"),
+        splits=splits,
+        **rest,
+    )
 
 
 def _file_entry(path: Path, name: str) -> dict[str, Any]:

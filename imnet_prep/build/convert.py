@@ -14,7 +14,7 @@ from typing import Any
 
 from imnet_prep.build.job import ConvertResult, Job, interruptible, named_failures, run_job
 from imnet_prep.build.options import ConvertOptions, PlanOptions
-from imnet_prep.build.plan import PLAN_VERSION, Plan, load_plan, make_plan, shard_refs
+from imnet_prep.build.plan import CONVENTIONS, PLAN_VERSION, Plan, load_plan, make_plan, shard_refs
 from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, Workdir, check_out
 from imnet_prep.files import write_atomically
 from imnet_prep.images.check import validate
@@ -144,7 +144,7 @@ def dry_run(
         "seconds_estimated": round(seconds, 1),
         "disk_needed": sum(part.stored_bytes for part in plan.splits.values()),
         "disk_free": shutil.disk_usage(parent).free,
-        "label_convention": plan.label_convention,
+        "label_convention": CONVENTIONS[plan.label_space],
     }
 
 

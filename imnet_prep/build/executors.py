@@ -29,9 +29,11 @@ def run(
         PlanError: A worker process was killed, or Dask cannot be reached.
         OSError: The disk is full or fails.
     """
-    if tasks and scheduler is None:
+    if not tasks:
+        return
+    if scheduler is None:
         yield from run_processes(run_task, tasks, min(process_count(workers), len(tasks)), report, stop)
-    elif tasks and scheduler is not None:
+    else:
         yield from _run_dask(tasks, scheduler, report, stop)
 
 

@@ -15,7 +15,7 @@ from imnet_prep.types import name_fault
 LABEL_SPACES = ("found", "imagenet1k")
 DUPLICATES = ("keep", "reject")
 EXECUTORS = ("local", "dask")
-_BUDGET = re.compile(r"(\d+)|(\d+(?:\.\d+)?)%")
+_BUDGET = re.compile(r"\d+|\d+(\.\d+)?%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +111,8 @@ class ConvertOptions:
 
     def allowed(self, found: int) -> float:
         """Return how many of ``found`` images may be rejected."""
-        match = _BUDGET.fullmatch(self.max_rejected)
-        assert match is not None  # checked at construction
-        return float(match[1]) if match[1] else found * float(match[2]) / 100
+        number = float(self.max_rejected.removesuffix("%"))
+        return found * number / 100 if self.max_rejected.endswith("%") else number
 
 
 def read_names(path: Path) -> tuple[str, ...]:

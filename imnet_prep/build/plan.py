@@ -10,9 +10,8 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,6 +30,10 @@ SHARD_IMAGES = 8192  # the same for small images, whose number determines the ti
 MAX_SHARDS = 128  # a reader keeps one file handle per shard open
 BATCH_ROWS = 10_000
 ROW_BYTES = 400  # a record's scalar fields, its line of the index and its line of records.jsonl.gz, about
+_WITHOUT_JOURNAL = (  # an unfinished plan is discarded
+    "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE;"
+    "PRAGMA staging.journal_mode = OFF; PRAGMA staging.synchronous = OFF; BEGIN"
+)
 _COLUMNS = (
     "split INTEGER, record INTEGER, rank INTEGER, class TEXT, file_name TEXT, path INTEGER, offset INTEGER, "
     "size INTEGER, url TEXT, status INTEGER, line TEXT"
@@ -39,7 +42,7 @@ _SELECT = (
     "SELECT split, class, file_name, path.path, offset, size, url, status, line, record FROM {0} JOIN path "
     "ON {0}.path = path.id"
 )
-_CONVENTIONS = {
+CONVENTIONS = {  # what the labels mean, by label space
     "found": "the classes that are there, sorted by name, from 0",
     "imagenet1k": "ILSVRC2012: the 1,000 WordNet ids sorted, from 0 (not ILSVRC2012_ID order)",
     "file": "the order of the class list that was given, from 0",
@@ -93,11 +96,6 @@ class Plan:
     splits: dict[str, SplitPlan]
     rejected: tuple[Rejected, ...] = field(repr=False)
     digest: str
-
-    @property
-    def label_convention(self) -> str:
-        """The meaning of the labels, in words."""
-        return _CONVENTIONS[self.label_space]
 
     @property
     def images(self) -> int:
@@ -175,11 +173,10 @@ def make_plan(refs: Iterable[Found], database: Path, options: PlanOptions, progr
     database.unlink(missing_ok=True)
     staging.unlink(missing_ok=True)
     try:
-        with _connected(database) as connection:
+        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
             connection.execute("ATTACH ? AS staging", (os.fsencode(staging),))
-            connection.executescript("PRAGMA staging.journal_mode = OFF; PRAGMA staging.synchronous = OFF; BEGIN")
+            connection.executescript(_WITHOUT_JOURNAL)
             rejected = _ingest(connection, refs, options, progress)
-            _check_records(connection)
             if options.max_per_class is not None:  # the first of each class by rank, and all without a class
                 connection.execute(
                     "DELETE FROM found WHERE record IN (SELECT record FROM (SELECT record, ROW_NUMBER() OVER "
@@ -203,21 +200,10 @@ def make_plan(refs: Iterable[Found], database: Path, options: PlanOptions, progr
             plan = Plan(database, options, classes, label_space, splits, tuple(rejected), digest)
             _save_head(connection, plan)
         return plan
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-@contextmanager
-def _connected(database: Path) -> Iterator[sqlite3.Connection]:
-    """Open a file for writing without a journal, as an unfinished plan is discarded; raise its errors as OSError."""
-    try:
-        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
-            connection.executescript(
-                "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE"
-            )
-            yield connection
     except sqlite3.Error as error:
         raise sqlite_failure(error, database) from error
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _save_head(connection: sqlite3.Connection, plan: Plan) -> None:
@@ -229,8 +215,7 @@ def _save_head(connection: sqlite3.Connection, plan: Plan) -> None:
         "splits": {name: asdict(part) for name, part in plan.splits.items()},
     }
     connection.executescript("CREATE TABLE rejected(item TEXT); CREATE TABLE head(json TEXT); BEGIN")
-    rows = ((json.dumps(asdict(item)),) for item in plan.rejected)
-    connection.executemany("INSERT INTO rejected VALUES(?)", rows)
+    connection.executemany("INSERT INTO rejected VALUES(?)", ((json.dumps(asdict(item)),) for item in plan.rejected))
     connection.execute("INSERT INTO head VALUES(?)", (json.dumps(head),))
     connection.execute("COMMIT")
 
@@ -238,17 +223,16 @@ def _save_head(connection: sqlite3.Connection, plan: Plan) -> None:
 def _ingest(
     connection: sqlite3.Connection, refs: Iterable[Found], options: PlanOptions, progress: ProgressCallback
 ) -> list[Rejected]:
-    """Insert the images of the classes to keep; return the rejected ones."""
+    """Insert the images of the classes to keep, check that record ids are unique, and return the rejected images."""
     connection.execute(f"CREATE TABLE staging.found({_COLUMNS})")
     connection.execute("CREATE TABLE path(id INTEGER PRIMARY KEY, path BLOB)")
-    here = os.fsencode(os.getcwd())
+    here, key = os.fsencode(os.getcwd()), options.seed.to_bytes(8, "little")
     keep = None if options.keep_classes is None else frozenset(read_names(options.keep_classes))
     seen: set[str] = set()
     rejected: list[Rejected] = []
-    paths: list[tuple[int, bytes]] = []  # first used in the current batch
 
     def rows() -> Iterator[tuple[object, ...]]:
-        path, number = "", 0  # the last one: consecutive images of an archive share it
+        done, path, number = 0, "", 0  # the last path: consecutive images of an archive share it
         for ref in refs:
             if isinstance(ref, Rejected):
                 if keep is None or ref.reason is Reason.UNLABELLED or ref.file_name.split("/")[0] in keep:
@@ -258,22 +242,24 @@ def _ingest(
             if keep is None or ref.class_name in keep or not ref.class_name:
                 if ref.path != path:
                     path, number = ref.path, number + 1
-                    paths.append((number, os.path.join(here, os.fsencode(path))))
-                yield _row(ref, options.seed, number)
+                    connection.execute("INSERT INTO path VALUES(?, ?)", (number, os.path.join(here, os.fsencode(path))))
+                yield _row(ref, key, number)
+                done += 1
+                if done % BATCH_ROWS == 0:
+                    progress(Progress(done, None, "found"))
 
-    source, done = rows(), 0
-    while batch := list(islice(source, BATCH_ROWS)):
-        connection.executemany(f"INSERT INTO found VALUES({','.join('?' * len(batch[0]))})", batch)
-        connection.executemany("INSERT INTO path VALUES(?, ?)", paths)
-        paths.clear()
-        done += len(batch)
-        progress(Progress(done, None, "found"))
+    found = connection.executemany(f"INSERT INTO found VALUES(?{', ?' * _COLUMNS.count(',')})", rows()).rowcount
+    progress(Progress(found, None, "found"))
     if keep is not None and (unknown := sorted(keep - seen)):
         raise PlanError(
             f"{options.keep_classes}: {len(unknown)} of {len(keep)} names are not classes of the sources",
             expected=f"names among {_listed(sorted(seen - {''}))}",
             got=_listed(unknown),
         )
+    try:  # names are unique, by the sources, and 64 bits of SHA-256 nearly always
+        connection.execute("CREATE UNIQUE INDEX staging.by_record ON found(record)")
+    except sqlite3.IntegrityError as error:
+        raise PlanError("two images have the same record id", remedy="rename one, or take them in two runs") from error
     return rejected
 
 
@@ -281,8 +267,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
-def _row(ref: ImageRef, seed: int, path: int) -> tuple[object, ...]:
-    name, key = f"{ref.split}/{ref.file_name}".encode(), seed.to_bytes(8, "little")
+def _row(ref: ImageRef, key: bytes, path: int) -> tuple[object, ...]:
+    name = f"{ref.split}/{ref.file_name}".encode()
     return (
         SPLITS.index(ref.split),
         (record_id(ref.split, ref.file_name) ^ 1 << 63) - (1 << 63),  # signed, as SQLite's integers are
@@ -296,14 +282,6 @@ def _row(ref: ImageRef, seed: int, path: int) -> tuple[object, ...]:
         ref.status,
         ref.line,
     )
-
-
-def _check_records(connection: sqlite3.Connection) -> None:
-    """Check that record ids are unique: names are, by the sources, and 64 bits of SHA-256 nearly always."""
-    try:
-        connection.execute("CREATE UNIQUE INDEX staging.by_record ON found(record)")
-    except sqlite3.IntegrityError as error:
-        raise PlanError("two images have the same record id", remedy="rename one, or take them in two runs") from error
 
 
 def _reject_duplicates(connection: sqlite3.Connection, progress: ProgressCallback) -> list[Rejected]:

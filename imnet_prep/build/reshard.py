@@ -5,15 +5,13 @@ is encoded again. A hash of all records that does not depend on their order is c
 the written files afterwards: equal hashes prove that every record arrived unchanged.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from imnet_prep.build.job import ConvertResult, Job, run_job
 from imnet_prep.build.options import ConvertOptions, PlanOptions, read_names, read_renames
@@ -68,13 +66,13 @@ class MultisetHash:
     total: int = 0
 
     @classmethod
-    def of(cls, split: str, class_name: str, file_name: str, sha256: str) -> MultisetHash:
+    def of(cls, split: str, class_name: str, file_name: str, sha256: str) -> Self:
         """Return the hash of one record."""
         text = json.dumps([split, class_name, file_name, sha256]).encode()
         return cls(1, int.from_bytes(hashlib.sha256(text).digest(), "big"))
 
-    def __add__(self, other: MultisetHash) -> MultisetHash:
-        return MultisetHash(self.records + other.records, (self.total + other.total) % _MODULUS)
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.records + other.records, (self.total + other.total) % _MODULUS)
 
     @property
     def digest(self) -> str:

@@ -115,13 +115,12 @@ def finished(task: ShardTask) -> ShardResult | None:
         if note.pop("plan") != task.plan or Layout(**note.pop("layout")) != task.layout:
             return None
         info = ShardInfo(**note["info"]) if note["info"] is not None else None
-        rejected = tuple(map(Rejected.from_json, note["rejected"]))
         done_path(task.folder, task.name, ".jsonl").stat()
         if info is not None:
             data = task.folder / info.file
             if (data.stat().st_size, index_path(data).stat().st_size) != (info.size_bytes, info.index_size_bytes):
                 return None
-        return ShardResult(**{**note, "info": info, "rejected": rejected})
+        return ShardResult(**{**note, "info": info, "rejected": tuple(map(Rejected.from_json, note["rejected"]))})
     except (OSError, ValueError, KeyError, TypeError, PlanError):
         return None
 
@@ -160,8 +159,8 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
             sync(task.folder / task.split)
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
         note = {**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}
-        place = done_path(task.folder, task.name, ".json")
-        write_atomically(place, json.dumps(note, sort_keys=True).encode(), stage=temporary)
+        data = json.dumps(note, sort_keys=True).encode()
+        write_atomically(done_path(task.folder, task.name, ".json"), data, stage=temporary)
         return result
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

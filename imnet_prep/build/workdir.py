@@ -170,32 +170,31 @@ def finished_before(workdir: Workdir, plan: Plan, *, force: bool) -> Manifest | 
         PlanError: The folder belongs to another plan.
         IntegrityError: It belongs to this plan, but is not whole.
     """
-    there = (workdir.out / MANIFEST).exists()
+    there = None if force or not (workdir.out / MANIFEST).exists() else RecordsFolder.open(workdir.out).manifest
     waiting = _manifest_of(workdir.partial)  # stopped before the rename
     if (
         waiting is not None
         and waiting.plan == plan.digest
         and not _missing(workdir.partial, waiting)
-        and (force or not there or RecordsFolder.open(workdir.out).manifest.plan == plan.digest)
+        and (there is None or there.plan == plan.digest)
     ):
         publish_folder(workdir)
         return waiting
-    if force or not there:
+    if there is None:
         return None
-    manifest = RecordsFolder.open(workdir.out).manifest
-    if manifest.plan != plan.digest:
+    if there.plan != plan.digest:
         raise PlanError(
             f"{workdir.out}: holds the result of another plan (other images, options or version)",
             expected=f"plan {plan.digest[:12]}",
-            got=f"plan {manifest.plan[:12] or 'none'}",
+            got=f"plan {there.plan[:12] or 'none'}",
             remedy="choose another --out, or --force to replace it once the new one is whole",
         )
-    if missing := _missing(workdir.out, manifest):
+    if missing := _missing(workdir.out, there):
         raise IntegrityError(
             f"{workdir.out}: was finished by this plan, but {missing} is missing or has another size",
             remedy="restore it, or --force to convert again",
         )
-    return manifest
+    return there
 
 
 def _missing(folder: Path, manifest: Manifest) -> str:
