@@ -61,11 +61,10 @@ class _SourcesJob(Job):
     def __init__(self, paths: Sequence[Path], split: str | None, options: PlanOptions) -> None:
         self.paths, self._options = paths, options
         self._sources = detect(paths, split)
-        self._key = None  # of the archives that a plan depends on; a folder may have changed and is listed again
         states = [_file_state(source.path) for source in self._sources]
-        if None not in states:
-            depends = [PLAN_VERSION, states, split, options.content(), options.seed, options.label_names()]
-            self._key = json.dumps(depends, sort_keys=True)
+        depends = [PLAN_VERSION, states, split, options.content(), options.seed, options.label_names()]
+        # What the plan depends on; None with a folder, which may have changed and is listed again.
+        self._key = None if None in states else json.dumps(depends, sort_keys=True)
 
     def plan(self, workdir: Workdir, progress: ProgressCallback) -> Plan:
         """Return the plan that was begun from the same archives, or make one."""

@@ -29,12 +29,13 @@ def run(
         PlanError: A worker process was killed, or Dask cannot be reached.
         OSError: The disk is full or fails.
     """
-    if not tasks:
-        return
-    if scheduler is None:
-        yield from run_processes(run_task, tasks, min(process_count(workers), len(tasks)), report, stop)
-    else:
-        yield from _run_dask(tasks, scheduler, report, stop)
+    width = min(process_count(workers), len(tasks))
+    if width:
+        yield from (
+            run_processes(run_task, tasks, width, report, stop)
+            if scheduler is None
+            else _run_dask(tasks, scheduler, report, stop)
+        )
 
 
 def _run_uncounted(task: ShardTask, slot: int) -> ShardResult:

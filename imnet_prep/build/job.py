@@ -104,7 +104,10 @@ def run_job(job: Job, out: Path, options: ConvertOptions, progress: ProgressCall
         if done is not None:
             return ConvertResult(done, out, time.monotonic() - started, 0, (), already_done=True)
         check_begun(workdir, plan, force=options.force)
-        _check_space(workdir, plan)
+        growth = plan.bytes - _stored_bytes(workdir, plan)
+        # Not for images that are to be shrunk: their stored size is not known.
+        if plan.options.store.short_side is None and growth > shutil.disk_usage(workdir.partial).free:
+            raise _disk_full(workdir, plan)
         inputs = job.describe(workdir, report)
         plan = begin(workdir, plan, inputs, force=options.force)
         results, layouts, images_now = _run(workdir, plan, options, progress, stop)
@@ -154,13 +157,6 @@ def _disk_full(workdir: Workdir, plan: Plan | None) -> PlanError:
         expected=f"about {missing:,} more bytes free",
         remedy="free them and run the same command again: finished shards are kept",
     )
-
-
-def _check_space(workdir: Workdir, plan: Plan) -> None:
-    """Refuse to begin without enough space, unless images are to be shrunk: their stored size is not known."""
-    free = shutil.disk_usage(workdir.partial).free
-    if plan.options.store.short_side is None and plan.bytes - _stored_bytes(workdir, plan) > free:
-        raise _disk_full(workdir, plan)
 
 
 # --- the work --------------------------------------------------------------------------------------------------------

@@ -107,10 +107,6 @@ class Plan:
         """Their bytes as found."""
         return sum(split.bytes for split in self.splits.values())
 
-    def shard_name(self, split: str, number: int) -> str:
-        """Return a shard's path relative to the records folder."""
-        return f"{split}/{split}-{number:05d}-of-{self.splits[split].shards:05d}.mindrecord"
-
 
 # --- reading a plan --------------------------------------------------------------------------------------------------
 
@@ -120,12 +116,12 @@ def load_plan(database: Path, options: PlanOptions) -> Plan | None:
     try:
         with closing(_read_only(database)) as connection:
             head = json.loads(connection.execute("SELECT json FROM head").fetchone()[0])
-            items = [json.loads(row[0]) for row in connection.execute("SELECT item FROM rejected ORDER BY rowid")]
+            items = connection.execute("SELECT item FROM rejected ORDER BY rowid")
+            rejected = tuple(Rejected.from_json(json.loads(row[0])) for row in items)
         splits = {
             name: SplitPlan(**{**part, "bounds": tuple(part["bounds"]), "layout": Layout(**part["layout"])})
             for name, part in head["splits"].items()
         }
-        rejected = tuple(map(Rejected.from_json, items))
     except (sqlite3.Error, ValueError, TypeError, KeyError, PlanError):
         return None
     return Plan(database, options, tuple(head["classes"]), head["label_space"], splits, rejected, head["digest"])

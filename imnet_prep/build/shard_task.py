@@ -70,7 +70,7 @@ def tasks_of(plan: Plan, folder: Path, layouts: dict[str, Layout]) -> list[Shard
         ShardTask(
             folder=folder,
             split=split,
-            name=plan.shard_name(split, number),
+            name=f"{split}/{split}-{number:05d}-of-{part.shards:05d}.mindrecord",
             first=part.first + part.bounds[number],
             last=part.first + part.bounds[number + 1],
             layout=layouts[split],

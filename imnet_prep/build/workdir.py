@@ -209,16 +209,15 @@ def check_begun(workdir: Workdir, plan: Plan, *, force: bool) -> None:
         PlanError: Another plan was begun, and ``force`` is False.
     """
     begun = workdir.begun()
-    if begun is not None and begun["plan"] == plan.digest:
-        return
-    if begun is not None and not force:
+    if begun is None or (force and begun["plan"] != plan.digest):
+        _forget(workdir, plan)
+    elif begun["plan"] != plan.digest:
         raise PlanError(
             f"{workdir.partial}: holds an unfinished conversion with another plan (other images, options or version)",
             expected=f"plan {plan.digest[:12]}",
             got=f"plan {begun['plan'][:12]}",
             remedy="repeat its command to continue it, or --force to start over",
         )
-    _forget(workdir, plan)
 
 
 def begin(workdir: Workdir, plan: Plan, note: dict[str, Any], *, force: bool) -> Plan:

@@ -181,8 +181,7 @@ class ClassTar(Source):
 def _common_root(folders: list[tuple[str, ...]]) -> int:
     """Count the folders around all images that are neither split nor class; one is always left for the class."""
     levels = zip(*(parts[:-1] for parts in folders), strict=False)
-    shared = takewhile(lambda names: len(set(names)) == 1 and names[0] not in SPLIT_FOLDERS, levels)
-    return len(list(shared))
+    return len(list(takewhile(lambda names: len(set(names)) == 1 and names[0] not in SPLIT_FOLDERS, levels)))
 
 
 class Devkit(Source):

@@ -146,8 +146,7 @@ def _folder(path: Path, split: str, labelled: bool) -> list[Source]:
         raise SourceError(f"{path} is empty", expected="class folders with images", got="an empty folder")
     if (path / "journal.sqlite").is_file():
         return [DownloadFolder(path, "download", split or _split_by_name(path))]
-    has_meta = any(file.is_file() for file in (path / "data" / "meta.mat", path / "meta.mat"))
-    if has_meta or path.name.startswith(_DEVKIT_FOLDER):
+    if path.name.startswith(_DEVKIT_FOLDER) or any((path / name).is_file() for name in ("data/meta.mat", "meta.mat")):
         return [_devkit(path)]
     if (path / "wnids.txt").is_file() and (path / "train").is_dir():
         return [_tiny(path, split)]

@@ -72,8 +72,7 @@ def walk(file: PlainFile, start: int = 0, end: int | None = None, *, suffix: byt
             that the header of an inner tar is not mistaken for one of the outer tar.
     """
     at, extra, common = start, _Extra(), _Extra()
-    if end is None:
-        end = file.size_bytes
+    end = file.size_bytes if end is None else end
     while at + BLOCK <= end and len(header := file.read(BLOCK, at)) == BLOCK:
         if header == _ZERO:
             return

@@ -14,6 +14,7 @@ from imnet_prep import catalog
 from imnet_prep.build import plan as planning
 from imnet_prep.build.options import PlanOptions, read_names
 from imnet_prep.build.plan import Plan, load_plan, make_plan, shard_refs
+from imnet_prep.build.shard_task import tasks_of
 from imnet_prep.errors import PlanError, SourceError
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.types import ImageRef, Reason, Rejected
@@ -85,7 +86,8 @@ def test_sizes_and_urls_are_part_of_the_digest(tmp_path: Path) -> None:
 def test_more_shards_than_images_give_one_image_a_shard(tmp_path: Path) -> None:
     made = plan(tmp_path, refs(1, 3), shards=10)
     assert [len(shard) for shard in order(made)] == [1, 1, 1]
-    assert made.shard_name("train", 2) == "train/train-00002-of-00003.mindrecord"
+    tasks = tasks_of(made, tmp_path, {"train": made.splits["train"].layout})
+    assert [task.name for task in tasks] == [f"train/train-0000{shard}-of-00003.mindrecord" for shard in range(3)]
 
 
 def test_loaded_plan_equals_the_one_made(tmp_path: Path) -> None:
