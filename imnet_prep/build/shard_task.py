@@ -29,6 +29,7 @@ from imnet_prep.types import ImageRef, RawImage, Rejected, ShardInfo
 
 PLAN_NOTE, PLAN_DATABASE = "plan.json", "plan.sqlite"
 UNLABELLED = -1  # the label of the test split
+REPORT_EVERY = 16  # images: each report passes through the whole command
 MAX_THUMBNAILS = 16  # of a shard's rejected images: a broken source must not fill rejected.jsonl with pictures
 
 
@@ -180,6 +181,7 @@ def check_plan(folder: Path, plan: str) -> None:
 def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[Written | None, list[Rejected]]:
     """Write the data file, its index and its record lines; without a row return None and write no data file."""
     rejected: list[Rejected] = []
+    pending = (0, 0, 0)  # images read, their bytes, and those rejected since the last report
     with closing(ShardWriter(path, task.layout)) as writer:
         with lines.open("w", encoding="utf-8", newline="\n") as text:
             for ref in shard_refs(task.folder / BUILD_WORK / PLAN_DATABASE, task.first, task.last):
@@ -191,7 +193,11 @@ def _write(task: ShardTask, path: Path, lines: Path, advance: Advance) -> tuple[
                     image, line = stored
                     text.write(line.to_json() + "\n")
                     writer.add(image, label, ref.file_name)
-                advance(1, ref.size_bytes, isinstance(stored, Rejected))
+                pending = (pending[0] + 1, pending[1] + ref.size_bytes, pending[2] + isinstance(stored, Rejected))
+                if pending[0] == REPORT_EVERY:
+                    advance(*pending)
+                    pending = (0, 0, 0)
+            advance(*pending)
             text.flush()
             os.fsync(text.fileno())
         return (writer.finish() if len(writer) else None), rejected

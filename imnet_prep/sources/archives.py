@@ -169,8 +169,7 @@ class ClassTar(Source):
             for name, offset, size_bytes in sorted(rows):
                 class_name = (labels.of(name) or "") if labels else "".join(below[:1])
                 if class_name or split == "test":
-                    row = ("/".join((*below[1:], name)), offset, size_bytes)
-                    classes[SPLITS.index(split), class_name].append(row)
+                    classes[SPLITS.index(split), class_name].append(("/".join((*below[1:], name)), offset, size_bytes))
                 else:
                     yield Rejected(split, printable("/".join((*key, name))), Reason.UNLABELLED, "not in a class folder")
         for place, class_name in sorted(classes):
