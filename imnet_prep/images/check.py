@@ -15,7 +15,7 @@ from typing import Literal
 from imnet_prep.errors import PlanError
 from imnet_prep.images.decode import Pixels, decode_cmyk_jpeg, decode_jpeg, decode_other
 from imnet_prep.images.encode import encode_jpeg, orient, short_side_size, shrink, to_grey
-from imnet_prep.images.formats import MAX_JPEG_SIDE, check_container, refuse_bomb, sniff
+from imnet_prep.images.formats import MAX_JPEG_SIDE, refuse_bomb, sniff
 from imnet_prep.images.jpeg import JpegInfo, read_markers, without_oddities
 from imnet_prep.images.native import clean_end, decode_shrunk
 from imnet_prep.types import Change, ImageFault, RawImage, Reason, Rejected, Sample
@@ -66,8 +66,8 @@ def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
     """
     ref = raw.ref
     try:
-        header = read_header(raw.data, options.max_pixels, scan=options.short_side is None)
-        image, width, height, changes = store(raw.data, header, decide(header, options), options)
+        kind, info = read_header(raw.data, options.max_pixels, scan=options.short_side is None)
+        image, width, height, changes = store(raw.data, kind, info, decide(info, options.short_side), options)
         if len(image) > options.max_bytes:
             raise ImageFault(Reason.TOO_LARGE, f"{len(image)} bytes, a record holds at most {options.max_bytes}")
     except ImageFault as fault:
@@ -76,33 +76,16 @@ def validate(raw: RawImage, options: ValidateOptions) -> Sample | Rejected:
         return Rejected(ref.split, ref.file_name, Reason.TOO_MANY_PIXELS, "not enough memory to decode it")
     found = hashlib.sha256(raw.data).hexdigest()
     stored = found if image is raw.data else hashlib.sha256(image).hexdigest()
-    noticed = tuple(change for change in Change if change in changes)
-    return Sample(image, width, height, sha256=stored, source_sha256=found, changes=noticed)
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What an image says of itself, before any pixel is decoded.
-
-    Attributes:
-        kind: Pillow's name of the format.
-        jpeg: What the markers of a JPEG say; None for another format.
-        deep: An image of another format has 16 bits a sample.
-        clean: The C++ library read every bit of a JPEG and found no fault.
-    """
-
-    kind: str
-    jpeg: JpegInfo | None = None
-    deep: bool = False
-    clean: bool = False
+    noticed = tuple(change for change in Change if change in changes) if changes else ()
+    return Sample(image, width, height, stored, found, noticed)
 
 
 Action = Literal["keep", "encode", "convert"]
 """What is done to an image: keep its bytes, encode its pixels again, or convert them as well."""
 
 
-def read_header(data: bytes, max_pixels: int, *, scan: bool = False) -> Header:
-    """Read what an image says of itself.
+def read_header(data: bytes, max_pixels: int, *, scan: bool = False) -> tuple[str, JpegInfo | None]:
+    """Return Pillow's name of an image's format and, for a JPEG, what its markers say; no pixel is decoded.
 
     Args:
         data: The bytes.
@@ -110,60 +93,57 @@ def read_header(data: bytes, max_pixels: int, *, scan: bool = False) -> Header:
         scan: Have the C++ library read the pixels' bits as well, which saves a decode of what is kept.
 
     Raises:
-        ImageFault: It is no image, not whole by its header, or too large.
+        ImageFault: It is no image, or a JPEG that is not whole by its markers, or too large.
     """
     if not data:
         raise ImageFault(Reason.EMPTY, "zero bytes")
     kind = sniff(data)
     if kind != "JPEG":
-        return Header(kind, deep=check_container(data, kind))
-    scan_end = clean_end(data) if scan else 0
-    info = read_markers(data, scan_end)
+        return kind, None
+    info = read_markers(data, clean_end(data) if scan else 0)
     refuse_bomb(info.width, info.height, max_pixels)
-    return Header(kind, info, clean=scan_end > 0)
+    return kind, info
 
 
-def decide(header: Header, options: ValidateOptions) -> Action:
-    """Return what is to be done to an image.
+def decide(info: JpegInfo | None, short_side: int | None) -> Action:
+    """Return what is to be done to a JPEG, or to an image of another format (None).
 
     Raises:
         ImageFault: A JPEG of so many components cannot be stored.
     """
-    info = header.jpeg
     if info is None:
         return "convert"
     if info.components not in (1, 3, 4):
         raise ImageFault(Reason.CORRUPT, f"a JPEG of {info.components} components")
     if not info.plain or info.components == 4 or info.orientation != 1:
         return "convert"
-    if options.short_side is None or (min(info.width, info.height) <= options.short_side and not info.progressive):
+    if short_side is None or (min(info.width, info.height) <= short_side and not info.progressive):
         return "keep"
     return "encode"
 
 
 def store(
-    data: bytes, header: Header, action: Action, options: ValidateOptions
+    data: bytes, kind: str, info: JpegInfo | None, action: Action, options: ValidateOptions
 ) -> tuple[bytes, int, int, list[Change]]:
     """Return the bytes to store, their width and height in pixels, and what was noticed or changed.
 
     Raises:
         ImageFault: The image is not whole.
     """
-    info = header.jpeg
     if info is None:
-        pixels, changes = decode_other(data, header.kind, deep=header.deep, max_pixels=options.max_pixels)
+        pixels, changes = decode_other(data, kind, options.max_pixels)
         changes.append(Change.FORMAT)
         size = pixels.shape[1], pixels.shape[0]
-        target = _stored_size(size, options)
+        target = short_side_size(*size, options.short_side)
     else:
         changes = _noticed(info, len(data))
         if action == "keep":
             # libjpeg decodes what the scan calls clean without a warning, so the scan only saves time.
-            if not header.clean and not clean_end(data):
+            if not info.clean and not clean_end(data):
                 _decode(data, info, changes, grey=True, reduce=_CHECK_REDUCE)
             return data, info.width, info.height, changes
         size = (info.height, info.width) if info.orientation >= 5 else (info.width, info.height)
-        target = _stored_size(size, options)
+        target = short_side_size(*size, options.short_side)
         reduce, shrunk = _reduction(info, options.short_side), None
         if action == "encode" and target != size:
             shrunk, end = decode_shrunk(data, components=info.components, reduce=reduce, size=size, small=target)
@@ -175,13 +155,6 @@ def store(
             pixels = shrink(pixels, *target)
     quality = CONVERT_QUALITY if options.short_side is None else options.quality
     return encode_jpeg(pixels, quality, halve_chroma=options.short_side is not None), *target, changes
-
-
-def _stored_size(size: tuple[int, int], options: ValidateOptions) -> tuple[int, int]:
-    """Return the width and height to store an upright image with."""
-    if options.short_side is None or min(size) <= options.short_side:
-        return size
-    return short_side_size(*size, options.short_side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +177,10 @@ def examine(data: bytes, short_side: int) -> Examined:
     Raises:
         ImageFault: It is not whole, or no image.
     """
-    options = ValidateOptions()
-    header = read_header(data, options.max_pixels)
-    info = header.jpeg
+    max_pixels = ValidateOptions().max_pixels
+    kind, info = read_header(data, max_pixels)
     if info is None:
-        pixels, _ = decode_other(data, header.kind, deep=header.deep, max_pixels=options.max_pixels)
+        pixels, _ = decode_other(data, kind, max_pixels)
         return Examined(pixels.shape[1], pixels.shape[0], (), to_grey(pixels))
     changes = _noticed(info, len(data))
     grey = to_grey(_decode(data, info, changes, grey=True, reduce=_reduction(info, short_side)))

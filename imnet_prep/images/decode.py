@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from imnet_prep.images.formats import refuse_bomb
+from imnet_prep.images.formats import check_container, refuse_bomb
 from imnet_prep.images.jpeg import jpeg_size, reporting
 from imnet_prep.images.native import clean_end, decode_whole
 from imnet_prep.images.stderr import captured_stderr, process_lock
@@ -109,8 +109,7 @@ def decode_cmyk_jpeg(data: bytes) -> Pixels:
         ImageFault: It does not decode.
     """
     with opened(data, "JPEG") as image:
-        image.load()
-        return bgr(image.convert("RGB"))
+        return bgr(image)
 
 
 @contextmanager
@@ -130,21 +129,21 @@ def opened(data: bytes, kind: str) -> Iterator[Image.Image]:
             raise ImageFault(reason, f"{kind}: {said or type(exc).__name__}") from exc
 
 
-def decode_other(data: bytes, kind: str, *, deep: bool, max_pixels: int) -> tuple[Pixels, list[Change]]:
+def decode_other(data: bytes, kind: str, max_pixels: int) -> tuple[Pixels, list[Change]]:
     """Decode PNG, GIF, WebP, BMP or TIFF to 8-bit BGR, upright, transparency over white.
 
     Args:
         data: The file's bytes.
         kind: Pillow's name of the format.
-        deep: The header says 16 bits a sample.
         max_pixels: Refuse more pixels than these before anything is decoded.
 
     Returns:
         The pixels, and what was noticed or changed.
 
     Raises:
-        ImageFault: It does not decode, has more frames than one, or more pixels than allowed.
+        ImageFault: It is not whole, does not decode, has more frames than one, or more pixels than allowed.
     """
+    deep = check_container(data, kind)
     with opened(data, kind) as image:
         refuse_bomb(*image.size, max_pixels)
         with suppress(EOFError):

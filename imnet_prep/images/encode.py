@@ -23,11 +23,16 @@ def orient(pixels: Pixels, orientation: int) -> Pixels:
     return pixels if flip is None else cv2.flip(pixels, flip)
 
 
-def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Scale a size so that its short side is ``short_side``, the long one rounded to the nearest pixel."""
+def short_side_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """Scale a size down so that its short side is ``short_side``, the long one rounded to the nearest pixel.
+
+    None, or what is no less than the short side, leaves the size as it is.
+    """
+    if short_side is None or min(width, height) <= short_side:
+        return width, height
     if width <= height:
-        return short_side, max(short_side, (height * short_side + width // 2) // width)
-    return max(short_side, (width * short_side + height // 2) // height), short_side
+        return short_side, (height * short_side + width // 2) // width
+    return (width * short_side + height // 2) // height, short_side
 
 
 def shrink(pixels: Pixels, width: int, height: int) -> Pixels:

@@ -40,6 +40,7 @@ class JpegInfo:
         orientation: EXIF orientation, 1 to 8; 1 where there is none.
         exif_damaged: There is EXIF, and it cannot be read.
         size_bytes: Up to and with the end marker; what follows is no part of the image.
+        clean: The C++ library read every bit and found no fault.
     """
 
     width: int
@@ -51,6 +52,7 @@ class JpegInfo:
     orientation: int
     exif_damaged: bool
     size_bytes: int
+    clean: bool
 
 
 def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
@@ -96,6 +98,7 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
         orientation=orientation,
         exif_damaged=exif_damaged,
         size_bytes=end,
+        clean=scan_end > 0,
     )
 
 
@@ -212,41 +215,34 @@ def _segments(data: bytes, scan_end: int = 0) -> Iterator[tuple[int, bytes, int,
     Raises:
         ImageFault: As :func:`read_markers` raises it.
     """
-    marker, end = SOI, 2
+    marker, end, size = SOI, 2, len(data)
     while marker != EOI:
-        marker, at = _marker_at(data, end)
-        start, end = at - 2, at
+        at = end
+        if at < size and data[at] != 0xFF:
+            raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}, got 0x{data[at]:02x}")
+        while at < size and data[at] == 0xFF:  # fill bytes may come before a marker
+            at += 1
+        if at >= size:
+            raise ImageFault(Reason.TRUNCATED, "ends between two markers, no end marker (EOI)")
+        marker, end = data[at], at + 1
+        if marker == 0:
+            raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}")
         if marker == SOI:
-            raise ImageFault(Reason.CORRUPT, f"a second image begins inside the first, at byte {start}")
+            raise ImageFault(Reason.CORRUPT, f"a second image begins inside the first, at byte {at - 1}")
         if marker == _TEM or marker in _RESTARTS:
             continue
         if marker != EOI:
-            length = int.from_bytes(data[at : at + 2], "big")
-            end = at + length
-            if max(at + 2, end) > len(data):
+            length = int.from_bytes(data[at + 1 : at + 3], "big")
+            end += length
+            if max(at + 3, end) > size:
                 raise ImageFault(Reason.TRUNCATED, "ends inside a header segment")
             if length < 2:
-                raise ImageFault(Reason.CORRUPT, f"a header segment of length {length} at byte {at}")
-        yield marker, data[at + 2 : end], start, end
-        if marker == SOS:
-            end = scan_end - 2 if scan_end else _scan_end(data, end)
-
-
-def _scan_end(data: bytes, at: int) -> int:
-    found = _NEXT_MARKER.search(data, at)
-    if found is None:
-        raise ImageFault(Reason.TRUNCATED, "no end marker (EOI)")
-    return found.start()
-
-
-def _marker_at(data: bytes, at: int) -> tuple[int, int]:
-    """Return the marker at or after ``at``, past fill bytes, and where what follows it begins."""
-    if at < len(data) and data[at] != 0xFF:
-        raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}, got 0x{data[at]:02x}")
-    while at < len(data) and data[at] == 0xFF:
-        at += 1
-    if at >= len(data):
-        raise ImageFault(Reason.TRUNCATED, "ends between two markers, no end marker (EOI)")
-    if data[at] == 0:
-        raise ImageFault(Reason.CORRUPT, f"no marker at byte {at}")
-    return data[at], at + 1
+                raise ImageFault(Reason.CORRUPT, f"a header segment of length {length} at byte {at + 1}")
+        yield marker, data[at + 3 : end], at - 1, end
+        if marker == SOS and scan_end:
+            end = scan_end - 2
+        elif marker == SOS:
+            found = _NEXT_MARKER.search(data, end)
+            if found is None:
+                raise ImageFault(Reason.TRUNCATED, "no end marker (EOI)")
+            end = found.start()

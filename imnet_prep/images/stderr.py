@@ -30,11 +30,12 @@ def process_lock() -> threading.Lock:
 
 
 @cache
-def _capture_files(process: int) -> tuple[io.FileIO, io.FileIO]:
+def _capture_files(process: int) -> tuple[int, io.FileIO]:
     """Return the file in place of stderr, and the same file to read from where the last capture ended."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows deletes no open file
         path = Path(folder, "stderr")
-        return path.open("ab", 0), path.open("rb", 0)
+        with path.open("ab") as writer, path.open("rb") as reader:
+            return os.dup(writer.fileno()), open(os.dup(reader.fileno()), "rb", 0, closefd=False)
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def captured_stderr() -> Iterator[list[str]]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             saved = os.dup(2)
         writer, reader = _capture_files(os.getpid())
-        os.dup2(writer.fileno(), 2)
+        os.dup2(writer, 2)
         try:
             yield messages
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_the_end_is_where_the_walk_over_the_markers_finds_it() -> None:
         if end := clean_end(data):
             info = read_markers(data)
             assert info.size_bytes == end
-            assert read_markers(data, end) == info
+            assert read_markers(data, end) == replace(info, clean=True)
     trailed = jpeg() + b"\xff\xd8 a second image \xff\xd9"
     assert clean_end(trailed) == len(jpeg())
 
