@@ -207,18 +207,24 @@ def _describe_split(
         nonlocal alike
         for place, text in enumerate(islice(texts, split.images)):
             values = json.loads(text)
-            stored = values["file_name"]
             listed = naming.file_name(name, Path(split.shards[values["shard"]].file).name, values)
             if fault := name_fault(listed):
                 raise RecordsError(f"{change.folder}: a record would be called {listed!r}: {fault}")
-            if not names_agree(stored, listed, END):
+            if not names_agree(values["file_name"], listed, END):
                 alike = BASE
             ids[place] = record_id(name, listed)
             yield RecordLine(**{**values, "file_name": listed, "changes": tuple(values["changes"])}).to_json()
 
-    path, layout = change.stage(change.folder / name / RECORDS), Layout(split.header_size, split.page_size)
-    shards = [_with_digests(change, shard) for shard in split.shards]
-    info = describe_split(path, name, lines(), shards, layout, len(naming.classes), {}, before)
+    info = describe_split(
+        change.stage(change.folder / name / RECORDS),
+        name,
+        lines(),
+        [_with_digests(change, shard) for shard in split.shards],
+        Layout(split.header_size, split.page_size),
+        len(naming.classes),
+        {},
+        before,
+    )
     if len(np.unique(ids)) != len(ids):
         raise RecordsError(f"{change.folder}: two records of split {name} have the same class and name")
     return info, alike
@@ -228,5 +234,9 @@ def _with_digests(change: Change, shard: ShardInfo) -> ShardInfo:
     path = change.folder / shard.file
     made = index_path(change.stage(path))
     index = made if made.exists() else index_path(path)
-    size = index.stat().st_size
-    return replace(shard, sha256=file_digest(path), index_size_bytes=size, index_sha256=file_digest(index))
+    return replace(
+        shard,
+        sha256=file_digest(path),
+        index_size_bytes=index.stat().st_size,
+        index_sha256=file_digest(index),
+    )

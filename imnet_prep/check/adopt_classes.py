@@ -81,8 +81,9 @@ def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming
         raise RecordsError(f"unknown label space {label_space!r}", expected="imagenet1k, or a file of class names")
     given = _official_names() if official else read_names(Path(label_space))
     if labels and labels[-1] >= len(given):
-        what = f"label {labels[-1]} has no name in {label_space}"
-        raise RecordsError(what, expected=f"labels from 0 to {len(given) - 1}")
+        raise RecordsError(
+            f"label {labels[-1]} has no name in {label_space}", expected=f"labels from 0 to {len(given) - 1}"
+        )
     for label, name in sorted(known.items()):
         if name in given and name != given[label]:
             raise IntegrityError(f"label {label} is {given[label]} by {label_space}", got=f"records of class {name}")
@@ -97,8 +98,9 @@ def _official_names() -> tuple[str, ...]:
 def _named(labels: Sequence[int], known: dict[int, str]) -> Naming:
     synsets = catalog.labels()
     if known and all(synsets.get(name) == label for label, name in known.items()):
-        convention = "adopted: ILSVRC2012's labels, the 1,000 WordNet ids sorted, from 0"
-        return Naming(_official_names(), "imagenet1k", convention)
+        return Naming(
+            _official_names(), "imagenet1k", "adopted: ILSVRC2012's labels, the 1,000 WordNet ids sorted, from 0"
+        )
     size = labels[-1] + 1 if labels else 0
     width = len(str(max(0, size - 1)))
     names = tuple(known.get(label, f"{label:0{width}d}") for label in range(size))
@@ -109,8 +111,8 @@ def _named(labels: Sequence[int], known: dict[int, str]) -> Naming:
         notes.append("no class names in the records: classes are named by their labels (--label-space names them)")
     if len(set(names)) != len(names):
         raise IntegrityError("a class has the number of another label as its name", remedy="use --label-space")
-    in_order = list(names) == sorted(names)
-    return Naming(names, "found" if in_order else "file", "adopted: the labels as the files have them", tuple(notes))
+    space = "found" if list(names) == sorted(names) else "file"
+    return Naming(names, space, "adopted: the labels as the files have them", tuple(notes))
 
 
 def _from_folders(found: Sequence[NameFound]) -> tuple[dict[int, str], dict[str, int]]:

@@ -117,9 +117,8 @@ def candidates(signatures: Signatures) -> Iterator[Pair]:
         for part in range(parts):
             mine = [np.flatnonzero(keys % parts == part) for keys in (plain, turned)]
             keys = np.concatenate([plain[mine[0]], turned[mine[1]]])
-            rows = np.concatenate([there[place] for place in mine])
             mirrored = np.arange(len(keys)) >= len(mine[0])
-            yield from _neighbours(signatures, odd, keys, rows, mirrored)
+            yield from _neighbours(signatures, odd, keys, there[np.concatenate(mine)], mirrored)
 
 
 def _band_keys(signatures: Signatures, band: NDArray[np.int64]) -> NDArray[np.uint32]:

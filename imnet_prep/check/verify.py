@@ -6,7 +6,8 @@ what cannot be read is reported as a problem.
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -24,8 +25,6 @@ from imnet_prep.files import file_digest
 from imnet_prep.process_pool import process_count
 from imnet_prep.records.check import (
     Problem,
-    check_list,
-    check_rejected,
     check_rows_of_index,
     check_shard,
     check_size,
@@ -132,7 +131,7 @@ def verify(
 def _check_quick(folder: RecordsFolder) -> Iterator[Problem]:
     path, manifest = folder.path, folder.manifest
     yield from check_unlisted(path, manifest)
-    yield from check_rejected(folder)
+    yield from _check_rejected(folder)
     for split in manifest.splits.values():
         if problem := check_size(path, str(split.records["file"]), split.records["size_bytes"]):
             yield problem
@@ -200,19 +199,62 @@ def _check_agreement(folder: RecordsFolder, rows: _Rows, *, lines: bool) -> Iter
         wrong = np.flatnonzero(counts != split.class_counts)
         if len(wrong):
             label = int(wrong[0])
-            detail = f"split {name}: {len(wrong)} class counts are not those of the records; label {label}: "
-            detail += f"expected {split.class_counts[label]}, got {counts[label]}"
-            yield Problem("counts", MANIFEST, detail)
+            yield Problem(
+                "counts",
+                MANIFEST,
+                f"split {name}: {len(wrong)} class counts are not those of the records; "
+                f"label {label}: expected {split.class_counts[label]}, got {counts[label]}",
+            )
         if lines:
-            yield from check_list(folder, name, looked_at=bool(rows.listed[span].all()))
+            yield from _check_list(folder, name, looked_at=bool(rows.listed[span].all()))
+
+
+def _check_list(folder: RecordsFolder, split: str, *, looked_at: bool) -> Iterator[Problem]:
+    """Check the record list of a split.
+
+    Args:
+        folder: The records.
+        split: The name of the split.
+        looked_at: Whether the line of every record was checked; then only the number of lines is.
+    """
+    info = folder.manifest.splits[split]
+    try:
+        if not looked_at or folder.count_lines(split) != info.images:
+            deque(folder.lines(split), maxlen=0)
+    except RecordsError as error:
+        yield Problem("records", str(info.records["file"]), str(error))
+
+
+def _check_rejected(folder: RecordsFolder) -> Iterator[Problem]:
+    """Compare the list of rejected images with the manifest: its size, its digest, and the counts by reason."""
+    entry = folder.manifest.rejected
+    if not entry:
+        return
+    file = str(entry["file"])
+    if problem := check_size(folder.path, file, entry["size_bytes"]):
+        yield problem
+        return
+    try:
+        # A split whose images were all rejected is not in the manifest.
+        found = Counter((item.split, str(item.reason)) for item in folder.rejected())
+    except (IntegrityError, RecordsError) as error:
+        yield Problem("rejected", file, str(error))
+        return
+    for name, split in folder.manifest.splits.items():
+        got = {reason: count for (where, reason), count in found.items() if where == name}
+        if got != split.rejected:
+            yield Problem("rejected", file, f"split {name}: expected {_words(split.rejected)}, got {_words(got)}")
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {number}" for reason, number in sorted(counts.items())) or "none"
 
 
 def _check_digests(folder: RecordsFolder, workers: int, progress: ProgressCallback) -> Iterator[Problem]:
     files = [file for file in listed_files(folder.manifest) if os.path.isfile(folder.path / file[0])]
     done, total = 0, sum(size for _, size, _ in files)
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(partial(_digest_problem, folder.path), files)
-        for (_, size, _), problem in zip(files, found, strict=True):
+        for (_, size, _), problem in zip(files, pool.map(partial(_digest_problem, folder.path), files), strict=True):
             if problem:
                 yield problem
             done += size
@@ -238,8 +280,8 @@ def _check_expectation(manifest: Manifest, expect: str | None) -> Iterator[Probl
         raise RecordsError(f"unknown --expect {expect!r}", expected=f"one of {', '.join(EXPECTATIONS)}")
     names = tuple(synset.wnid for synset in catalog.synsets())
     if expect is not None and manifest.classes != names:
-        detail = f"expected the {len(names)} wnids of ILSVRC2012 in sorted order, got {len(manifest.classes)} classes"
-        yield Problem("counts", MANIFEST, detail)
+        got = f"got {len(manifest.classes)} classes"
+        yield Problem("counts", MANIFEST, f"expected the {len(names)} wnids of ILSVRC2012 in sorted order, {got}")
     if expect is not None and not {"train", "val"} & set(manifest.splits):
         yield Problem("counts", MANIFEST, "expected a train or val split")
     for name in ("train", "val"):
@@ -250,8 +292,7 @@ def _check_expectation(manifest: Manifest, expect: str | None) -> Iterator[Probl
 
 def _official_and_whole(manifest: Manifest, split: str) -> bool:
     """Return whether a split comes from its official archive alone, with nothing left out on purpose."""
-    options = manifest.options
-    if any(options.get(name) is not None for name in ("keep_classes", "max_per_class")):
+    if any(manifest.options.get(name) is not None for name in ("keep_classes", "max_per_class")):
         return False
     archives = [catalog.archive_with_digest(str(source["md5"])) for source in manifest.sources]
     kinds = {archive.split for archive in archives if archive is not None and "train_t3" not in archive.file_name}

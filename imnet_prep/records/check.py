@@ -1,18 +1,14 @@
 """Compare the files of a records folder with its manifest and each other, without reading the records."""
 
-from __future__ import annotations
-
 import os
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.errors import IntegrityError, RecordsError
+from imnet_prep.errors import RecordsError
 from imnet_prep.files import PlainFile
 from imnet_prep.records.manifest import Manifest, SplitInfo
 from imnet_prep.records.mindrecord import (
@@ -24,11 +20,7 @@ from imnet_prep.records.mindrecord import (
     read_header,
     read_index,
 )
-from imnet_prep.records.record_list import opened_list
 from imnet_prep.types import ShardInfo
-
-if TYPE_CHECKING:
-    from imnet_prep.records.folder import RecordsFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +96,11 @@ def check_shard(records: Path, manifest: Manifest, split: SplitInfo, shard: Shar
     Sizes are compared first: a file of another size is not opened.
     """
     path, index = records / shard.file, _index_of(shard)
-    sizes = ((shard.file, shard.size_bytes), (index, shard.index_size_bytes))
-    wrong = [problem for file in sizes if (problem := check_size(records, *file))]
+    wrong = [
+        problem
+        for name, size in ((shard.file, shard.size_bytes), (index, shard.index_size_bytes))
+        if (problem := check_size(records, name, size))
+    ]
     damaged = {problem.file for problem in wrong}
     kind, file = "header", shard.file
     try:
@@ -121,13 +116,12 @@ def check_shard(records: Path, manifest: Manifest, split: SplitInfo, shard: Shar
 
 
 def _check_header(manifest: Manifest, split: SplitInfo, shard: ShardInfo, header: Header) -> Iterator[Problem]:
-    blobs = {name for name, kind in manifest.columns.items() if kind == "bytes"}
     for what, expected, got in (
         ("rows", shard.rows, header.rows),
         ("header_size", split.header_size, header.header_size),
         ("page_size", split.page_size, header.page_size),
         ("columns", manifest.columns, header.fields),
-        ("bytes columns", blobs, set(header.blob_fields)),
+        ("bytes columns", {n for n, kind in manifest.columns.items() if kind == "bytes"}, set(header.blob_fields)),
         ("indexed columns", True, set(header.index_fields) <= set(manifest.columns)),
         ("file name", True, Path(shard.file).name in header.addresses),
     ):
@@ -183,46 +177,3 @@ def check_rows_of_index(records: Path, shard: ShardInfo, labels: NDArray[np.int3
         row = int(wrong[0])
         more = f", and {len(wrong) - 1} more such rows" if len(wrong) > 1 else ""
         yield Problem("index", index, f"the index says label {got[row]}, the row {stored[row]}{more}", row)
-
-
-def check_list(folder: RecordsFolder, split: str, *, looked_at: bool) -> Iterator[Problem]:
-    """Check the record list of a split.
-
-    Args:
-        folder: The records.
-        split: The name of the split.
-        looked_at: Whether the line of every record was checked; then only the number of lines is.
-    """
-    info = folder.manifest.splits[split]
-    try:
-        with opened_list(folder.list_path(split)) as lines:
-            if looked_at and sum(1 for _ in lines) == info.images:
-                return
-        deque(folder.lines(split), maxlen=0)
-    except RecordsError as error:
-        yield Problem("records", str(info.records["file"]), str(error))
-
-
-def check_rejected(folder: RecordsFolder) -> Iterator[Problem]:
-    """Compare the list of rejected images with the manifest: its size, its digest, and the counts by reason."""
-    entry = folder.manifest.rejected
-    if not entry:
-        return
-    file = str(entry["file"])
-    if problem := check_size(folder.path, file, entry["size_bytes"]):
-        yield problem
-        return
-    try:
-        # A split whose images were all rejected is not in the manifest.
-        found = Counter((item.split, str(item.reason)) for item in folder.rejected())
-    except (IntegrityError, RecordsError) as error:
-        yield Problem("rejected", file, str(error))
-        return
-    for name, split in folder.manifest.splits.items():
-        got = {reason: count for (where, reason), count in found.items() if where == name}
-        if got != split.rejected:
-            yield Problem("rejected", file, f"split {name}: expected {_words(split.rejected)}, got {_words(got)}")
-
-
-def _words(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {number}" for reason, number in sorted(counts.items())) or "none"

@@ -90,11 +90,14 @@ def _split_of(path: Path, folder: Path) -> str:
 
 def _check_name(path: Path, header: Header) -> None:
     if not _NAME.fullmatch(path.name):
-        what = f"{path}: has a name that a manifest cannot list"
-        raise RecordsError(what, expected="letters, digits, '.', '_' and '-'")
+        raise RecordsError(
+            f"{path}: has a name that a manifest cannot list", expected="letters, digits, '.', '_' and '-'"
+        )
     if path.name not in header.addresses:
-        expected = f"the name {next(iter(header.addresses), '')}"
-        raise RecordsError(f"{path}: was renamed, and MindSpore cannot open it", expected=expected)
+        raise RecordsError(
+            f"{path}: was renamed, and MindSpore cannot open it",
+            expected=f"the name {next(iter(header.addresses), '')}",
+        )
 
 
 def _check_together(found: Sequence[_File]) -> dict[str, str]:
@@ -105,8 +108,9 @@ def _check_together(found: Sequence[_File]) -> dict[str, str]:
         if missing := [name for name in header.addresses if not (path.parent / name).is_file()]:
             raise RecordsError(f"{path}: belongs to files that are missing", expected=", ".join(missing[:5]))
         if (header.fields, header.blob_fields) != (columns, first.header.blob_fields):
-            other = f"{path}: has other columns than {first.path.name}"
-            raise RecordsError(other, expected=str(columns), got=str(header.fields))
+            raise RecordsError(
+                f"{path}: has other columns than {first.path.name}", expected=str(columns), got=str(header.fields)
+            )
         same_split = next(other.header for other in found if other.split == split)
         wanted, got = ((other.header_size, other.page_size) for other in (same_split, header))
         if wanted != got:

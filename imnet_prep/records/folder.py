@@ -3,16 +3,14 @@
 All code outside this package reads records through :class:`RecordsFolder`.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
 from imnet_prep.files import file_digest, max_open_files
@@ -116,6 +114,14 @@ class Row:
         return line
 
 
+def _shard_or_error(open_it: Callable[[Path], Shard], path: Path) -> Shard | RecordsError:
+    """Return an opened shard, or why it cannot be opened."""
+    try:
+        return open_it(path)
+    except RecordsError as error:
+        return error
+
+
 class RecordsFolder:
     """A records folder and its manifest. Positions number its records through all splits, in the manifest's order.
 
@@ -141,7 +147,7 @@ class RecordsFolder:
         self._opened = lru_cache(maxsize=max(1, max_open_files() // 2))(open_shard)
 
     @classmethod
-    def open(cls, path: Path) -> RecordsFolder:
+    def open(cls, path: Path) -> Self:
         """Open a folder by its manifest.
 
         Raises:
@@ -153,20 +159,15 @@ class RecordsFolder:
 
     def span(self, split: str) -> slice:
         """Return the positions of a split's records."""
-        starts = (start for start, (name, _, _) in zip(self._starts, self.shards, strict=False) if name == split)
-        first = next(starts, 0)
+        first = next((s for s, (name, _, _) in zip(self._starts, self.shards, strict=False) if name == split), 0)
         return slice(first, first + self.manifest.splits[split].images)
 
     def row(self, position: int) -> Row:
         """Return the record at a position; its parts are read on access."""
         place = bisect_right(self._starts, position) - 1
         split, number, shard = self.shards[place]
-        row = Row(split, shard.file, number, position - self._starts[place], position)
-        try:
-            row.shard_file = self._opened(self.path / shard.file)
-        except RecordsError as error:
-            row.shard_file = error
-        return row
+        opened = _shard_or_error(self._opened, self.path / shard.file)
+        return Row(split, shard.file, number, position - self._starts[place], position, opened)
 
     def lines(self, split: str) -> Iterator[RecordLine]:
         """Read the record list of a split, in shard and row order.
@@ -184,6 +185,15 @@ class RecordsFolder:
             yield line
         if count != info.images:
             raise RecordsError(f"{path}: the record list is short", expected=f"{info.images} lines", got=str(count))
+
+    def count_lines(self, split: str) -> int:
+        """Return the number of lines in the record list of a split.
+
+        Raises:
+            RecordsError: The list cannot be read.
+        """
+        with opened_list(self.list_path(split)) as lines:
+            return sum(1 for _ in lines)
 
     def line(self, position: int) -> RecordLine:
         """Read the line of one record. It reads the list from its beginning: about a second per million records.
@@ -256,14 +266,9 @@ _Chunk = tuple[int, Path, Row, int, list[bytes]]  # number, data file, first row
 def _apply(function: Callable[[Row], Result], chunk: _Chunk, advance: Advance) -> tuple[int, list[Result]]:
     """Apply a function to the rows of a chunk, in a worker process."""
     number, path, first, count, listed = chunk
-    opened: Shard | RecordsError
-    try:
-        opened = _open(path)
-    except RecordsError as error:
-        opened = error
+    opened = _shard_or_error(_open, path)
     results = []
-    for place in range(count):
-        line = listed[place] if place < len(listed) else None
+    for place, line in zip(range(count), chain(listed, repeat(None)), strict=False):
         row = replace(first, row=first.row + place, position=first.position + place, shard_file=opened, listed=line)
         results.append(function(row))
         advance(1, row.size_bytes, 0)

@@ -93,9 +93,8 @@ class Manifest:
             "made_with": self.made_with,
             "plan": self.plan,
             "splits": {name: asdict(split) for name, split in self.splits.items()},
+            **({"rejected": self.rejected} if self.rejected else {}),
         }
-        if self.rejected:
-            document["rejected"] = self.rejected
         return _canonical({**document, "self_sha256": _self_digest(document)})
 
     def split(self, records: Path, name: str) -> SplitInfo:
@@ -201,10 +200,12 @@ def _contradiction(manifest: Manifest) -> str:
 def _missing(records: Path) -> RecordsError:
     if not records.is_dir():
         return RecordsError(f"{records}: no such folder", expected="a folder made by `imnet-prep to-mindrecord`")
-    remedy = "convert with `imnet-prep to-mindrecord`, or `imnet-prep adopt` MindRecord files that others made"
-    partial = records.name.endswith(".partial")
-    got = "an unfinished conversion: run the same to-mindrecord command again" if partial else ""
-    return RecordsError(f"{records}: no {MANIFEST} in this folder", got=got, remedy=remedy)
+    unfinished = "an unfinished conversion: run the same to-mindrecord command again"
+    return RecordsError(
+        f"{records}: no {MANIFEST} in this folder",
+        got=unfinished if records.name.endswith(".partial") else "",
+        remedy="convert with `imnet-prep to-mindrecord`, or `imnet-prep adopt` MindRecord files that others made",
+    )
 
 
 def _check_schema(path: Path, document: dict[str, Any]) -> None:
@@ -215,7 +216,7 @@ def _check_schema(path: Path, document: dict[str, Any]) -> None:
     validator = jsonschema.validators.extend(draft, type_checker=whole)(dict(catalog.manifest_schema()))
     error = next(iter(validator.iter_errors(document)), None)
     if error is not None:
-        where = "/".join(str(part) for part in error.absolute_path) or "the document"
+        where = "/".join(map(str, error.absolute_path)) or "the document"
         raise IntegrityError(f"{path}: {where} is not as the format says", got=error.message[:200])
 
 

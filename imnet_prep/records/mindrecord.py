@@ -7,8 +7,6 @@ The index ``<file>.db`` is an SQLite database: its table INDEXES has one line pe
 pages and the indexed fields.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -20,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgpack
 import numpy as np
@@ -123,13 +121,14 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.raw_start)
 
-    def differences(self, other: RowIndex) -> NDArray[np.intp]:
+    def differences(self, other: Self) -> NDArray[np.intp]:
         """Return the rows present in both indexes that lie in different places."""
         rows = min(len(self), len(other))
-        names = ("raw_start", "raw_end", "blob_start", "blob_end")
-        return np.flatnonzero(
-            np.logical_or.reduce([getattr(self, name)[:rows] != getattr(other, name)[:rows] for name in names])
-        )
+        differ = [
+            getattr(self, name)[:rows] != getattr(other, name)[:rows]
+            for name in ("raw_start", "raw_end", "blob_start", "blob_end")
+        ]
+        return np.flatnonzero(np.logical_or.reduce(differ))
 
 
 @contextmanager
@@ -138,8 +137,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        got = error.strerror or str(error)
-        raise RecordsError(f"{path}: cannot be read", got=got, remedy="restore the file or convert again") from error
+        raise RecordsError(
+            f"{path}: cannot be read", got=error.strerror or str(error), remedy="restore the file or convert again"
+        ) from error
 
 
 def read_header(path: Path) -> Header:
@@ -167,12 +167,11 @@ def _not_mindrecord(path: Path, got: str) -> RecordsError:
 
 def _parse_header(data: dict[str, Any], length: int) -> Header:
     schema = data["schema"][0]
-    fields = {name: str(spec["type"]) for name, spec in schema["schema"].items()}
     header = Header(
         length=length,
         header_size=int(data["header_size"]),
         page_size=int(data["page_size"]),
-        fields=fields,
+        fields={name: str(spec["type"]) for name, spec in schema["schema"].items()},
         blob_fields=tuple(map(str, schema.get("blob_fields") or ())),
         index_fields=tuple(str(entry["index_field"]) for entry in data.get("index_fields") or ()),
         addresses=tuple(map(str, data["shard_addresses"])),
@@ -212,8 +211,11 @@ def read_index(path: Path, header: Header) -> RowIndex:
     database = index_path(path)
     remedy = "run `imnet-prep repair-index` on the folder"
     if not os.path.isfile(database):
-        got = "" if not os.path.lexists(database) else "no regular file"
-        raise RecordsError(f"{database}: the index is missing", got=got, remedy=remedy)
+        raise RecordsError(
+            f"{database}: the index is missing",
+            got="no regular file" if os.path.lexists(database) else "",
+            remedy=remedy,
+        )
     try:
         address = f"{database.resolve().as_uri()}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True)) as connection:
@@ -227,15 +229,13 @@ def read_index(path: Path, header: Header) -> RowIndex:
             table = np.frombuffer(array("q", chain.from_iterable(found)), np.int64).reshape(-1, 8)
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
         raise RecordsError(f"{database}: the index is damaged", got=str(error), remedy=remedy) from error
-    expected = "row numbers from 0 on, without gaps"
-    wrong = table[:, 0] != np.arange(len(table))
-    if not wrong.any():
-        expected = "pages and bytes in them"
-        limits = np.tile([MAX_PAGES, header.page_size, header.page_size], 2)
-        wrong = ((table[:, 1:7] < 0) | (table[:, 1:7] > limits)).any(axis=1)
-    if wrong.any():
-        got = f"row {int(np.flatnonzero(wrong)[0])}"
-        raise RecordsError(f"{database}: the index is damaged", expected=expected, got=got)
+    limits = np.tile([MAX_PAGES, header.page_size, header.page_size], 2)
+    for expected, wrong in (
+        ("row numbers from 0 on, without gaps", table[:, 0] != np.arange(len(table))),
+        ("pages and bytes in them", ((table[:, 1:7] < 0) | (table[:, 1:7] > limits)).any(axis=1)),
+    ):
+        if wrong.any():
+            raise RecordsError(f"{database}: the index is damaged", expected=expected, got=f"row {wrong.argmax()}")
     raw, blob = (header.header_size + table[:, column] * header.page_size for column in (1, 4))
     labels = table[:, 7].copy() if label else None  # a view would keep the table
     return RowIndex(raw + table[:, 2], raw + table[:, 3], blob + table[:, 5], blob + table[:, 6], labels)
@@ -274,23 +274,14 @@ def _walk(file: PlainFile, path: Path, header: Header, kind: str, parts: int) ->
                     return
                 position += LENGTH.size + LENGTH.unpack(prefix)[0]
                 if position > page_end:
-                    expected = f"rows that end by {page_end}"
-                    raise RecordsError(f"{path}: page {page.page_id} is damaged", expected=expected, got=str(position))
+                    raise RecordsError(
+                        f"{path}: page {page.page_id} is damaged",
+                        expected=f"rows that end by {page_end}",
+                        got=str(position),
+                    )
             if position > size:
                 return
             yield start, position
-
-
-def open_shard(path: Path) -> Shard:
-    """Open a data file by its index, or by walking its pages if the index cannot be read.
-
-    Raises:
-        RecordsError: Neither works.
-    """
-    try:
-        return Shard(path)
-    except RecordsError:
-        return Shard(path, index=index_from_data(path, read_header(path)))
 
 
 class Shard:
@@ -315,7 +306,7 @@ class Shard:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __enter__(self) -> Shard:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -383,3 +374,15 @@ class Shard:
         blobs, image = self.blobs(row), self.header.image_field
         before = self.header.blob_fields[: self.header.blob_fields.index(image)]
         return start + sum(LENGTH.size + len(blobs[name]) for name in before), len(blobs[image])
+
+
+def open_shard(path: Path) -> Shard:
+    """Open a data file by its index, or by walking its pages if the index cannot be read.
+
+    Raises:
+        RecordsError: Neither works.
+    """
+    try:
+        return Shard(path)
+    except RecordsError:
+        return Shard(path, index=index_from_data(path, read_header(path)))

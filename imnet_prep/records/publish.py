@@ -181,8 +181,9 @@ class Change:
                 effective = os.access in os.supports_effective_ids
                 writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK, effective_ids=effective)
                 if not writable or parent.stat().st_dev != self.folder.stat().st_dev:
-                    expected = f"a folder on the disk of {self.folder}"
-                    raise RecordsError(f"{parent}: cannot be written", expected=expected)
+                    raise RecordsError(
+                        f"{parent}: cannot be written", expected=f"a folder on the disk of {self.folder}"
+                    )
         for folder in {move.new.parent for move in moves}:
             sync(folder)
         publish(self.folder / WORK_JOURNAL, moves, stage=self.work)
@@ -211,8 +212,11 @@ def changing(folder: Path) -> Iterator[Change]:
     except BlockingIOError as error:
         raise RecordsError(f"{folder}: another command is changing it", remedy="wait for it, or stop it") from error
     except OSError as error:
-        where, got = f"{error.filename or folder}: cannot be written or read", error.strerror or str(error)
-        raise RecordsError(where, got=got, remedy="fix this and run the same command again") from error
+        raise RecordsError(
+            f"{error.filename or folder}: cannot be written or read",
+            got=error.strerror or str(error),
+            remedy="fix this and run the same command again",
+        ) from error
 
 
 def refuse_interrupted(folder: Path) -> None:

@@ -3,8 +3,6 @@
 Source: ``docs/records.md`` describes the formats.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -15,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.files import open_plain
@@ -60,7 +58,7 @@ class RecordLine:
         return json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> RecordLine:
+    def from_json(cls, text: str | bytes) -> Self:
         """Parse a line; keys of later versions are ignored.
 
         Raises:
@@ -70,9 +68,11 @@ class RecordLine:
             values: dict[str, Any] = json.loads(text)
             known = {name: values[name] for name in cls.__slots__ if name in values}
             line = cls(**{**known, "changes": tuple(values.get("changes", ()))})
-            numbers = (line.shard, line.row, line.label, line.width, line.height)
             texts = (line.file_name, line.source_sha256, line.url, *line.changes)
-            if not all(type(value) is int and -2 < value < 1 << 31 for value in numbers):
+            if not all(
+                type(value) is int and -2 < value < 1 << 31
+                for value in (line.shard, line.row, line.label, line.width, line.height)
+            ):
                 raise ValueError("a number has another type or is out of range")
             if not all(isinstance(value, str) for value in texts) or name_fault(line.file_name):
                 raise ValueError("a text has another type, or the name is invalid")
@@ -96,9 +96,10 @@ def opened_list(path: Path) -> Iterator[io.BufferedIOBase]:
         with open_plain(path) as raw, gzip.GzipFile(fileobj=raw) as lines:
             yield lines
     except _FAULTS as error:
-        got = getattr(error, "strerror", None) or str(error)
         raise RecordsError(
-            f"{path}: the record list cannot be read", got=got, remedy="restore it or convert again"
+            f"{path}: the record list cannot be read",
+            got=getattr(error, "strerror", None) or str(error),
+            remedy="restore it or convert again",
         ) from error
 
 
@@ -111,10 +112,9 @@ def read_lines(path: Path) -> Iterator[RecordLine]:
     with opened_list(path) as lines:
         for number, text in enumerate(lines, 1):
             try:
-                line = RecordLine.from_json(text)
+                yield RecordLine.from_json(text)
             except ValueError as error:
                 raise RecordsError(f"{path}: line {number} is damaged", got=str(error)) from error
-            yield line
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -157,6 +157,8 @@ def read_rejected(path: Path) -> Iterator[Rejected]:
             for number, line in enumerate(lines, 1):  # noqa: B007 - named in the message
                 yield Rejected.from_json(json.loads(line))
     except _FAULTS as error:
-        got = f"line {number}: {getattr(error, 'strerror', None) or error}"
-        remedy = "restore the file; `imnet-prep verify` names what else is damaged"
-        raise RecordsError(f"{path}: the list of rejected images cannot be read", got=got, remedy=remedy) from error
+        raise RecordsError(
+            f"{path}: the list of rejected images cannot be read",
+            got=f"line {number}: {getattr(error, 'strerror', None) or error}",
+            remedy="restore the file; `imnet-prep verify` names what else is damaged",
+        ) from error

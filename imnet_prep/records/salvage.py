@@ -5,7 +5,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.files import PlainFile, sync
+from imnet_prep.files import READ_BYTES, PlainFile, sync
 from imnet_prep.records.manifest import COLUMNS, SplitInfo
 from imnet_prep.records.mindrecord import BLOB, LENGTH, RAW, Header, RowIndex, Shard, index_from_data, read_header
 from imnet_prep.records.record_list import RecordLine
 from imnet_prep.records.shards import Layout, ShardWriter, write_index
 from imnet_prep.types import ShardInfo
 
-COPY_BYTES = 1 << 20
 Places = dict[int, tuple[int, int]]  # by row: the first byte of its image in the data file, and the size in bytes
 _SQL_TYPES = {"string": "TEXT", "float32": "NUMERIC", "float64": "NUMERIC"}  # FileWriter's; all others are INTEGER
 _FIELD = re.compile(r"[0-9a-zA-Z_]+")  # what MindSpore allows; it keeps a damaged header from injecting SQL
@@ -143,13 +142,11 @@ def rewrite_shard(path: Path, to: Path, split: SplitInfo, lines: Sequence[Record
     Raises:
         OSError: The disk is full or fails.
     """
-    file, writer = PlainFile(path), ShardWriter(to, Layout(split.header_size, split.page_size))
-    try:
+    file = PlainFile(path)
+    with closing(ShardWriter(to, Layout(split.header_size, split.page_size))) as writer:
         for row, (start, size) in sorted(places.items()):
             writer.add(file.read(size, start), lines[row].label, lines[row].file_name)
         writer.finish()
-    finally:
-        writer.close()
     sync(to)
 
 
@@ -182,9 +179,9 @@ def salvage_rows(path: Path, to: Path) -> int:
     end = header.offset(len(pages) - 1) + int(pages[-1]["page_size"])
     with to.open("xb") as file:
         file.write(LENGTH.pack(len(text)) + text)
-        for start in range(header.header_size, end, COPY_BYTES):
+        for start in range(header.header_size, end, READ_BYTES):
             file.seek(start)
-            file.write(source.read(min(COPY_BYTES, end - start), start))
+            file.write(source.read(min(READ_BYTES, end - start), start))
         file.truncate(end)
     sync(to)
     return len(index)

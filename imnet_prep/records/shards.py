@@ -5,8 +5,6 @@ and a second per process, writes different bytes for each chunk size, does not f
 data file is, byte for byte, what ``FileWriter`` writes for the same rows in one call; a test checks this.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -15,16 +13,16 @@ import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgpack
 import numpy as np
 
 from imnet_prep.errors import IntegrityError, PlanError, RecordsError
-from imnet_prep.files import PlainFile, file_digest, sqlite_failure
+from imnet_prep.files import READ_BYTES, PlainFile, file_digest, sqlite_failure
 from imnet_prep.records.manifest import COLUMNS
 from imnet_prep.records.mindrecord import (
     BLOB,
@@ -43,7 +41,6 @@ SQLITE_VERSION_OFFSET = 96  # where SQLite stores the version that last wrote th
 SQLITE_VERSION = 3_040_000
 MIN_HEADER_BYTES, MIN_PAGE_BYTES = 1 << 14, 1 << 15  # MindSpore's limits
 RAW_BYTES = 80  # approximate size of a row's scalar fields
-READ_BYTES = 1 << 20
 _PLACES = (
     "ROW_ID", "PAGE_ID_RAW", "PAGE_OFFSET_RAW", "PAGE_OFFSET_RAW_END", "ROW_GROUP_ID",
     "PAGE_ID_BLOB", "PAGE_OFFSET_BLOB", "PAGE_OFFSET_BLOB_END",
@@ -70,9 +67,13 @@ class Layout:
             if not low <= size <= high or size & (size - 1):
                 raise PlanError(f"{name} of a shard", expected=f"a power of two from {low} to {high}", got=str(size))
 
-    def grown(self, level: int) -> Layout:
+    def grown(self, level: int) -> Self:
         """Return both sizes doubled ``level`` times, each up to its limit."""
-        return Layout(min(self.header_size << level, MAX_HEADER_BYTES), min(self.page_size << level, MAX_PAGE_BYTES))
+        return replace(
+            self,
+            header_size=min(self.header_size << level, MAX_HEADER_BYTES),
+            page_size=min(self.page_size << level, MAX_PAGE_BYTES),
+        )
 
 
 class LayoutTooSmall(Exception):
@@ -250,14 +251,19 @@ class ShardWriter:
         return zip(*[iter(places)] * 3, strict=True)
 
     def _header(self) -> bytes:
-        schema = {"blob_fields": ["image"], "desc": "imagenet", "schema": {n: {"type": t} for n, t in COLUMNS.items()}}
         document = {
             "header_size": self.layout.header_size,
             "index_fields": [{"index_field": "label", "schema_id": 0}],
             "page": self._pages,
             "page_size": self.layout.page_size,
             "compression_size": 0,
-            "schema": [schema],
+            "schema": [
+                {
+                    "blob_fields": ["image"],
+                    "desc": "imagenet",
+                    "schema": {name: {"type": kind} for name, kind in COLUMNS.items()},
+                }
+            ],
             "shard_addresses": [self.path.name],
             "shard_id": 0,
             "statistics": None,
@@ -356,10 +362,14 @@ def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
     except RecordsError as error:
         raise _not_as_written(path, str(error)) from error
     file, digest = PlainFile(path), hashlib.sha256()
-    starts = (0, *(header.offset(page.page_id) for page in header.pages))
-    ends = (*starts[1:], header.offset(len(header.pages)))
-    sums = tuple([_hash_region(file, start, end, digest) for start, end in zip(starts, ends, strict=True)])
-    if sums != written.sums:
+    sums: list[int] = []
+    for start, end in pairwise([0, *(header.offset(number) for number in range(len(header.pages) + 1))]):
+        sums.append(0)
+        for offset in range(start, end, READ_BYTES):
+            data = file.read(min(READ_BYTES, end - offset), offset)
+            digest.update(data)
+            sums[-1] = (sums[-1] + _word_sum(data)) % (1 << 64)
+    if tuple(sums) != written.sums:
         wrong = [number for number, (a, b) in enumerate(zip(sums, written.sums, strict=False)) if a != b]
         raise _not_as_written(path, f"other bytes in page {wrong[0] - 1}" if wrong else f"{len(header.pages)} pages")
     if not written.rows == len(index) == len(walked) or len(index.differences(walked)):
@@ -372,16 +382,6 @@ def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
         index_size_bytes=database.stat().st_size,
         index_sha256=file_digest(database),
     )
-
-
-def _hash_region(file: PlainFile, start: int, end: int, digest: hashlib._Hash) -> int:
-    """Hash the bytes from ``start`` to ``end``, or to the end of the file, and return their word sum."""
-    total = 0
-    for offset in range(start, end, READ_BYTES):
-        data = file.read(min(READ_BYTES, end - offset), offset)
-        digest.update(data)
-        total += _word_sum(data)
-    return total % (1 << 64)
 
 
 def _not_as_written(path: Path, got: str) -> IntegrityError:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError, RecordsError
-from imnet_prep.files import PlainFile, max_open_files
+from imnet_prep.files import READ_BYTES, PlainFile, max_open_files
 from imnet_prep.records.check import check_size
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.mindrecord import LENGTH, NO_LABEL, Header, RowIndex, Shard, index_path, read_header, read_index
@@ -29,7 +29,6 @@ _LINE = re.compile(
     re.MULTILINE,
 )
 _Line = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]  # the groups of _LINE, in its order
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +79,12 @@ def load_rows(records: Path, manifest: Manifest, split: str) -> RowTable:
     for number, shard in enumerate(info.shards):
         header, index = _read_shard(records, shard)
         headers.append(header)
-        expected, got = headers[0].blob_fields, header.blob_fields
-        if got != expected:
-            what = f"{records / shard.file}: other columns than the first shard"
-            raise RecordsError(what, expected=str(expected), got=str(got))
+        if header.blob_fields != headers[0].blob_fields:
+            raise RecordsError(
+                f"{records / shard.file}: other columns than the first shard",
+                expected=str(headers[0].blob_fields),
+                got=str(header.blob_fields),
+            )
         row = np.arange(len(index), dtype=np.int32)
         label = np.full_like(row, NO_LABEL) if index.label is None else index.label.astype(np.int32)
         parts.append((np.full_like(row, number), row, label, index.blob_start, index.blob_end - index.blob_start))
@@ -98,8 +99,10 @@ def _read_shard(records: Path, shard: ShardInfo) -> tuple[Header, RowIndex]:
     """Read the header and index of a shard, and check them against the manifest."""
     path = records / shard.file
     if problem := check_size(records, shard.file, shard.size_bytes):
-        remedy = "restore the file or convert again; `imnet-prep verify` lists what is damaged"
-        raise RecordsError(f"{path}: the shard {problem.detail}", remedy=remedy)
+        raise RecordsError(
+            f"{path}: the shard {problem.detail}",
+            remedy="restore the file or convert again; `imnet-prep verify` lists what is damaged",
+        )
     header = read_header(path)
     index = read_index(path, header)
     outside = (index.blob_end - index.blob_start < LENGTH.size) | (index.blob_end > shard.size_bytes)
@@ -131,8 +134,8 @@ def _read_list(
     ids, digest = np.empty((2, rows), dtype=np.uint64)
     prefix, count = f"{split}/".encode(), 0
     with opened_list(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            lines = _parse_lines(path, chunk + file.readline(CHUNK_BYTES), count)
+        while chunk := file.read(READ_BYTES):
+            lines = _parse_lines(path, chunk + file.readline(READ_BYTES), count)
             flat = list(chain.from_iterable(lines))  # faster than zip(*lines)
             name, height, label, row, sha256, shard, width = (flat[group::7] for group in range(7))
             text = b" ".join(shard + row + label + width + height)
@@ -189,8 +192,8 @@ class RowReader:
     def will_need(self, positions: NDArray[np.int64]) -> None:
         """Tell the system which rows come next, so that it can read them in the best order."""
         table = self.table
-        columns = table.shard[positions], table.start[positions], table.size[positions]
-        for shard, start, size in zip(*(column.tolist() for column in columns), strict=True):
+        columns = table.shard, table.start, table.size
+        for shard, start, size in zip(*(column[positions].tolist() for column in columns), strict=True):
             with suppress(OSError):  # the read itself reports it
                 self._file(shard).will_need(size, start)
 
