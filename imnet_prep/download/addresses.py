@@ -78,7 +78,8 @@ class Resolver:
         now = time.monotonic()
         with self._lock:
             lookup, asked = self._cache.get(host, (None, now))
-            if lookup is None or (lookup.done() and _is_stale(lookup, now - asked)):
+            fresh_s = _NEGATIVE_TTL_S if lookup and lookup.done() and lookup.exception() else _POSITIVE_TTL_S
+            if lookup is None or (lookup.done() and now - asked > fresh_s):
                 if len(self._cache) >= _MAX_CACHED:
                     self._cache.clear()
                 lookup = self._pool.submit(_getaddrinfo, host)
@@ -90,10 +91,6 @@ class Resolver:
         if isinstance(error, NameFailed):  # a fresh one: threads share the cached exception
             raise NameFailed(str(error), transient=error.transient)
         return lookup.result()
-
-
-def _is_stale(lookup: Future[tuple[Address, ...]], age_s: float) -> bool:
-    return age_s > (_NEGATIVE_TTL_S if lookup.exception() else _POSITIVE_TTL_S)
 
 
 def _getaddrinfo(host: str) -> tuple[Address, ...]:

@@ -13,11 +13,11 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.download.journal import PLACE, Journal, Outcome
+from imnet_prep.download.journal import DIGEST, PLACE, Journal, Outcome
 from imnet_prep.download.messages import Task
 from imnet_prep.download.options import ContentOptions, FailReason
 from imnet_prep.download.urls import host_of
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 INCOMING = ".incoming"  # in the download folder: whole images that wait for their row, the spools, the locks
 LOCK_NAME = "download.lock"
-WORKER_LOCK = "worker-{}.lock"
+WORKER_LOCK = "worker-{}.lock"  # held by a worker; the next run waits for it
 OLD_WORKERS_LOCK = "users.lock"  # shared by the workers of earlier versions
 _COMMIT_EVERY_S = 0.25
 FAILURES_NAME = "failures.jsonl"
@@ -72,11 +72,6 @@ def _wait_for_workers(incoming: Path) -> None:
             time.sleep(0.05)
 
 
-def worker_lock(out: Path, index: int) -> AbstractContextManager[None]:
-    """Hold the lock of a worker, for which the next run waits."""
-    return exclusive_lock(out / INCOMING / WORKER_LOCK.format(index))
-
-
 def read_spool(spool: Path) -> list[Outcome]:
     """Read the results of a spool. A line that a crash cut is left out."""
     outcomes = []
@@ -102,7 +97,9 @@ def recover(journal: Journal) -> None:
     for path in incoming.iterdir():
         row = path.name.partition("-")[0]
         if row.isdigit():
-            found = journal.place_of(int(row))
+            found = journal.db.execute(
+                f"SELECT {PLACE}, {DIGEST} FROM urls WHERE row = ? AND state = 1", (int(row),)
+            ).fetchone()
             if found and file_digest(path) == found[1]:
                 land(journal, [(path.name, found[0])])
             else:
@@ -254,32 +251,29 @@ def write_listings(journal: Journal) -> tuple[tuple[str, int], ...]:
     Returns:
         (host, failed URLs) of the hosts with the most failures.
     """
-    hosts: Counter[str] = Counter()
     failures = _items(
         journal,
         "SELECT wnid, name AS id, url, reason, transient, status, coalesce(final_url, url) AS final_url, attempts,"
         " coalesce(detail, '') AS detail, time FROM urls WHERE state = 2 ORDER BY row",
     )
-    _write(journal.folder / FAILURES_NAME, (_failure(item, hosts) for item in failures))
+    more = (item | {"host": host_of(item["url"]), "transient": bool(item["transient"])} for item in failures)
+    _write(journal.folder / FAILURES_NAME, more)
     bad = _items(
         journal,
         "SELECT lists.path AS list, line, kind, why, text FROM bad_lines JOIN lists ON lists.id = bad_lines.list"
         " ORDER BY bad_lines.list, line",
     )
     _write(journal.folder / BAD_LINES_NAME, (item | {"list": Path(item["list"]).name} for item in bad))
-    return tuple(hosts.most_common(_TOP))
+    top = journal.db.execute(
+        "SELECT url, count(*), min(row) FROM urls WHERE state = 2 GROUP BY host ORDER BY 2 DESC, 3 LIMIT ?", (_TOP,)
+    )
+    return tuple((host_of(url), count) for url, count, _ in top)
 
 
 def _items(journal: Journal, query: str) -> Iterator[dict[str, Any]]:
     rows = journal.db.cursor()
     rows.row_factory = sqlite3.Row
     return map(dict, rows.execute(query))
-
-
-def _failure(item: dict[str, Any], hosts: Counter[str]) -> dict[str, Any]:
-    host = host_of(item["url"])
-    hosts[host] += 1
-    return item | {"host": host, "transient": bool(item["transient"])}
 
 
 def _write(path: Path, items: Iterable[dict[str, Any]]) -> None:

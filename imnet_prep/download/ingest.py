@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.download.journal import Journal
+from imnet_prep.download.journal import INDEXES, Journal
 from imnet_prep.download.urllist import Line, parse_line, read_blocks, readable
 from imnet_prep.download.urls import BadUrl, host_key, host_of, normalise_url
 from imnet_prep.errors import DownloadError
@@ -86,9 +86,9 @@ def take_in(
             _load(journal, path, (*place, *content), wnid, wnids, progress)
         except DownloadError:
             _drop_unfinished(journal)
-            journal.build_indexes()
+            journal.db.executescript(INDEXES)
             raise
-    journal.build_indexes()
+    journal.db.executescript(INDEXES)
 
 
 def _drop_unfinished(journal: Journal) -> None:

@@ -40,12 +40,12 @@ CREATE TABLE IF NOT EXISTS counts (key TEXT PRIMARY KEY, n INTEGER NOT NULL) WIT
 CREATE TABLE IF NOT EXISTS placeholders (sha256 BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS doomed (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
-_INDEXES = (
+INDEXES = (  # made one after the other, by an external sort each
     "CREATE INDEX IF NOT EXISTS pending_by_host ON urls (host) WHERE state = 0;"
     " CREATE INDEX IF NOT EXISTS by_digest ON urls (sha256) WHERE state = 1;"
 )
 PLACE = "wnid || '/' || name || '.' || ext"  # of an image in the folder
-_DIGEST = "lower(hex(coalesce(stored_sha256, sha256)))"  # of its file
+DIGEST = "lower(hex(coalesce(stored_sha256, sha256)))"  # of its file
 _FINISH = (  # takes the fields of an Outcome, the digests as bytes
     f"UPDATE urls SET state = iif(:reason IS NULL, {OK}, {FAILED}), attempts = :attempts, status = :status,"
     " final_url = nullif(nullif(:final_url, url), ''), ext = nullif(:ext, ''), bytes = nullif(:size_bytes, 0),"
@@ -144,7 +144,7 @@ def read_finished(folder: Path) -> Iterator[Finished]:
         try:
             _check_version(connection, path)
             rows = connection.execute(
-                f"SELECT {PLACE}, wnid, name, url, coalesce(final_url, url), status, {_DIGEST},"
+                f"SELECT {PLACE}, wnid, name, url, coalesce(final_url, url), status, {DIGEST},"
                 " coalesce(stored_bytes, bytes), width, height, lower(hex(sha256))"
                 " FROM urls WHERE state = 1 ORDER BY row"
             )
@@ -188,7 +188,7 @@ class Journal:
             self.db.executescript("".join(f"PRAGMA {pragma};" for pragma in pragmas))
             if self.db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None:
                 version = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT_VERSION}');"
-                self.db.executescript(f"BEGIN; {_SCHEMA} {version} {_INDEXES} COMMIT;")
+                self.db.executescript(f"BEGIN; {_SCHEMA} {version} {INDEXES} COMMIT;")
             _check_version(self.db, path)
         except sqlite3.DatabaseError as error:
             raise _damaged(path, error) from error
@@ -196,10 +196,6 @@ class Journal:
     def close(self) -> None:
         """Fold the WAL back and close."""
         self.db.close()
-
-    def build_indexes(self) -> None:
-        """Build the indexes that are missing, by one external sort each."""
-        self.db.executescript(_INDEXES)
 
     def hosts_with_pending(self) -> list[tuple[int, int]]:
         """Return (host key, pending URLs), largest first: the longest queues start earliest."""
@@ -214,14 +210,6 @@ class Journal:
             " WHERE state = 0 AND host = ? AND row > ? ORDER BY row LIMIT ?",
             (host, after_row, limit),
         ).fetchall()
-
-    def place_of(self, row: int) -> tuple[str, str] | None:
-        """Return (relative path, hex digest of the file) of a row that says ok, else None."""
-        found: tuple[str, str] | None = self.db.execute(
-            f"SELECT {PLACE}, {_DIGEST} FROM urls WHERE row = ? AND state = 1",
-            (row,),
-        ).fetchone()
-        return found
 
     def totals(self) -> Totals:
         """Count all URLs by how they stand, from counters kept in the same transactions as the rows."""
@@ -254,11 +242,12 @@ class Journal:
             "stored_sha256": bytes.fromhex(outcome.stored_sha256 or ""),
         }
         found = self.db.execute(_FINISH, outcome._asdict() | digests).fetchone()
-        if found is None:
-            return None
-        failed = {f"failed:{outcome.reason}": 1}
-        self.count(failed if outcome.reason else {"ok": 1, "bytes": outcome.size_bytes})
-        return str(found[0]) if outcome.reason is None else None
+        if found and outcome.reason:
+            self.count({f"failed:{outcome.reason}": 1})
+        elif found:
+            self.count({"ok": 1, "bytes": outcome.size_bytes})
+            return str(found[0])
+        return None
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Add to the counters, within a transaction that changes the rows."""

@@ -60,10 +60,6 @@ class Host:
     task_s: float = 0.25
     served: int = 0
 
-    def at_work(self) -> int:
-        """Return the number of lanes at work."""
-        return self.lanes.total()
-
     def free_at(self) -> float:
         """Return the time before which no lane may begin."""
         return max(self.pauses[self.slot], self.next_at)
@@ -73,7 +69,7 @@ class Host:
         return (
             self.lanes[process] < self.quota[process]
             and self.free_at() <= now
-            and self.at_work() < (1 if self.probes >= 0 else self.cap)
+            and self.lanes.total() < (1 if self.probes >= 0 else self.cap)
         )
 
     def next_tasks(self) -> tuple[Task, ...]:
@@ -104,7 +100,7 @@ class Host:
         if self.probes < 0:
             opened = self.streak >= self.options.dead_after
         else:  # an attempt that began before the pause is no probe
-            opened = self.at_work() <= 1 and self.pauses[self.slot] <= now
+            opened = self.lanes.total() <= 1 and self.pauses[self.slot] <= now
         if opened:
             self.probes += 1
             self.pause(now + self.options.probe_pause_s * 2.0**self.probes)
@@ -170,7 +166,7 @@ class Scheduler:
         for process in sorted(range(len(self._free)), key=lambda one: -self._free[one]):
             while self._free[process] > 0 and len(self.lanes) < self._options.concurrency:
                 willing = (host for host in self._queued.values() if host.is_willing(process, now))
-                best = min(willing, key=lambda host: (host.at_work(), host.served), default=None)
+                best = min(willing, key=lambda host: (host.lanes.total(), host.served), default=None)
                 if best is None:
                     break
                 yield process, self._open_lane(best, process, now)
@@ -244,7 +240,7 @@ class Scheduler:
         if pause is None:
             pause = self._options.backoff(task.attempts - 1)
         else:
-            host.cap, host.good = max(1, host.at_work() // 2), 0
+            host.cap, host.good = max(1, host.lanes.total() // 2), 0
             if pause > self._options.max_retry_after_s:
                 host.queue.append(task)
                 self._abandon(host, failure.reason, f"Retry-After {pause:.0f} s is longer than we wait")
@@ -315,6 +311,6 @@ class Scheduler:
             self._queued[host.key] = host
             return
         self._queued.pop(host.key, None)
-        if not host.waiting and not host.at_work():
+        if not host.waiting and not host.lanes.total():
             del self.hosts[host.key]
             self._slots.append(host.slot)

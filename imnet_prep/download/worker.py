@@ -18,10 +18,11 @@ from typing import Any
 from imnet_prep.download.addresses import Resolver
 from imnet_prep.download.content import judge
 from imnet_prep.download.fetch import Body, Failure, Fetcher, Hop
-from imnet_prep.download.folder import INCOMING, worker_lock
+from imnet_prep.download.folder import INCOMING, WORKER_LOCK
 from imnet_prep.download.journal import Outcome
 from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
+from imnet_prep.files import exclusive_lock
 from imnet_prep.images.formats import sniff
 from imnet_prep.process_pool import begin_worker
 
@@ -42,7 +43,7 @@ def worker_main(options: DownloadOptions, threads: int, parent: Connection, paus
         index: This worker's number.
     """
     begin_worker()
-    with worker_lock(options.out, index):
+    with exclusive_lock(options.out / INCOMING / WORKER_LOCK.format(index)):
         work: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         fetcher = Fetcher(options.fetch, options.polite.per_host, Resolver())
         lock = threading.Lock()

@@ -388,6 +388,19 @@ def test_a_worker_that_dies_costs_no_url(tmp_path: Path) -> None:
     assert len(_tree(tmp_path / "out")) == 80
 
 
+def test_workers_that_cannot_start_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "certifi.py").write_text("raise ImportError('broken by the test')")
+    with Server(images) as server:
+        lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(4)])
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(broken)  # this process has imported certifi; its workers have not
+            with pytest.raises(DownloadError, match="3 times before it was ready; got exit code 1"):
+                _download(lists, tmp_path / "out", processes=1)
+        assert _download(lists, tmp_path / "out", processes=1).totals.ok == 4
+
+
 def _is_worker(entry: Path) -> bool:
     """Say whether a process is a child of ours that runs a download's worker."""
     try:
