@@ -21,6 +21,7 @@ _OURS = re.compile(
     rb"|(?:_?TIFF|LZW|ZIP|PackBits|Fax|JPEG|OJPEG|Log|PixarLog|LZMA|ZSTD|WebP|SGILog|Thunder|NeXT|DumpMode)\w*: "
     rb"|tempfile\.tif: )[^\n]*\n?"
 )
+_MARK = b"\0"
 _LOCKS: dict[int, threading.Lock] = {}  # by process: a forked child cannot use one that a thread of its parent holds
 
 
@@ -30,12 +31,12 @@ def process_lock() -> threading.Lock:
 
 
 @cache
-def _capture_files(process: int) -> tuple[int, io.FileIO]:
-    """Return the file in place of stderr, and the same file to read from where the last capture ended."""
+def _capture_files(process: int) -> tuple[int, io.FileIO, bytearray]:
+    """Return the file in place of stderr, the same file to read from where it was last read, and what was left over."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows deletes no open file
         path = Path(folder, "stderr")
         with path.open("ab") as writer, path.open("rb") as reader:
-            return os.dup(writer.fileno()), open(os.dup(reader.fileno()), "rb", 0, closefd=False)
+            return os.dup(writer.fileno()), open(os.dup(reader.fileno()), "rb", 0, closefd=False), bytearray()
 
 
 @contextmanager
@@ -48,15 +49,18 @@ def captured_stderr() -> Iterator[list[str]]:
         except OSError:  # a daemon without stderr
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             saved = os.dup(2)
-        writer, reader = _capture_files(os.getpid())
+        writer, reader, left_over = _capture_files(os.getpid())
         os.dup2(writer, 2)
         try:
             yield messages
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-            # A write of another thread may still be under way: it is read and passed on by the next capture.
-            written = reader.read()
+            # Writes take turns, so those before the mark are whole. What another thread writes after it may be half
+            # written when it is read, and is left to the next capture.
+            os.write(writer, _MARK)
+            written, _, rest = (bytes(left_over) + reader.read()).rpartition(_MARK)
+            left_over[:] = rest
             messages += [message.decode("utf-8", "replace").strip() for message in _OURS.findall(written)]
             if others := _OURS.sub(b"", written):
                 os.write(2, others)
