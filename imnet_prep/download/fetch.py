@@ -12,10 +12,12 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import requests
 import urllib3
+from requests.structures import CaseInsensitiveDict
 
 from imnet_prep.download.addresses import AddressRefused, NameFailed, Resolver
-from imnet_prep.download.net import BUDGET, TooSlow, connection_pools
+from imnet_prep.download.net import BUDGET, SafeAdapter, TooSlow
 from imnet_prep.download.options import FailReason, FetchOptions
 from imnet_prep.download.urls import BadUrl, is_placeholder_url, join_redirect
 
@@ -71,10 +73,12 @@ class Fetcher:
     """
 
     def __init__(self, options: FetchOptions, per_host: int, resolver: Resolver) -> None:
-        self._options, self._pools = options, connection_pools(options, resolver, per_host)
-        agent = f"{_AGENT}/{version('imnet-prep')} (research image list downloader) urllib3/{version('urllib3')}"
-        self._headers = {"User-Agent": agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
-        self._timeout = urllib3.Timeout(connect=options.connect_timeout_s, read=options.read_timeout_s)
+        self._options, self._adapter = options, SafeAdapter(options, resolver, per_host)
+        ours, theirs = version("imnet-prep"), requests.__version__
+        agent = f"{_AGENT}/{ours} (research image list downloader) python-requests/{theirs}"
+        self._headers = CaseInsensitiveDict(
+            {"User-Agent": agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+        )
 
     def fetch(self, url: str, spent_s: float) -> Body | Hop | Failure:
         """Make one request and read its answer.
@@ -86,22 +90,17 @@ class Fetcher:
         if is_placeholder_url(url):
             return Failure(FailReason.PLACEHOLDER, "the host's placeholder, by its URL")
         BUDGET.start(self._options, time.monotonic() + max(0.1, self._options.timeout_s - spent_s))
+        request = requests.PreparedRequest()
+        request.method, request.url, request.headers = "GET", url, self._headers
+        timeout = (self._options.connect_timeout_s, self._options.read_timeout_s)
         status: int | None = None
         try:
-            pool = self._pools.connection_from_url(url)
-            raw = pool.urlopen(
-                "GET",
-                "/" + url.split("/", 3)[3],
-                headers=self._headers,
-                redirect=False,
-                preload_content=False,
-                timeout=self._timeout,
-            )
-            status = raw.status
+            response = self._adapter.send(request, stream=True, timeout=timeout)
+            status = response.status_code
             try:
-                return self._answer(url, status, raw)
+                return self._answer(url, status, response.raw)
             finally:
-                _let_go(raw)
+                _let_go(response.raw)
         except _NETWORK_ERRORS as error:
             return _failed(error, status)
 

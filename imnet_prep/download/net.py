@@ -1,9 +1,9 @@
-"""Connections that are safe with URLs from strangers.
+"""A transport for ``requests`` that is safe with URLs from strangers.
 
 * A connection goes to an address that was checked; Host, SNI and certificate still name the host.
 * Every read, TLS included, is bounded by the attempt's total deadline. Slow headers and slow handshakes cannot outlive
   it. The body must also keep a minimum speed.
-* There are no proxies, cookies, retries or redirects.
+* Proxies, netrc, cookies and redirects of the libraries are not used.
 """
 
 import os
@@ -14,7 +14,9 @@ import time
 from typing import Any
 
 import certifi
+import requests
 import urllib3
+from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
@@ -91,22 +93,22 @@ class _TlsSocket(_Budgeted, ssl.SSLSocket):
 class _Checked:
     """A mixin for connection classes that resolves, checks and connects."""
 
-    limits: FetchOptions
-    resolver: Resolver
+    adapter: "SafeAdapter"
     host: str
     port: int
 
     def _new_conn(self) -> socket.socket:
-        addresses = self.resolver.resolve(self.host.strip("[]"), BUDGET.deadline)
+        options = self.adapter.options
+        addresses = self.adapter.resolver.resolve(self.host.strip("[]"), BUDGET.deadline)
         error: OSError = OSError("no address")
-        for address in allowed(addresses, self.limits.allow_private)[:_MAX_ADDRESSES]:
+        for address in allowed(addresses, options.allow_private)[:_MAX_ADDRESSES]:
             sock = _Socket(address.family, socket.SOCK_STREAM)
             try:
-                sock.settimeout(min(BUDGET.left(), self.limits.connect_timeout_s))
+                sock.settimeout(min(BUDGET.left(), options.connect_timeout_s))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect((address.ip, self.port, *address.more))
                 # The socket's time-out bounds the whole TLS handshake that may follow.
-                sock.settimeout(min(BUDGET.left(), self.limits.connect_timeout_s))
+                sock.settimeout(min(BUDGET.left(), options.connect_timeout_s))
                 return sock
             except OSError as failure:
                 sock.close()
@@ -114,22 +116,36 @@ class _Checked:
         raise error
 
 
-def connection_pools(limits: FetchOptions, resolver: Resolver, per_host: int) -> urllib3.PoolManager:
-    """Return the connection pools of a worker process, with one TLS context for all its threads.
+class SafeAdapter(HTTPAdapter):
+    """The transport of a worker process: one connection pool and one TLS context for all its threads."""
 
-    Args:
-        limits: Of a request.
-        resolver: Looks up the addresses of hosts.
-        per_host: Most idle connections to keep to one host.
-    """
-    context = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
-    context.sslsocket_class = _TlsSocket
-    own = {"limits": limits, "resolver": resolver}
-    plain = {"ConnectionCls": type("Plain", (_Checked, HTTPConnection), own)}
-    tls = {"ConnectionCls": type("Tls", (_Checked, HTTPSConnection), own)}
-    manager = urllib3.PoolManager(num_pools=_POOLED_HOSTS, maxsize=per_host, ssl_context=context, retries=False)
-    manager.pool_classes_by_scheme = {
-        "http": type("PlainPool", (HTTPConnectionPool,), plain),
-        "https": type("TlsPool", (HTTPSConnectionPool,), tls),
-    }
-    return manager
+    def __init__(self, options: FetchOptions, resolver: Resolver, per_host: int) -> None:
+        self.options, self.resolver = options, resolver
+        super().__init__(pool_connections=_POOLED_HOSTS, pool_maxsize=per_host, max_retries=0)
+
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **_kwargs: Any) -> None:
+        """Make pools of connections that belong to this adapter."""
+        plain = type("Plain", (_Checked, HTTPConnection), {"adapter": self})
+        tls = type("Tls", (_Checked, HTTPSConnection), {"adapter": self})
+        context = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
+        context.sslsocket_class = _TlsSocket
+        self.poolmanager = urllib3.PoolManager(
+            num_pools=connections, maxsize=maxsize, block=block, ssl_context=context, retries=False
+        )
+        self.poolmanager.pool_classes_by_scheme = {
+            "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
+            "https": type("TlsPool", (HTTPSConnectionPool,), {"ConnectionCls": tls}),
+        }
+
+    def get_connection_with_tls_context(self, request: Any, *_args: Any, **_kwargs: Any) -> Any:
+        """Return the host's pool. The TLS context is always the manager's, and there are no proxies."""
+        return self.poolmanager.connection_from_url(request.url)
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave verification to the shared TLS context, which always asks for it."""
+
+    def build_response(self, req: Any, resp: Any) -> requests.Response:
+        """Wrap the answer without a cookie jar and without guessing an encoding; ``raw`` has the headers."""
+        response = requests.Response()
+        response.status_code, response.raw = resp.status, resp
+        return response
