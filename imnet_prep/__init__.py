@@ -1,7 +1,5 @@
 """Turn any copy of ImageNet into verified MindRecord shards, and read them as batches."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -86,8 +86,7 @@ def counts() -> Counts:
 @cache
 def synsets() -> tuple[Synset, ...]:
     """Return the 1,000 classes in label order: sorted by wnid, label 0 is n01440764 (tench)."""
-    lines = _read("ilsvrc2012_synsets.tsv").splitlines()
-    return tuple(Synset(*line.split("\t", 1)) for line in lines if line)
+    return tuple(Synset(*line.split("\t", 1)) for line in _read("ilsvrc2012_synsets.tsv").splitlines() if line)
 
 
 @cache

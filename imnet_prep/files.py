@@ -179,8 +179,7 @@ def is_possible_name(name: str, *, windows: bool = sys.platform == "win32") -> b
 
 def sqlite_failure(error: sqlite3.Error, path: Path) -> OSError:
     """Return the OSError behind an error of SQLite while writing."""
-    number = errno.ENOSPC if "full" in str(error) else errno.EIO
-    return OSError(number, f"SQLite: {error}", str(path))
+    return OSError(errno.ENOSPC if "full" in str(error) else errno.EIO, f"SQLite: {error}", str(path))
 
 
 def file_digest(path: Path) -> str:

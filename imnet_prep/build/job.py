@@ -174,8 +174,9 @@ def _run(
     doubled, images_now = Counter[str](json.loads(path.read_bytes()) if path.exists() else {}), 0
     while True:
         layouts = {split: part.layout.grown(doubled[split]) for split, part in plan.splits.items()}
-        tasks = tasks_of(plan, workdir.partial, layouts)
-        results, more, images = _run_tasks(workdir, plan, tasks, options, progress, stop)
+        results, more, images = _run_tasks(
+            workdir, plan, tasks_of(plan, workdir.partial, layouts), options, progress, stop
+        )
         images_now += images
         if not more:
             return results, layouts, images_now

@@ -74,8 +74,10 @@ class PlanOptions:
         if self.label_space in LABEL_SPACES:
             return self.label_space
         if "/" not in self.label_space and not Path(self.label_space).exists():
-            choices = f"{', '.join(LABEL_SPACES)}, or a file of class names"
-            raise PlanError(f"unknown label space {self.label_space!r}", expected=choices)
+            raise PlanError(
+                f"unknown label space {self.label_space!r}",
+                expected=f"{', '.join(LABEL_SPACES)}, or a file of class names",
+            )
         return list(read_names(Path(self.label_space)))
 
 

@@ -116,8 +116,10 @@ def load_plan(database: Path, options: PlanOptions) -> Plan | None:
     try:
         with closing(_read_only(database)) as connection:
             head = json.loads(connection.execute("SELECT json FROM head").fetchone()[0])
-            items = connection.execute("SELECT item FROM rejected ORDER BY rowid")
-            rejected = tuple(Rejected.from_json(json.loads(row[0])) for row in items)
+            rejected = tuple(
+                Rejected.from_json(json.loads(row[0]))
+                for row in connection.execute("SELECT item FROM rejected ORDER BY rowid")
+            )
         splits = {
             name: SplitPlan(**{**part, "bounds": tuple(part["bounds"]), "layout": Layout(**part["layout"])})
             for name, part in head["splits"].items()

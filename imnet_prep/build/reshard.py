@@ -68,8 +68,10 @@ class MultisetHash:
     @classmethod
     def of(cls, split: str, class_name: str, file_name: str, sha256: str) -> Self:
         """Return the hash of one record."""
-        text = json.dumps([split, class_name, file_name, sha256]).encode()
-        return cls(1, int.from_bytes(hashlib.sha256(text).digest(), "big"))
+        return cls(
+            1,
+            int.from_bytes(hashlib.sha256(json.dumps([split, class_name, file_name, sha256]).encode()).digest(), "big"),
+        )
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.records + other.records, (self.total + other.total) % _MODULUS)
@@ -129,8 +131,9 @@ def reshard(
     """
     job = _RecordsJob(folders, options, progress)
     size = sum(shard.size_bytes for item in job.inputs for _, _, shard in item.shards)
-    how = ConvertOptions(worker_count(options.workers, size), "100%", force=options.force)
-    built = run_job(job, out, how, progress, stop)
+    built = run_job(
+        job, out, ConvertOptions(worker_count(options.workers, size), "100%", force=options.force), progress, stop
+    )
     if built.already_done:
         job.verify_written(out, built.manifest)
     after = built.manifest.classes
@@ -201,8 +204,13 @@ class _RecordsJob(Job):
         Raises:
             IntegrityError: They differ.
         """
-        hash_row = partial(record_hash, manifest.classes)
-        rows = map_rows(RecordsFolder(out, manifest), hash_row, self._options.workers, self._progress, unit="proved")
+        rows = map_rows(
+            RecordsFolder(out, manifest),
+            partial(record_hash, manifest.classes),
+            self._options.workers,
+            self._progress,
+            unit="proved",
+        )
         written = sum(rows, MultisetHash())
         if written != self.expected:
             raise IntegrityError(

@@ -159,8 +159,7 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
                 os.replace(source, task.folder / task.split / source.name)
             sync(task.folder / task.split)
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
-        note = {**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}
-        data = json.dumps(note, sort_keys=True).encode()
+        data = json.dumps({**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}, sort_keys=True).encode()
         write_atomically(done_path(task.folder, task.name, ".json"), data, stage=temporary)
         return result
     finally:

@@ -108,8 +108,7 @@ def adopt(folder: Path, options: AdoptOptions, progress: ProgressCallback) -> Ad
             write_index_of(path, change.stage(path))
         manifest, undecodable, naming = _read_and_describe(change, records, options, progress)
         write_atomically(change.stage(manifest_path), manifest.to_bytes())
-        lists = [folder / name / RECORDS for name in manifest.splits]
-        change.publish([*map(index_path, bare), *lists, manifest_path])
+        change.publish([*map(index_path, bare), *[folder / name / RECORDS for name in manifest.splits], manifest_path])
     return AdoptResult(manifest, folder, len(undecodable), (*notes, *naming.notes))
 
 

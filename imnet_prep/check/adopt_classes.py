@@ -87,8 +87,12 @@ def choose_naming(found: Sequence[NameFound], label_space: str | None) -> Naming
     for label, name in sorted(known.items()):
         if name in given and name != given[label]:
             raise IntegrityError(f"label {label} is {given[label]} by {label_space}", got=f"records of class {name}")
-    convention = "adopted: as " + ("ILSVRC2012" if official else "the list that was given")
-    return Naming(given, "imagenet1k" if official else "file", convention, kept=kept)
+    return Naming(
+        given,
+        "imagenet1k" if official else "file",
+        "adopted: as " + ("ILSVRC2012" if official else "the list that was given"),
+        kept=kept,
+    )
 
 
 def _official_names() -> tuple[str, ...]:
@@ -111,8 +115,12 @@ def _named(labels: Sequence[int], known: dict[int, str]) -> Naming:
         notes.append("no class names in the records: classes are named by their labels (--label-space names them)")
     if len(set(names)) != len(names):
         raise IntegrityError("a class has the number of another label as its name", remedy="use --label-space")
-    space = "found" if list(names) == sorted(names) else "file"
-    return Naming(names, space, "adopted: the labels as the files have them", tuple(notes))
+    return Naming(
+        names,
+        "found" if list(names) == sorted(names) else "file",
+        "adopted: the labels as the files have them",
+        tuple(notes),
+    )
 
 
 def _from_folders(found: Sequence[NameFound]) -> tuple[dict[int, str], dict[str, int]]:

@@ -166,8 +166,7 @@ def _ones() -> NDArray[np.uint8]:
 
 
 def _differing(bits: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    words = np.ascontiguousarray(bits).view(np.uint16).reshape(-1, 4)
-    return np.asarray(_ones()[words].sum(axis=1), dtype=np.uint8)
+    return np.asarray(_ones()[np.ascontiguousarray(bits).view(np.uint16).reshape(-1, 4)].sum(axis=1), dtype=np.uint8)
 
 
 class _Groups:

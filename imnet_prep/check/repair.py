@@ -64,11 +64,10 @@ class RepairResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints."""
-        states = [shard.state for shard in self.shards]
         return {
             "ok": self.ok,
             "shards": len(self.shards),
-            **{state: states.count(state) for state in STATES},
+            **{state: [shard.state for shard in self.shards].count(state) for state in STATES},
             "rows": sum(shard.rows for shard in self.shards),
             "rows_lost": sum(shard.expected - shard.rows for shard in self.shards),
             "details": [asdict(shard) for shard in self.shards if shard.state != INTACT],
@@ -125,8 +124,9 @@ def _repair(
     if not ours:
         return _salvage(change, path, info)
     if not places:
-        list_damaged = f"{split.records['file']} is damaged too: restore it first"
-        return _lost(info, "no image in it is whole" if lines else list_damaged)
+        return _lost(
+            info, "no image in it is whole" if lines else f"{split.records['file']} is damaged too: restore it first"
+        )
     made = change.stage(path)
     rewrite_shard(path, made, split, lines, places)
     exact = (file_digest(made), file_digest(index_path(made))) == (info.sha256, info.index_sha256)

@@ -138,7 +138,6 @@ def _check_image(image: bytes, line: RecordLine | None) -> tuple[list[_Fault], t
     if changed:
         faults.append(("digest", f"decodes, but is not what was stored: SHA-256 {digest.hex()[:12]}"))
     if line and (seen.width, seen.height) != (line.width, line.height):
-        sizes = f"expected {line.width} x {line.height} pixels, got {seen.width} x {seen.height}"
-        faults.append(("image", sizes))
+        faults.append(("image", f"expected {line.width} x {line.height} pixels, got {seen.width} x {seen.height}"))
     low, high = signature(seen.grey, seen.width, seen.height).tolist()
     return faults, (int.from_bytes(digest[:8], "little"), low, high)

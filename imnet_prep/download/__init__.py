@@ -6,8 +6,6 @@ connections of ``net`` and ``addresses``, and judge the ``content``. ``folder`` 
 what a crash left. Names are loaded when used: ``--help`` and readers of a journal need no HTTP client.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -34,8 +34,7 @@ def judge(body: Body, options: ContentOptions) -> tuple[Sample, bool] | Failure:
     if not isinstance(sample, Sample):
         return Failure(_FAIL.get(sample.reason, FailReason.NOT_AN_IMAGE), sample.detail, body.status)
     if min(sample.width, sample.height) < options.min_side:
-        tiny = f"tiny: {sample.width} x {sample.height} pixels"
-        return Failure(FailReason.PLACEHOLDER, tiny, body.status)
+        return Failure(FailReason.PLACEHOLDER, f"tiny: {sample.width} x {sample.height} pixels", body.status)
     one_colour, flat = _colours(sample)
     if one_colour:
         return Failure(FailReason.PLACEHOLDER, "an image of one colour", body.status)

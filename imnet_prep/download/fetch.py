@@ -130,8 +130,9 @@ class Fetcher:
         if len(data) > limit:
             return Failure(FailReason.TOO_LARGE, f"more than {limit} bytes", status, aborted=True)
         if declared is not None and len(data) < declared:
-            short = f"the body ended after {len(data)} of {declared} bytes"
-            return Failure(FailReason.TRUNCATED, short, status, transient=True)
+            return Failure(
+                FailReason.TRUNCATED, f"the body ended after {len(data)} of {declared} bytes", status, transient=True
+            )
         encoding = raw.headers.get("Content-Encoding", "").strip().lower()
         unpacked = data if encoding in ("", "identity") else unpack(data, encoding, limit)
         return unpacked if isinstance(unpacked, Failure) else Body(status, unpacked)
@@ -230,8 +231,14 @@ def _failed(error: BaseException, status: int | None) -> Failure:
                 return Failure(FailReason.TLS, one.reason or str(one), transient=True, answered=False)
     for one in causes:
         if isinstance(one, TimeoutError | urllib3.exceptions.TimeoutError):
-            where = "while reading the body" if answered else "before an answer"
-            return Failure(FailReason.TIMEOUT, where, status, transient=True, answered=answered, aborted=True)
+            return Failure(
+                FailReason.TIMEOUT,
+                "while reading the body" if answered else "before an answer",
+                status,
+                transient=True,
+                answered=answered,
+                aborted=True,
+            )
         if isinstance(one, http.client.HTTPException) and ("header" in str(one) or "status line" in str(one)):
             return Failure(FailReason.TOO_LARGE, f"header: {one}", status, aborted=True)
     # The innermost cause's own words, without the objects and URLs that the wrappers print.

@@ -168,8 +168,11 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:
     found = connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
     if found is None or found[0] != FORMAT_VERSION:
-        got = found[0] if found else "none"
-        raise DownloadError(f"journal {path} has another format", expected=f"version {FORMAT_VERSION}", got=got)
+        raise DownloadError(
+            f"journal {path} has another format",
+            expected=f"version {FORMAT_VERSION}",
+            got=found[0] if found else "none",
+        )
 
 
 def _damaged(path: Path, error: Exception) -> DownloadError:

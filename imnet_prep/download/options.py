@@ -152,8 +152,7 @@ class DownloadOptions:
     content: ContentOptions = field(default_factory=ContentOptions)
 
     def __post_init__(self) -> None:
-        fits = 0 <= self.max_failed_frac <= 1
-        _check("--max-failed", fits, "a share from 0% to 100%", f"{self.max_failed_frac:.4g}")
+        _check("--max-failed", 0 <= self.max_failed_frac <= 1, "a share from 0% to 100%", f"{self.max_failed_frac:.4g}")
 
     def process_count(self) -> int:
         """Return the number of worker processes."""

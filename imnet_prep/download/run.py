@@ -206,8 +206,11 @@ class _Run:
             if outcome is None and task.row in died.rows:
                 self.crashes[task.row] += 1
                 if self.crashes[task.row] >= _CRASHES:
-                    detail = "a worker died while fetching or checking it, twice"
-                    outcome = task.failed(Failure(FailReason.INTERNAL, detail, transient=True))
+                    outcome = task.failed(
+                        Failure(
+                            FailReason.INTERNAL, "a worker died while fetching or checking it, twice", transient=True
+                        )
+                    )
             if outcome:
                 self.results.add(outcome)
             return outcome is None

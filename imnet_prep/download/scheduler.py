@@ -152,8 +152,7 @@ class Scheduler:
     def next_event(self, now: float) -> float:
         """Return the seconds until a pause or a retry ends, at most one."""
         pauses = (due for host in self._queued.values() if (due := host.free_at()) > now)
-        soonest = min([now + 1.0, *pauses, *(due for due, *_ in self._delayed[:1])])
-        return max(0.0, soonest - now)
+        return max(0.0, min([now + 1.0, *pauses, *(due for due, *_ in self._delayed[:1])]) - now)
 
     def assign(self, now: float) -> Iterator[tuple[int, Lane]]:
         """Yield (process, lane) as long as a thread and a willing host are free."""

@@ -114,8 +114,7 @@ def is_placeholder_url(url: str) -> bool:
     """Return whether a URL is a host's stand-in for a lost photograph, by its file name."""
     if "%" not in url and "unavailable" not in url.lower():  # the common case, without taking the URL apart
         return False
-    name = unquote(urlsplit(url).path).rpartition("/")[2]
-    return bool(_PLACEHOLDER_NAME.fullmatch(name))
+    return bool(_PLACEHOLDER_NAME.fullmatch(unquote(urlsplit(url).path).rpartition("/")[2]))
 
 
 def host_of(url: str) -> str:

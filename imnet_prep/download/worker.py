@@ -117,8 +117,7 @@ class _Runner:
             found = Failure(FailReason.INTERNAL, f"{type(error).__name__}: {error}", transient=True)
         if isinstance(found, Hop):
             if task.hops < self.options.fetch.max_redirects:
-                spent_s = task.spent_s + time.monotonic() - begun
-                return task._replace(url=found.url, hops=task.hops + 1, spent_s=spent_s)
+                return task._replace(url=found.url, hops=task.hops + 1, spent_s=task.spent_s + time.monotonic() - begun)
             found = Failure(FailReason.REDIRECT_REFUSED, f"more than {task.hops} redirects", found.status)
         task = task._replace(attempts=task.attempts + 1)
         result = self._kept(task, found) if isinstance(found, Body) else found
@@ -130,8 +129,7 @@ class _Runner:
             pause = 4 * polite.backoff(task.attempts - 1)
         if pause is not None:
             # Every process sees this at once, before anything else is said.
-            until = time.monotonic() + min(pause, polite.max_retry_after_s)
-            self.pauses[slot] = max(self.pauses[slot], until)
+            self.pauses[slot] = max(self.pauses[slot], time.monotonic() + min(pause, polite.max_retry_after_s))
         if failure.aborted:
             time.sleep(_LINGER_S)
         if failure.transient and task.attempts <= polite.retries:

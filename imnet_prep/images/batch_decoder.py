@@ -108,8 +108,7 @@ class PortableDecoder:
 def _square(data: bytes, geometry: Geometry, interpolation: str, size: int) -> NDArray[np.uint8]:
     (wide, tall), listed = image_size(data), geometry.sizes[0].tolist()
     if [wide, tall] != listed:
-        detail = f"{wide} x {tall} by its header, {listed[0]} x {listed[1]} by the record list"
-        raise ImageFault(Reason.CORRUPT, detail)
+        raise ImageFault(Reason.CORRUPT, f"{wide} x {tall} by its header, {listed[0]} x {listed[1]} by the record list")
     pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _FLAGS)
     if pixels is None:
         raise ImageFault(Reason.CORRUPT, "does not decode: truncated, or no image")

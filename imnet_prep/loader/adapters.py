@@ -1,7 +1,5 @@
 """Wrap batches as the datasets of training frameworks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
     from mindspore.dataset import Dataset
 
 
-def to_dataset(batches: Batches, *, first_epoch: int = 0) -> Dataset:
+def to_dataset(batches: Batches, *, first_epoch: int = 0) -> "Dataset":
     """Wrap an opened split as a MindSpore dataset of batches, for MindSpore's own ``Model.train``.
 
     Columns: ``image`` uint8 (N, H, W, 3), ``label`` int32 (N,), and with MixUp or CutMix ``mix_label`` int32 (N,) and

@@ -1,7 +1,5 @@
 """Measure how fast the loader is on this machine, where its time goes, and what limits it."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from dataclasses import dataclass
@@ -112,7 +110,7 @@ def bench(records: Path, options: BenchOptions, progress: ProgressCallback = lam
         return _measure(batches, options, progress)
 
 
-def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback) -> BenchResult:
+def _measure(batches: "Batches", options: BenchOptions, progress: ProgressCallback) -> BenchResult:
     stream = chain.from_iterable(repeat(batches))  # each pass is the next epoch
     warm = time.perf_counter() + WARM_UP_S
     for number, _ in enumerate(stream):
@@ -153,7 +151,7 @@ def _measure(batches: Batches, options: BenchOptions, progress: ProgressCallback
     )
 
 
-def limit_sentence(times: StageTimes, wall_s: float, cores_used_frac: float, workers: int, cores: int) -> str:
+def limit_sentence(times: "StageTimes", wall_s: float, cores_used_frac: float, workers: int, cores: int) -> str:
     """Say what limits the rate.
 
     Args:
