@@ -64,10 +64,11 @@ class RepairResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints."""
+        states = [shard.state for shard in self.shards]
         return {
             "ok": self.ok,
             "shards": len(self.shards),
-            **{state: [shard.state for shard in self.shards].count(state) for state in STATES},
+            **{state: states.count(state) for state in STATES},
             "rows": sum(shard.rows for shard in self.shards),
             "rows_lost": sum(shard.expected - shard.rows for shard in self.shards),
             "details": [asdict(shard) for shard in self.shards if shard.state != INTACT],

@@ -92,9 +92,11 @@ def check_row(row: Row, classes: Sequence[str], names: Mapping[str, str]) -> Che
         faults.append(("record", str(error)))
     label = fields.get("label")
     problems = tuple(Problem(kind, row.file, " ".join(detail.split()), row.row, name) for kind, detail in faults)
-    identity = record_id(row.split, name) if name else 0
     return Checked(
-        problems, label if _is_label(label, classes) else NO_LABEL, (identity, *image_prints), line is not None
+        problems,
+        label if _is_label(label, classes) else NO_LABEL,
+        (record_id(row.split, name) if name else 0, *image_prints),
+        line is not None,
     )
 
 

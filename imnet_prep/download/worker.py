@@ -25,6 +25,7 @@ from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.files import exclusive_lock
 from imnet_prep.images.formats import sniff
 from imnet_prep.process_pool import begin_worker
+from imnet_prep.types import Sample
 
 log = logging.getLogger(__name__)
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
@@ -110,18 +111,25 @@ class _Runner:
             OSError: The image cannot be stored.
         """
         begun = time.monotonic()
-        try:
-            found = self.fetcher.fetch(task.url, task.spent_s)
-        except Exception as error:  # a fault of ours costs one URL, is counted and is seen
-            log.exception("internal fault")
-            found = Failure(FailReason.INTERNAL, f"{type(error).__name__}: {error}", transient=True)
+        found = self._attempt(task)
         if isinstance(found, Hop):
             if task.hops < self.options.fetch.max_redirects:
                 return task._replace(url=found.url, hops=task.hops + 1, spent_s=task.spent_s + time.monotonic() - begun)
             found = Failure(FailReason.REDIRECT_REFUSED, f"more than {task.hops} redirects", found.status)
         task = task._replace(attempts=task.attempts + 1)
-        result = self._kept(task, found) if isinstance(found, Body) else found
-        return self._failed(task, result, slot) if isinstance(result, Failure) else result
+        return self._failed(task, found, slot) if isinstance(found, Failure) else self._keep(task, *found)
+
+    def _attempt(self, task: Task) -> Hop | Failure | tuple[Body, Sample, bool]:
+        """Make one request and check the answer. A fault of ours costs one URL, is counted and is seen."""
+        try:
+            found = self.fetcher.fetch(task.url, task.spent_s)
+            if not isinstance(found, Body):
+                return found
+            judged = judge(found, self.options.content)
+            return judged if isinstance(judged, Failure) else (found, *judged)
+        except Exception as error:
+            log.exception("internal fault")
+            return Failure(FailReason.INTERNAL, f"{type(error).__name__}: {error}", transient=True)
 
     def _failed(self, task: Task, failure: Failure, slot: int) -> Outcome | Retry:
         polite, pause = self.options.polite, failure.retry_after_s
@@ -136,12 +144,8 @@ class _Runner:
             return Retry(task, failure._replace(retry_after_s=pause))
         return task.failed(failure)
 
-    def _kept(self, task: Task, body: Body) -> Outcome | Failure:
+    def _keep(self, task: Task, body: Body, sample: Sample, flat: bool) -> Outcome:
         """Store an image in the incoming folder."""
-        found = judge(body, self.options.content)
-        if isinstance(found, Failure):
-            return found
-        sample, flat = found
         data = body.data if self.options.content.short_side is None else sample.image
         reencoded = data is not body.data
         ext = _EXTENSION[sniff(data)]

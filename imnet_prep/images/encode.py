@@ -44,6 +44,13 @@ def shrink(pixels: Pixels, width: int, height: int) -> Pixels:
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
+def shrink_to_fit(pixels: Pixels, side: int) -> Pixels:
+    """Shrink pixels so that neither side is longer than ``side``; smaller ones keep their size."""
+    height, width = pixels.shape[:2]
+    scale = side / max(width, height, side)
+    return shrink(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
 def encode_jpeg(pixels: Pixels, quality: int, *, halve_chroma: bool) -> bytes:
     """Encode a baseline JPEG with no metadata: grey as one component, else YCbCr 4:2:0 or 4:4:4."""
     sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420 if halve_chroma else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444

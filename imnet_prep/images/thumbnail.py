@@ -4,7 +4,7 @@ import base64
 import re
 
 from imnet_prep.images.decode import bgr, opened
-from imnet_prep.images.encode import encode_jpeg, shrink
+from imnet_prep.images.encode import encode_jpeg, shrink_to_fit
 from imnet_prep.images.formats import refuse_bomb, sniff
 from imnet_prep.types import ImageFault
 
@@ -34,9 +34,6 @@ def thumbnail(data: bytes, max_pixels: int) -> str:
                     raise
             image.tile = []  # type: ignore[attr-defined]  # so that Pillow hands out what it has decoded so far
             pixels = bgr(image)
-        height, width = pixels.shape[:2]
-        scale = SIDE / max(width, height, SIDE)
-        small = shrink(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
-        return base64.b64encode(encode_jpeg(small, QUALITY, halve_chroma=True)).decode()
+        return base64.b64encode(encode_jpeg(shrink_to_fit(pixels, SIDE), QUALITY, halve_chroma=True)).decode()
     except (ImageFault, MemoryError):
         return ""

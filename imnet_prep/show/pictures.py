@@ -8,7 +8,7 @@ import cv2
 
 from imnet_prep.errors import RecordsError
 from imnet_prep.images.decode import decode_quietly
-from imnet_prep.images.encode import shrink
+from imnet_prep.images.encode import shrink_to_fit
 from imnet_prep.records.folder import Row
 
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 70, cv2.IMWRITE_JPEG_OPTIMIZE, 1)
@@ -42,7 +42,4 @@ def thumbnail(image: bytes, side: int) -> bytes:
     pixels = decode_quietly(image)
     if pixels is None:
         return b""
-    height, width = pixels.shape[:2]
-    scale = side / max(width, height, side)
-    small = shrink(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
-    return bytes(cv2.imencode(".jpg", small, _JPEG)[1])
+    return bytes(cv2.imencode(".jpg", shrink_to_fit(pixels, side), _JPEG)[1])

@@ -1,4 +1,5 @@
 #include "entropy.h"
+#include "big_endian.h"
 
 #include <algorithm>
 #include <cstring>
@@ -32,15 +33,6 @@ constexpr int32_t Entry(int value, Kind kind, int run, int length) {
 inline int32_t Extend(uint32_t raw, int size) {
   const int32_t value = static_cast<int32_t>(raw);
   return size == 0 || value >= 1 << (size - 1) ? value : value - (1 << size) + 1;
-}
-
-inline uint64_t LoadBigEndian(const uint8_t* data) {
-  uint64_t value;
-  std::memcpy(&value, data, sizeof value);
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  value = __builtin_bswap64(value);
-#endif
-  return value;
 }
 
 }  // namespace

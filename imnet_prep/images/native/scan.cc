@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "api.h"
+#include "big_endian.h"
 #include "header.h"
 
 namespace imnet {
@@ -30,15 +31,6 @@ constexpr int kLanes = 4;           // _LANES in __init__.py; their states just 
 constexpr size_t kShortest = 1024;  // bytes for a lane: photographs fall into step in about 40, seldom after 1,000
 constexpr size_t kGroups = 64;      // of look-ups before the lanes are compared
 constexpr size_t kEnds = 512;       // of blocks that a lane keeps for another to meet it
-
-inline uint64_t LoadBigEndian(const uint8_t* data) {
-  uint64_t value;
-  std::memcpy(&value, data, sizeof value);
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  value = __builtin_bswap64(value);
-#endif
-  return value;
-}
 
 struct Lane {
   uint64_t* ends;  // of the first kEnds blocks, then of the recent ones

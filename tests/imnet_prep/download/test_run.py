@@ -18,6 +18,7 @@ from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
 
+import certifi
 import pytest
 from PIL import Image
 
@@ -399,6 +400,32 @@ def test_workers_that_cannot_start_end_the_run(tmp_path: Path, monkeypatch: pyte
             with pytest.raises(DownloadError, match="3 times before it was ready; got exit code 1"):
                 _download(lists, tmp_path / "out", processes=1)
         assert _download(lists, tmp_path / "out", processes=1).totals.ok == 4
+
+
+BREAKS_THE_CHECK = """
+from pathlib import Path
+from imnet_prep.images import check
+def where():
+    return {where!r}
+def broken(*arguments, **options):
+    raise KeyError("broken by the test")
+check.read_header = broken
+"""
+
+
+def test_a_fault_in_the_check_of_an_image_costs_that_url_and_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "certifi.py").write_text(BREAKS_THE_CHECK.format(where=certifi.where()))
+    with Server(images) as server:
+        lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(4)])
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(broken)
+            found = _download(lists, tmp_path / "out", processes=1).totals
+        assert (found.ok, found.failed, found.pending) == (0, {"internal": 4}, 0)
+        assert _download(lists, tmp_path / "out", processes=1, retry_failed=True).totals.ok == 4
 
 
 def _is_worker(entry: Path) -> bool:
