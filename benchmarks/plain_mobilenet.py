@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from mbv2.model import IMAGENET_MEAN, IMAGENET_STD, BlockShape, block_shapes, feature_count
+from mbv2.network.model import IMAGENET_MEAN, IMAGENET_STD, BlockShape, block_shapes, feature_count
 from mbv2.recipe import Recipe
 from mbv2.runtime import import_mindspore, start_mindspore
 
 
 def build(classes: int) -> Any:
-    """The network, width 1.0, with what `mbv2.step.TrainStep` asks of one."""
+    """The network, width 1.0, with what `mbv2.training.step.TrainStep` asks of one."""
     import mindspore as ms
     from mindspore import nn, ops
 
@@ -92,7 +92,7 @@ def main() -> None:
     else:
         start_mindspore("CPU")
         import mindspore as ms
-    from mbv2.step import TrainStep, dropout_mask, step_controls
+    from mbv2.training.step import TrainStep, dropout_mask, step_controls
 
     random, recipe, classes = np.random.default_rng(0), Recipe(), 1000
     net = build(classes)

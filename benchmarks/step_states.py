@@ -112,7 +112,7 @@ def main() -> None:
     start_mindspore("CPU")
     import mindspore as ms
 
-    from mbv2.model import MobileNetV2, ModelConfig, block_shapes
+    from mbv2.network.model import MobileNetV2, ModelConfig, block_shapes
     from tests.mbv2.twins import LossGradient, load_values, native_sides, parameter_values, standard_sides
 
     images, labels = read_images(args.images, 5000)

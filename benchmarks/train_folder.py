@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import run_json, torch_worker
-from mbv2.curves import Line, draw_panels
-from mbv2.runlog import read_metrics
+from mbv2.show.curves import Line, draw_panels
+from mbv2.training.logs import read_metrics
 
 SIZES = {"--image-size": 64, "--batch-size": 64}
 LAYOUTS = ("contiguous", "channels_last")

@@ -14,15 +14,15 @@ from typing import Any
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.check.verify import VerifyResult, verify
+from imnet_prep.cli.drawings import CLASSES, draw_set
 from imnet_prep.download import DownloadOptions, FetchOptions, PoliteOptions, download
 from imnet_prep.errors import IntegrityError
 from imnet_prep.records.manifest import MANIFEST
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback
-from mbv2.drawings import CLASSES, draw_set
-from mbv2.evaluate import evaluate_checkpoint
 from mbv2.recipe import resolve_recipe
-from mbv2.train import RunOptions, train
+from mbv2.scoring.score import evaluate_checkpoint
+from mbv2.training.train import RunOptions, train
 
 SEED = 0
 PER_CLASS = {"train": 160, "val": 30}

@@ -57,11 +57,11 @@ def train(
 
     Example: mbv2 train --records records --recipe tiny --epochs 20 --width 0.5 --out run
     """
-    from mbv2.official import BASE_RECIPE, OfficialConfig, read_official
+    from mbv2.official_config import BASE_RECIPE, OfficialConfig, read_official
     from mbv2.recipe import parse_assignments, resolve_recipe
     from mbv2.runtime import runtime
-    from mbv2.train import RunOptions, pretrained_fields, stored_run
-    from mbv2.train import train as run
+    from mbv2.training.train import RunOptions, pretrained_fields, stored_run
+    from mbv2.training.train import train as run
 
     official = read_official(config) if config else OfficialConfig({})
     for key, became in official.shown:
@@ -110,9 +110,9 @@ def evaluate(
 
     Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
     """
-    from mbv2.curves import draw_confusion
-    from mbv2.evaluate import evaluate_checkpoint, write_per_class
     from mbv2.outputs import check_outputs
+    from mbv2.scoring.score import evaluate_checkpoint, write_per_class
+    from mbv2.show.curves import draw_confusion
 
     check_outputs(per_class, confusion)
     with stop_requested() as stop, progress_bar("eval") as progress:
@@ -143,7 +143,7 @@ def convert(weights: Path, source: str, out: Path, as_json: bool, **options: Any
 
     Example: mbv2 convert mobilenetv2_100.safetensors --from timm --out mobilenetv2.ckpt
     """
-    from mbv2.convert import ConvertOptions, convert_weights
+    from mbv2.weights.convert import ConvertOptions, convert_weights
 
     result = convert_weights(weights, source, out, ConvertOptions(**options))
     show(result.to_json(), as_json, result.rows())
@@ -168,7 +168,7 @@ def predict(
     Example: mbv2 predict --checkpoint run/best.ckpt photo.jpg folder --sheet predictions.png
     """
     from mbv2.outputs import check_outputs
-    from mbv2.predict import contact_sheet, predict_images, refuse_unread
+    from mbv2.scoring.predict import contact_sheet, predict_images, refuse_unread
 
     check_outputs(sheet)
     with stop_requested() as stop, progress_bar("predict") as progress:
@@ -195,7 +195,7 @@ def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split
 
     Example: mbv2 export --checkpoint run/best.ckpt --format onnx --out mobilenetv2.onnx
     """
-    from mbv2.export import export_checkpoint
+    from mbv2.weights.export import export_checkpoint
 
     with stop_requested() as stop, progress_bar("export") as progress:
         result = export_checkpoint(
@@ -242,7 +242,7 @@ def report(run: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     Example: mbv2 report run --records records --out run.html
     """
-    from mbv2.report import RunReportOptions, write_run_report
+    from mbv2.show.report import RunReportOptions, write_run_report
 
     with progress_bar("report") as progress:
         result = write_run_report(run, out, RunReportOptions(**options), progress)

@@ -166,7 +166,7 @@ def demo(out: Path, epochs: int | None) -> None:
 
     Example: imnet-prep demo --out /tmp/imnet-demo
     """
-    from mbv2.demo import run_demo
+    from imnet_prep.cli.demo import run_demo
 
     with stop_requested() as stop:
         result = run_demo(out, epochs, progress_bar, stop)

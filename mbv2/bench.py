@@ -26,7 +26,7 @@ class BenchOptions:
         width: Width multiplier.
         classes: Classes of the head.
         steps: Measured steps; the first steps, with compilation, are left out.
-        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.model`.
+        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
     """
 
     mode: str = "train"
@@ -113,9 +113,9 @@ def prepare(options: BenchOptions) -> tuple[Callable[[], Any], str]:
     import mindspore as ms
 
     from mbv2 import kernels
-    from mbv2.model import MobileNetV2, ModelConfig
+    from mbv2.network.model import MobileNetV2, ModelConfig
     from mbv2.recipe import Recipe
-    from mbv2.step import TrainStep, dropout_mask, step_controls
+    from mbv2.training.step import TrainStep, dropout_mask, step_controls
 
     random = np.random.default_rng(0)
     size = (options.batch_size, options.image_size, options.image_size, 3)

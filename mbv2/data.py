@@ -17,9 +17,9 @@ from imnet_prep.loader.options import EvalOptions, Options, TrainOptions
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch
-from mbv2.features import FeatureBatch
 from mbv2.recipe import Recipe
 from mbv2.runtime import Runtime
+from mbv2.training.features import FeatureBatch
 
 AnyBatch = Batch | FeatureBatch
 

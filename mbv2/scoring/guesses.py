@@ -15,10 +15,10 @@ from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch, ProgressCallback
-from mbv2.checkpoint import build_network, read_checkpoint
 from mbv2.data import eval_options, split_images
-from mbv2.evaluate import Predict, Scores, check_classes, network_predict, score_batches
 from mbv2.runtime import start_mindspore
+from mbv2.scoring.score import Predict, Scores, check_classes, network_predict, score_batches
+from mbv2.weights.checkpoint import build_network, read_checkpoint
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 

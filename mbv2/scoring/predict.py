@@ -16,10 +16,10 @@ from imnet_prep import catalog
 from imnet_prep.errors import Interrupted, SourceError, TrainError
 from imnet_prep.loader.augment import eval_geometry
 from imnet_prep.types import Progress, ProgressCallback
-from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import eval_options
-from mbv2.evaluate import Predict, network_predict
 from mbv2.runtime import start_mindspore
+from mbv2.scoring.score import Predict, network_predict
+from mbv2.weights.checkpoint import Meta, build_network, read_checkpoint
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 _TILE, _CAPTION, _COLUMNS = 200, 44, 5  # of the contact sheet: picture and text height in pixels, pictures a row

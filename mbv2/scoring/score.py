@@ -19,11 +19,11 @@ from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Progress, ProgressCallback
-from mbv2.checkpoint import Meta, build_network, read_checkpoint
 from mbv2.data import AnyBatch, batch_inputs, eval_options, fill_rows, split_images
-from mbv2.ranks import sum_counts, sum_floats
-from mbv2.real import RealLabels, RealScores, read_real_labels, score_real
 from mbv2.runtime import runtime, start_mindspore
+from mbv2.scoring.several_labels import RealLabels, RealScores, read_real_labels, score_real
+from mbv2.training.ranks import sum_counts, sum_floats
+from mbv2.weights.checkpoint import Meta, build_network, read_checkpoint
 
 TOP = 5
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]  # images or features of the compiled batch size -> logits
@@ -212,8 +212,8 @@ def evaluate_checkpoint(
         records: The records folder.
         checkpoint: One of ours, for the records' classes.
         split: Which split.
-        real_labels: A file of several right labels an image, see :func:`mbv2.real.read_real_labels`.
-        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.model`.
+        real_labels: A file of several right labels an image, see :func:`mbv2.scoring.several_labels.read_real_labels`.
+        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
         stop: Says whether to leave.
         progress: Called after each batch.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from imnet_prep.errors import TrainError
-from mbv2.runlog import EpochRow
+from mbv2.training.logs import EpochRow
 
 _SIZE = (1200, 520)
 _MARGIN = (70, 50, 30, 50)  # left, top, right, bottom of a panel
@@ -73,7 +73,7 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], class_names: tuple[
 
     Args:
         path: The PNG to write.
-        confusion: int64 (classes, classes), as in :class:`mbv2.evaluate.Scores`.
+        confusion: int64 (classes, classes), as in :class:`mbv2.scoring.score.Scores`.
         class_names: In label order; written beside the rows where there is room.
 
     Raises:

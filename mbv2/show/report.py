@@ -20,9 +20,9 @@ from imnet_prep.show.charts import Curve, CurveChart
 from imnet_prep.show.pages import check_target, render, write_page
 from imnet_prep.show.pictures import Picture, picture_of
 from imnet_prep.types import ProgressCallback
-from mbv2.curves import epoch_points
-from mbv2.judge import Judged, judge
-from mbv2.runlog import LOG, EpochRow, read_metrics, verdict
+from mbv2.scoring.guesses import Judged, judge
+from mbv2.show.curves import epoch_points
+from mbv2.training.logs import LOG, EpochRow, read_metrics, verdict
 
 CONFIG = "config.json"
 MAX_POINTS = 400  # of a curve over steps

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import TrainError
-from mbv2.checkpoint import read_checkpoint
 from mbv2.recipe import MODEL_FIELDS, Recipe, recipe_from_fields
-from mbv2.runlog import verdict
+from mbv2.training.logs import verdict
+from mbv2.weights.checkpoint import read_checkpoint
 
 LAST, BEST, CONFIG, CURVES, LOCK = "last.ckpt", "best.ckpt", "config.json", "curves.png", ".lock"
 
@@ -25,7 +25,7 @@ class RunOptions:
         recipe: What to compute.
         seed: Of the initial weights, the order, the augmentation and dropout.
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
-        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.model`.
+        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
         save_every: Steps between two writes of ``last.ckpt`` inside an epoch; 0 writes it at each epoch's end
             only.
         log_every: Steps between two rows of ``log.jsonl``.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import TrainError
-from mbv2.checkpoint import Checkpoint, read_checkpoint
 from mbv2.data import RunData
 from mbv2.recipe import MODEL_FIELDS, Recipe
-from mbv2.run import BEST, CONFIG, LAST, RunOptions
+from mbv2.training.run import BEST, CONFIG, LAST, RunOptions
+from mbv2.weights.checkpoint import Checkpoint, read_checkpoint
 
 DESCRIPTIVE = ("name", "command", "source", "expected_top1")  # fields of a recipe that change nothing
 

@@ -59,7 +59,7 @@ def _decayed(decay: float, weight: Any, gradient: Any) -> Any:
 
 
 def _nesterov(momentum: float, controls: Any, weight: Any, gradient: Any, first: Any) -> Any:
-    # Not ops.ApplyMomentum(use_nesterov=True): its CPU kernel computes something else (tests/mbv2/test_step.py).
+    # Not ops.ApplyMomentum(use_nesterov=True): its CPU kernel differs (tests/mbv2/training/test_step.py).
     velocity = momentum * first + gradient
     change = controls[0] * (gradient + momentum * velocity)
     return ops.assign(first, velocity), ops.assign(weight, weight - change)

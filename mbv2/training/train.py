@@ -25,7 +25,17 @@ from imnet_prep.files import exclusive_lock, write_atomically
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Batch, Progress, ProgressCallback
-from mbv2.checkpoint import (
+from mbv2.data import AnyBatch, RunData, batch_inputs, fill_rows, open_run_data
+from mbv2.runtime import runtime, start_mindspore, versions
+from mbv2.scoring.score import Scores, network_predict, score_batches, sum_over_ranks
+from mbv2.show.curves import draw_curves
+from mbv2.training.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
+from mbv2.training.logs import EpochRow, RunLog, StepRow, open_events, read_metrics, verdict
+from mbv2.training.ranks import wait_for_all
+from mbv2.training.run import BEST, CONFIG, CURVES, LAST, LOCK, Pace, Position, RunOptions, RunResult, stored_run
+from mbv2.training.schedule import learning_rate
+from mbv2.training.state import find_last, run_identity
+from mbv2.weights.checkpoint import (
     AVERAGE_PREFIX,
     Checkpoint,
     Meta,
@@ -35,17 +45,7 @@ from mbv2.checkpoint import (
     save_checkpoint,
     tensor_digest,
 )
-from mbv2.curves import draw_curves
-from mbv2.data import AnyBatch, RunData, batch_inputs, fill_rows, open_run_data
-from mbv2.evaluate import Scores, network_predict, score_batches, sum_over_ranks
-from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
-from mbv2.identity import find_last, run_identity
-from mbv2.pretrained import load_pretrained, load_teacher, network_config, pretrained_fields
-from mbv2.ranks import wait_for_all
-from mbv2.run import BEST, CONFIG, CURVES, LAST, LOCK, Pace, Position, RunOptions, RunResult, stored_run
-from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics, verdict
-from mbv2.runtime import runtime, start_mindspore, versions
-from mbv2.schedule import learning_rate
+from mbv2.weights.pretrained import load_pretrained, load_teacher, network_config, pretrained_fields
 
 # Fields of the recipe that an augmented view's pixels follow from.
 AUGMENTATION = (
@@ -136,8 +136,8 @@ class _Run:
     ) -> None:
         import mindspore as ms
 
-        from mbv2.model import MobileNetV2
-        from mbv2.step import ApplyAccumulated, TrainStep
+        from mbv2.network.model import MobileNetV2
+        from mbv2.training.step import ApplyAccumulated, TrainStep
 
         recipe = options.recipe
         self.options, self.recipe, self.data = options, recipe, data
@@ -193,7 +193,7 @@ class _Run:
 
     def _cache_features(self, start: Checkpoint | None) -> RunData:
         """Replace the images by their pooled features, from the cache or computed now."""
-        from mbv2.step import PooledFeatures
+        from mbv2.training.step import PooledFeatures
 
         assert start is not None
         recipe, data = self.recipe, self.data
@@ -334,7 +334,7 @@ class _Run:
         """Return the step's result and, where it ends in the update of several steps, the norm of their gradient."""
         import mindspore as ms
 
-        from mbv2.step import dropout_mask, step_controls
+        from mbv2.training.step import dropout_mask, step_controls
 
         rows = len(batch)
         shape = (
@@ -410,7 +410,7 @@ class _Run:
         self.progress(Progress(position.step * size, self.total_steps * size, note=note))
 
     def _evaluate(self) -> Scores:
-        from mbv2.step import Head
+        from mbv2.training.step import Head
 
         assert self.data.val is not None
         net = self.net if self.average is None else self.average

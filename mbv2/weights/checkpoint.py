@@ -26,7 +26,7 @@ from imnet_prep.files import sync
 from mbv2.runtime import import_mindspore
 
 if TYPE_CHECKING:
-    from mbv2.model import MobileNetV2, ModelConfig
+    from mbv2.network.model import MobileNetV2, ModelConfig
 
 META_TAG = "imnet_prep"
 FORMAT = "imnet-prep/checkpoint"
@@ -43,7 +43,7 @@ class Meta:
     """What a checkpoint says about itself.
 
     Attributes:
-        model: The fields of :class:`mbv2.model.ModelConfig`.
+        model: The fields of :class:`mbv2.network.model.ModelConfig`.
         class_names: In label order; empty where the source of converted weights names none.
         image_size: Side of the input that it was trained for, in pixels.
         eval_crop: Side of the evaluation's centre crop as a share of the resized short side.
@@ -68,7 +68,7 @@ class Meta:
 
     def model_config(self) -> ModelConfig:
         """Build the model's configuration."""
-        from mbv2.model import ModelConfig
+        from mbv2.network.model import ModelConfig
 
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in self.model.items()
@@ -267,7 +267,7 @@ def build_network(checkpoint: Checkpoint, *, kernels: str = "auto") -> MobileNet
     Raises:
         CheckpointError: The tensors are not that network's.
     """
-    from mbv2.model import MobileNetV2
+    from mbv2.network.model import MobileNetV2
 
     net = MobileNetV2(checkpoint.meta.model_config(), kernels=kernels)
     load_parameters(net.get_parameters(), checkpoint.weights(), str(checkpoint.path))

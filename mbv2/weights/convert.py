@@ -16,9 +16,9 @@ import numpy as np
 
 from imnet_prep import catalog
 from imnet_prep.errors import CheckpointError, TrainError
-from mbv2.checkpoint import Meta, Tensors, check_complete, load_parameters, read_tensors, save_checkpoint
 from mbv2.outputs import check_outputs
 from mbv2.recipe import IMAGE_SIZES
+from mbv2.weights.checkpoint import Meta, Tensors, check_complete, load_parameters, read_tensors, save_checkpoint
 
 SOURCES = ("timm", "torchvision", "mindcv", "mindspore-models")
 _TORCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
@@ -206,7 +206,7 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
     check_outputs(out)
     source_name(source, "classifier.weight")  # an unknown source is refused before anything is read
     start_mindspore()
-    from mbv2.model import IMAGENET_MEAN, IMAGENET_STD, MobileNetV2, ModelConfig
+    from mbv2.network.model import IMAGENET_MEAN, IMAGENET_STD, MobileNetV2, ModelConfig
 
     found = {_plain(name): value for name, value in _read(weights).items()}
     dropped = tuple(sorted(name for name in found if _NO_WEIGHTS.fullmatch(name)))
@@ -283,7 +283,7 @@ def _read_torch(path: Path) -> Tensors:
 
 def _shape(found: Tensors, source: str, path: Path) -> tuple[float, int]:
     """Find width and class count from the shapes."""
-    from mbv2.model import block_shapes, feature_count
+    from mbv2.network.model import block_shapes, feature_count
 
     stem, last, dense = (
         found.get(source_name(source, name))
@@ -303,7 +303,7 @@ def _shape(found: Tensors, source: str, path: Path) -> tuple[float, int]:
 
 
 def _fits(found: Tensors, source: str, width: float) -> bool:
-    from mbv2.model import block_shapes
+    from mbv2.network.model import block_shapes
 
     names = (source_name(source, f"blocks.{index}.project.conv.weight") for index in range(17))
     pairs = zip(names, block_shapes(width), strict=True)

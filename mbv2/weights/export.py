@@ -19,16 +19,16 @@ from imnet_prep.errors import TrainError
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.types import ProgressCallback
-from mbv2.checkpoint import Checkpoint, build_network, read_checkpoint
 from mbv2.data import eval_options, split_images
-from mbv2.evaluate import check_classes, network_predict, score_batches
 from mbv2.outputs import check_outputs
 from mbv2.runtime import start_mindspore
+from mbv2.scoring.score import check_classes, network_predict, score_batches
+from mbv2.weights.checkpoint import Checkpoint, build_network, read_checkpoint
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-    from mbv2.model import ModelConfig
+    from mbv2.network.model import ModelConfig
 
 FORMATS = ("mindir", "onnx", "onnx-int8")
 OPSET = 13  # the oldest with per-channel QuantizeLinear: runtimes of 2021 and later read it
@@ -291,7 +291,7 @@ def onnx_model(loaded: Checkpoint) -> ModelProto:
 def _add_layers(graph: _Graph, config: ModelConfig) -> None:
     from onnx import TensorProto
 
-    from mbv2.model import block_shapes
+    from mbv2.network.model import block_shapes
 
     graph.weight("zero", np.array(0, np.float32))
     graph.weight("six", np.array(6, np.float32))

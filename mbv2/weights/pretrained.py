@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imnet_prep.errors import CheckpointError, TrainError
-from mbv2.checkpoint import Checkpoint, build_network, load_parameters, read_checkpoint
 from mbv2.recipe import MODEL_FIELDS, Recipe
+from mbv2.weights.checkpoint import Checkpoint, build_network, load_parameters, read_checkpoint
 
 if TYPE_CHECKING:
-    from mbv2.model import ModelConfig
+    from mbv2.network.model import ModelConfig
 
 HEAD_PREFIX = "classifier."
 TEACHER_PREFIX = "teacher."  # two parameters of one name cannot be in a graph
@@ -37,7 +37,7 @@ def network_config(recipe: Recipe, classes: int, start: Checkpoint | None) -> Mo
     Raises:
         TrainError: The recipe's width, padding or BatchNorm constants are not the weights'.
     """
-    from mbv2.model import ModelConfig
+    from mbv2.network.model import ModelConfig
 
     if start is None:
         return ModelConfig(classes, dropout=recipe.dropout, **{name: getattr(recipe, name) for name in MODEL_FIELDS})

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from imnet_prep.cli import demo
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.types import ProgressCallback
-from mbv2 import demo
 from tests.records import read_records
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from mbv2.drawings import CLASSES, draw_set
+from imnet_prep.cli.drawings import CLASSES, draw_set
 
 
 def test_a_set_has_the_images_asked_for_and_depends_on_the_seed_alone() -> None:

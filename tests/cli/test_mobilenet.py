@@ -21,8 +21,8 @@ from PIL import Image
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.mobilenet import main
-from mbv2.checkpoint import read_checkpoint
 from mbv2.recipe import Recipe, recipe_names
+from mbv2.weights.checkpoint import read_checkpoint
 from tests.synthetic import WNIDS, picture
 
 CLASSES = 3

@@ -22,7 +22,7 @@ import click
 import pytest
 
 from imnet_prep.cli.prep import main
-from tests.mbv2.test_convert import foreign, random_weights, write
+from tests.mbv2.weights.test_convert import foreign, random_weights, write
 from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,4 +1,4 @@
-"""The block and head operators, called on NumPy arrays; parameters by name as `mbv2.model` names them."""
+"""The block and head operators, called on NumPy arrays; parameters by name as `mbv2.network.model` names them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbv2 import kernels
-from mbv2.model import BlockShape
+from mbv2.network.model import BlockShape
 from tests.mbv2.reference import EPS, MEAN, STD, Sides, sides
 
 Floats = NDArray[np.float32]

@@ -9,8 +9,8 @@ import pytest
 
 from imnet_prep.build import options as build
 from imnet_prep.build.convert import convert
-from mbv2.convert import ConvertOptions, convert_weights
 from mbv2.runtime import start_mindspore
+from mbv2.weights.convert import ConvertOptions, convert_weights
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -160,8 +160,8 @@ class Network:
     """A whole MobileNetV2 in training, without dropout.
 
     Args:
-        weights: Parameters by name, as `mbv2.model` names them.
-        blocks: `mbv2.model.block_shapes` of its width.
+        weights: Parameters by name, as `mbv2.network.model` names them.
+        blocks: `mbv2.network.model.block_shapes` of its width.
         same: 1 for TensorFlow's padding.
     """
 

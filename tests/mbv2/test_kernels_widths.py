@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mbv2 import kernels
-from mbv2.model import BlockShape, block_shapes, feature_count
+from mbv2.network.model import BlockShape, block_shapes, feature_count
 from tests.mbv2 import reference
 from tests.mbv2.blocks import (
     MOMENTUM,

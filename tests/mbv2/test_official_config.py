@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from imnet_prep.errors import RecipeError
-from mbv2.official import read_official
+from mbv2.official_config import read_official
 from mbv2.recipe import load_recipe, override
 
 # The published Ascend file's training keys, with its three YAML documents.

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from imnet_prep.errors import RecipeError, TrainError
-from mbv2.convert import ConvertOptions
-from mbv2.pretrained import network_config
 from mbv2.recipe import Recipe, load_recipe, override, parse_assignments, recipe_names, resolve_recipe
-from mbv2.run import RunOptions
+from mbv2.training.run import RunOptions
+from mbv2.weights.convert import ConvertOptions
+from mbv2.weights.pretrained import network_config
 
 
 @pytest.mark.parametrize("name", recipe_names())

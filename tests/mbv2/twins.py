@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import nn, ops
 from numpy.typing import NDArray
 
-from mbv2.model import MobileNetV2, block_shapes
+from mbv2.network.model import MobileNetV2, block_shapes
 from tests.mbv2.blocks import BlockCall, Floats, head_train, sides_of
 from tests.mbv2.reference import Sides, sides
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import RecipeError, TrainError
 from mbv2 import kernels
-from mbv2.model import MobileNetV2, ModelConfig, block_shapes, feature_count
+from mbv2.network.model import MobileNetV2, ModelConfig, block_shapes, feature_count
 from mbv2.runtime import Runtime
 from tests.mbv2.blocks import Floats
 from tests.mbv2.reference import Network
@@ -223,7 +223,7 @@ def test_the_operators_refuse_what_is_not_uint8_rgb() -> None:
 
 @needs_kernels
 def test_the_operators_use_the_threads_that_this_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbv2.model.runtime", lambda: Runtime("CPU", 3))
+    monkeypatch.setattr("mbv2.network.model.runtime", lambda: Runtime("CPU", 3))
     try:
         assert MobileNetV2(CONFIG).kernels == "native"
         assert kernels.threads() == 3
@@ -233,7 +233,7 @@ def test_the_operators_use_the_threads_that_this_process_has(monkeypatch: pytest
 
 def test_the_environment_hides_the_operators() -> None:
     code = (
-        "from mbv2 import kernels; from mbv2.model import MobileNetV2, ModelConfig;"
+        "from mbv2 import kernels; from mbv2.network.model import MobileNetV2, ModelConfig;"
         "print(kernels.available(), MobileNetV2(ModelConfig(2, width=0.35)).kernels, kernels.describe())"
     )
     environment = {**os.environ, kernels.ENVIRONMENT: "standard"}

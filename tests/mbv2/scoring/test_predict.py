@@ -13,10 +13,10 @@ from PIL import Image
 from imnet_prep import open_batches
 from imnet_prep.errors import SourceError, TrainError
 from imnet_prep.types import record_id
-from mbv2.checkpoint import Meta
 from mbv2.data import eval_options
 from mbv2.outputs import check_outputs
-from mbv2.predict import _predict_batch, contact_sheet, find_images, load_image, refuse_unread
+from mbv2.scoring.predict import _predict_batch, contact_sheet, find_images, load_image, refuse_unread
+from mbv2.weights.checkpoint import Meta
 from tests.records import run
 from tests.synthetic import picture
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Batch
-from mbv2.evaluate import Scores, label_ranks, score_batches, write_per_class
+from mbv2.scoring.score import Scores, label_ranks, score_batches, write_per_class
 
 CLASSES = 7
 

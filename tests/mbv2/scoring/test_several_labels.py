@@ -10,8 +10,8 @@ import pytest
 
 from imnet_prep.errors import TrainError
 from imnet_prep.types import Batch, record_id
-from mbv2.evaluate import score_batches
-from mbv2.real import read_real_labels
+from mbv2.scoring.score import score_batches
+from mbv2.scoring.several_labels import read_real_labels
 
 NAMES = ("cat", "dog", "owl")
 FILES = ["cat/ILSVRC2012_val_00000002.JPEG", "dog/ILSVRC2012_val_00000001.JPEG", "owl/ILSVRC2012_val_00000003.JPEG"]

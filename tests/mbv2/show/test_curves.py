@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from imnet_prep.errors import TrainError
-from mbv2.curves import draw_confusion, draw_curves
-from mbv2.runlog import EpochRow
+from mbv2.show.curves import draw_confusion, draw_curves
+from mbv2.training.logs import EpochRow
 
 
 def test_curves_are_drawn_for_any_number_of_epochs(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, RecordsError, TrainError
 from imnet_prep.types import Batch
-from mbv2.judge import _Keeper, judge
-from mbv2.report import RunReportOptions, write_run_report
-from mbv2.runlog import EpochRow, RunLog, StepRow
+from mbv2.scoring.guesses import _Keeper, judge
+from mbv2.show.report import RunReportOptions, write_run_report
+from mbv2.training.logs import EpochRow, RunLog, StepRow
 from tests.chromium import Chromium, needs_chromium
 from tests.records import make_records, quiet
 from tests.synthetic import WNIDS
@@ -48,8 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint of random weights, whose mistakes are many."""
     from dataclasses import asdict
 
-    from mbv2.checkpoint import Meta, parameter_tensors, save_checkpoint
-    from mbv2.model import MobileNetV2, ModelConfig
+    from mbv2.network.model import MobileNetV2, ModelConfig
+    from mbv2.weights.checkpoint import Meta, parameter_tensors, save_checkpoint
 
     folder = make_run(tmp_path_factory.mktemp("run") / "run")
     config = ModelConfig(classes=3, width=0.35)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Batch
-from mbv2.checkpoint import read_checkpoint
-from mbv2.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
 from mbv2.recipe import Recipe
-from mbv2.train import RunOptions, train
+from mbv2.training.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
+from mbv2.training.train import RunOptions, train
+from mbv2.weights.checkpoint import read_checkpoint
 from tests.mbv2.standin import memory_data
 
 LENGTH = 4

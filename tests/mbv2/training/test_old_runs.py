@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-OLD = Path(__file__).parents[1] / "fixtures" / "f361d40"
+OLD = Path(__file__).parents[2] / "fixtures" / "f361d40"
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_bytes())
 COMMAND = (sys.executable, "-m", "mbv2")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # each compiles a network

@@ -20,15 +20,15 @@ from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.render import guard, stop_requested
 from imnet_prep.loader.batches import Batches
 from imnet_prep.types import Progress
-from mbv2.checkpoint import Meta, read_checkpoint, save_checkpoint
 from mbv2.data import open_run_data
-from mbv2.model import ModelConfig
-from mbv2.ranks import sum_counts, sum_floats
+from mbv2.network.model import ModelConfig
 from mbv2.recipe import Recipe
-from mbv2.runlog import read_metrics
 from mbv2.runtime import Runtime, runtime
-from mbv2.train import RunOptions, train
-from tests.mbv2.test_convert import random_weights
+from mbv2.training.logs import read_metrics
+from mbv2.training.ranks import sum_counts, sum_floats
+from mbv2.training.train import RunOptions, train
+from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
+from tests.mbv2.weights.test_convert import random_weights
 from tests.synthetic import WNIDS, picture
 
 GLOBAL_BATCH, STEPS = 32, 10
@@ -78,7 +78,7 @@ def on_two_ranks(out: Path, *arguments: str | Path) -> int:
         port = free.getsockname()[1]
     binaries = Path(sys.executable).parent
     command = [binaries / "msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
-    command += [f"--log_dir={out}-log", "python", "-m", "tests.mbv2.test_ranks", out, *arguments]
+    command += [f"--log_dir={out}-log", "python", "-m", "tests.mbv2.training.test_ranks", out, *arguments]
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
     environment["MS_NODE_TIMEOUT"] = "10"  # seconds until msrun misses a rank that was killed; 30 by itself
     return subprocess.run(

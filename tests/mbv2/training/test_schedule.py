@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mbv2.recipe import Recipe
-from mbv2.schedule import learning_rate, peak_lr
+from mbv2.training.schedule import learning_rate, peak_lr
 
 STEPS = 10  # an epoch
 

@@ -11,7 +11,7 @@ from mindspore import nn
 from numpy.typing import NDArray
 
 from mbv2.recipe import Recipe
-from mbv2.step import ApplyAccumulated, TrainStep, dropout_mask, step_controls
+from mbv2.training.step import ApplyAccumulated, TrainStep, dropout_mask, step_controls
 
 CLASSES, FEATURES, BATCH, STEPS = 4, 6, 5, 4
 Array = NDArray[np.float64]

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from imnet_prep.errors import CheckpointError, TrainError
-from mbv2.checkpoint import build_network, read_checkpoint
-from mbv2.evaluate import network_predict, score_batches
 from mbv2.recipe import Recipe
-from mbv2.runlog import EpochRow, RunLog, StepRow, open_events, read_metrics
-from mbv2.train import RunOptions, RunResult, stored_run, train
+from mbv2.scoring.score import network_predict, score_batches
+from mbv2.training.logs import EpochRow, RunLog, StepRow, open_events, read_metrics
+from mbv2.training.train import RunOptions, RunResult, stored_run, train
+from mbv2.weights.checkpoint import build_network, read_checkpoint
 from tests.mbv2.run_standin import BATCH, RECIPE, SAVE_EVERY, options
 from tests.mbv2.standin import memory_data
 

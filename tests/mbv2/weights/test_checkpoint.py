@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from imnet_prep.errors import CheckpointError
-from mbv2.checkpoint import Checkpoint, Meta, Tensors, check_complete, load_parameters, read_checkpoint, save_checkpoint
+from mbv2.weights.checkpoint import (
+    Checkpoint,
+    Meta,
+    Tensors,
+    check_complete,
+    load_parameters,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 META = Meta(
     model={"classes": 2, "width": 0.5, "mean": [0.1, 0.2, 0.3]},

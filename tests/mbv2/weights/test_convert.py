@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from imnet_prep.errors import CheckpointError
-from mbv2.checkpoint import Checkpoint, Tensors, build_network, read_checkpoint
-from mbv2.convert import SOURCES, ConvertOptions, convert_weights, source_name
-from mbv2.model import MobileNetV2, ModelConfig, block_shapes
+from mbv2.network.model import MobileNetV2, ModelConfig, block_shapes
+from mbv2.weights.checkpoint import Checkpoint, Tensors, build_network, read_checkpoint
+from mbv2.weights.convert import SOURCES, ConvertOptions, convert_weights, source_name
 
 Array = NDArray[np.float64]
 # What each project calls a few of the parameters, read off its own model.
@@ -224,7 +224,7 @@ def test_published_weights_on_photographs_equal_a_numpy_forward(shared_data: Pat
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_published_weights_score_as_their_authors_code_does(photographs: Path, timm: Path) -> None:
-    from mbv2.evaluate import evaluate_checkpoint
+    from mbv2.scoring.score import evaluate_checkpoint
 
     scores, names = evaluate_checkpoint(photographs, timm)
     assert (scores.images, len(names)) == (250, 1000)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from imnet_prep.errors import RecordsError, TrainError
-from mbv2.checkpoint import Meta, parameter_tensors, save_checkpoint
-from mbv2.export import export_checkpoint
-from mbv2.model import MobileNetV2, ModelConfig
+from mbv2.network.model import MobileNetV2, ModelConfig
+from mbv2.weights.checkpoint import Meta, parameter_tensors, save_checkpoint
+from mbv2.weights.export import export_checkpoint
 from tests.mbv2.conftest import few_photographs
 
 SIZE = 32

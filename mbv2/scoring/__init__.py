@@ -1,0 +1,1 @@
+"""Scoring: evaluation, the best guesses, several right labels an image, prediction."""

@@ -1,0 +1,1 @@
+"""Training: the run and its loop, its state, the step, optimizer, schedule, ranks and logs."""

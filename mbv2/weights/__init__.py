@@ -1,0 +1,1 @@
+"""Weights: checkpoints, conversion, fine-tuning from them, export."""
