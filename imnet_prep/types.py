@@ -87,11 +87,14 @@ class ImageRef:
         file_name: ``<class_name>/<name>``, or ``<name>`` without a class; unique within its split.
         path: The plain file or the outermost archive.
         offset: First byte of the image in ``path``, in bytes.
-        size_bytes: Length in bytes.
+        size_bytes: Length in bytes, not compressed.
         url: The URL that it was downloaded from, or empty.
         status: The HTTP status of that download, or None.
         line: Its line in the record list of a records folder, or empty for other sources. An image with a line is
             stored unchanged, as its digests are known.
+        deflated_bytes: Length of the raw DEFLATE stream at ``offset``; 0 for an image that is not compressed.
+        crc32: The CRC-32 that its bytes must have, or None.
+        meta: What the source says of it beyond class and name: a JSON object as text, or empty.
     """
 
     split: str
@@ -103,6 +106,9 @@ class ImageRef:
     url: str = ""
     status: int | None = None
     line: str = ""
+    deflated_bytes: int = 0
+    crc32: int | None = None
+    meta: str = ""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:

@@ -96,8 +96,9 @@ def _lines(partial: Path, shards: Iterable[str]) -> Iterator[str]:
     for number, name in enumerate(shards):
         with done_path(partial, name, ".jsonl").open(encoding="utf-8", newline="\n") as text:
             for line in text:
-                # Quotes in names are escaped, so this is the field.
-                yield line.rstrip("\n").replace(',"shard":0,', f',"shard":{number},', 1)
+                # The last is the field: only strings follow it, and quotes in them are escaped.
+                before, _, after = line.rstrip("\n").rpartition(',"shard":0,')
+                yield f'{before},"shard":{number},{after}'
 
 
 def describe_split(

@@ -36,11 +36,11 @@ _WITHOUT_JOURNAL = (  # an unfinished plan is discarded
 )
 _COLUMNS = (
     "split INTEGER, record INTEGER, rank INTEGER, class TEXT, file_name TEXT, path INTEGER, offset INTEGER, "
-    "size INTEGER, url TEXT, status INTEGER, line TEXT"
+    "size INTEGER, url TEXT, status INTEGER, line TEXT, deflated INTEGER, crc32 INTEGER, meta TEXT"
 )
 _SELECT = (
-    "SELECT split, class, file_name, path.path, offset, size, url, status, line, record FROM {0} JOIN path "
-    "ON {0}.path = path.id"
+    "SELECT split, class, file_name, path.path, offset, size, url, status, line, deflated, crc32, meta, record "
+    "FROM {0} JOIN path ON {0}.path = path.id"
 )
 CONVENTIONS = {  # what the labels mean, by label space
     "found": "the classes that are there, sorted by name, from 0",
@@ -86,7 +86,7 @@ class Plan:
         label_space: ``found``, ``imagenet1k`` or ``file``.
         splits: By split name; splits without an image are left out.
         rejected: Images rejected before any was read.
-        digest: SHA-256 (hex) over the options, the classes and each image's split, name, size and URL.
+        digest: SHA-256 (hex) over the options, the classes and each image's split, name, size, URL and meta.
     """
 
     database: Path
@@ -115,6 +115,7 @@ def load_plan(database: Path, options: PlanOptions) -> Plan | None:
     """Read a plan that was made with the same options; return None for one that is missing or not whole."""
     try:
         with closing(_read_only(database)) as connection:
+            connection.execute(_SELECT.format("image") + " LIMIT 0")  # earlier versions had fewer columns
             head = json.loads(connection.execute("SELECT json FROM head").fetchone()[0])
             rejected = tuple(
                 Rejected.from_json(json.loads(row[0]))
@@ -147,7 +148,7 @@ def _read_only(database: Path) -> sqlite3.Connection:
 
 
 def _ref_of(row: tuple[Any, ...]) -> ImageRef:
-    return ImageRef(SPLITS[row[0]], row[1], row[2], os.fsdecode(row[3]), *row[4:9])
+    return ImageRef(SPLITS[row[0]], row[1], row[2], os.fsdecode(row[3]), *row[4:12])
 
 
 # --- making a plan ---------------------------------------------------------------------------------------------------
@@ -279,6 +280,9 @@ def _row(ref: ImageRef, key: bytes, path: int) -> tuple[object, ...]:
         ref.url,
         ref.status,
         ref.line,
+        ref.deflated_bytes,
+        ref.crc32,
+        ref.meta,
     )
 
 
@@ -356,6 +360,7 @@ def _digest(connection: sqlite3.Connection, options: PlanOptions, classes: Seque
         "classes": list(classes),
     }
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    for split, *row in connection.execute("SELECT split, file_name, size, url, status FROM image ORDER BY place"):
-        digest.update(json.dumps([SPLITS[split], *row]).encode())
+    rows = connection.execute("SELECT split, file_name, size, url, status, meta FROM image ORDER BY place")
+    for split, *row, meta in rows:
+        digest.update(json.dumps([SPLITS[split], *row, *([meta] if meta else [])]).encode())
     return digest.hexdigest()

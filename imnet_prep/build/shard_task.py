@@ -226,6 +226,7 @@ def _store(
         changes=tuple(change.value for change in sample.changes),
         url=ref.url,
         status=ref.status,
+        meta=json.loads(ref.meta) if ref.meta else None,
     )
 
 

@@ -38,6 +38,7 @@ class RecordLine:
         sha256: Of the stored bytes. source_sha256: Of the bytes as found.
         changes: What was changed or noticed (:class:`~imnet_prep.types.Change`).
         url: The URL it was downloaded from, or empty. status: The HTTP status of the download, or None.
+        meta: What else its source says of it: a JSON object, or None.
     """
 
     shard: int
@@ -51,6 +52,7 @@ class RecordLine:
     changes: tuple[str, ...] = ()
     url: str = ""
     status: int | None = None
+    meta: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """Return the line without its newline; empty values are left out."""
@@ -80,6 +82,9 @@ class RecordLine:
                 raise ValueError("a digest is invalid")
             if (line.url and name_fault(line.url)) or type(line.status) not in (int, type(None)):
                 raise ValueError("the download is invalid")
+            if type(line.meta) not in (dict, type(None)):
+                raise ValueError("the meta is no object")
+            json.dumps(line.meta, ensure_ascii=False).encode()  # raises for half a surrogate pair
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a record line: {error}") from error
         return line

@@ -21,9 +21,12 @@ from imnet_prep.records.mindrecord import LENGTH, NO_LABEL, Header, RowIndex, Sh
 from imnet_prep.records.record_list import RECORDS, opened_list
 from imnet_prep.types import ShardInfo
 
-# A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks); any other form is parsed as JSON.
+# A line of records.jsonl.gz as the writer forms it (sorted keys, no blanks, nothing nested in meta); any other form is
+# parsed as JSON.
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _LINE = re.compile(
-    rb'^\{(?:"changes":\[[^\]]*\],)?"file_name":"([^"\\]*)","height":(\d{1,9}),"label":(-?\d{1,9}),"row":(\d{1,9}),'
+    rb'^\{(?:"changes":\[[^\]]*\],)?"file_name":"([^"\\]*)","height":(\d{1,9}),"label":(-?\d{1,9}),'
+    rb'(?:"meta":\{(?:' + _STRING + rb":(?:" + _STRING + rb'|[^"{}\[\],]+),?)+\},)?"row":(\d{1,9}),'
     rb'"sha256":"([0-9a-f]{16})[0-9a-f]{48}","shard":(\d{1,9}),"source_sha256":"[^"]*",(?:"status":\d+,)?'
     rb'(?:"url":"[^"\\]*",)?"width":(\d{1,9})[,}]',
     re.MULTILINE,

@@ -2,10 +2,12 @@
 
 import hashlib
 import heapq
+import json
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +22,7 @@ _SUFFIXES = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff mpo heic heif 
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MAX_SOURCE_BYTES = 1 << 29  # read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
 _CHUNK_BYTES = 8 << 20
+MAX_META_BYTES = 16 << 10  # of JSON per image: captions and EXIF pass, embeddings do not
 _OPEN_ARCHIVES = 32  # file descriptors that a process keeps open
 Found = ImageRef | Rejected
 
@@ -199,6 +202,31 @@ def make_ref(split: str, class_name: str, name: str, path: str, offset: int, siz
     return ImageRef(split, class_name, file_name, path, offset, size_bytes)
 
 
+def meta_text(values: Mapping[str, Any]) -> str:
+    """Return what a source says of an image as the text of :attr:`ImageRef.meta`.
+
+    Null values are left out, and the longest ones where all are more than :data:`MAX_META_BYTES`.
+
+    Args:
+        values: JSON values by name.
+    """
+    items: list[tuple[int, str, str]] = []
+    for key, value in values.items():
+        try:
+            text = json.dumps({key: value}, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        except (ValueError, TypeError, RecursionError):  # NaN, bytes, or nested without end: not for JSON
+            continue
+        if value is not None:
+            inner = text[1:-1].encode("utf-8", "replace")  # JSON can escape half a surrogate pair
+            items.append((len(inner) + 1, key, inner.decode()))
+    room, kept = MAX_META_BYTES - 1, list[tuple[str, str]]()
+    for size_bytes, key, text in sorted(items):
+        room -= size_bytes
+        if room >= 0:
+            kept.append((key, text))
+    return "{" + ",".join(text for _, text in sorted(kept)) + "}" if kept else ""
+
+
 def printable(name: str) -> str:
     """Escape what a line of text cannot hold."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -228,16 +256,23 @@ def read(ref: ImageRef) -> RawImage | Rejected:
         ref: The image. A tar's members never begin at 0, so offset 0 is a plain file, opened and closed.
 
     Returns:
-        The bytes, or a rejection as ``UNREADABLE`` for a file that is missing, unreadable or of another size.
+        The bytes, or a rejection as ``UNREADABLE`` for a file that is missing, unreadable, of another size, or has
+        another checksum than its archive says.
     """
     try:
         if ref.offset:
-            data = _archive(ref.path).read(ref.size_bytes, ref.offset)
+            data = _archive(ref.path).read(ref.deflated_bytes or ref.size_bytes, ref.offset)
+            if ref.deflated_bytes:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, ref.size_bytes + 1)
         else:
             data = PlainFile(ref.path).read(ref.size_bytes + 1, 0)
     except OSError as error:
         return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, error.strerror or type(error).__name__)
+    except zlib.error as error:
+        return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, f"its compressed bytes are damaged: {error}")
     if len(data) != ref.size_bytes:
         detail = f"{len(data)} bytes read, {ref.size_bytes} expected: changed since it was listed"
         return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, detail)
+    if ref.crc32 is not None and zlib.crc32(data) != ref.crc32:
+        return Rejected(ref.split, ref.file_name, Reason.UNREADABLE, "its CRC-32 is not the one in the archive")
     return RawImage(ref, data)

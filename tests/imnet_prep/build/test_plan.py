@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,12 +77,28 @@ def test_what_shapes_the_bytes_shapes_the_digest(tmp_path: Path, change: dict[st
     assert plan(tmp_path, refs(), **change).digest != plan(tmp_path, refs()).digest
 
 
-def test_sizes_and_urls_are_part_of_the_digest(tmp_path: Path) -> None:
+def test_sizes_urls_and_meta_are_part_of_the_digest(tmp_path: Path) -> None:
     found = {plan(tmp_path, refs()).digest}
-    for change in ({"size_bytes": 7}, {"url": "http://a/b"}, {"status": 200}):
+    for change in ({"size_bytes": 7}, {"url": "http://a/b"}, {"status": 200}, {"meta": '{"a":1}'}):
         changed: list[ImageRef] = [replace(refs()[0], **change), *refs()[1:]]
         found.add(plan(tmp_path, changed).digest)
-    assert len(found) == 4
+    assert len(found) == 5
+
+
+def test_a_plan_holds_the_whole_reference(tmp_path: Path) -> None:
+    whole = replace(
+        refs()[0], url="http://a/b", status=200, line="{}", deflated_bytes=9, crc32=(1 << 32) - 1, meta='{"a":1}'
+    )
+    made = plan(tmp_path, [whole])
+    assert list(shard_refs(made.database, 1, 2)) == [whole]
+
+
+def test_a_plan_of_an_earlier_version_is_not_loaded(tmp_path: Path) -> None:
+    made = plan(tmp_path, refs())
+    with closing(sqlite3.connect(made.database)) as connection:
+        connection.execute("ALTER TABLE image DROP COLUMN meta")
+        connection.commit()
+    assert load_plan(made.database, made.options) is None
 
 
 def test_more_shards_than_images_give_one_image_a_shard(tmp_path: Path) -> None:

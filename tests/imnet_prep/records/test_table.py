@@ -75,10 +75,10 @@ def test_a_list_in_another_json_layout_reads_the_same(records: Path) -> None:
 def test_width_and_height_come_from_the_list_and_are_0_where_it_does_not_say(records: Path) -> None:
     said: list[dict[str, object]] = [
         {"width": 640, "height": 480},
-        {"width": 0, "height": 0, "changes": ["greyscale", "progressive"]},
+        {"width": 0, "height": 0, "changes": ["greyscale", "progressive"], "meta": {"a": '},"row":9,\\', "b": 1.5}},
         {"width": 7, "height": 65500, "url": "http://here/a.jpg", "status": 200, "changes": ["cmyk"]},
         {"width": None, "height": 5},
-        {"width": 30, "height": 40, "zebra": "a key of a later version"},
+        {"width": 30, "height": 40, "zebra": "a key of a later version", "meta": {"a": {"width": 9}, "b": [1]}},
     ]
 
     def change(lines: list[str]) -> list[str]:
