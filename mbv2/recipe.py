@@ -4,14 +4,12 @@ A recipe is a YAML file of :class:`Recipe`'s fields. The packaged ones stand in 
 command, its source and the top-1 to expect, or that it is not measured yet.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +20,24 @@ import yaml
 from imnet_prep.errors import RecipeError
 
 DEFAULT_RECIPE = "tiny"  # one machine, small images: what a first run needs; ImageNet users name theirs
-OPTIMIZERS = ("sgd", "nesterov", "adamw", "rmsprop")
-SCHEDULES = ("cosine", "step", "linear", "constant")
-FREEZES = ("none", "bn", "backbone")
 PADDINGS = ("symmetric", "same")
 IMAGE_SIZES = (32, 288)  # lowest and highest side of the input, in pixels
 MODEL_FIELDS = ("width", "padding", "bn_eps", "bn_momentum")  # those that fix the network's function
-_CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "freeze": FREEZES, "padding": PADDINGS}
+
+
+def _within(default: float, low: float, high: float = math.inf) -> Any:
+    """Declare a finite number between two bounds, both allowed."""
+    return field(default=default, metadata={"low": low, "high": high, "end": "]" if high < math.inf else ")"})
+
+
+def _below(default: float, high: float) -> Any:
+    """Declare a number from 0 to below a bound."""
+    return field(default=default, metadata={"low": 0, "high": high, "end": ")"})
+
+
+def _one_of(*choices: str) -> Any:
+    """Declare a name out of several, the default first."""
+    return field(default=choices[0], metadata={"choices": choices})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,155 +53,175 @@ class Recipe:
         batch_size: Images a step on one device.
         image_size: Side of the square input, in pixels, 32 to 288.
         width: MobileNetV2's width multiplier, 0.35 to 1.4.
-        padding: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's). Pretrained weights bring their own, as they do
-            width and the two fields below.
+        padding: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's). Weights bring theirs, the next two and their width.
         bn_eps: What BatchNorm adds to the variance.
         bn_momentum: Share of BatchNorm's moving statistics that stays at each step.
         dropout: Share of pooled features dropped in training.
         optimizer: ``sgd``, ``nesterov``, ``adamw`` or ``rmsprop``.
         lr: Peak learning rate, for a global batch of ``lr_batch_size``.
-        lr_batch_size: The global batch that ``lr`` is meant for; the rate used is ``lr * global batch / lr_batch_size``
-            (Goyal et al. 2017). 0: use ``lr`` as it is.
-        momentum: Of SGD and RMSProp; the first beta of AdamW.
+        lr_batch_size: The global batch that ``lr`` is for: the rate in use is ``lr * global batch / lr_batch_size``; 0:
+            ``lr`` as it is. Source: Goyal et al. 2017.
+        backbone_lr_factor: Rate of everything before the classifier, as a factor of the classifier's.
+        momentum: Of SGD and RMSProp.
+        beta1: Of AdamW: decay of the mean of gradients.
+        beta2: Of AdamW: decay of the mean of squared gradients.
         weight_decay: Added to the gradient (SGD, RMSProp) or decoupled (AdamW); never on BatchNorm or biases.
-        rms_decay: Of RMSProp's mean square; the second beta of AdamW.
+        rms_decay: Of RMSProp's mean square.
         epsilon: Of RMSProp and AdamW.
         schedule: What follows the warm-up: ``cosine``, ``linear``, ``step`` or ``constant``.
         warmup_frac: Share of the run's steps in which the rate rises linearly from zero.
+        warmup_epochs: The same in epochs, which may be a fraction; 0: ``warmup_frac`` counts.
         final_lr_frac: Where cosine and linear end, as a share of the peak.
         step_epochs: Epochs between two drops of the ``step`` schedule (0.5 drops twice an epoch).
         step_gamma: Factor of each drop.
-        label_smoothing: Share of the target spread over all classes.
+        class_weights: ``none``; ``balanced``: each image of class k of K weighs ``n / (K * n_k)`` in the loss.
+        label_smoothing: Share of the target that is spread over classes.
+        label_smoothing_over: Which classes: ``all`` K, the true one too; ``others``: the K - 1 wrong ones.
         ema_decay: Decay of the averaged weights that are then evaluated and kept as best; 0 keeps none.
+        score_live: Score the live weights beside the averaged ones.
         clip_norm: Largest global norm of the gradient; 0 does not clip.
-        accumulate_steps: Steps whose gradients are averaged before one update of the weights. The global batch that
-            ``lr`` is scaled to grows with it; steps at the run's end that fill no whole update change nothing.
+        accumulate_steps: Steps whose gradients make one update. The global batch that ``lr`` is scaled to grows with
+            it; steps at the run's end that fill no whole update change nothing.
         distill_from: A checkpoint of the same classes that teaches; empty for none.
         distill_weight: Share of the loss that is the distance from the teacher's guesses.
         distill_temperature: What both networks' logits are divided by for that distance.
+        sampling: ``plain``: each training image once an epoch; ``balanced``: as many, classes equally likely.
         crop_min: Smallest area share of RandomResizedCrop.
         crop_max: Largest area share.
         flip: Chance of a horizontal flip.
         color_jitter: Strength of brightness, contrast and saturation jitter, 0 to 1; 0 is off.
         randaugment_ops: RandAugment operations an image; 0 is off.
         randaugment_magnitude: Their strength, 0 to 30.
+        trivialaugment: One operation an image, of any strength, in place of RandAugment.
         erasing_prob: Chance that a box is erased.
         mixup_alpha: MixUp's beta parameter; 0 is off.
         cutmix_alpha: CutMix's; with both, each batch draws one.
+        mixup_prob: Chance that a batch is mixed, by either.
+        mixup_last_epoch: Last epoch whose batches are mixed, by either; 0 mixes all.
+        eval_size: Side of evaluation's input, in pixels, 32 to 288; 0: ``image_size``.
         eval_crop: Side of the evaluation's centre crop as a share of the resized short side.
-        freeze: ``none``; ``bn``: all weights train, BatchNorm keeps its statistics; ``backbone``: only the head
-            trains, on cached features.
-        feature_views: With ``freeze`` ``backbone``: augmented views of each image that are cached beside the plain one.
+        freeze: ``none``; ``bn``: BatchNorm keeps its statistics; ``backbone``: the head trains, on cached features.
+        feature_views: Augmented views of each image that ``freeze`` ``backbone`` caches beside the plain one.
         eval_every: Epochs between two evaluations; the last epoch is always scored.
+        patience: Evaluations without a better top-1 after which the run ends; 0 is off.
+        keep_every: Epochs between two checkpoints that are kept for good; 0 keeps the last and the best alone.
     """
 
     name: str = "custom"
     command: str = ""
     source: str = ""
     expected_top1: str = "not yet measured"
-    epochs: int = 20
-    batch_size: int = 64
-    image_size: int = 224
-    width: float = 1.0
-    padding: str = "symmetric"
-    bn_eps: float = 1e-5
-    bn_momentum: float = 0.9
-    dropout: float = 0.2
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    lr_batch_size: int = 0
-    momentum: float = 0.9
-    weight_decay: float = 4e-5
-    rms_decay: float = 0.9
-    epsilon: float = 1e-8
-    schedule: str = "cosine"
-    warmup_frac: float = 0.1
-    final_lr_frac: float = 0.0
-    step_epochs: float = 1.0
-    step_gamma: float = 0.98
-    label_smoothing: float = 0.1
-    ema_decay: float = 0.0
-    clip_norm: float = 0.0
-    accumulate_steps: int = 1
+    epochs: int = _within(20, 1, 100_000)
+    batch_size: int = _within(64, 1, 65_536)
+    image_size: int = _within(224, *IMAGE_SIZES)
+    width: float = _within(1.0, 0.35, 1.4)
+    padding: str = _one_of(*PADDINGS)
+    bn_eps: float = _within(1e-5, 1e-12, 1)
+    bn_momentum: float = _below(0.9, 1)
+    dropout: float = _below(0.2, 1)
+    optimizer: str = _one_of("sgd", "nesterov", "adamw", "rmsprop")
+    lr: float = _within(0.1, 0)
+    lr_batch_size: int = _within(0, 0)
+    backbone_lr_factor: float = _within(1.0, 1e-6)
+    momentum: float = _below(0.9, 1)
+    beta1: float = _below(0.9, 1)  # Kingma & Ba 2015, as the next
+    beta2: float = _below(0.999, 1)
+    weight_decay: float = _within(4e-5, 0)
+    rms_decay: float = _below(0.9, 1)
+    epsilon: float = _within(1e-8, 0)
+    schedule: str = _one_of("cosine", "step", "linear", "constant")
+    warmup_frac: float = _below(0.1, 1)
+    warmup_epochs: float = _within(0.0, 0)
+    final_lr_frac: float = _within(0.0, 0, 1)
+    step_epochs: float = _within(1.0, 1e-6)
+    step_gamma: float = _within(0.98, 0, 1)
+    class_weights: str = _one_of("none", "balanced")
+    label_smoothing: float = _below(0.1, 1)
+    label_smoothing_over: str = _one_of("all", "others")
+    ema_decay: float = _below(0.0, 1)
+    score_live: bool = False
+    clip_norm: float = _within(0.0, 0)
+    accumulate_steps: int = _within(1, 1, 65_536)
     distill_from: str = ""
-    distill_weight: float = 0.5
-    distill_temperature: float = 1.0  # guesses as they are; Hinton et al. used 1 to 20
-    crop_min: float = 0.08
-    crop_max: float = 1.0
-    flip: float = 0.5
-    color_jitter: float = 0.0
-    randaugment_ops: int = 0
-    randaugment_magnitude: float = 9.0
-    erasing_prob: float = 0.0
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    eval_crop: float = 0.875
-    freeze: str = "none"
-    feature_views: int = 0
-    eval_every: int = 1
+    distill_weight: float = _within(0.5, 0, 1)
+    distill_temperature: float = _within(1.0, 0.1, 100)  # guesses as they are; Hinton et al. used 1 to 20
+    sampling: str = _one_of("plain", "balanced")
+    crop_min: float = _within(0.08, 1e-3, 1)
+    crop_max: float = _within(1.0, 1e-3, 1)
+    flip: float = _within(0.5, 0, 1)
+    color_jitter: float = _within(0.0, 0, 1)
+    randaugment_ops: int = _within(0, 0, 16)
+    randaugment_magnitude: float = _within(9.0, 0, 30)
+    trivialaugment: bool = False
+    erasing_prob: float = _within(0.0, 0, 1)
+    mixup_alpha: float = _within(0.0, 0)
+    cutmix_alpha: float = _within(0.0, 0)
+    mixup_prob: float = _within(1.0, 0, 1)
+    mixup_last_epoch: int = _within(0, 0, 100_000)
+    eval_size: int = _within(0, 0, IMAGE_SIZES[1])
+    eval_crop: float = _within(0.875, 0.5, 1)
+    freeze: str = _one_of("none", "bn", "backbone")
+    feature_views: int = _within(0, 0, 1000)
+    eval_every: int = _within(1, 1, 100_000)
+    patience: int = _within(0, 0, 100_000)
+    keep_every: int = _within(0, 0, 100_000)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"recipe field {name}", expected=f"one of {', '.join(choices)}", got=getattr(self, name)
-                )
-        for name, (low, high, closed) in _RANGES.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value and (value <= high if closed else value < high)):
-                end = "]" if closed else ")"
-                raise RecipeError(
-                    f"recipe field {name} is out of range", expected=f"[{low:g}, {high:g}{end}", got=f"{value!r}"
-                )
+        for one in dataclasses.fields(self):
+            value, limits = getattr(self, one.name), one.metadata
+            if "choices" in limits and value not in limits["choices"]:
+                choices = ", ".join(limits["choices"])
+                raise RecipeError(f"recipe field {one.name}", expected=f"one of {choices}", got=value)
+            if "low" in limits and not _inside(value, **limits):
+                expected = f"[{limits['low']:g}, {limits['high']:g}{limits['end']}"
+                raise RecipeError(f"recipe field {one.name} is out of range", expected=expected, got=f"{value!r}")
+        for name, expected in self._contradictions():
+            raise RecipeError(f"recipe field {name}", expected=expected, got=f"{getattr(self, name)!r}")
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield each field that does not fit the others or would change nothing, and what is expected of it."""
         if self.crop_min > self.crop_max:
-            raise RecipeError(
-                "recipe field crop_min", expected=f"at most crop_max ({self.crop_max})", got=f"{self.crop_min}"
-            )
+            yield "crop_min", f"at most crop_max ({self.crop_max})"
+        if 0 < self.eval_size < IMAGE_SIZES[0]:
+            yield "eval_size", f"0, or at least {IMAGE_SIZES[0]}"
+        if self.warmup_epochs >= self.epochs:
+            yield "warmup_epochs", f"less than epochs ({self.epochs})"
         if self.distill_from and self.freeze == "backbone":
-            raise RecipeError(
-                "distill_from needs images, and freeze=backbone trains on cached features", expected="freeze none or bn"
-            )
+            yield "distill_from", "none with freeze=backbone: it needs images, and the head trains on cached features"
+        if self.trivialaugment and self.randaugment_ops:
+            yield "trivialaugment", "false with randaugment_ops: an image takes one or the other"
+        adamw, mixes = self.optimizer == "adamw", self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        for names, effective, needed in (
+            (("momentum", "rms_decay"), not adamw, "another optimizer: adamw takes beta1 and beta2"),
+            (("beta1", "beta2"), adamw, "optimizer=adamw: others take momentum and rms_decay"),
+            (("label_smoothing_over",), self.label_smoothing > 0, "label_smoothing over 0"),
+            (("score_live",), self.ema_decay > 0, "ema_decay over 0: else only the live weights are scored"),
+            (("backbone_lr_factor",), self.freeze != "backbone", "a freeze that trains the backbone"),
+            (("mixup_prob", "mixup_last_epoch"), mixes, "mixup_alpha or cutmix_alpha over 0"),
+        ):
+            for name in names:
+                if not effective and getattr(self, name) != _DEFAULTS[name]:
+                    yield name, f"{_DEFAULTS[name]!r}, or {needed}"
 
 
-_ANY = math.inf
-# (lowest, highest, highest allowed itself)
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "epochs": (1, 100_000, True),
-    "batch_size": (1, 65_536, True),
-    "image_size": (*IMAGE_SIZES, True),
-    "width": (0.35, 1.4, True),
-    "bn_eps": (1e-12, 1, True),
-    "bn_momentum": (0, 1, False),
-    "dropout": (0, 1, False),
-    "lr": (0, _ANY, False),
-    "lr_batch_size": (0, _ANY, False),
-    "momentum": (0, 1, False),
-    "weight_decay": (0, _ANY, False),
-    "rms_decay": (0, 1, False),
-    "epsilon": (0, _ANY, False),
-    "warmup_frac": (0, 1, False),
-    "final_lr_frac": (0, 1, True),
-    "step_epochs": (1e-6, _ANY, False),
-    "step_gamma": (0, 1, True),
-    "label_smoothing": (0, 1, False),
-    "ema_decay": (0, 1, False),
-    "clip_norm": (0, _ANY, False),
-    "accumulate_steps": (1, 65_536, True),
-    "distill_weight": (0, 1, True),
-    "distill_temperature": (0.1, 100, True),
-    "crop_min": (1e-3, 1, True),
-    "crop_max": (1e-3, 1, True),
-    "flip": (0, 1, True),
-    "color_jitter": (0, 1, True),
-    "randaugment_ops": (0, 16, True),
-    "randaugment_magnitude": (0, 30, True),
-    "erasing_prob": (0, 1, True),
-    "mixup_alpha": (0, _ANY, False),
-    "cutmix_alpha": (0, _ANY, False),
-    "eval_crop": (0.5, 1, True),
-    "feature_views": (0, 1000, True),
-    "eval_every": (1, 100_000, True),
-}
+_DEFAULTS: Mapping[str, Any] = {one.name: one.default for one in dataclasses.fields(Recipe)}
+
+
+def _inside(value: float, low: float, high: float, end: str) -> bool:
+    return math.isfinite(value) and low <= value and (value <= high if end == "]" else value < high)
+
+
+def stored_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all fields of a recipe that a run stored: those that it lacks, as older versions meant them.
+
+    A field that did not exist yet had no effect, which is its default; but AdamW took its betas from the fields of
+    other optimizers.
+    """
+    known = {**_DEFAULTS, **fields}
+    if known["optimizer"] == "adamw" and "beta1" not in fields:
+        known |= {"beta1": known["momentum"], "beta2": known["rms_decay"]}
+        known |= {name: _DEFAULTS[name] for name in ("momentum", "rms_decay")}
+    return known
 
 
 def recipe_names() -> list[str]:
@@ -244,6 +273,11 @@ def recipe_from_fields(fields: Mapping[str, Any], *, where: str) -> Recipe:
 
 def override(recipe: Recipe, changes: Mapping[str, Any], *, where: str = "--set") -> Recipe:
     """Return a copy of a recipe with some fields changed; values may be text as typed on a command line."""
+    return dataclasses.replace(recipe, **_converted(changes, where))
+
+
+def _converted(changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check the names of fields, and turn their values into the fields' types."""
     hints = typing.get_type_hints(Recipe)
     clean: dict[str, Any] = {}
     for key, value in changes.items():
@@ -251,7 +285,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any], *, where: str = "--set"
             near = difflib.get_close_matches(str(key), hints, n=3) or sorted(hints)
             raise RecipeError(f"{where}: unknown recipe field {key!r}", expected=f"one of {', '.join(near)}")
         clean[key] = _convert(value, hints[key], f"{where}: {key}")
-    return dataclasses.replace(recipe, **clean)
+    return clean
 
 
 def resolve_recipe(
@@ -278,7 +312,8 @@ def resolve_recipe(
     given = {name: value for name, value in flags.items() if value is not None}
     if "lr" in {**given, **assignments} and base is None:
         given["lr_batch_size"] = 0
-    return override(override(recipe, given, where="recipe"), assignments)
+    changes = _converted(given, "recipe") | _converted(assignments, "--set")
+    return dataclasses.replace(recipe, **changes)  # at once: fields are checked against each other
 
 
 def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
@@ -307,8 +342,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             if isinstance(value, bool):
                 raise ValueError
             return float(value)
-    except (ValueError, TypeError, OverflowError):
-        raise RecipeError(where, expected=f"{kind.__name__}", got=repr(value)) from None
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+    except (KeyError, ValueError, TypeError, OverflowError):
+        raise RecipeError(where, expected="true or false" if kind is bool else kind.__name__, got=repr(value)) from None
     if isinstance(value, dict | list):
         raise RecipeError(where, expected="one value", got=type(value).__name__)
     return str(value)

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from imnet_prep.errors import RecipeError, TrainError
-from mbv2.recipe import Recipe, load_recipe, override, parse_assignments, recipe_names, resolve_recipe
+from mbv2.recipe import (
+    Recipe,
+    load_recipe,
+    override,
+    parse_assignments,
+    recipe_names,
+    resolve_recipe,
+    stored_fields,
+)
 from mbv2.training.run import RunOptions
 from mbv2.weights.convert import ConvertOptions
 from mbv2.weights.pretrained import network_config
@@ -53,6 +61,11 @@ def test_unknown_field_names_the_nearest() -> None:
         ("crop_min", "0"),
         ("epochs", True),
         ("name", ["a"]),
+        ("trivialaugment", "1"),
+        ("beta2", "1"),
+        ("sampling", "fair"),
+        ("eval_size", "31"),
+        ("backbone_lr_factor", "0"),
     ],
 )
 def test_bad_value_names_its_field(field: str, value: object) -> None:
@@ -63,6 +76,47 @@ def test_bad_value_names_its_field(field: str, value: object) -> None:
 def test_crop_range_must_not_be_empty() -> None:
     with pytest.raises(RecipeError, match="crop_max"):
         override(Recipe(), {"crop_min": 0.9, "crop_max": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"optimizer": "adamw", "rms_decay": 0.999}, "beta2"),
+        ({"optimizer": "adamw", "momentum": 0.8}, "beta1"),
+        ({"beta1": 0.8}, "momentum"),
+        ({"mixup_prob": 0.5}, "mixup_alpha"),
+        ({"mixup_last_epoch": 5}, "cutmix_alpha"),
+        ({"label_smoothing": 0, "label_smoothing_over": "others"}, "label_smoothing"),
+        ({"score_live": True}, "ema_decay"),
+        ({"freeze": "backbone", "backbone_lr_factor": 0.1}, "freeze"),
+        ({"trivialaugment": True, "randaugment_ops": 2}, "randaugment_ops"),
+        ({"epochs": 5, "warmup_epochs": 5}, "epochs"),
+    ],
+)
+def test_a_field_that_would_change_nothing_is_refused_and_says_what_it_needs(
+    fields: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(RecipeError, match=named):
+        override(Recipe(), fields)
+
+
+def test_fields_are_checked_together_however_each_is_given() -> None:
+    recipe = resolve_recipe("tiny", {"epochs": 2}, {"warmup_epochs": "1.5", "trivialaugment": "True"})
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.trivialaugment) == (2, 1.5, True)
+
+
+def test_a_run_that_was_stored_before_a_field_existed_has_its_default() -> None:
+    fields = {"optimizer": "sgd", "momentum": 0.8, "rms_decay": 0.99}
+    assert Recipe(**stored_fields(fields)) == Recipe(**fields)  # type: ignore[arg-type]
+
+
+def test_a_run_of_adamw_that_was_stored_before_its_betas_existed_keeps_them() -> None:
+    old = stored_fields({"optimizer": "adamw", "momentum": 0.8, "rms_decay": 0.99})
+    assert Recipe(**old) == Recipe(optimizer="adamw", beta1=0.8, beta2=0.99)
+    assert stored_fields(old) == old
+    new = Recipe(optimizer="adamw")
+    assert (new.beta1, new.beta2) == (0.9, 0.999)
+    assert stored_fields(dataclasses.asdict(new)) == dataclasses.asdict(new)
 
 
 def test_file_is_read_and_its_errors_name_it(tmp_path: Path) -> None:
