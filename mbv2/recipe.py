@@ -53,7 +53,7 @@ class Recipe:
         batch_size: Images a step on one device.
         image_size: Side of the square input, in pixels, 32 to 288.
         width: MobileNetV2's width multiplier, 0.35 to 1.4.
-        padding: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's). Weights bring theirs, the next two and their width.
+        padding: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's). Weights bring theirs, the next two and width.
         bn_eps: What BatchNorm adds to the variance.
         bn_momentum: Share of BatchNorm's moving statistics that stays at each step.
         dropout: Share of pooled features dropped in training.
