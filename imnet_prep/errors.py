@@ -4,6 +4,7 @@
 
     ImnetError                 exit 1
     ├── SourceError            an input is not what it should be
+    ├── RemoteError            a URL cannot be read, or changed while it was read
     ├── RecordsError           a records folder or its manifest is not usable
     ├── PlanError              a plan that cannot be carried out, or is not the one begun
     ├── DownloadError          a list or a download folder is not usable
@@ -45,6 +46,10 @@ def _rebuild(kind: type[ImnetError], what: str, expected: str, got: str, remedy:
 
 class SourceError(ImnetError):
     """An input is not what it should be."""
+
+
+class RemoteError(ImnetError):
+    """A URL cannot be read, or changed while it was read."""
 
 
 class RecordsError(ImnetError):
