@@ -1,8 +1,8 @@
 """Tar archives, read in place: the official ones of ILSVRC2012 and plain ones of class folders."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, takewhile
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Self
@@ -12,14 +12,12 @@ from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
 from imnet_prep.sources.base import Found, Source, is_hidden, is_image_name, make_ref, printable, suffix_of
 from imnet_prep.sources.labels import WNID, Labels, labelled, official_split, read_tiny_annotations
+from imnet_prep.sources.layout import Index
 from imnet_prep.sources.tar import FILE, FOLDER, Member, walk
-from imnet_prep.types import SPLITS, Reason, Rejected
+from imnet_prep.types import Reason, Rejected
 
 _END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
 _MAX_ANNOTATIONS = 64 << 20  # bytes; Tiny-ImageNet's have half a MB
-SPLIT_FOLDERS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-}  # fmt: skip
 _Row = tuple[str, int, int]  # name, offset, size in bytes
 
 
@@ -133,8 +131,7 @@ class ClassTar(Source):
     """A tar of class folders, with or without ``train/`` and ``val/`` above them, and a folder around everything."""
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        groups = defaultdict[tuple[str, ...], bytearray](bytearray)  # packed, for there may be millions of images
-        file, tiny = PlainFile(self.path), None
+        index, file, tiny = Index(self.path), PlainFile(self.path), None
         for found in _files(_walk_whole(file, self.path), self.split or "train"):
             if isinstance(found, Rejected):
                 yield found
@@ -146,41 +143,8 @@ class ClassTar(Source):
             if not is_image_name(base) or any(map(is_hidden, folders)):
                 ignored[suffix_of(base)] += 1
             else:
-                name = base.encode("utf-8", "surrogateescape")
-                groups[tuple(folders)] += b"%b\x00%d\x00%d\x00" % (name, found.offset, found.size_bytes)
-        yield from self._laid_out(groups, tiny)
-
-    def _laid_out(self, groups: dict[tuple[str, ...], bytearray], tiny: Labels | None) -> Iterator[Found]:
-        """Turn folders into splits and classes, and yield their images in order."""
-        root = _common_root(list(groups))
-        has_splits = any(len(key) > root + 1 and key[root] in SPLIT_FOLDERS for key in groups)
-        classes = defaultdict[tuple[int, str], list[_Row]](list)
-        for key in list(groups):
-            below, split = key[root:], self.split or "train"
-            if has_splits and below and below[0] in SPLIT_FOLDERS:
-                split, below = SPLIT_FOLDERS[below[0]], below[1:]
-            if tiny is not None and below[-1:] == ("images",):
-                below = below[:-1]
-            if has_splits and self.split not in ("", split):
-                continue
-            labels = tiny if split == "val" and not below else None
-            fields = groups.pop(key).decode("utf-8", "surrogateescape").split("\x00")
-            rows = zip(fields[0::3], map(int, fields[1::3]), map(int, fields[2::3]), strict=False)  # the last is empty
-            for name, offset, size_bytes in sorted(rows):
-                class_name = (labels.of(name) or "") if labels else "".join(below[:1])
-                if class_name or split == "test":
-                    classes[SPLITS.index(split), class_name].append(("/".join((*below[1:], name)), offset, size_bytes))
-                else:
-                    yield Rejected(split, printable("/".join((*key, name))), Reason.UNLABELLED, "not in a class folder")
-        for place, class_name in sorted(classes):
-            for name, offset, size_bytes in sorted(classes[place, class_name]):
-                yield make_ref(SPLITS[place], class_name, name, str(self.path), offset, size_bytes)
-
-
-def _common_root(folders: list[tuple[str, ...]]) -> int:
-    """Count the folders around all images that are neither split nor class; one is always left for the class."""
-    levels = zip(*(parts[:-1] for parts in folders), strict=False)
-    return len(list(takewhile(lambda names: len(set(names)) == 1 and names[0] not in SPLIT_FOLDERS, levels)))
+                index.add(folders, base, found.offset, found.size_bytes)
+        yield from index.found(str(self.path), self.split, tiny)
 
 
 class Devkit(Source):

@@ -106,7 +106,8 @@ class Source(ABC):
         self.notes = (*notes, *ignored_note(ignored, self.name))
 
     def _unreadable(self, error: OSError) -> SourceError:
-        return SourceError(f"{self.path} cannot be read", got=error.strerror or str(error))
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else self.path
+        return SourceError(f"{path} cannot be read", got=error.strerror or str(error))
 
 
 def digests(path: Path, progress: ProgressCallback) -> tuple[int, str, str]:
@@ -192,14 +193,18 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in {"__MACOSX", "@eaDir", "Thumbs.db"}
 
 
-def make_ref(split: str, class_name: str, name: str, path: str, offset: int, size_bytes: int) -> Found:
-    """Return the reference to an image, or its rejection for an impossible name or size."""
+def make_ref(
+    split: str, class_name: str, name: str, path: str, offset: int, size_bytes: int, deflated_bytes: int = 0,
+    crc32: int = -1,
+) -> Found:  # fmt: skip
+    """Return the reference to an image, or its rejection for an impossible name or size; a ``crc32`` of -1 is none."""
     file_name = f"{class_name}/{name}" if class_name else name
     if fault := name_fault(file_name):
         return Rejected(split, printable(file_name), Reason.UNREADABLE, fault)
     if size_bytes > MAX_SOURCE_BYTES:
         return Rejected(split, file_name, Reason.TOO_LARGE, f"{size_bytes} bytes, at most {MAX_SOURCE_BYTES} are read")
-    return ImageRef(split, class_name, file_name, path, offset, size_bytes)
+    known = None if crc32 < 0 else crc32
+    return ImageRef(split, class_name, file_name, path, offset, size_bytes, deflated_bytes=deflated_bytes, crc32=known)
 
 
 def meta_text(values: Mapping[str, Any]) -> str:

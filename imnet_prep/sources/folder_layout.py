@@ -1,23 +1,30 @@
 """Recognize the layout of a folder: splits, class folders, flat images, Kaggle's, archives, a download."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
-from imnet_prep.sources.archives import SPLIT_FOLDERS, Devkit, TarFolder
-from imnet_prep.sources.base import Source, is_image_name
+from imnet_prep.sources.archives import Devkit, TarFolder
+from imnet_prep.sources.base import Source
 from imnet_prep.sources.folders import (
     ClassFolders,
     DownloadFolder,
     FlatFolder,
     FolderSource,
     Part,
-    folders_in,
+    first_image,
     has_image,
+    listed,
+    listing,
+    visible_folders,
 )
 from imnet_prep.sources.labels import WNID, official_split, read_devkit, read_kaggle_solution, read_tiny_annotations
+from imnet_prep.sources.layout import SPLIT_FOLDERS
+from imnet_prep.types import SPLITS
 
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
 KAGGLE_SOLUTION = "LOC_val_solution.csv"
@@ -38,12 +45,22 @@ def folder_sources(path: Path, split: str, labelled: bool, file_source: FileSour
         split: The split to select or to name, or empty.
         labelled: The validation labels are given by another source.
         file_source: Returns the source for an archive.
+
+    Raises:
+        SourceError: It has no known layout, or could have two.
+        OSError: A folder in it cannot be read.
     """
     if not any(os.scandir(path)):
         raise SourceError(f"{path} is empty", expected="class folders with images", got="an empty folder")
     if (path / "journal.sqlite").is_file():
         return [DownloadFolder(path, "download", split or _split_by_name(path))]
     if path.name.startswith(_DEVKIT_FOLDER) or any((path / name).is_file() for name in ("data/meta.mat", "meta.mat")):
+        if has_image(path):
+            raise SourceError(
+                f"{path} is a devkit with images in it",
+                expected="a folder of the devkit alone",
+                remedy="move the images or the devkit into another folder, and give both",
+            )
         return [devkit(path)]
     if (path / "wnids.txt").is_file() and (path / "train").is_dir():
         return [_tiny(path, split)]
@@ -51,12 +68,16 @@ def folder_sources(path: Path, split: str, labelled: bool, file_source: FileSour
         _kaggle(path, split)
         or _official_archives(path, split, file_source)
         or _splits(path, split, labelled)
-        or [_one_split(path, split)]
+        or _one_split(path, split, labelled, file_source)
     )
 
 
 def _split_by_name(path: Path) -> str:
     return SPLIT_FOLDERS.get(path.resolve().name.lower(), "train")
+
+
+def _folders(path: Path) -> list[Path]:
+    return [path / entry.name for entry in visible_folders(path, Counter())]
 
 
 def _tiny(path: Path, split: str) -> Source:
@@ -67,7 +88,7 @@ def _tiny(path: Path, split: str) -> Source:
         parts.append(ClassFolders("val", path / "val"))
     if (path / "test" / "images").is_dir():
         parts.append(FlatFolder("test", path / "test" / "images"))
-    return FolderSource(path, "tiny-imagenet", _wanted(path, parts, split))
+    return FolderSource(path, "tiny-imagenet", parts, split)
 
 
 def _tiny_val(path: Path) -> FlatFolder:
@@ -81,12 +102,12 @@ def _kaggle(path: Path, split: str) -> list[Source]:
         trees.append(path)
     if not trees:
         return []
-    parts = _split_parts(trees[0], split)
+    parts = _split_parts(trees[0])
     if not parts:
         raise SourceError(
             f"{path} has Kaggle's layout and no images in {trees[0]}", expected="train, val or test in it"
         )
-    source = FolderSource(path, "kaggle", parts)
+    source = FolderSource(path, "kaggle", parts, split)
     places = (top / KAGGLE_SOLUTION for top in (path, *list(path.parents)[:3]))
     if solution := next(filter(Path.is_file, places), None):
         labels = read_kaggle_solution(solution)
@@ -97,66 +118,109 @@ def _kaggle(path: Path, split: str) -> list[Source]:
 
 def _official_archives(path: Path, split: str, file_source: FileSource) -> list[Source]:
     known = {name: entry for name, entry in catalog.archives().items() if (path / name).is_file()}
-    known.pop("ILSVRC2012_img_train_t3.tar", None)  # a part of the whole training archive
     if not any(name.endswith(".tar") for name in known):
         return []
+    if other := [folder.name for folder in _folders(path) if has_image(folder)] or list(
+        filter(None, [first_image(path)])
+    ):
+        raise SourceError(
+            f"{path} holds official archives and other images",
+            expected="the archives alone",
+            got=listed(other),
+            remedy="give the archives and the folders with images one by one",
+        )
+    known.pop("ILSVRC2012_img_train_t3.tar", None)  # a part of the whole training archive
     if "ILSVRC2012_img_test_v10102019.tar" in known:
         known.pop("ILSVRC2012_img_test.tar", None)
     return [file_source(path / name, split) for name, entry in known.items() if not split or entry.split in ("", split)]
 
 
 def _splits(path: Path, split: str, labelled: bool) -> list[Source]:
-    parts = _split_parts(path, split)
+    parts = _split_parts(path)
     if not parts:
         return []
     official = any(isinstance(part, FlatFolder) for part in parts)
-    tree = FolderSource(path, "ilsvrc2012-tree" if official else "imagefolder", parts)
+    tree = FolderSource(path, "ilsvrc2012-tree" if official else "imagefolder", parts, split)
     devkits = [path / name for name in (DEVKIT_ARCHIVE, _DEVKIT_FOLDER) if (path / name).exists()]
     return [devkit(devkits[0]), tree] if devkits and not labelled and tree.unlabelled() else [tree]
 
 
-def _split_parts(path: Path, wanted: str) -> list[Part]:
-    """Return the ``train``, ``val`` and ``test`` folders in a folder: class folders, or flat ones of known labels."""
-    parts: dict[str, Part] = {}
-    for folder in folders_in(path):
+def _split_parts(path: Path) -> list[Part]:
+    """Return the ``train``, ``val`` and ``test`` folders in a folder; nothing if its folders are classes.
+
+    A split has class folders, or is flat with official names. A folder that is named like a split, and holds images
+    directly beside other folders of images, is a class; the test split may be flat beside other splits.
+
+    Raises:
+        SourceError: The folders could be splits or classes, or some are neither.
+    """
+    parts, flat, others = list[Part](), list[Path](), list[Path]()
+    for folder in _folders(path):
         split = SPLIT_FOLDERS.get(folder.name.lower())
-        part = _part(split, folder) if split else None
-        if part is None:
-            continue
-        if part.split in parts:
-            names = f"{parts[part.split].folder.name} and {folder.name}"
-            raise SourceError(f"{path} has two folders for {part.split}: {names}")
-        parts[part.split] = part
-    if list(parts) == ["test"] and official_split(_first_image(parts["test"].folder)) != "test":
-        return []  # alone it is a class that is called test
-    return _wanted(path, list(parts.values()), wanted) if parts else []
+        if split is None:
+            others.append(folder)
+        elif part := _part(split, folder):
+            parts.append(part)
+        elif first_image(folder):
+            flat.append(folder)
+    if parts:
+        parts += [FlatFolder("test", folder) for folder in flat if SPLIT_FOLDERS[folder.name.lower()] == "test"]
+        flat = [folder for folder in flat if SPLIT_FOLDERS[folder.name.lower()] != "test"]
+    if not parts and (not flat or (len(flat) == 1 and any(map(has_image, others)))):
+        return []
+    if flat:
+        raise SourceError(
+            f"{path}: {listed([folder.name for folder in flat])} holds images and no class folders",
+            expected=f"{flat[0].name}/<class>/<image>",
+            got=f"{flat[0].name}/{first_image(flat[0])}",
+            remedy="put the images of each class into a folder named after it",
+        )
+    if strange := [folder.name for folder in others if has_image(folder)]:
+        names = [part.folder.name for part in parts]
+        raise SourceError(
+            f"{path} has folders of splits ({listed(names)}) beside other folders with images",
+            expected="folders of splits alone, or class folders alone",
+            got=listed(strange),
+            remedy=f"give the splits alone ({' '.join(str(path / name) for name in names)}), move the other folders into "
+            f"a split or away, or rename {listed(names)} if that is a class",
+        )
+    for split, folders in _by_split(parts).items():
+        if len(folders) > 1:
+            raise SourceError(
+                f"{path} has two folders for {split}: {' and '.join(folders)}", remedy="give them one by one"
+            )
+    return parts
+
+
+def _by_split(parts: Sequence[Part]) -> dict[str, list[str]]:
+    return {split: [part.folder.name for part in parts if part.split == split] for split in SPLITS}
 
 
 def _part(split: str, folder: Path) -> Part | None:
-    below = folders_in(folder)
+    """Return a split with class folders, or a flat one of official images; None for anything else."""
+    below = _folders(folder)
     if any(map(has_image, below)):
         flat_test = split == "test" and [sub.name for sub in below] in (["images"], ["test"])
         return FlatFolder(split, folder) if flat_test else ClassFolders(split, folder)
-    first = _first_image(folder)
-    is_flat = bool(first) if split == "test" else split == "val" == official_split(first)
-    return FlatFolder(split, folder) if is_flat else None
+    official = official_split(first_image(folder))
+    return FlatFolder(split, folder) if official == split else None
 
 
-def _first_image(folder: Path) -> str:
-    with os.scandir(folder) as entries:
-        return min((entry.name for entry in entries if is_image_name(entry.name)), default="")
-
-
-def _one_split(path: Path, split: str) -> Source:
+def _one_split(path: Path, split: str, labelled: bool, file_source: FileSource) -> list[Source]:
     """Recognize a folder without split folders: class folders, flat official images, or class tars."""
     if (path / "val_annotations.txt").is_file() and (path / "images").is_dir():  # Tiny-ImageNet's val by itself
-        return FolderSource(path, "tiny-imagenet", _wanted(path, [_tiny_val(path)], split))
-    named = split or _split_by_name(path)
-    if any(map(has_image, folders_in(path))):
-        return FolderSource(path, "imagefolder", [ClassFolders(named, path)])
-    first = _first_image(path)
+        return [FolderSource(path, "tiny-imagenet", [_tiny_val(path)], split)]
+    named, first = split or _split_by_name(path), first_image(path)
+    folders = list(islice(filter(has_image, _folders(path)), 2))
+    if len(folders) == 1 and not first_image(folders[0]) and path.resolve().name.lower() not in SPLIT_FOLDERS:
+        return _inside(path, folders[0], first, folder_sources(folders[0], split, labelled, file_source))
+    if folders:
+        return [FolderSource(path, "imagefolder", [ClassFolders(named, path)])]
+    names = [entry.name for entry in listing(path)]
+    if any(name.endswith(".tar") and WNID.fullmatch(name[:-4]) for name in names):
+        return [TarFolder(path, "folder-of-class-tars", named)]
     if flat := official_split(first):
-        return FolderSource(path, "ilsvrc2012-tree", _wanted(path, [FlatFolder(flat, path)], split))
+        return [FolderSource(path, "ilsvrc2012-tree", [FlatFolder(flat, path)], split)]
     if first:
         raise SourceError(
             f"{path} has images and no class folders",
@@ -164,9 +228,6 @@ def _one_split(path: Path, split: str) -> Source:
             got=first,
             remedy="put the images of each class into a folder named after it",
         )
-    names = sorted(os.listdir(path))
-    if any(name.endswith(".tar") and WNID.fullmatch(name[:-4]) for name in names):
-        return TarFolder(path, "folder-of-class-tars", named)
     raise SourceError(
         f"{path} holds no class folders with images",
         expected=f"{path.name}/<class>/<image>.jpg (or png, webp, ...)",
@@ -174,10 +235,21 @@ def _one_split(path: Path, split: str) -> Source:
     )
 
 
-def _wanted(path: Path, parts: Sequence[Part], split: str) -> list[Part]:
-    """Return the parts of the requested split, or all."""
-    wanted = [part for part in parts if split in ("", part.split)]
-    if not wanted:
-        have = " and ".join(sorted(part.split for part in parts))
-        raise SourceError(f"{path} has no {split} split", expected=f"a folder {split}", got=have)
-    return wanted
+def _inside(path: Path, folder: Path, first: str, sources: list[Source]) -> list[Source]:
+    """Return the sources of the only folder in a folder, which holds all images in folders of its own.
+
+    Raises:
+        SourceError: There is an image beside it.
+    """
+    if first:
+        raise SourceError(
+            f"{path} holds images beside the only folder of folders, {folder.name}",
+            got=first,
+            remedy=f"give {folder}, or move the images away",
+        )
+    for source in sources:
+        if isinstance(source, FolderSource):
+            source.remarks += (
+                f"{path.name}: everything is in {folder.name}, whose folders are taken as splits or classes",
+            )
+    return sources
