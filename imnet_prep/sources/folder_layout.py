@@ -181,8 +181,8 @@ def _split_parts(path: Path) -> list[Part]:
             f"{path} has folders of splits ({listed(names)}) beside other folders with images",
             expected="folders of splits alone, or class folders alone",
             got=listed(strange),
-            remedy=f"give the splits alone ({' '.join(str(path / name) for name in names)}), move the other folders into "
-            f"a split or away, or rename {listed(names)} if that is a class",
+            remedy=f"give the splits alone ({' '.join(str(path / name) for name in names)}), move the others into one "
+            f"or away, or rename {listed(names)} if that is a class",
         )
     for split, folders in _by_split(parts).items():
         if len(folders) > 1:

@@ -20,11 +20,12 @@ from imnet_prep.sources.base import (
     printable,
     suffix_of,
 )
-from imnet_prep.sources.labels import Labels, labelled
+from imnet_prep.sources.labels import WNID, Labels, labelled
+from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
-_MAX_DEPTH = 16  # folders below a class folder
 _SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control character
+_NOWHERE = "links that lead nowhere"
 
 
 class _Entry(NamedTuple):
@@ -44,21 +45,48 @@ class ClassFolders:
     folder: Path
     below: str = ""
 
-    def walk(self, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
-        """Yield the images, class by class."""
-        root, empty = os.stat(self.folder), []
-        for entry in _listing(self.folder):
-            if not _is_folder(entry):
-                ignored[suffix_of(entry.name)] += 1
-                continue
-            files = list(_files(Path(entry.path), "", {(root.st_dev, root.st_ino)}, ignored))
+    def walk(self, top: Path, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
+        """Yield the images, class by class; ``top`` is the folder of the source."""
+        tree, classes = _Tree((top, self.folder), ignored), list[os.DirEntry[str]]()
+        for entry in visible_folders(self.folder, ignored):
+            if entry.is_symlink() and tree.claim(entry):
+                notes.append(
+                    f"{self.split}: {printable(entry.name)} links to a folder here, whose images have two classes"
+                )
+            classes.append(entry)
+        yield from self._loose({entry.name for entry in classes}, ignored)
+        names: dict[str, list[str]] = {"without images": [], "deep": []}
+        for entry in classes:
+            files = sorted((file.name.removeprefix(self.below), file) for file in tree.images(entry, entry.name))
             if not files:
-                empty.append(printable(entry.name))
-            for name, file in sorted((file.name.removeprefix(self.below), file) for file in files):
+                names["without images"].append(entry.name)
+            elif all("/" in name for name, _ in files):
+                names["deep"].append(entry.name)
+            for name, file in files:
                 yield _found(self.split, entry.name, name, file)
-        if empty:
-            listed = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-            notes.append(f"{self.split}: {len(empty)} class folders without images ({listed})")
+        if empty := names["without images"]:
+            notes.append(f"{self.split}: {len(empty)} class folders without images ({listed(empty)})")
+        if (deep := names["deep"]) and len(deep) + len(empty) == len(classes):
+            notes.append(f"{self.split}: classes are {listed(deep)}; their images are in folders inside these")
+        if named := [entry.name for entry in classes if entry.name.lower() in SPLIT_FOLDERS]:
+            notes.append(f"{self.split}: {listed(named)} is taken as a class, as it lies beside other classes")
+
+    def _loose(self, classes: set[str], ignored: Counter[str]) -> Iterator[Found]:
+        """Reject the images beside the class folders; refuse the tar of a class that was not unpacked."""
+        for entry in listing(self.folder):
+            if entry.name in classes or is_folder(entry):
+                continue
+            if is_image_name(entry.name):
+                yield _without_class(self.split, entry.name)
+                continue
+            stem, dot, suffix = entry.name.rpartition(".")
+            if dot and suffix == "tar" and WNID.fullmatch(stem) and stem not in classes:
+                raise SourceError(
+                    f"{self.folder} holds class folders and tars of other classes",
+                    got=entry.name,
+                    remedy=f"unpack each tar into a folder of its name ({stem}/), or move it away",
+                )
+            ignored[_kind(entry)] += 1
 
 
 @dataclass(slots=True)
@@ -69,9 +97,12 @@ class FlatFolder:
     folder: Path
     labels: Labels | None = None
 
-    def walk(self, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
-        """Yield the images by class and name."""
-        files = ((file.name, file) for file in _files(self.folder, "", set(), ignored, deep=self.labels is None))
+    def walk(self, top: Path, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
+        """Yield the images by class and name; ``top`` is the folder of the source."""
+        files = [(file.name, file) for file in _Tree((top, self.folder), ignored).images(self.folder, "")]
+        if self.labels is not None:  # a number labels one image, not its namesakes in folders beside it
+            yield from (_without_class(self.split, name, "in a folder inside it") for name, _ in files if "/" in name)
+            files = [(name, file) for name, file in files if "/" not in name]
         for found in labelled(files, self.split, self.labels, notes):
             yield found if isinstance(found, Rejected) else _found(self.split, *found)
 
@@ -80,11 +111,30 @@ Part = ClassFolders | FlatFolder
 
 
 class FolderSource(Source):
-    """A folder whose splits are :class:`ClassFolders` or :class:`FlatFolder`."""
+    """A folder whose splits are :class:`ClassFolders` or :class:`FlatFolder`.
 
-    def __init__(self, path: Path, kind: str, parts: Sequence[Part]) -> None:
+    Args:
+        path: The folder.
+        kind: The layout.
+        parts: Its splits.
+        split: The one to take, or empty for all.
+
+    Attributes:
+        remarks: Notes on how the layout was read.
+
+    Raises:
+        SourceError: It has no such split.
+    """
+
+    def __init__(self, path: Path, kind: str, parts: Sequence[Part], split: str = "") -> None:
         super().__init__(path, kind)
-        self._parts = sorted(parts, key=lambda part: SPLITS.index(part.split))
+        wanted = [part for part in parts if split in ("", part.split)]
+        if not wanted:
+            have = " and ".join(sorted(part.split for part in parts))
+            raise SourceError(f"{path} has no {split} split", expected=f"a folder {split}", got=have)
+        self._parts = sorted(wanted, key=lambda part: SPLITS.index(part.split))
+        self._known = [part.folder for part in parts]
+        self.remarks: tuple[str, ...] = ()
 
     def unlabelled(self) -> Sequence[FlatFolder]:
         """Return the parts that hold validation images whose classes are not known yet."""
@@ -92,11 +142,35 @@ class FolderSource(Source):
         return [part for part in flat if part.split == "val" and part.labels is None]
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
+        notes += self.remarks
+        yield from _beside(self.path, self._known, self._parts[0].split)
         for part in self._parts:
             passed = Counter[str]()  # for a note per split
             label = self.name if part.folder == self.path else f"{self.name}/{part.folder.relative_to(self.path)}"
-            yield from part.walk(passed, notes)
+            yield from part.walk(self.path, passed, notes)
             notes += ignored_note(passed, printable(label))
+
+
+def _beside(path: Path, parts: Sequence[Path], split: str) -> Iterator[Found]:
+    """Reject images that lie beside the folders of a layout.
+
+    Raises:
+        SourceError: A whole folder with images lies there.
+    """
+    above = {folder for part in parts for folder in part.parents if folder.is_relative_to(path)}
+    for folder in sorted(above - set(parts)):
+        for entry in listing(folder):
+            if is_image_name(entry.name) and not is_folder(entry):
+                yield _without_class(split, (folder / entry.name).relative_to(path).as_posix())
+        for entry in visible_folders(folder, Counter()):
+            inside = folder / entry.name
+            if inside not in above and inside not in parts and has_image(inside):
+                names = ", ".join(sorted(str(part.relative_to(path)) for part in parts))
+                raise SourceError(
+                    f"{inside} holds images that are outside of {names}",
+                    expected="images in the folders of the recognized layout alone",
+                    remedy="move them into a class folder, or away, or give the folders with images one by one",
+                )
 
 
 class DownloadFolder(Source):
@@ -115,12 +189,33 @@ class DownloadFolder(Source):
             raise SourceError(error.what, expected=error.expected, got=error.got, remedy=error.remedy) from error
         except sqlite3.DatabaseError as error:
             raise SourceError(f"{self.path}: its journal.sqlite cannot be read", got=str(error)) from error
-        for wnid in sorted(classes):
+        top = [entry for entry in listing(self.path) if is_image_name(entry.name) and not is_folder(entry)]
+        strangers = [entry.name for entry in top]
+        folders = {entry.name: entry for entry in visible_folders(self.path, Counter())}
+        tree = _Tree((self.path,), Counter())
+        for wnid in sorted(classes.keys() | folders.keys()):
             rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
+            known = set[str]()
             for name, path, size_bytes, status, url in sorted(row.split(_SEPARATOR) for row in rows):
+                known.add(path)
                 found = make_ref(self.split, wnid, name, str(self.path / path), 0, int(size_bytes))
-                known = int(status) if status.isdecimal() else None
-                yield replace(found, url=url, status=known) if isinstance(found, ImageRef) else found
+                code = int(status) if status.isdecimal() else None
+                yield replace(found, url=url, status=code) if isinstance(found, ImageRef) else found
+            files = tree.images(folders[wnid], wnid) if wnid in folders else ()
+            strangers += [name for file in files if (name := f"{wnid}/{file.name}") not in known]
+        yield from (
+            _without_class(self.split, name, "not in the journal of the download") for name in sorted(strangers)
+        )
+
+
+def _without_class(split: str, name: str, detail: str = "not in a class folder") -> Rejected:
+    """Return the rejection of an image without a class."""
+    return Rejected(split, printable(name), Reason.UNLABELLED, detail)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first ten names in a line of text."""
+    return ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
 
 
 def _found(split: str, class_name: str, name: str, file: _Entry) -> Found:
@@ -129,26 +224,92 @@ def _found(split: str, class_name: str, name: str, file: _Entry) -> Found:
     return make_ref(split, class_name, name, file.path, 0, file.size_bytes)
 
 
-def _files(
-    folder: Path, within: str, above: set[tuple[int, int]], ignored: Counter[str], *, deep: bool = True
-) -> Iterator[_Entry]:
-    """Yield the images in and below a folder; ``above`` holds its parents, to detect a link back to one of them."""
-    try:
-        here, listing = os.stat(folder), _listing(folder)
-    except OSError as error:
-        yield _Entry(within or ".", str(folder), 0, f"the folder cannot be read: {error.strerror}")
-        return
-    if (here.st_dev, here.st_ino) in above or within.count("/") > _MAX_DEPTH:
-        ignored["links back to a folder above"] += 1
-        return
-    for entry in listing:
-        if deep and _is_folder(entry):
-            inside = above | {(here.st_dev, here.st_ino)}
-            yield from _files(Path(entry.path), f"{within}{entry.name}/", inside, ignored)
-        elif is_image_name(entry.name) and not _is_folder(entry):
-            yield _entry(entry, f"{within}{entry.name}")
-        else:
-            ignored["folders" if _is_folder(entry) else suffix_of(entry.name)] += 1
+# --- walking ---------------------------------------------------------------------------------------------------------
+
+
+class _Tree:
+    """The folders of a source, each of which is read once.
+
+    A link to a folder of the same tree is not followed, as the images are found there. Other links are. Folders are
+    compared by their real paths, since not every file system has stable inode numbers.
+
+    Args:
+        tops: The folders whose images are found anyway.
+        ignored: Counts what is passed over.
+    """
+
+    def __init__(self, tops: Sequence[Path], ignored: Counter[str]) -> None:
+        self._tops = [os.path.realpath(top) for top in tops]
+        self._ignored = ignored
+        self._class_of: dict[str, str] = {}  # by real path of a folder outside the tree
+
+    def claim(self, entry: os.DirEntry[str]) -> bool:
+        """Reserve the target of a link for the class that is named like it; return whether it lies in the tree.
+
+        Raises:
+            SourceError: It is the folder of another class outside the tree.
+        """
+        target = os.path.realpath(entry.path)
+        if self._is_inside(target):
+            return True
+        if (other := self._class_of.setdefault(target, entry.name)) != entry.name:
+            raise _two_classes(entry, target, other)
+        return False
+
+    def images(self, top: Path | os.DirEntry[str], class_name: str) -> Iterator[_Entry]:
+        """Yield the images in and below a folder.
+
+        Raises:
+            OSError: A folder cannot be read.
+            SourceError: Links lead from two classes to one folder.
+        """
+        todo = [(os.fspath(top), "", os.path.realpath(top))]
+        while todo:
+            folder, within, real = todo.pop()
+            for entry in listing(folder):
+                if is_folder(entry):
+                    if target := self._enter(entry, real, class_name):
+                        todo.append((entry.path, f"{within}{entry.name}/", target))
+                elif is_image_name(entry.name):
+                    yield _entry(entry, f"{within}{entry.name}")
+                else:
+                    self._ignored[_kind(entry)] += 1
+
+    def _enter(self, entry: os.DirEntry[str], parent: str, class_name: str) -> str:
+        """Return the real path of a folder to read, or an empty string if it is not to be read here."""
+        linked = entry.is_symlink()
+        target = os.path.realpath(entry.path) if linked else os.path.join(parent, entry.name)
+        if self._is_inside(target):
+            if not linked:
+                return target
+        elif not (linked and self.is_above(target)):
+            if target not in self._class_of:
+                self._class_of[target] = class_name
+                return target
+            if (other := self._class_of[target]) != class_name:
+                raise _two_classes(entry, target, other)
+        self._ignored["links to folders that are read elsewhere"] += 1
+        return ""
+
+    def _is_inside(self, path: str) -> bool:
+        """Return whether a folder lies in the tree, in no hidden folder."""
+        return any(
+            path.startswith(os.path.join(top, "")) and not any(map(is_hidden, Path(path[len(top) :]).parts))
+            for top in self._tops
+        )
+
+    def is_above(self, path: str) -> bool:
+        """Return whether a folder is the tree itself or one above it."""
+        return any(os.path.join(top, "").startswith(os.path.join(path, "")) for top in self._tops)
+
+
+def _two_classes(entry: os.DirEntry[str], target: str, other: str) -> SourceError:
+    return SourceError(
+        f"{entry.path} links to {target}, whose images have another class already",
+        expected="each image in one class",
+        got=f"class {printable(other)} too",
+        remedy="remove the link",
+    )
 
 
 def _entry(entry: os.DirEntry[str], name: str) -> _Entry:
@@ -159,12 +320,20 @@ def _entry(entry: os.DirEntry[str], name: str) -> _Entry:
     return _Entry(name, entry.path, state.st_size, "" if stat.S_ISREG(state.st_mode) else "not a regular file")
 
 
-def _listing(folder: Path) -> list[os.DirEntry[str]]:
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return what an ignored entry is counted as."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return _NOWHERE
+    return "hidden folders" if os.path.isdir(entry.path) else suffix_of(entry.name)
+
+
+def listing(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder by name."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Return whether an entry is a visible folder; links are followed."""
     try:
         return entry.is_dir() and not is_hidden(entry.name)
@@ -172,17 +341,37 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def has_image(folder: Path, depth: int = 2) -> bool:
-    """Return whether there is an image in a folder, or up to ``depth`` folders below; stop at the first."""
-    try:
-        listing = _listing(folder)
-    except OSError:
-        return False
-    if any(is_image_name(entry.name) and not _is_folder(entry) for entry in listing):
-        return True
-    return depth > 0 and any(has_image(Path(entry.path), depth - 1) for entry in listing if _is_folder(entry))
+def has_image(folder: Path) -> bool:
+    """Return whether there is an image in or below a folder; stop at the first.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    return next(_Tree((folder,), Counter()).images(folder, ""), None) is not None
 
 
-def folders_in(folder: Path) -> list[Path]:
-    """Return the visible folders directly in a folder, sorted; links to folders are followed."""
-    return [Path(entry.path) for entry in _listing(folder) if _is_folder(entry)]
+def first_image(folder: Path) -> str:
+    """Return the name of the first image directly in a folder, or an empty string."""
+    return next((entry.name for entry in listing(folder) if is_image_name(entry.name) and not is_folder(entry)), "")
+
+
+def visible_folders(folder: Path, ignored: Counter[str]) -> list[os.DirEntry[str]]:
+    """Return the visible folders directly in a folder, by name; links are followed, but not to a folder above.
+
+    Raises:
+        SourceError: A link that may stand for a folder leads nowhere.
+    """
+    tree, folders = _Tree((folder,), ignored), list[os.DirEntry[str]]()
+    for entry in listing(folder):
+        if is_folder(entry):
+            if entry.is_symlink() and tree.is_above(os.path.realpath(entry.path)):
+                ignored["links back to a folder above"] += 1
+            else:
+                folders.append(entry)
+        elif _kind(entry) == _NOWHERE and not is_hidden(entry.name) and not is_image_name(entry.name):
+            raise SourceError(
+                f"{entry.path} is a link that leads nowhere, and may stand for a folder of images",
+                got=f"a link to {printable(os.path.realpath(entry.path))}",
+                remedy="mount or restore its target, or remove the link",
+            )
+    return folders
