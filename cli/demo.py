@@ -21,8 +21,9 @@ from imnet_prep.records.manifest import MANIFEST
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.recipe import resolve_recipe
-from mbv2.scoring.score import evaluate_checkpoint
-from mbv2.training.train import RunOptions, train
+from mbv2.scoring.evaluate import evaluate_checkpoint
+from mbv2.training.options import RunOptions
+from mbv2.training.run import train
 
 SEED = 0
 PER_CLASS = {"train": 160, "val": 30}

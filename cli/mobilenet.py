@@ -60,8 +60,9 @@ def train(
     from mbv2.official_config import BASE_RECIPE, OfficialConfig, read_official
     from mbv2.recipe import parse_assignments, resolve_recipe
     from mbv2.runtime import runtime
-    from mbv2.training.train import RunOptions, pretrained_fields, stored_run
-    from mbv2.training.train import train as run
+    from mbv2.training.options import RunOptions, stored_run
+    from mbv2.training.run import train as run
+    from mbv2.weights.pretrained import pretrained_fields
 
     official = read_official(config) if config else OfficialConfig({})
     for key, became in official.shown:
@@ -111,7 +112,8 @@ def evaluate(
     Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
     """
     from mbv2.outputs import check_outputs
-    from mbv2.scoring.score import evaluate_checkpoint, write_per_class
+    from mbv2.scoring.evaluate import evaluate_checkpoint
+    from mbv2.scoring.score import write_per_class
     from mbv2.show.curves import draw_confusion
 
     check_outputs(per_class, confusion)
@@ -186,9 +188,10 @@ def predict(
 @click.option("--out", required=True, type=Path, help="The file to write.")
 @click.option("--calibrate", type=Path, metavar="RECORDS", help="Records for choosing 8-bit ranges and for scoring.")
 @click.option("--split", default="val", help="The split of --calibrate.")
+@click.option("--check-images", default=256, help="Most images of --calibrate that both are scored on.")
 @JSON
 @guard
-def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split: str, as_json: bool) -> None:
+def export(checkpoint: Path, kind: str, out: Path, as_json: bool, **options: Any) -> None:
     """Export a checkpoint for other runtimes, run both, and print the largest difference.
 
     The exported network takes uint8 images (N, H, W, 3) in RGB, for any N, normalises them and returns logits.
@@ -198,9 +201,7 @@ def export(checkpoint: Path, kind: str, out: Path, calibrate: Path | None, split
     from mbv2.weights.export import export_checkpoint
 
     with stop_requested() as stop, progress_bar("export") as progress:
-        result = export_checkpoint(
-            checkpoint, kind, out, calibrate=calibrate, split=split, stop=stop, progress=progress
-        )
+        result = export_checkpoint(checkpoint, kind, out, stop=stop, progress=progress, **options)
     show(result.to_json(), as_json, result.rows())
 
 

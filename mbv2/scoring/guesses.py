@@ -1,48 +1,63 @@
-"""What a run's checkpoint says of every image of a split: the scores, and each best guess with its probability."""
+"""The best guess of a run's checkpoint for every image of a split, with its probability, for reports."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep import catalog
 from imnet_prep.errors import TrainError
-from imnet_prep.loader.batches import open_batches
-from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
-from imnet_prep.types import Batch, ProgressCallback
-from mbv2.data import eval_options, split_images
-from mbv2.runtime import start_mindspore
-from mbv2.scoring.score import Predict, Scores, check_classes, network_predict, score_batches
-from mbv2.weights.checkpoint import build_network, read_checkpoint
+from imnet_prep.types import ProgressCallback
+from mbv2.data import AnyBatch
+from mbv2.scoring.evaluate import read_evaluation
+from mbv2.scoring.score import Scores, network_predict
+from mbv2.weights.checkpoint import build_network
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """What the network said of each image of a split, in stored order.
+class Guesses:
+    """What a network guessed of each image of a split, in stored order; labels are the network's.
 
     Attributes:
         manifest: Of the records.
+        titles: Class names with their words, in label order.
         scores: Counts and confusion.
         label: int32 (images,), the true one. guess: int32 (images,), the best guess.
         confidence: float32 (images,), its probability.
     """
 
     manifest: Manifest
+    titles: tuple[str, ...]
     scores: Scores
     label: NDArray[np.int32]
     guess: NDArray[np.int32]
     confidence: NDArray[np.float32]
 
 
-def judge(run: Path, records: Path, split: str, device_target: str, progress: ProgressCallback) -> Judged:
-    """Score the run's best checkpoint on a split, and keep what it says of each image.
+class GuessCollector:
+    """An observer of the scoring loop that keeps labels, best guesses and their probabilities."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]] = []
+
+    def __call__(self, batch: AnyBatch, logits: NDArray[np.float32]) -> None:
+        """Keep what a batch says."""
+        chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+        best = logits.argmax(axis=1).astype(np.int32)
+        self._parts.append((batch.label, best, (1 / chances.sum(axis=1)).astype(np.float32)))
+
+    def found(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+        """Return labels, guesses and their probabilities."""
+        label, guess, confidence = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        return label, guess, confidence
+
+
+def best_guesses(run: Path, records: Path, split: str, device_target: str, progress: ProgressCallback) -> Guesses:
+    """Score the run's best checkpoint on a split, and keep its best guess for each image.
 
     Raises:
         TrainError: The run has no checkpoint.
@@ -52,53 +67,9 @@ def judge(run: Path, records: Path, split: str, device_target: str, progress: Pr
     checkpoint = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
     if checkpoint is None:
         raise TrainError(f"{run}: no checkpoint in it", expected=f"{BEST} or {LAST}")
-    manifest = RecordsFolder.open(records).manifest
-    total = split_images(manifest, records, split)
-    start_mindspore(device_target)
-    loaded = read_checkpoint(checkpoint)
-    meta = loaded.meta
-    check_classes(meta, manifest, checkpoint)
-    options = eval_options(meta.batch_size, meta.image_size, meta.eval_crop)
-    with open_batches(records, split, options, 0) as batches:
-        keeper = _Keeper(network_predict(build_network(loaded)))
-        scores = score_batches(
-            keeper,
-            keeper.labels_of(batches.epoch(0)),
-            classes=len(manifest.classes),
-            batch_size=meta.batch_size,
-            total=total,
-            progress=progress,
-        )
-    return Judged(manifest, scores, *keeper.found())
-
-
-class _Keeper:
-    """A predictor that remembers the best guess for every image; the filling of the last batch is cut off."""
-
-    def __init__(self, predict: Predict) -> None:
-        self._predict = predict
-        self._guesses: list[NDArray[np.int32]] = []
-        self._confidences: list[NDArray[np.float32]] = []
-        self._labels: list[NDArray[np.int32]] = []
-
-    def __call__(self, image: NDArray[Any]) -> NDArray[np.float32]:
-        logits = self._predict(image)
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        self._guesses.append(logits.argmax(axis=1).astype(np.int32))
-        self._confidences.append((1 / shifted.sum(axis=1)).astype(np.float32))
-        return logits
-
-    def labels_of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on and remember their labels."""
-        for batch in batches:
-            self._labels.append(batch.label)
-            yield batch
-
-    def found(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-        """Return labels, guesses and their probabilities."""
-        sizes = [len(label) for label in self._labels]
-        cut = [
-            [part[:size] for part, size in zip(parts, sizes, strict=True)]
-            for parts in (self._guesses, self._confidences)
-        ]
-        return np.concatenate(self._labels), np.concatenate(cut[0]), np.concatenate(cut[1])
+    found = read_evaluation(checkpoint, records, split, device_target)
+    collector = GuessCollector()
+    scores = found.score(network_predict(build_network(found.loaded)), observers=[collector], progress=progress)
+    words = dict(zip(found.manifest.classes, found.manifest.class_words, strict=True))
+    titles = (f"{name} {(words.get(name) or catalog.class_words(name)).split(',')[0]}" for name in found.class_names)
+    return Guesses(found.manifest, tuple(title.strip() for title in titles), scores, *collector.found())

@@ -1,32 +1,41 @@
-"""Scoring: every image once, the last partial batch included.
+"""The one scoring loop: every image once, the last partial batch included; whoever wants more of it watches.
 
 The graph is compiled for one batch size; a last batch that is smaller is filled up, and the filling is never counted.
 """
 
-from __future__ import annotations
-
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.errors import CheckpointError, Interrupted, TrainError
-from imnet_prep.loader.batches import open_batches
-from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.manifest import Manifest
+from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Progress, ProgressCallback
-from mbv2.data import AnyBatch, batch_inputs, eval_options, fill_rows, split_images
-from mbv2.runtime import runtime, start_mindspore
-from mbv2.scoring.several_labels import RealLabels, RealScores, read_real_labels, score_real
+from mbv2.data import AnyBatch, batch_inputs, fill_rows
+from mbv2.runtime import runtime
 from mbv2.training.ranks import sum_counts, sum_floats
-from mbv2.weights.checkpoint import Meta, build_network, read_checkpoint
 
 TOP = 5
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]  # images or features of the compiled batch size -> logits
+Observer = Callable[[AnyBatch, NDArray[np.float32]], None]  # called with each batch and its logits, filling left out
+
+
+class Tally(Protocol):
+    """An observer that counts: its counts are added up over ranks and printed with the scores."""
+
+    counts: NDArray[np.int64]
+
+    def __call__(self, batch: AnyBatch, logits: NDArray[np.float32]) -> None:
+        """Count a batch."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``mbv2 eval --json`` adds."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the same as lines for a person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +48,7 @@ class Scores:
         correct5: Images whose label is among the five best.
         loss: Mean cross-entropy, without label smoothing.
         confusion: int64 (classes, classes), rows the true label, columns the best guess.
-        real: Scores against several right labels an image, where they were given.
+        tallies: What was counted besides.
     """
 
     images: int
@@ -47,7 +56,7 @@ class Scores:
     correct5: int
     loss: float
     confusion: NDArray[np.int64]
-    real: RealScores | None = None
+    tallies: tuple[Tally, ...] = ()
 
     @property
     def top1(self) -> float:
@@ -67,7 +76,7 @@ class Scores:
             "correct1": self.correct1,
             "correct5": self.correct5,
             "images": self.images,
-            **(self.real.to_json() if self.real else {}),
+            **{key: value for tally in self.tallies for key, value in tally.to_json().items()},
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -77,7 +86,7 @@ class Scores:
             ("top-1", f"{self.top1:.4f} ({self.correct1})"),
             ("top-5", f"{self.top5:.4f} ({self.correct5})"),
             ("loss", f"{self.loss:.4f}"),
-            *(self.real.rows() if self.real else []),
+            *(row for tally in self.tallies for row in tally.rows()),
         ]
 
 
@@ -104,7 +113,7 @@ def score_batches(
     classes: int,
     batch_size: int,
     total: int,
-    real: RealLabels | None = None,
+    observers: Sequence[Observer] = (),
     reduce: Callable[[Scores], Scores] = lambda scores: scores,
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
@@ -117,7 +126,7 @@ def score_batches(
         classes: Number of classes.
         batch_size: What ``predict`` was compiled for.
         total: Images there must be, on all ranks together.
-        real: Several right labels an image, to score against as well.
+        observers: Called with each batch and its logits.
         reduce: Adds up what several ranks scored.
         stop: Says whether to leave.
         progress: Called after each batch.
@@ -129,7 +138,6 @@ def score_batches(
     images = correct1 = correct5 = 0
     loss = 0.0
     confusion = np.zeros((classes, classes), np.int64)
-    real_scores = None if real is None else RealScores()
     for batch in batches:
         if stop():
             raise Interrupted("evaluation stopped", got=f"{images} of {total} images scored")
@@ -141,11 +149,11 @@ def score_batches(
         shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
         loss += float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(batch)), batch.label]).sum())
         np.add.at(confusion, (batch.label, logits.argmax(1)), 1)
-        if real is not None and real_scores is not None:
-            real_scores = score_real(real, batch.record_id, logits, real_scores)
+        for observe in observers:
+            observe(batch, logits)
         if progress:
             progress(Progress(images, total, note=f"top-1 {correct1 / images:.4f}"))
-    scores = reduce(Scores(images, correct1, correct5, loss / max(1, images), confusion, real_scores))
+    scores = reduce(Scores(images, correct1, correct5, loss / max(1, images), confusion))
     if scores.images != total:
         raise TrainError("evaluation did not see every image", expected=f"{total} images", got=f"{scores.images}")
     return scores
@@ -158,11 +166,7 @@ def sum_over_ranks(scores: Scores) -> Scores:
     images, correct1, correct5 = sum_counts(np.array([scores.images, scores.correct1, scores.correct5]))
     loss = sum_floats(np.array([scores.loss * scores.images], np.float32))[0]
     confusion = sum_counts(scores.confusion)
-    real = scores.real
-    if real is not None:
-        counts = sum_counts(np.array([real.images, real.correct1, real.left_out]))
-        real = RealScores(*(int(count) for count in counts))
-    return Scores(int(images), int(correct1), int(correct5), float(loss) / max(1, int(images)), confusion, real)
+    return Scores(int(images), int(correct1), int(correct5), float(loss) / max(1, int(images)), confusion)
 
 
 def network_predict(net: Any) -> Predict:
@@ -174,83 +178,6 @@ def network_predict(net: Any) -> Predict:
         return outputs
 
     return predict
-
-
-def check_classes(meta: Meta, manifest: Manifest, where: Path) -> None:
-    """Refuse a checkpoint whose classes are not the records'.
-
-    Raises:
-        CheckpointError: Another number of classes, or other names in another order.
-    """
-    have, want = int(meta.model["classes"]), len(manifest.classes)
-    if have != want:
-        remedy = "use records of its own classes, `to-mindrecord --label-space`, or fine-tune with --pretrained"
-        expected, got = f"{want} classes as in the records", f"{have}"
-        raise CheckpointError(f"{where} is for another class count", expected=expected, got=got, remedy=remedy)
-    if meta.class_names and meta.class_names != manifest.classes:
-        at = next(
-            i for i, pair in enumerate(zip(meta.class_names, manifest.classes, strict=True)) if pair[0] != pair[1]
-        )
-        expected, got = f"{manifest.classes[at]!r} as label {at}", repr(meta.class_names[at])
-        raise CheckpointError(f"{where} is for other classes", expected=expected, got=got)
-
-
-def evaluate_checkpoint(
-    records: Path,
-    checkpoint: Path,
-    *,
-    split: str = "val",
-    real_labels: Path | None = None,
-    kernels: str = "auto",
-    device_target: str = "CPU",
-    stop: Callable[[], bool] = lambda: False,
-    progress: ProgressCallback | None = None,
-) -> tuple[Scores, tuple[str, ...]]:
-    """Score a checkpoint on a split of a records folder, with the preprocessing that the checkpoint names.
-
-    Args:
-        records: The records folder.
-        checkpoint: One of ours, for the records' classes.
-        split: Which split.
-        real_labels: A file of several right labels an image, see :func:`mbv2.scoring.several_labels.read_real_labels`.
-        kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
-        device_target: ``CPU``, ``GPU`` or ``Ascend``.
-        stop: Says whether to leave.
-        progress: Called after each batch.
-
-    Returns:
-        The scores, and the class names in label order.
-
-    Raises:
-        RecordsError: No manifest, no such split, or an empty one.
-        CheckpointError: Unreadable, foreign, damaged, or for other classes.
-    """
-    manifest = RecordsFolder.open(records).manifest
-    total = split_images(manifest, records, split)
-    real = None
-    if real_labels is not None:
-        names = (line.file_name for line in RecordsFolder.open(records).lines(split))
-        real = read_real_labels(real_labels, split, names, manifest.classes)
-    start_mindspore(device_target)
-    loaded = read_checkpoint(checkpoint)
-    meta = loaded.meta
-    check_classes(meta, manifest, checkpoint)
-    options = eval_options(meta.batch_size, meta.image_size, meta.eval_crop)
-    net = build_network(loaded, kernels=kernels)
-    here = runtime()
-    with open_batches(records, split, options, 0, rank=here.rank, ranks=here.ranks) as batches:
-        scores = score_batches(
-            network_predict(net),
-            batches.epoch(0),
-            classes=len(manifest.classes),
-            batch_size=meta.batch_size,
-            total=total,
-            real=real,
-            reduce=sum_over_ranks,
-            stop=stop,
-            progress=progress,
-        )
-    return scores, manifest.classes
 
 
 def write_per_class(path: Path, scores: Scores, class_names: tuple[str, ...]) -> None:

@@ -5,12 +5,9 @@ Source:
     labels for each validation image, in the order of the numbers in their names.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +16,42 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import TrainError
 from imnet_prep.types import record_id
+from mbv2.data import AnyBatch
 
 RealLabels = Mapping[int, frozenset[int]]  # record id -> right labels, of images that have any
 _NUMBER = re.compile(r"ILSVRC2012_val_0*(\d+)\.")
 
 
-@dataclass(frozen=True, slots=True)
-class RealScores:
-    """What scoring against several labels found.
+class RealTally:
+    """Scores against several right labels; equal logits are ordered by class, and a row not finite counts as wrong.
 
     Attributes:
-        images: Images with at least one right label.
-        correct1: Those whose best guess is one of them.
-        left_out: Images without a label: not scored.
+        counts: int64 (3,): images with at least one right label, those whose best guess is one of them, and images
+            without a label, which are not scored.
     """
 
-    images: int = 0
-    correct1: int = 0
-    left_out: int = 0
+    def __init__(self, labels: RealLabels) -> None:
+        self.counts = np.zeros(3, np.int64)
+        self._labels = labels
+
+    def __call__(self, batch: AnyBatch, logits: NDArray[np.float32]) -> None:
+        """Count a batch."""
+        for key, row in zip(batch.record_id.tolist(), logits, strict=True):
+            right = self._labels.get(key)
+            correct = right is not None and bool(np.isfinite(row).all()) and int(row.argmax()) in right
+            self.counts += [right is not None, correct, right is None]
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``mbv2 eval --json`` adds; the share is null where no image has a label."""
-        share = self.correct1 / self.images if self.images else None
-        return {
-            "real_top1": share,
-            "real_correct1": self.correct1,
-            "real_images": self.images,
-            "real_left_out": self.left_out,
-        }
+        images, correct1, left_out = self.counts.tolist()
+        share = correct1 / images if images else None
+        return {"real_top1": share, "real_correct1": correct1, "real_images": images, "real_left_out": left_out}
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the same as lines for a person."""
-        share = f"{self.correct1 / self.images:.4f}" if self.images else "none"
-        return [
-            ("real labels", f"{share} ({self.correct1} of {self.images}; {self.left_out} without a label left out)")
-        ]
-
-
-def score_real(
-    labels: RealLabels, ids: NDArray[np.uint64], logits: NDArray[np.float32], before: RealScores
-) -> RealScores:
-    """Add a batch to the scores; equal logits are ordered by class, and a row that is not finite counts as wrong.
-
-    Args:
-        labels: From :func:`read_real_labels`.
-        ids: uint64 (N,), record ids.
-        logits: float32 (N, classes).
-        before: The scores so far.
-    """
-    images, correct1, left_out = before.images, before.correct1, before.left_out
-    for key, row in zip(ids.tolist(), logits, strict=True):
-        right = labels.get(key)
-        if right is None:
-            left_out += 1
-            continue
-        images += 1
-        correct1 += bool(np.isfinite(row).all()) and int(row.argmax()) in right
-    return RealScores(images, correct1, left_out)
+        images, correct1, left_out = self.counts.tolist()
+        share = f"{correct1 / images:.4f}" if images else "none"
+        return [("real labels", f"{share} ({correct1} of {images}; {left_out} without a label left out)")]
 
 
 def read_real_labels(path: Path, split: str, file_names: Iterable[str], class_names: tuple[str, ...]) -> RealLabels:

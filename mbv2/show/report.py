@@ -3,8 +3,6 @@
 Curves and recipe are read from the folder of the run. To find mistakes, ``best.ckpt`` is scored on the records.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -15,12 +13,11 @@ import numpy as np
 
 from imnet_prep.errors import TrainError
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.manifest import Manifest
 from imnet_prep.show.charts import Curve, CurveChart
 from imnet_prep.show.pages import check_target, render, write_page
 from imnet_prep.show.pictures import Picture, picture_of
 from imnet_prep.types import ProgressCallback
-from mbv2.scoring.guesses import Judged, judge
+from mbv2.scoring.guesses import Guesses, best_guesses
 from mbv2.show.curves import epoch_points
 from mbv2.training.logs import LOG, EpochRow, read_metrics, verdict
 
@@ -70,19 +67,19 @@ def write_run_report(run: Path, out: Path, options: RunReportOptions, progress: 
     values: dict[str, Any] = {"scored": options.records is not None}
     result: dict[str, Any] = {"report": str(out), "epochs": rows[-1].epoch if rows else 0}
     if options.records is not None:
-        judged = judge(run, options.records, options.split, options.device_target, progress)
-        result |= {"top1": judged.scores.top1, "top5": judged.scores.top5}
+        guesses = best_guesses(run, options.records, options.split, options.device_target, progress)
+        result |= {"top1": guesses.scores.top1, "top5": guesses.scores.top5}
         values |= {
-            "scores": judged.scores,
-            "classes": _class_rows(judged),
-            "confused": _confused(judged),
-            "matrix": _matrix(judged),
-            "wrong": int((judged.label != judged.guess).sum()),
-            "mistakes": _mistakes(RecordsFolder(options.records, judged.manifest), options.split, judged),
+            "scores": guesses.scores,
+            "classes": _class_rows(guesses),
+            "confused": _confused(guesses),
+            "matrix": _matrix(guesses),
+            "wrong": int((guesses.label != guesses.guess).sum()),
+            "mistakes": _mistakes(RecordsFolder(options.records, guesses.manifest), options.split, guesses),
         }
     html = render(
         "run.html",
-        "mbv2",
+        "mbv2.show",
         name=run.resolve().name,
         config=config,
         epochs=rows,
@@ -147,14 +144,9 @@ def _step_losses(run: Path) -> tuple[tuple[float, float], ...]:
 # --- from the network ------------------------------------------------------------------------------------------------
 
 
-def _name(manifest: Manifest, label: int) -> str:
-    words = manifest.class_words[label].split(",")[0]
-    return f"{manifest.classes[label]} {words}".strip()
-
-
-def _class_rows(judged: Judged) -> list[tuple[str, int, str, str]]:
+def _class_rows(guesses: Guesses) -> list[tuple[str, int, str, str]]:
     """Return by class, the best first: its name, images, top-1, and what it is most often taken for."""
-    confusion, manifest = judged.scores.confusion, judged.manifest
+    confusion = guesses.scores.confusion
     images = confusion.sum(axis=1)
     there = np.flatnonzero(images)
     shares = confusion[there, there] / images[there]
@@ -163,42 +155,42 @@ def _class_rows(judged: Judged) -> list[tuple[str, int, str, str]]:
         label = int(there[place])
         others = confusion[label].copy()
         others[label] = 0
-        taken = f"{_name(manifest, int(others.argmax()))} ({others.max()})" if others.any() else ""
-        rows.append((_name(manifest, label), int(images[label]), f"{shares[place]:.1%}", taken))
+        taken = f"{guesses.titles[others.argmax()]} ({others.max()})" if others.any() else ""
+        rows.append((guesses.titles[label], int(images[label]), f"{shares[place]:.1%}", taken))
     return rows
 
 
-def _confused(judged: Judged) -> list[tuple[str, str, int]]:
+def _confused(guesses: Guesses) -> list[tuple[str, str, int]]:
     """Return the pairs of classes, true and guessed, that are confused most often, and how often."""
-    wrong = judged.scores.confusion.copy()
+    wrong = guesses.scores.confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSED]
     return [
-        (_name(judged.manifest, true), _name(judged.manifest, guess), int(wrong[true, guess]))
+        (guesses.titles[true], guesses.titles[guess], int(wrong[true, guess]))
         for true, guess in np.stack(np.unravel_index(order, wrong.shape), axis=1).tolist()
         if wrong[true, guess]
     ]
 
 
-def _matrix(judged: Judged) -> list[tuple[int, str, int, list[int]]]:
+def _matrix(guesses: Guesses) -> list[tuple[int, str, int, list[int]]]:
     """Return the rows of the confusion matrix: label, name, images and guesses; nothing if there are many classes."""
-    confusion = judged.scores.confusion
+    confusion = guesses.scores.confusion
     labels = np.flatnonzero(confusion.sum(axis=1) + confusion.sum(axis=0)).tolist()
     if len(labels) > MAX_MATRIX:
         return []
     return [
-        (label, _name(judged.manifest, label), int(confusion[label].sum()), confusion[label, labels].tolist())
+        (label, guesses.titles[label], int(confusion[label].sum()), confusion[label, labels].tolist())
         for label in labels
     ]
 
 
-def _mistakes(folder: RecordsFolder, split: str, judged: Judged) -> list[Picture]:
+def _mistakes(folder: RecordsFolder, split: str, guesses: Guesses) -> list[Picture]:
     """Return the images whose wrong best guess has the greatest confidence."""
-    wrong = np.flatnonzero(judged.label != judged.guess)
+    wrong = np.flatnonzero(guesses.label != guesses.guess)
     first, pictures = folder.span(split).start, []
-    for position in wrong[np.argsort(-judged.confidence[wrong], kind="stable")][:MAX_MISTAKES].tolist():
-        true, guess = (_name(folder.manifest, int(labels[position])) for labels in (judged.label, judged.guess))
+    for position in wrong[np.argsort(-guesses.confidence[wrong], kind="stable")][:MAX_MISTAKES].tolist():
+        true, guess = (guesses.titles[labels[position]] for labels in (guesses.label, guesses.guess))
         row = folder.row(first + position)
-        caption = f"is {true}; taken for {guess} at {judged.confidence[position]:.0%}"
+        caption = f"is {true}; taken for {guess} at {guesses.confidence[position]:.0%}"
         pictures.append(picture_of(row, row.name, caption))
     return pictures

@@ -11,7 +11,7 @@ import pytest
 from imnet_prep.errors import TrainError
 from imnet_prep.types import Batch, record_id
 from mbv2.scoring.score import score_batches
-from mbv2.scoring.several_labels import read_real_labels
+from mbv2.scoring.several_labels import RealTally, read_real_labels
 
 NAMES = ("cat", "dog", "owl")
 FILES = ["cat/ILSVRC2012_val_00000002.JPEG", "dog/ILSVRC2012_val_00000001.JPEG", "owl/ILSVRC2012_val_00000003.JPEG"]
@@ -38,11 +38,9 @@ def test_images_without_a_label_are_left_out_and_counted() -> None:
     ids = np.arange(4, dtype=np.uint64)
     batch = Batch(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32), ids)
     real = {0: frozenset({0, 2}), 1: frozenset({1}), 3: frozenset({0, 1, 2})}
-    scores = score_batches(lambda _: logits, [batch], classes=3, batch_size=4, total=4, real=real)
-    assert scores.to_json()["real_images"] == 3
-    assert scores.to_json()["real_correct1"] == 1
-    assert scores.to_json()["real_left_out"] == 1
-    assert scores.to_json()["real_top1"] == pytest.approx(1 / 3)
+    tally = RealTally(real)
+    scores = score_batches(lambda _: logits, [batch], classes=3, batch_size=4, total=4, observers=[tally])
+    assert tally.to_json() == {"real_top1": 1 / 3, "real_correct1": 1, "real_images": 3, "real_left_out": 1}
     assert scores.correct1 == 1
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, RecordsError, TrainError
 from imnet_prep.types import Batch
-from mbv2.scoring.guesses import _Keeper, judge
+from mbv2.scoring.guesses import GuessCollector, best_guesses
+from mbv2.scoring.score import score_batches
 from mbv2.show.report import RunReportOptions, write_run_report
 from mbv2.training.logs import EpochRow, RunLog, StepRow
 from tests.chromium import Chromium, needs_chromium
@@ -73,7 +74,7 @@ def test_a_run_that_was_only_begun_is_reported(tmp_path: Path) -> None:
     assert "No epoch is finished" in words(tmp_path / "r.html")
 
 
-def test_every_image_is_judged_once_and_the_filling_is_left_out() -> None:
+def test_every_image_is_guessed_once_and_the_filling_is_left_out() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(11, 4)).astype(np.float32)
     label = rng.integers(0, 4, 11).astype(np.int32)
@@ -81,14 +82,12 @@ def test_every_image_is_judged_once_and_the_filling_is_left_out() -> None:
     def predict(image: NDArray[np.uint8]) -> NDArray[np.float32]:
         return logits[image[:, 0, 0, 0]]
 
-    keeper = _Keeper(predict)
     rows = np.arange(11)
     image = np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (11, 2, 2, 3))
-    parts = [rows[:8], rows[8:]]
-    for batch in keeper.labels_of(Batch(image[p], label[p], p.astype(np.uint64)) for p in parts):
-        padded = np.concatenate([batch.image, np.zeros((8 - len(batch), 2, 2, 3), np.uint8)])
-        keeper(padded)
-    labels, guesses, confidences = keeper.found()
+    parts = [Batch(image[p], label[p], p.astype(np.uint64)) for p in (rows[:8], rows[8:])]
+    collector = GuessCollector()
+    score_batches(predict, parts, classes=4, batch_size=8, total=11, observers=[collector])
+    labels, guesses, confidences = collector.found()
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert labels.tolist() == label.tolist()
     assert guesses.tolist() == logits.argmax(axis=1).tolist()
@@ -99,11 +98,11 @@ def test_every_image_is_judged_once_and_the_filling_is_left_out() -> None:
 def test_confusion_classes_and_mistakes_are_the_checkpoint_s(run: Path, records: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.html"
     result = write_run_report(run, out, RunReportOptions(records), quiet)
-    judged = judge(run, records, "val", "CPU", quiet)
-    assert result["top1"] == judged.scores.top1 == float((judged.label == judged.guess).mean())
-    assert judged.scores.images == 15
-    assert np.bincount(judged.label).tolist() == [5, 5, 5]
-    wrong = int((judged.label != judged.guess).sum())
+    found = best_guesses(run, records, "val", "CPU", quiet)
+    assert result["top1"] == found.scores.top1 == float((found.label == found.guess).mean())
+    assert found.scores.images == 15
+    assert np.bincount(found.label).tolist() == [5, 5, 5]
+    wrong = int((found.label != found.guess).sum())
     assert f"{wrong} of 15 images are taken for another class" in words(out)
     assert out.read_text().count("<img") == min(24, wrong)
     assert "tench" in words(out)

@@ -224,7 +224,7 @@ def test_published_weights_on_photographs_equal_a_numpy_forward(shared_data: Pat
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_published_weights_score_as_their_authors_code_does(photographs: Path, timm: Path) -> None:
-    from mbv2.scoring.score import evaluate_checkpoint
+    from mbv2.scoring.evaluate import evaluate_checkpoint
 
     scores, names = evaluate_checkpoint(photographs, timm)
     assert (scores.images, len(names)) == (250, 1000)
