@@ -97,6 +97,14 @@ class TarFolder(Source):
             if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
                 whole = [(path.stem, 0, path.stat().st_size)]
                 yield from _class_tars(PlainFile(path), whole, self.split, path.stem, path)
+            elif path.suffix == ".tar" and not is_hidden(path.name):
+                raise SourceError(
+                    f"{path} is no tar of a class beside others that are",
+                    expected="a name like n01440764.tar, and a file that can be read",
+                    remedy="rename it to its class, or move it away and give it alone",
+                )
+            elif is_image_name(path.name):
+                yield Rejected(self.split, printable(path.name), Reason.UNLABELLED, "not in the tar of a class")
             else:
                 ignored[suffix_of(path.name)] += 1
 

@@ -55,21 +55,42 @@ class ClassFolders:
                 )
             classes.append(entry)
         yield from self._loose({entry.name for entry in classes}, ignored)
-        names: dict[str, list[str]] = {"without images": [], "deep": []}
+        empty, deep = list[str](), dict[str, int]()
         for entry in classes:
             files = sorted((file.name.removeprefix(self.below), file) for file in tree.images(entry, entry.name))
+            self._check_inside({name.partition("/")[0] for name, _ in files if "/" in name}, entry)
             if not files:
-                names["without images"].append(entry.name)
+                empty.append(entry.name)
             elif all("/" in name for name, _ in files):
-                names["deep"].append(entry.name)
+                deep[entry.name] = len({name.partition("/")[0] for name, _ in files})
             for name, file in files:
                 yield _found(self.split, entry.name, name, file)
-        if empty := names["without images"]:
+        self._check_depths(deep, len(classes) - len(empty))
+        if empty:
             notes.append(f"{self.split}: {len(empty)} class folders without images ({listed(empty)})")
-        if (deep := names["deep"]) and len(deep) + len(empty) == len(classes):
-            notes.append(f"{self.split}: classes are {listed(deep)}; their images are in folders inside these")
+        if deep and len(deep) + len(empty) == len(classes):
+            notes.append(f"{self.split}: classes are {listed([*deep])}; their images are in folders inside these")
         if named := [entry.name for entry in classes if entry.name.lower() in SPLIT_FOLDERS]:
             notes.append(f"{self.split}: {listed(named)} is taken as a class, as it lies beside other classes")
+
+    def _check_inside(self, folders: set[str], entry: os.DirEntry[str]) -> None:
+        """Refuse a class folder with split folders in it: their images would all become one split."""
+        if splits := sorted(name for name in folders if name.lower() in SPLIT_FOLDERS):
+            raise SourceError(
+                f"{entry.path} has folders of splits in it ({listed(splits)})",
+                expected=f"{splits[0]}/{printable(entry.name)}/<image>: splits above classes",
+                remedy=f"move the splits up, rename {splits[0]} if it is none, or give {entry.path} if it is no class",
+            )
+
+    def _check_depths(self, deep: dict[str, int], classes: int) -> None:
+        """Refuse one folder of folders beside few others: its folders are more likely the classes."""
+        for name, inside in deep.items():
+            if len(deep) == 1 < inside and 1 < classes <= inside + 1:
+                raise SourceError(
+                    f"{self.folder / name} can be a class, or hold {inside} classes",
+                    expected=f"images directly in {printable(name)}, as in the folders beside it",
+                    remedy=f"give {self.folder / name} alone, or move its images up",
+                )
 
     def _loose(self, classes: set[str], ignored: Counter[str]) -> Iterator[Found]:
         """Reject the images beside the class folders; refuse the tar of a class that was not unpacked."""
