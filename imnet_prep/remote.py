@@ -4,6 +4,7 @@ Credentials are those of the environment, as each store documents them. Those in
 shown.
 """
 
+import logging
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from imnet_prep.errors import RemoteError
 
+LOG = logging.getLogger(__name__)
 RANGE_BYTES = 8 << 20  # of one request: what stores advise for large files
 PARALLEL = 4  # requests at a time; memory holds so many ranges and one more
 WAITS_S = (0.5, 2.0, 8.0, 30.0)  # before each further attempt
@@ -146,13 +148,13 @@ def _has_ranges(file: RemoteFile, system: Any, path: str) -> bool:
     """Return whether parts of a file can be asked for: all stores can, and most web servers."""
     if not _is_http(file.url) or file.size_bytes == 0:
         return True
-    if file.size_bytes is None:
+    if (size := file.size_bytes) is None:
         return False
 
     def ask() -> bool:
         with system.open(path, "rb", cache_type="none", block_size=RANGE_BYTES) as opened:
             try:
-                opened.seek(file.size_bytes - 1)
+                opened.seek(size - 1)
                 return len(opened.read(1)) == 1
             except ValueError:  # the whole file came
                 return False
@@ -191,14 +193,22 @@ def _repeated(url: str, action: Callable[[], _T]) -> _T:
     for wait_s in WAITS_S:
         try:
             return action()
-        except (FileNotFoundError, PermissionError):
-            break
         except _failures() as error:
-            if "Credentials" in type(error).__name__ or getattr(error, "status", 500) in range(400, 429):
+            if not _may_pass(url, error):
                 break
+            LOG.warning("%s: %s; another attempt in %s s", shown(url), _text(url, error), wait_s)
             time.sleep(wait_s)
     with _named(url):
         return action()
+
+
+def _may_pass(url: str, error: Exception) -> bool:
+    """Return whether a failure is worth another attempt."""
+    if isinstance(error, FileNotFoundError) and _is_http(url):  # fsspec's word for every failure of a web server
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    refused = isinstance(error, FileNotFoundError | PermissionError)
+    refused = refused or re.search("Credential|Validation", type(error).__name__) is not None
+    return not refused and getattr(error, "status", 500) not in range(400, 429)
 
 
 @contextmanager
@@ -209,12 +219,22 @@ def _named(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise RemoteError(f"{shown(url)} does not exist or may not be read", remedy="check the URL") from error
     except _failures() as error:
-        text = shown(str(error)) or type(error).__name__
         raise RemoteError(
-            f"{shown(url)} cannot be read", got=text, remedy="check URL, credentials and network, and run it again"
+            f"{shown(url)} cannot be read",
+            got=_text(url, error),
+            remedy="check URL, credentials and network, and run the same command again",
         ) from error
     except ValueError as error:
-        raise RemoteError(f"{shown(url)} cannot be opened", got=shown(str(error))) from error
+        raise RemoteError(f"{shown(url)} cannot be opened", got=_text(url, error)) from error
+
+
+def _text(url: str, error: Exception) -> str:
+    """Return the text of an error without what is secret in the URL."""
+    text = shown(str(error)) or type(error).__name__
+    for secret in re.findall(r"://([^/@]*)@|\?(.*)", url):
+        for part in filter(None, secret):
+            text = text.replace(part, "***")
+    return text
 
 
 def _failures() -> tuple[type[Exception], ...]:

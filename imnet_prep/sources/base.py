@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
+from imnet_prep.sources.staging import Staged
 from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, RawImage, Reason, Rejected, name_fault
 
 _SUFFIXES = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff mpo heic heif avif jp2 jxl"  # the last five: rejected
@@ -34,7 +36,8 @@ class Source(ABC):
         kind: The layout, e.g. ``imagefolder`` or ``ilsvrc2012-train-tar``.
         split: The split of its images; for several splits, the one requested, or empty for all.
         name: Base name of the folder or archive, for messages.
-        path: The folder or archive.
+        path: The folder or archive; for one that was staged, the copy that is read.
+        staged: What was given, for one that was staged.
         notes: Messages for the user (files ignored, val images missing); complete once :meth:`refs` has ended.
     """
 
@@ -43,6 +46,7 @@ class Source(ABC):
     def __init__(self, path: Path, kind: str, split: str = "") -> None:
         self.path, self.kind, self.split = path, kind, split
         self.name = path.name or path.resolve().name
+        self.staged: Staged | None = None
         self.notes: tuple[str, ...] = ()
         self._walked, self._images, self._size_bytes = False, 0, 0
 
@@ -64,12 +68,18 @@ class Source(ABC):
         """
         name, size_bytes, md5, sha256, official, note = "", 0, "", "", False, ""
         if archive := not self.path.is_dir():
-            try:
-                size_bytes, md5, sha256 = digests(self.path, progress)
-            except OSError as error:
-                raise self._unreadable(error) from error
-            name = printable(self.path.name)
-            official, note = check_official(self.path, size_bytes, md5, sha256)
+            path = self.path
+            if self.staged is not None:  # hashed when it was brought
+                size_bytes, md5, sha256 = self.staged.size_bytes, self.staged.md5, self.staged.sha256
+                path = path.with_name(self.staged.name)
+            else:
+                try:
+                    size_bytes, md5, sha256 = digests(path, progress)
+                except OSError as error:
+                    raise self._unreadable(error) from error
+            name = printable(path.name)
+            with self._named():
+                official, note = check_official(path, size_bytes, md5, sha256)
         if not self._walked:
             deque(self.refs(), maxlen=0)
         if note and note not in self.notes:
@@ -95,15 +105,19 @@ class Source(ABC):
         """
         notes, ignored, images, size_bytes = list[str](), Counter[str](), 0, 0
         try:
-            for found in _unique(self._walk(notes, ignored)):
-                if isinstance(found, ImageRef):
-                    images += 1
-                    size_bytes += found.size_bytes
-                yield found
+            with self._named():
+                for found in _unique(self._walk(notes, ignored)):
+                    if isinstance(found, ImageRef):
+                        images += 1
+                        size_bytes += found.size_bytes
+                    yield found
         except OSError as error:
             raise self._unreadable(error) from error
         self._walked, self._images, self._size_bytes = True, images, size_bytes
         self.notes = (*notes, *ignored_note(ignored, self.name))
+
+    def _named(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.staged is None else self.staged.named()
 
     def _unreadable(self, error: OSError) -> SourceError:
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else self.path
