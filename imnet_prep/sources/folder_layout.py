@@ -16,18 +16,25 @@ from imnet_prep.sources.folders import (
     FlatFolder,
     FolderSource,
     Part,
+    archives_note,
     first_image,
     has_image,
     listed,
     listing,
     visible_folders,
 )
-from imnet_prep.sources.labels import WNID, official_split, read_devkit, read_kaggle_solution, read_tiny_annotations
+from imnet_prep.sources.labels import (
+    KAGGLE_SOLUTION,
+    WNID,
+    official_split,
+    read_devkit,
+    read_kaggle_solution,
+    read_tiny_annotations,
+)
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.types import SPLITS
 
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
-KAGGLE_SOLUTION = "LOC_val_solution.csv"
 _DEVKIT_FOLDER = "ILSVRC2012_devkit_t12"
 FileSource = Callable[[Path, str], Source]
 
@@ -210,14 +217,15 @@ def _one_split(path: Path, split: str, labelled: bool, file_source: FileSource) 
     """Recognize a folder without split folders: class folders, flat official images, or class tars."""
     if (path / "val_annotations.txt").is_file() and (path / "images").is_dir():  # Tiny-ImageNet's val by itself
         return [FolderSource(path, "tiny-imagenet", [_tiny_val(path)], split)]
-    named, first = split or _split_by_name(path), first_image(path)
+    named, first, names = split or _split_by_name(path), first_image(path), [entry.name for entry in listing(path)]
+    class_tars = any(name.endswith(".tar") and WNID.fullmatch(name[:-4]) for name in names)
     folders = list(islice(filter(has_image, _folders(path)), 2))
-    if len(folders) == 1 and not first_image(folders[0]) and path.resolve().name.lower() not in SPLIT_FOLDERS:
+    around = not class_tars and path.resolve().name.lower() not in SPLIT_FOLDERS
+    if around and len(folders) == 1 and not first_image(folders[0]):
         return _inside(path, folders[0], first, folder_sources(folders[0], split, labelled, file_source))
     if folders:
         return [FolderSource(path, "imagefolder", [ClassFolders(named, path)])]
-    names = [entry.name for entry in listing(path)]
-    if any(name.endswith(".tar") and WNID.fullmatch(name[:-4]) for name in names):
+    if class_tars:
         return [TarFolder(path, "folder-of-class-tars", named)]
     if flat := official_split(first):
         return [FolderSource(path, "ilsvrc2012-tree", [FlatFolder(flat, path)], split)]
@@ -249,7 +257,6 @@ def _inside(path: Path, folder: Path, first: str, sources: list[Source]) -> list
         )
     for source in sources:
         if isinstance(source, FolderSource):
-            source.remarks += (
-                f"{path.name}: everything is in {folder.name}, whose folders are taken as splits or classes",
-            )
+            seen = f"{path.name}: everything is in {folder.name}, whose folders are taken as splits or classes"
+            source.remarks += (seen, *archives_note(path))
     return sources

@@ -25,6 +25,7 @@ from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control character
+_ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar", ".parquet")
 _NOWHERE = "links that lead nowhere"
 
 
@@ -49,10 +50,8 @@ class ClassFolders:
         """Yield the images, class by class; ``top`` is the folder of the source."""
         tree, classes = _Tree((top, self.folder), ignored), list[os.DirEntry[str]]()
         for entry in visible_folders(self.folder, ignored):
-            if entry.is_symlink() and tree.claim(entry):
-                notes.append(
-                    f"{self.split}: {printable(entry.name)} links to a folder here, whose images have two classes"
-                )
+            if entry.is_symlink():
+                tree.claim(entry)
             classes.append(entry)
         yield from self._loose({entry.name for entry in classes}, ignored)
         empty, deep = list[str](), dict[str, int]()
@@ -163,13 +162,20 @@ class FolderSource(Source):
         return [part for part in flat if part.split == "val" and part.labels is None]
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        notes += self.remarks
+        notes += (*self.remarks, *archives_note(self.path))
         yield from _beside(self.path, self._known, self._parts[0].split)
         for part in self._parts:
             passed = Counter[str]()  # for a note per split
             label = self.name if part.folder == self.path else f"{self.name}/{part.folder.relative_to(self.path)}"
             yield from part.walk(self.path, passed, notes)
             notes += ignored_note(passed, printable(label))
+
+
+def archives_note(folder: Path) -> list[str]:
+    """Return a note that names the archives directly in a folder; nothing without any."""
+    files = [entry.name for entry in listing(folder) if not is_folder(entry) and not is_hidden(entry.name)]
+    names = [name for name in files if name.lower().endswith(_ARCHIVES) and "devkit" not in name]
+    return [f"{printable(folder.name)}: archives beside the images are not read ({listed(names)})"] if names else []
 
 
 def _beside(path: Path, parts: Sequence[Path], split: str) -> Iterator[Found]:
@@ -264,18 +270,17 @@ class _Tree:
         self._ignored = ignored
         self._class_of: dict[str, str] = {}  # by real path of a folder outside the tree
 
-    def claim(self, entry: os.DirEntry[str]) -> bool:
-        """Reserve the target of a link for the class that is named like it; return whether it lies in the tree.
+    def claim(self, entry: os.DirEntry[str]) -> None:
+        """Reserve the target of a link for the class that is named like it.
 
         Raises:
-            SourceError: It is the folder of another class outside the tree.
+            SourceError: It is the folder of another class.
         """
         target = os.path.realpath(entry.path)
-        if self._is_inside(target):
-            return True
-        if (other := self._class_of.setdefault(target, entry.name)) != entry.name:
+        inside = self._is_inside(target)
+        other = os.path.basename(target) if inside else self._class_of.setdefault(target, entry.name)
+        if inside or other != entry.name:
             raise _two_classes(entry, target, other)
-        return False
 
     def images(self, top: Path | os.DirEntry[str], class_name: str) -> Iterator[_Entry]:
         """Yield the images in and below a folder.
@@ -326,9 +331,9 @@ class _Tree:
 
 def _two_classes(entry: os.DirEntry[str], target: str, other: str) -> SourceError:
     return SourceError(
-        f"{entry.path} links to {target}, whose images have another class already",
+        f"{entry.path} leads to images of another class ({printable(other)})",
         expected="each image in one class",
-        got=f"class {printable(other)} too",
+        got=f"a link to {printable(target)}",
         remedy="remove the link",
     )
 
