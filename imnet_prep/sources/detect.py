@@ -15,12 +15,13 @@ from imnet_prep.sources.archives import (
     peek,
 )
 from imnet_prep.sources.base import Source, is_image_name
-from imnet_prep.sources.folder_layout import DEVKIT_ARCHIVE, KAGGLE_SOLUTION, devkit, folder_sources
+from imnet_prep.sources.folder_layout import DEVKIT_ARCHIVE, devkit, folder_sources
 from imnet_prep.sources.folders import FolderSource
-from imnet_prep.sources.labels import read_kaggle_solution
+from imnet_prep.sources.labels import KAGGLE_SOLUTION, read_kaggle_solution
+from imnet_prep.sources.zip import ClassZip
 from imnet_prep.types import SPLITS
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"PK": "zip", b"\x28\xb5": "zstd"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
 def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
@@ -63,7 +64,9 @@ def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
 
 def _hand_out_labels(sources: list[Source]) -> None:
     """Label the validation images without class folders with the labels of a devkit among the sources."""
-    waiting = [source for source in sources if isinstance(source, FlatTar | FolderSource) and source.unlabelled()]
+    waiting = [
+        source for source in sources if isinstance(source, FlatTar | FolderSource | ClassZip) and source.unlabelled()
+    ]
     known = [source.labels for source in sources if isinstance(source, Devkit)]
     if waiting and not known:
         raise SourceError(
@@ -90,6 +93,8 @@ def _file(path: Path, split: str) -> Source:
         return Devkit(path, "kaggle-val-solution", read_kaggle_solution(path))
     if "devkit" in path.name or path.name == "meta.mat":
         return devkit(path)
+    if (start[:2] == b"PK" or path.suffix.lower() == ".zip") and start[257:262] != b"ustar":
+        return ClassZip(path, split)
     if start[:2] in _COMPRESSED and start[257:262] != b"ustar":
         raise SourceError(
             f"{path} is compressed ({_COMPRESSED[start[:2]]})",

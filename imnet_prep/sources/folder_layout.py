@@ -10,19 +10,7 @@ from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.sources.archives import Devkit, TarFolder
 from imnet_prep.sources.base import Source
-from imnet_prep.sources.folders import (
-    ClassFolders,
-    DownloadFolder,
-    FlatFolder,
-    FolderSource,
-    Part,
-    archives_note,
-    first_image,
-    has_image,
-    listed,
-    listing,
-    visible_folders,
-)
+from imnet_prep.sources.folders import ClassFolders, DownloadFolder, FlatFolder, FolderSource, Part, archives_note
 from imnet_prep.sources.labels import (
     KAGGLE_SOLUTION,
     WNID,
@@ -32,6 +20,7 @@ from imnet_prep.sources.labels import (
     read_tiny_annotations,
 )
 from imnet_prep.sources.layout import SPLIT_FOLDERS
+from imnet_prep.sources.tree import first_image, has_image, listed, listing, visible_folders
 from imnet_prep.types import SPLITS
 
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"

@@ -23,6 +23,7 @@ from imnet_prep.types import Reason, Rejected
 T = TypeVar("T")
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_(val|test)_(\d{8})\.[A-Za-z]+")
 WNID = re.compile(r"n\d{8}")
+KAGGLE_SOLUTION = "LOC_val_solution.csv"
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 _MAX_DEVKIT_MEMBER_BYTES = 64 << 20  # the real meta.mat has 0.1 MB
 _NOT_MATLAB = (  # what SciPy raises for damaged files
@@ -160,22 +161,29 @@ def _read_meta(data: bytes, path: Path) -> dict[int, str]:
 
 
 def read_kaggle_solution(path: Path) -> Labels:
-    """Read Kaggle's LOC_val_solution.csv: ``ImageId,PredictionString``; the class is the string's first token.
+    """Read Kaggle's LOC_val_solution.csv.
 
     Raises:
         SourceError: It is not that file.
+        OSError: It cannot be read.
+    """
+    return kaggle_labels(path.read_bytes(), str(path))
+
+
+def kaggle_labels(data: bytes, origin: str) -> Labels:
+    """Read the content of LOC_val_solution.csv: ``ImageId,PredictionString``; the class is the string's first token.
+
+    Raises:
+        SourceError: It is not that.
     """
     labels = {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.reader(file):
-            match = re.fullmatch(r"ILSVRC2012_val_(\d{8})(\.[A-Za-z]+)?", row[0].strip()) if row else None
-            if match and len(row) > 1 and (tokens := row[1].split()):
-                labels[str(int(match[1]))] = tokens[0]
+    for row in csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline="")):
+        match = re.fullmatch(r"ILSVRC2012_val_(\d{8})(\.[A-Za-z]+)?", row[0].strip()) if row else None
+        if match and len(row) > 1 and (tokens := row[1].split()):
+            labels[str(int(match[1]))] = tokens[0]
     if not labels:
-        raise SourceError(
-            f"{path} is not Kaggle's LOC_val_solution.csv", expected="ILSVRC2012_val_... rows", got="none"
-        )
-    return Labels(path.name, labels, numbered=True)
+        raise SourceError(f"{origin} is not Kaggle's {KAGGLE_SOLUTION}", expected="ILSVRC2012_val_... rows", got="none")
+    return Labels(KAGGLE_SOLUTION, labels, numbered=True)
 
 
 def read_tiny_annotations(data: bytes, origin: str) -> Labels:
