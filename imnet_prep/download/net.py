@@ -3,14 +3,19 @@
 * A connection goes to an address that was checked; Host, SNI and certificate still name the host.
 * Every read, TLS included, is bounded by the attempt's total deadline. Slow headers and slow handshakes cannot outlive
   it. The body must also keep a minimum speed.
+* An answer belongs to its request: interim answers are passed over, its length is beyond doubt, and a connection on
+  which anything follows it is not used again.
 * Proxies, netrc, cookies and redirects of the libraries are not used.
 """
 
+import http.client
 import os
+import re
 import socket
 import ssl
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import certifi
@@ -25,6 +30,7 @@ from imnet_prep.download.options import FetchOptions
 
 _MAX_ADDRESSES = 3  # of a name that are tried
 _POOLED_HOSTS = 256  # per process, with their idle connections
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(;.*)?\r?\n", re.DOTALL)
 
 
 class TooSlow(OSError):
@@ -37,6 +43,7 @@ class Budget(threading.local):
     deadline = body_started = 0.0
     options: FetchOptions
     received = 0
+    is_peeking = False
 
     def start(self, options: FetchOptions, deadline: float) -> None:
         """Begin an exchange that ends at ``deadline`` (of ``time.monotonic``)."""
@@ -72,7 +79,7 @@ class _Budgeted:
     """A mixin for socket classes whose reads keep to the thread's budget."""
 
     def recv_into(self: Any, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        self.settimeout(min(BUDGET.left(), BUDGET.options.read_timeout_s))
+        self.settimeout(0 if BUDGET.is_peeking else min(BUDGET.left(), BUDGET.options.read_timeout_s))
         try:
             count: int = super().recv_into(buffer, nbytes or len(memoryview(buffer)), flags)  # type: ignore[misc]
         except TimeoutError:
@@ -90,12 +97,83 @@ class _TlsSocket(_Budgeted, ssl.SSLSocket):
     """A TLS socket with a budget."""
 
 
+class _Answer(http.client.HTTPResponse):
+    """An answer whose end is beyond doubt; otherwise the next URL would get the rest of it, or another's image.
+
+    Source: RFC 9110 section 15.2 (interim answers), RFC 9112 sections 6 and 7.1 (length, chunks).
+    """
+
+    def __init__(self, sock: socket.socket, connection: "_Checked", **kwargs: Any) -> None:
+        super().__init__(sock, **kwargs)
+        self._socket, self._connection = sock, connection
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """Return the first status line that is not of an interim answer, such as 103 Early Hints."""
+        while True:
+            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if found[1] >= 200 or found[1] == http.client.SWITCHING_PROTOCOLS:
+                return found
+            http.client.parse_headers(self.fp)
+
+    def begin(self) -> None:
+        """Read up to the body.
+
+        Raises:
+            HTTPException: The headers leave open where the body ends.
+        """
+        super().begin()
+        lengths = {one.strip() for value in self.headers.get_all("Content-Length", []) for one in value.split(",")}
+        codings = [value.strip().lower() for value in self.headers.get_all("Transfer-Encoding", [])]
+        if len(lengths) > 1 or not all(one.isascii() and one.isdigit() for one in lengths):
+            raise http.client.HTTPException(f"Content-Length {', '.join(sorted(lengths))[:80]!r}")
+        if codings not in ([], ["chunked"]):
+            raise http.client.HTTPException(f"Transfer-Encoding {', '.join(codings)[:80]!r}")
+        odd = bool(lengths and codings) or bool(codings and self.version < 11) or self.status < 200
+        if odd or self._connection.is_distrusted():
+            self.will_close = True
+
+    def _read_next_chunk_size(self) -> int:
+        line = self.fp.readline(1 << 16)
+        if not _CHUNK_SIZE.fullmatch(line):
+            raise http.client.HTTPException(f"a chunk of size {line[:20]!r}")
+        return int(line.split(b";")[0], 16)
+
+    def _close_conn(self) -> None:
+        """End the answer, and the connection where anything follows on it."""
+        if not self.will_close and self._is_followed():
+            self._connection.distrust()
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        super()._close_conn()  # type: ignore[misc]
+
+    def _is_followed(self) -> bool:
+        BUDGET.is_peeking = True
+        try:
+            return bool(self.fp.peek(1))
+        except OSError:  # TLS says so where nothing has come
+            return False
+        finally:
+            BUDGET.is_peeking = False
+
+
 class _Checked:
     """A mixin for connection classes that resolves, checks and connects."""
 
     adapter: "SafeAdapter"
     host: str
     port: int
+
+    def response_class(self, sock: socket.socket, **kwargs: Any) -> _Answer:
+        """Return the answer that is about to come."""
+        return _Answer(sock, self, **kwargs)
+
+    def distrust(self) -> None:
+        """Use every later connection to this host for one request."""
+        self.adapter.distrusted.add((self.host, self.port))
+
+    def is_distrusted(self) -> bool:
+        """Return whether this host has sent more than its answers."""
+        return (self.host, self.port) in self.adapter.distrusted
 
     def _new_conn(self) -> socket.socket:
         options = self.adapter.options
@@ -121,6 +199,7 @@ class SafeAdapter(HTTPAdapter):
 
     def __init__(self, options: FetchOptions, resolver: Resolver, per_host: int) -> None:
         self.options, self.resolver = options, resolver
+        self.distrusted: set[tuple[str, int]] = set()
         super().__init__(pool_connections=_POOLED_HOSTS, pool_maxsize=per_host, max_retries=0)
 
     def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **_kwargs: Any) -> None:
