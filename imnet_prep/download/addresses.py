@@ -12,7 +12,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+# Not public, though not all of them are in the registries that ``ipaddress`` knows.
+_REFUSED = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "192.0.0.0/24",  # RFC 6890; 192.0.0.192 is a cloud's metadata service
+        "168.63.129.16/32",  # Azure's host
+        "64:ff9b:1::/48",  # RFC 8215: NAT64 of a site's own
+        "fec0::/10",  # site-local, deprecated by RFC 3879
+        "::/96",  # IPv4-compatible, deprecated by RFC 4291
+    )
+)
+_WITH_IPV4_LAST = tuple(ipaddress.IPv6Network(one) for one in ("64:ff9b::/96", "::ffff:0:0:0/96"))  # RFC 6052, 2765
+_ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214: the upper half of an interface identifier whose lower half is IPv4
 _POSITIVE_TTL_S, _NEGATIVE_TTL_S = 300.0, 30.0
 _MAX_CACHED = 20_000
 _LOOKUPS = 16  # parallel getaddrinfo calls; each may hang for the resolver's own time-out
@@ -41,17 +53,19 @@ class Address(NamedTuple):
 def is_public(ip: str) -> bool:
     """Return whether an address is on the public Internet.
 
-    An IPv4 address inside an IPv6 address (mapped, 6to4, NAT64, Teredo) must be public as well.
+    An IPv4 address inside an IPv6 address (mapped, translated, 6to4, NAT64, Teredo, ISATAP) must be public as well.
     """
     address = ipaddress.ip_address(ip.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
-        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ()), nat64]
+        number, last = int(address), ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        ends_in_it = any(address in network for network in _WITH_IPV4_LAST)
+        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ()), last if ends_in_it else None]
         if any(inner):
-            return all(one.is_global and not one.is_multicast for one in inner if one)
-        if int(address) >> 32 == 0:  # ::/96, IPv4-compatible, long deprecated
+            return all(is_public(str(one)) for one in inner if one)
+        if number >> 32 & 0xFFFFFFFF in _ISATAP and not is_public(str(last)):
             return False
-    return address.is_global and not address.is_multicast
+    refused = any(address.version == one.version and address in one for one in _REFUSED)
+    return address.is_global and not address.is_multicast and not refused
 
 
 class Resolver:
