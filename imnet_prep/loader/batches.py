@@ -9,10 +9,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from itertools import count, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,8 +23,17 @@ from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.batch_decoder import Faults
 from imnet_prep.loader.augment import mix
-from imnet_prep.loader.options import LoaderOptions, Options, TrainOptions, check_range
-from imnet_prep.loader.order import RankSampler, epoch_order
+from imnet_prep.loader.bad_rows import BadRows, SkippedRow
+from imnet_prep.loader.options import (
+    AHEAD_BYTES,
+    SKIPPED_FRAC,
+    SKIPPED_LEAST,
+    LoaderOptions,
+    Options,
+    TrainOptions,
+    check_range,
+)
+from imnet_prep.loader.order import EpochOrder, RankSampler, balanced_order, epoch_order
 from imnet_prep.loader.random_numbers import MAX_EPOCH
 from imnet_prep.loader.render import choose_decoder, render
 from imnet_prep.records.folder import RecordsFolder
@@ -32,15 +41,6 @@ from imnet_prep.records.table import RowReader
 from imnet_prep.types import Batch
 
 CHUNK_ROWS = 32  # 10 to 30 ms of decoding, beside which the work per chunk in Python is small
-SKIPPED_KEPT = 100  # skipped rows that are kept by name; all are counted
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedRow:
-    """A row that was left out with ``on_error="skip"``: its shard, row and name, and why."""
-
-    where: str
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,26 @@ class StageTimes:
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A batch whose chunks are queued or being made; the chunk that ends last returns the batch."""
+    """A batch whose chunks are queued or being made; the chunk that ends last returns the batch.
+
+    Attributes:
+        epoch: From 0.
+        order: Of the epoch.
+        places: int64 (rows,), where the rows lie in the order.
+        image: uint8 (rows, H, W, 3), being written.
+        chunks_left: Chunks that have not ended.
+        faults: Bad rows, and why.
+        bad: Bad records, by position, and why; those met in the search for others in their place as well.
+        chunks: The threads' work.
+    """
 
     epoch: int
-    positions: NDArray[np.int64]
+    order: EpochOrder
+    places: NDArray[np.int64]
     image: NDArray[np.uint8]
     chunks_left: int
     faults: Faults = field(default_factory=dict)
+    bad: Faults = field(default_factory=dict)
     chunks: list[Future[Batch | None]] = field(default_factory=list)
 
     def result(self) -> Batch:
@@ -90,7 +103,6 @@ class Batches:
         workers: Decode threads.
         prefetch: Batches that are made ahead.
         decoder: A line that says which decoder runs.
-        skipped: Rows left out so far (``on_error="skip"``).
         times: Worker time by stage so far.
     """
 
@@ -106,8 +118,8 @@ class Batches:
         self.class_names = folder.manifest.classes
         self.decoder = self._decoder.name
         self._training = isinstance(options, TrainOptions)
-        drop_last = isinstance(options, TrainOptions) and options.drop_last
-        self._sampler = RankSampler(self.images, options.batch_size, loading.rank, loading.ranks, drop_last)
+        self._whole = isinstance(options, TrainOptions) and options.drop_last  # every batch has all its rows
+        self._sampler = RankSampler(self.images, options.batch_size, loading.rank, loading.ranks, self._whole)
         self.steps_per_epoch = self._sampler.steps
         if self._training and not self.steps_per_epoch:
             raise PipelineError(
@@ -116,22 +128,43 @@ class Batches:
                 got=f"{self.images}",
                 remedy="lower the batch size or the number of ranks",
             )
-        self.workers = loading.workers or cpu_count()
-        self.prefetch = loading.prefetch or max(2, -(-self.workers * CHUNK_ROWS // options.batch_size) + 1)
-        self.skipped = 0
+        self.workers = loading.workers or max(1, cpu_count() // loading.local_ranks)
+        self.prefetch = loading.prefetch or self._choose_prefetch()
         self.times = StageTimes()
-        self._skipped_rows: dict[int, SkippedRow] = {}
+        most = loading.max_skipped
+        if most is None:
+            most = max(SKIPPED_LEAST, int(SKIPPED_FRAC * self.images))
+        most = min(most, self.images - 1)
+        self._bad = BadRows(
+            split, self.images, most, lambda row: (self._reader.file_name(row), self._reader.where(row))
+        )
         self._checked = np.full(self.images, loading.check == "never")
         self._lock = threading.Lock()  # of what the threads share: counts, times, faults
         self._epochs = count()
         self._process: int | None = os.getpid()  # None once closed
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="imnet-decode")
 
+    def _choose_prefetch(self) -> int:
+        """Return as many batches as keep the threads busy, within the memory of this machine's ranks."""
+        batch_bytes = self.options.batch_size * self.options.image_size**2 * 3
+        busy = -(-self.workers * CHUNK_ROWS // self.options.batch_size) + 1
+        return max(2, min(busy, AHEAD_BYTES // (self.loading.local_ranks * batch_bytes)))
+
     @property
-    def skipped_rows(self) -> tuple[SkippedRow, ...]:
-        """The first 100 different rows that were left out."""
-        with self._lock:
-            return tuple(self._skipped_rows.values())
+    def skipped(self) -> tuple[SkippedRow, ...]:
+        """The different records that were skipped so far (``on_error="skip"``), in the order of the batches."""
+        return self._bad.rows
+
+    def add_skipped(self, found: Mapping[int, str]) -> None:
+        """Count records that another rank, or this run before it was interrupted, found bad.
+
+        Args:
+            found: Position in stored order to the reason.
+
+        Raises:
+            PipelineError: With those known already, there are more than may be skipped.
+        """
+        self._bad.add(found)
 
     @property
     def memory_bytes(self) -> int:
@@ -175,15 +208,15 @@ class Batches:
         check_range("epoch", number, 0, MAX_EPOCH)
         check_range("start_step", start_step, 0, self.steps_per_epoch)
         order = self.order(number)
-        queue = (
-            self._submit(number, order[self._sampler.span(step)]) for step in range(start_step, self.steps_per_epoch)
-        )
+        queue = (self._submit(number, order, self._sampler.span(step)) for step in range(start_step, len(self)))
         return self._results(queue, deque(islice(queue, self.prefetch)))
 
-    def order(self, number: int) -> NDArray[np.int64]:
-        """Return the order of an epoch over all ranks: int64 (images,), positions in stored order."""
-        kind = self.loading.order if self._training else "sequential"
-        return epoch_order(kind, self.loading.seed, number, self._table.ids)
+    def order(self, number: int) -> EpochOrder:
+        """Return the order of an epoch over all ranks."""
+        kind, seed, ids = self.loading.order if self._training else "sequential", self.loading.seed, self._table.ids
+        if kind == "balanced":
+            return balanced_order(seed, number, ids, self._table.label)
+        return EpochOrder(epoch_order(kind, seed, number, ids))
 
     def _check_open(self) -> None:
         if self._process != os.getpid():
@@ -195,7 +228,7 @@ class Batches:
             while ahead:
                 self._check_open()
                 batch = ahead[0].result()
-                ahead.popleft()
+                self._bad.add(ahead.popleft().bad)  # here, so that it does not depend on how far the threads are
                 ahead.extend(islice(queue, 1))
                 if len(batch):  # evaluation may have skipped every row
                     yield batch
@@ -204,18 +237,29 @@ class Batches:
                 for chunk in [chunk for pending in ahead for chunk in pending.chunks]:
                     chunk.cancel()
 
-    def _submit(self, epoch: int, positions: NDArray[np.int64]) -> _Pending:
+    def _submit(self, epoch: int, order: EpochOrder, span: slice) -> _Pending:
         """Hand the chunks of a batch to the threads."""
-        self._reader.will_need(positions)
-        starts, side = range(0, len(positions), CHUNK_ROWS), self.options.image_size
-        image = np.empty((len(positions), side, side, 3), dtype=np.uint8)
-        batch = _Pending(epoch, positions, image, len(starts))
+        places = np.arange(span.start, span.stop)
+        self._reader.will_need(order.positions[span])
+        starts, side = range(0, len(places), CHUNK_ROWS), self.options.image_size
+        image = np.empty((len(places), side, side, 3), dtype=np.uint8)
+        batch = _Pending(epoch, order, places, image, len(starts))
         batch.chunks = [self._pool.submit(self._make_chunk, batch, start) for start in starts]
         return batch
 
     def _make_chunk(self, batch: _Pending, start: int) -> Batch | None:
-        """Read, check and render one chunk; return the whole batch if this was its last chunk."""
-        positions, out = batch.positions[start : start + CHUNK_ROWS], batch.image[start : start + CHUNK_ROWS]
+        """Make one chunk; return the whole batch if this was its last chunk."""
+        faults = self._make_rows(batch, slice(start, start + CHUNK_ROWS))
+        with self._lock:
+            batch.faults |= {start + row: why for row, why in faults.items()}
+            batch.chunks_left -= 1
+            last = batch.chunks_left == 0
+        return self._finish(batch) if last else None
+
+    def _make_rows(self, batch: _Pending, rows: slice) -> Faults:
+        """Read, check and render rows of a batch; return the bad ones, counted from the first of these rows."""
+        places = batch.places[rows]
+        positions = batch.order.positions[places]
         laps = [time.perf_counter()]
         images, faults = self._read(positions)
         laps.append(time.perf_counter())
@@ -224,11 +268,11 @@ class Batches:
         rendered = render(
             images,
             np.stack([self._table.width[positions], self._table.height[positions]], axis=1),
-            self._table.ids[positions],
+            batch.order.keys(self._table.ids, places),
             self.options,
             self.loading.seed,
             batch.epoch,
-            out,
+            batch.image[rows],
             self._decoder,
             decoded=lambda: laps.append(time.perf_counter()),
         )
@@ -237,10 +281,7 @@ class Batches:
         read_s, check_s, decode_s, augment_s = (end - start for start, end in pairwise(laps))
         with self._lock:
             self.times += StageTimes(read_s, check_s, decode_s, augment_s, len(images) - len(faults))
-            batch.faults |= {start + row: why for row, why in faults.items()}
-            batch.chunks_left -= 1
-            last = batch.chunks_left == 0
-        return self._finish(batch) if last else None
+        return faults
 
     def _read(self, positions: NDArray[np.int64]) -> tuple[list[bytes], Faults]:
         """Read images; those that cannot be read are empty, and named as faults."""
@@ -262,44 +303,58 @@ class Batches:
                     faults[row] = "the image's bytes changed since conversion: its SHA-256 is another"
 
     def _finish(self, batch: _Pending) -> Batch:
-        """Replace or leave out bad rows, then mix."""
-        image, positions, options = batch.image, batch.positions, self.options
+        """Replace or leave out bad rows, then mix.
+
+        Raises:
+            PipelineError: A row is bad, with ``on_error="raise"``.
+        """
+        image, places, options = batch.image, batch.places, self.options
         if batch.faults:
-            rows = self._skip_bad_rows(batch)
-            image, positions = image[rows], positions[rows]
+            positions = batch.order.positions[places]
+            batch.bad |= {int(positions[row]): batch.faults[row] for row in sorted(batch.faults)}
+            if self.loading.on_error == "raise":
+                raise self._bad_record(batch)
+            if self._whole:
+                self._replace_bad_rows(batch)
+            else:
+                good = np.delete(np.arange(len(places)), list(batch.faults))
+                image, places = image[good], places[good]
+        positions = batch.order.positions[places]
         ids, label = self._table.ids[positions], self._table.label[positions]
         if isinstance(options, TrainOptions) and options.mixes:
-            mixed, share = mix(options, image, self.loading.seed, batch.epoch, ids)
+            keys = batch.order.keys(self._table.ids, places)
+            mixed, share = mix(options, image, self.loading.seed, batch.epoch, keys)
             return Batch(mixed, label, ids, label[::-1].copy(), share)
         return Batch(image, label, ids)
 
-    def _skip_bad_rows(self, batch: _Pending) -> NDArray[np.int64]:
-        """Return the rows to use: evaluation leaves the bad ones out, training repeats good ones in their place.
+    def _bad_record(self, batch: _Pending) -> PipelineError:
+        position, why = next(iter(batch.bad.items()))
+        return PipelineError(
+            f"{self._reader.where(position)}: the record is bad",
+            got=why,
+            remedy='restore the shard, or skip such records with on_error="skip"',
+        )
 
-        A repeated row keeps its own label and id, so the batch keeps its shape and nothing is mislabelled.
+    def _replace_bad_rows(self, batch: _Pending) -> None:
+        """Put the next good record of the epoch's order in the place of each bad row.
 
-        Raises:
-            PipelineError: With ``on_error="raise"``, or if training has no good row.
+        It does not depend on how the order is divided into batches and ranks. The record keeps its own label, id and
+        draws, so a row is equal to the one at the record's own place, in this batch or another. If there are more bad
+        records than may be skipped, the rows are undefined, and the caller gets the error in place of the batch.
         """
-        bad = sorted(batch.faults)
-        rows = np.arange(len(batch.positions))
-        good = np.delete(rows, bad)
-        if self.loading.on_error == "raise" or (self._training and not len(good)):
-            raise PipelineError(
-                f"{self._reader.where(int(batch.positions[bad[0]]))}: the record is bad",
-                got=batch.faults[bad[0]],
-                remedy='restore the shard, or leave such rows out with on_error="skip"',
-            )
-        with self._lock:
-            self.skipped += len(bad)
-            for row in bad:
-                position = int(batch.positions[row])
-                if position not in self._skipped_rows and len(self._skipped_rows) < SKIPPED_KEPT:
-                    self._skipped_rows[position] = SkippedRow(self._reader.where(position), batch.faults[row])
-        if not self._training:
-            return good
-        rows[bad] = np.resize(good, len(bad))
-        return rows
+        positions = batch.order.positions
+        for row in sorted(batch.faults):
+            place = int(batch.places[row])
+            for later in chain(range(place + 1, len(positions)), range(place)):
+                if len(batch.bad) > self._bad.most:
+                    return
+                batch.places[row] = later
+                fault = self._make_rows(batch, slice(row, row + 1))
+                if not fault:
+                    break
+                batch.bad[int(positions[later])] = fault[0]
+            else:
+                raise self._bad.too_many(batch.bad)  # no record of this order is good
 
 
 def open_batches(records: str | Path, split: str, options: Options, seed: int = 0, **loading: Any) -> Batches:
@@ -312,7 +367,7 @@ def open_batches(records: str | Path, split: str, options: Options, seed: int = 
             :class:`~imnet_prep.loader.options.EvalOptions` (in stored order, centre crops).
         seed: Key of every draw, together with the epoch and the record id.
         loading: Any field of :class:`~imnet_prep.loader.options.LoaderOptions`: ``workers``, ``rank``, ``ranks``,
-            ``on_error``, ``order``, ``native``, ``check``, ``prefetch``.
+            ``on_error``, ``order`` and others.
 
     Raises:
         RecordsError: The folder, the split, a shard or an index is missing or damaged.

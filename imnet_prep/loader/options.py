@@ -14,6 +14,8 @@ EVAL_CROP_FRACTION = 224 / 256  # the usual centre crop: 224 of a short side of 
 ON_ERROR = ("raise", "skip")
 NATIVE = ("auto", "on", "off")
 CHECKS = ("first", "always", "never")
+AHEAD_BYTES = 1 << 30  # of decoded images that a machine makes ahead
+SKIPPED_FRAC, SKIPPED_LEAST = 0.001, 3  # bad records that may be skipped if the caller does not say
 
 
 def check(valid: bool, name: str, expected: str, got: object) -> None:
@@ -58,6 +60,7 @@ class TrainOptions:
         color_jitter: Strengths of brightness, contrast, saturation (factors in 1 +- strength) and hue (in turns).
         randaugment_ops: RandAugment operations per image; 0 is off.
         randaugment_magnitude: Their strength, 0 to 30.
+        trivialaugment: One operation of TrivialAugment per image, in place of RandAugment.
         erasing_prob: Probability that a box is erased.
         erasing_scale: Range of the box's area as a fraction of the output's.
         erasing_ratio: Range of the box's width / height.
@@ -75,6 +78,7 @@ class TrainOptions:
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     randaugment_ops: int = 0
     randaugment_magnitude: float = 9.0
+    trivialaugment: bool = False
     erasing_prob: float = 0.0
     erasing_scale: tuple[float, float] = (0.02, 1 / 3)
     erasing_ratio: tuple[float, float] = (0.3, 3.3)
@@ -93,6 +97,8 @@ class TrainOptions:
         limits = {"flip_prob": 1, "erasing_prob": 1, "randaugment_ops": 16, "randaugment_magnitude": 30}
         for name, limit in limits.items():
             check_range(name, getattr(self, name), 0, limit)
+        both = self.trivialaugment and self.randaugment_ops
+        check(not both, "randaugment_ops", "0 with trivialaugment", self.randaugment_ops)
         jitter = self.color_jitter
         check(
             len(jitter) == 4 and all(0 <= value <= 1 for value in jitter[:3]) and 0 <= jitter[3] <= 0.5,
@@ -147,22 +153,29 @@ class LoaderOptions:
 
     Attributes:
         seed: Key of every draw, together with the epoch and the record id.
-        workers: Decode threads; None takes one per core that this process may use.
+        workers: Decode threads; None takes one per core that this process may use, divided by ``local_ranks``.
         rank: This rank, from 0.
         ranks: Number of ranks; each record goes to exactly one.
-        on_error: ``raise`` at a bad record, or ``skip`` it and count it.
+        local_ranks: Ranks on this machine, which share its cores and the memory for batches that are made ahead.
+        on_error: ``raise`` at a bad record, or ``skip`` it: evaluation leaves it out, and training in whole batches
+            puts the next good record of the epoch's order in its place.
+        max_skipped: Different bad records that may be skipped; None takes 0.1 % of the split, at least 3.
         order: Order of training: ``global`` shuffles all records, ``blocks`` suits storage where random reads are slow,
-            ``sequential`` is as stored. Evaluation is always as stored.
+            ``sequential`` is as stored, ``balanced`` draws as many records, each class equally often. Evaluation is
+            always as stored.
         native: Use the C++ decoder where it is built (``auto``), insist on it (``on``), or decline it (``off``).
         check: Compare each image with its SHA-256 at its ``first`` reading, ``always`` or ``never``.
-        prefetch: Batches that are made ahead; None queues a chunk of 32 rows per worker.
+        prefetch: Batches that are made ahead; None queues a chunk of 32 rows per worker, at least 2 batches, and beyond
+            those at most :data:`AHEAD_BYTES` for all ranks of this machine together.
     """
 
     seed: int = 0
     workers: int | None = None
     rank: int = 0
     ranks: int = 1
+    local_ranks: int = 1
     on_error: str = "raise"
+    max_skipped: int | None = None
     order: str = "global"
     native: str = "auto"
     check: str = "first"
@@ -174,5 +187,7 @@ class LoaderOptions:
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("ranks", self.ranks, 1, 1 << 20)
         check_range("rank", self.rank, 0, self.ranks - 1)
+        check_range("local_ranks", self.local_ranks, 1, 1 << 20)
+        check_range("max_skipped", self.max_skipped or 0, 0, 1 << 40)
         check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
         check_range("prefetch", 1 if self.prefetch is None else self.prefetch, 1, 1 << 16)

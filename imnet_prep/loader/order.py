@@ -7,9 +7,33 @@ from numpy.typing import NDArray
 
 from imnet_prep.loader.random_numbers import Stream, order_keys
 
-ORDERS = ("global", "blocks", "sequential")
+ORDERS = ("global", "blocks", "sequential", "balanced")
 BLOCK_ROWS = 1024  # about 110 MB of original photographs: long enough for a disk to read at full speed
 WINDOW_BLOCKS = 16  # the rows of this many blocks are shuffled together
+_STRIDE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the multiples up to 2**64 differ
+
+
+@dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """The rows that an epoch visits.
+
+    Attributes:
+        positions: int64 (N,), positions of the rows in stored order.
+        repeat: int64 (N,), how many other times of the epoch the record was counted before this one; None where every
+            record comes once.
+    """
+
+    positions: NDArray[np.int64]
+    repeat: NDArray[np.int64] | None = None
+
+    def keys(self, ids: NDArray[np.uint64], places: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return what the draws of the rows at some places are keyed by: the record id, another at each repeat."""
+        own = ids[self.positions[places]]
+        return own if self.repeat is None else _repeated(own, self.repeat[places])
+
+
+def _repeated(ids: NDArray[np.uint64], repeat: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return ids + repeat.astype(np.uint64) * _STRIDE
 
 
 def epoch_order(
@@ -22,7 +46,7 @@ def epoch_order(
     few blocks together, so each block is read within a short time. ``sequential`` is as stored.
 
     Args:
-        kind: One of :data:`ORDERS`.
+        kind: One of :data:`ORDERS` but ``balanced``, see :func:`balanced_order`.
         seed: 0 to 2**64 - 1.
         epoch: From 0.
         ids: uint64 (N,), record ids in stored order, all different.
@@ -43,6 +67,32 @@ def epoch_order(
     place[np.argsort(keys[::block_rows], kind="stable")] = np.arange(blocks)  # a block's key is its first row's
     group = place[np.arange(rows) // block_rows] // window
     return np.asarray(np.lexsort((order_keys(seed, epoch, ids, Stream.WINDOW), group)), dtype=np.int64)
+
+
+def balanced_order(seed: int, epoch: int, ids: NDArray[np.uint64], label: NDArray[np.int32]) -> EpochOrder:
+    """Return an order of as many rows as there are records, in which every class comes equally often.
+
+    Each class gets the same number of places, or one more where they do not come out even. A class takes its records in
+    an order of their own, again and again if it has fewer records than places; the places of all classes are then
+    shuffled. The result does not depend on how the records are stored.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        epoch: From 0.
+        ids: uint64 (N,), record ids in stored order, all different.
+        label: int32 (N,).
+    """
+    rows = len(ids)
+    by_class = np.lexsort((order_keys(seed, epoch, ids, Stream.CLASS_ORDER), label))
+    classes, first, records = np.unique(label[by_class], return_index=True, return_counts=True)
+    places = np.full(len(classes), rows // max(1, len(classes)))
+    turn = np.argsort(order_keys(seed, epoch, classes.astype(np.uint64), Stream.CLASS), kind="stable")
+    places[turn[: rows - places.sum()]] += 1
+    number = np.repeat(np.arange(len(classes)), places)
+    repeat, place = np.divmod(np.arange(rows) - np.repeat(np.cumsum(places) - places, places), records[number])
+    positions = by_class[first[number] + place]
+    shuffled = np.argsort(order_keys(seed, epoch, _repeated(ids[positions], repeat)), kind="stable")
+    return EpochOrder(positions[shuffled], repeat[shuffled])
 
 
 @dataclass(frozen=True, slots=True)

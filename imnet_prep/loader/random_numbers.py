@@ -28,6 +28,9 @@ class Stream(enum.IntEnum):
     ERASE = 4
     MIX = 5
     WINDOW = 6  # places inside a window of blocks
+    CLASS_ORDER = 7  # the order of a class's records in balanced sampling
+    CLASS = 8  # which classes get one record more than others
+    TRIVIALAUGMENT = 9
     CROP = 16  # one per attempt
     ERASE_BOX = 32  # one per attempt
     RANDAUGMENT = 64  # one per operation

@@ -229,14 +229,18 @@ class RowReader:
         """Tell whether an image is the one that was stored, by its SHA-256."""
         return bool(hashlib.sha256(image).digest()[:8] == self.table.digest[position].tobytes())
 
-    def where(self, position: int) -> str:
-        """Describe a record for a message: its shard, row and stored name (the listed one if the row is damaged)."""
+    def file_name(self, position: int) -> str:
+        """Return the stored name of a record, or the listed one if the row is damaged."""
         path, row = self.table.files[int(self.table.shard[position])], int(self.table.row[position])
-        name = "file_name unreadable"
         try:
             with Shard(path) as shard:
-                name = str(shard.fields(row)["file_name"])
+                return str(shard.fields(row)["file_name"])
         except (RecordsError, KeyError):
             with suppress(RecordsError), opened_list(path.with_name(RECORDS)) as lines:
-                name = str(json.loads(next(islice(lines, position, None), b""))["file_name"])
-        return f"{path}: row {row} ({name})"
+                return str(json.loads(next(islice(lines, position, None), b""))["file_name"])
+        return "file_name unreadable"
+
+    def where(self, position: int) -> str:
+        """Describe a record for a message: its shard, row and name."""
+        path, row = self.table.files[int(self.table.shard[position])], int(self.table.row[position])
+        return f"{path}: row {row} ({self.file_name(position)})"

@@ -19,7 +19,7 @@ from imnet_prep.errors import PipelineError, RecordsError
 from imnet_prep.images.native import decoder_status, load
 from imnet_prep.loader.adapters import to_dataset
 from imnet_prep.loader.batches import CHUNK_ROWS, Batches, open_batches
-from imnet_prep.loader.options import EvalOptions, TrainOptions
+from imnet_prep.loader.options import AHEAD_BYTES, EvalOptions, TrainOptions
 from imnet_prep.types import record_id
 from tests.imnet_prep.loader.runs import EVERYTHING, NATIVES, OPTIONS, TRAIN, VAL, run_epoch, same
 from tests.records import Entry, write_folder
@@ -64,6 +64,30 @@ def test_an_epoch_starts_at_any_step(records: Path) -> None:
     whole = run_epoch(records, EVERYTHING, epoch=2)
     assert same(whole[17:], run_epoch(records, EVERYTHING, epoch=2, start_step=17))
     assert run_epoch(records, EVERYTHING, epoch=2, start_step=len(whole)) == []
+
+
+def test_balanced_batches_are_the_same_at_any_rank_worker_count_and_start(records: Path) -> None:
+    how: dict[str, Any] = {"options": EVERYTHING, "order": "balanced", "epoch": 1}
+    alone = run_epoch(records, workers=1, **how)
+    labels = np.concatenate([batch.label for batch in alone])
+    assert len(labels) == TRAIN // 8 * 8
+    assert np.ptp(np.bincount(labels)) <= 8 + 1  # six images do not fill a batch
+    assert same(alone, run_epoch(records, workers=4, **how))
+    assert same(alone[5:], run_epoch(records, start_step=5, **how))
+    shares = [run_epoch(records, rank=rank, ranks=2, **how) for rank in range(2)]
+    union = [share[step] for step in range(len(shares[0])) for share in shares]
+    assert same(alone[: len(union)], union)
+
+
+def test_a_record_that_comes_again_in_an_epoch_is_cropped_anew(tmp_path: Path, train_entries: list[Entry]) -> None:
+    few = next(entry for entry in train_entries if entry[1] == 1)
+    many = [entry for entry in train_entries if entry[1] == 0][:15]
+    folder = write_folder(tmp_path / "few", {"train": [*many, few]}, shards=1)
+    found = run_epoch(folder, TrainOptions(16, image_size=32), order="balanced")
+    rows = found[0].image[found[0].label == 1]
+    assert len(rows) == 8
+    assert len({row.tobytes() for row in rows}) == 8
+    assert len(set(found[0].record_id[found[0].label == 1].tolist())) == 1
 
 
 def test_an_earlier_epoch_changes_nothing_in_a_later_one(records: Path) -> None:
@@ -128,6 +152,29 @@ def test_no_more_batches_are_made_than_the_stated_bound(records: Path) -> None:
         assert batches.memory_bytes == (3 + 2) * 8 * 32 * 32 * 3
 
 
+def test_ranks_of_one_machine_share_its_cores_and_the_memory_for_batches_ahead(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imnet_prep.loader.batches.cpu_count", lambda: 64)
+
+    def opened(ranks: int, **how: Any) -> tuple[int, int, int]:
+        options = TrainOptions(how.pop("batch_size", 16), image_size=how.pop("image_size", 224))
+        with open_batches(records, "train", options, local_ranks=ranks, **how) as batches:
+            return batches.workers, batches.prefetch, batches.memory_bytes
+
+    assert opened(1)[:2] == (64, 64 * CHUNK_ROWS // 16 + 1)
+    workers, prefetch, memory = opened(8)
+    assert (workers, prefetch) == (8, 8 * CHUNK_ROWS // 16 + 1)
+    assert 8 * memory < 1 << 29
+    assert opened(100)[:2] == (1, 3)
+    _, prefetch, memory = opened(8, batch_size=4, image_size=1024)
+    assert prefetch == AHEAD_BYTES // 8 // (4 * 1024**2 * 3)  # not the 65 that would keep the threads busy
+    assert memory < (AHEAD_BYTES >> 3) + 2 * 4 * 1024**2 * 3
+    assert opened(8, batch_size=4, image_size=4096)[1] == 2
+    assert opened(8, workers=3)[0] == 3
+    assert opened(8, prefetch=5)[1] == 5
+
+
 def test_a_closed_pipeline_says_so(records: Path) -> None:
     batches = open_batches(records, "train", OPTIONS)
     iterator = batches.epoch(0)
@@ -156,6 +203,8 @@ def test_two_epochs_can_be_under_way_at_once(records: Path) -> None:
         ({"native": "yes"}, "auto, on, off"),
         ({"check": "sometimes"}, "first, always, never"),
         ({"prefetch": 0}, "prefetch"),
+        ({"max_skipped": -1}, "max_skipped"),
+        ({"local_ranks": 0}, "local_ranks"),
         ({"options": TrainOptions(TRAIN + 1)}, "does not fill one batch"),
         ({"options": TrainOptions(TRAIN // 2, image_size=32), "ranks": 3}, "does not fill one batch"),
     ],

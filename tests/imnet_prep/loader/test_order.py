@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-from imnet_prep.loader.order import ORDERS, RankSampler, epoch_order
+from imnet_prep.loader.order import ORDERS, RankSampler, balanced_order, epoch_order
 from imnet_prep.types import record_id
 
 IDS = np.array([record_id("train", f"n{i}") for i in range(5000)], dtype=np.uint64)
 
 
-@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("kind", [kind for kind in ORDERS if kind != "balanced"])
 def test_every_row_comes_once(kind: str) -> None:
     assert np.array_equal(np.sort(epoch_order(kind, 0, 0, IDS)), np.arange(len(IDS)))
 
@@ -55,3 +55,55 @@ def test_the_ranks_batches_in_order_are_the_single_rank_run(rows: int, batch: in
     assert spans == expected
     covered = sum(span.stop - span.start for span in spans)
     assert covered == (rows // (batch * ranks) * batch * ranks if drop_last else rows)
+
+
+LABELS = np.array([0] * 4000 + [1] * 900 + [2] * 99 + [7], dtype=np.int32)  # 3 to 6 are classes without records
+
+
+@pytest.mark.parametrize("rows", [5000, 1, 3])
+def test_a_balanced_order_has_every_class_equally_often_and_a_class_its_records(rows: int) -> None:
+    ids, label = IDS[-rows:], LABELS[-rows:]
+    for epoch in range(3):
+        order = balanced_order(3, epoch, ids, label)
+        assert len(order.positions) == rows
+        classes, places = np.unique(label[order.positions], return_counts=True)
+        assert set(classes) <= set(label)
+        assert places.max() - places.min() <= 1
+        records, times = np.unique(order.positions, return_counts=True)
+        for one in classes:
+            of_class = times[label[records] == one]
+            assert of_class.max() - of_class.min() <= 1
+            assert len(of_class) == min((label == one).sum(), places[classes == one][0])
+
+
+def test_a_balanced_order_depends_on_seed_epoch_and_ids_alone() -> None:
+    orders = [balanced_order(seed, epoch, IDS, LABELS) for seed in range(2) for epoch in range(2)]
+    for one, other in itertools.combinations(orders, 2):
+        assert (one.positions == other.positions).mean() < 0.08  # the record of class 7 has a place in four
+    stored = np.random.default_rng(0).permutation(len(IDS))
+    mixed = balanced_order(0, 0, IDS[stored], LABELS[stored])
+    assert np.array_equal(IDS[stored][mixed.positions], IDS[orders[0].positions])
+    everywhere = np.arange(len(IDS))
+    assert np.array_equal(mixed.keys(IDS[stored], everywhere), orders[0].keys(IDS, everywhere))
+
+
+def test_a_balanced_order_spreads_each_class_over_the_epoch_and_takes_other_records_each_epoch() -> None:
+    orders = [balanced_order(0, epoch, IDS, LABELS) for epoch in range(40)]
+    for order in orders[:3]:
+        quarters = LABELS[order.positions].reshape(4, -1)
+        for one in (0, 1, 2, 7):
+            assert ((quarters == one).mean(axis=1) > 0.21).all()
+    large = np.concatenate([order.positions for order in orders])
+    times = np.bincount(large, minlength=5000)[:4000]
+    assert times.min() >= 1  # 40 epochs of 1,250 of 4,000 records
+    assert times.mean() == pytest.approx(12.5)
+    assert times.std() == pytest.approx((40 * 0.3125 * 0.6875) ** 0.5, rel=0.05)
+
+
+def test_every_time_a_record_comes_in_an_epoch_its_draws_are_others() -> None:
+    order = balanced_order(0, 0, IDS, LABELS)
+    keys = order.keys(IDS, np.arange(len(IDS)))
+    assert len(np.unique(keys)) == len(IDS)
+    assert order.repeat is not None
+    first = order.repeat == 0
+    assert np.array_equal(keys[first], IDS[order.positions][first])

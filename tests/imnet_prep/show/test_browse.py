@@ -86,7 +86,7 @@ def test_a_tile_shows_the_pixels_of_the_loader_in_its_epoch(records: Path, optio
     with open_batches(records, "train", options, seed=7) as batches:
         for epoch in (0, 3):
             batch = next(batches.epoch(epoch))
-            for row, position in enumerate(batches.order(epoch)[:3].tolist()):
+            for row, position in enumerate(batches.order(epoch).positions[:3].tolist()):
                 tile = library.view("train", position, options, 7, epoch)
                 assert np.array_equal(np.asarray(Image.open(io.BytesIO(tile))), batch.image[row])
                 shown.add(tile)
