@@ -68,7 +68,7 @@ def test_the_wheel_holds_two_packages_with_their_data_and_no_sources(wheel: Path
         target + path.relative_to(ROOT).as_posix()
         for target, package in (("", "imnet_prep"), ("", "mbv2"), ("imnet_prep/", "cli"), ("imnet_prep/", "manifests"))
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and path.name != "CMakeLists.txt" and path.suffix not in {".cc", ".h", ".so", ".pyc"}
+        if path.is_file() and path.name != "CMakeLists.txt" and path.suffix not in {".cc", ".h", ".inl", ".so", ".pyc"}
     }
     assert {name for name in names if not name.startswith(info)} == expected
     for name in ("imnet_prep/cli/prep.py", "imnet_prep/manifests/counts.json", "imnet_prep/py.typed", "mbv2/py.typed"):

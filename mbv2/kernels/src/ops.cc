@@ -10,7 +10,7 @@
 #include <string>
 
 #include "call.h"
-#include "steps.h"
+#include "passes.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

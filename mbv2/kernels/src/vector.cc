@@ -2,19 +2,19 @@
 #include <cstring>
 #include <new>
 
-#include "core.h"
+#include "instruction_set.h"
 
 namespace mbv2 {
 namespace VARIANT {
 namespace {
 
-#include "simd.h"
-#include "product.h"
-#include "pointwise.h"
-#include "depthwise.h"
-#include "stem.h"
-#include "elementwise.h"
-#include "block.h"
+#include "simd.inl"
+#include "product.inl"
+#include "pointwise.inl"
+#include "depthwise.inl"
+#include "stem.inl"
+#include "elementwise.inl"
+#include "block.inl"
 
 }  // namespace
 

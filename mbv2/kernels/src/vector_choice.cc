@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core.h"
+#include "instruction_set.h"
 
 namespace mbv2 {
 #if defined(MBV2_X86)

@@ -1,4 +1,4 @@
-#include "steps.h"
+#include "passes.h"
 
 #include <cmath>
 #include <cstring>

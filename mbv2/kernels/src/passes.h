@@ -7,7 +7,7 @@
 #include <functional>
 #include <vector>
 
-#include "core.h"
+#include "instruction_set.h"
 #include "pool.h"
 
 namespace mbv2 {
