@@ -29,7 +29,7 @@ def _custom(name: str, shapes: Any, outputs: int, bprop: Any = None) -> ops.Cust
 def switches(
     *, stem: bool = False, stride: int = 1, same: bool = False, residual: bool = False, frozen: bool = False
 ) -> ms.Tensor:
-    """The options of an operator that are whole numbers; see `src/ops.cc`."""
+    """The options of an operator that are whole numbers; see `src/operands.h`."""
     values = [_STEM if stem else _EXPAND, stride, int(same), int(residual), int(frozen), 0, 0, 0]
     return ms.Tensor(np.array(values, np.int32))
 

@@ -1,4 +1,4 @@
-// What the operators (ops.cc) and the vector code (vector.cc, compiled once per instruction set) share.
+// What the operators and the vector code (vector.cc, compiled once per instruction set) share.
 //
 // Activations are float32 and channels-last: a tensor (N, H, W, C) is a matrix of N*H*W rows and C columns. Every channel
 // count is a multiple of 8, as in every MobileNetV2. A convolution's output `y` is kept before BatchNorm; whoever reads it
@@ -101,7 +101,7 @@ struct BlockInference {  // one image's inverted residual in bands of rows, the 
 };
 
 // One instruction set's functions. Each works on part [begin, end) of the rows it names; `scratch` belongs to the worker.
-struct Vector {
+struct InstructionSet {
   const char* name;
   int lanes;
   long (*packed_size)(int depth, int columns);
@@ -139,6 +139,6 @@ struct Vector {
   void (*block)(const BlockInference&, long begin, long end, float* scratch);                 // output rows of all images
 };
 
-const Vector& vector_code();  // the best that this processor has
+const InstructionSet& vector_code();  // the best that this processor has
 
 }  // namespace mbv2

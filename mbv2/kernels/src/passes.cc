@@ -35,9 +35,9 @@ float* Memory::channels(int count) {
   return data;
 }
 
-Steps::Steps() : vector(vector_code()), workers_(Pool::instance().size()) {}
+Passes::Passes() : vector(vector_code()), workers_(Pool::instance().size()) {}
 
-void Steps::parallel(long total, long grain, const std::function<void(int, long, long)>& job) {
+void Passes::parallel(long total, long grain, const std::function<void(int, long, long)>& job) {
   std::vector<std::exception_ptr> failures(workers_);
   Pool::instance().run([&](int worker) {
     const Range r = part(total, worker, workers_, grain);
@@ -51,13 +51,13 @@ void Steps::parallel(long total, long grain, const std::function<void(int, long,
     if (failure) std::rethrow_exception(failure);
 }
 
-float* Steps::scratch(int worker, long floats) {
+float* Passes::scratch(int worker, long floats) {
   float* data = Pool::instance().arena(worker).reserve(floats);
   if (!data) throw std::bad_alloc();
   return data;
 }
 
-const float* Steps::pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale) {
+const float* Passes::pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale) {
   float* packed = memory.floats(vector.packed_size(depth, columns) + 16);
   parallel(vector.panels(columns), 1, [&](int, long begin, long end) {
     vector.pack(w, k_stride, n_stride, depth, columns, scale, packed, static_cast<int>(begin), static_cast<int>(end));
@@ -65,21 +65,21 @@ const float* Steps::pack(const float* w, long k_stride, long n_stride, int depth
   return packed;
 }
 
-float* Steps::depthwise_weights(const float* w, int channels, const float* scale) {
+float* Passes::depthwise_weights(const float* w, int channels, const float* scale) {
   float* out = memory.floats(9L * channels);
   for (int k = 0; k < 9; ++k)
     for (int c = 0; c < channels; ++c) out[static_cast<long>(k) * channels + c] = w[c * 9 + k] * (scale ? scale[c] : 1.0f);
   return out;
 }
 
-const float* Steps::pixel_values(const float* mean, const float* scale) {
+const float* Passes::pixel_values(const float* mean, const float* scale) {
   float* out = memory.floats(256 * 3);
   for (int v = 0; v < 256; ++v)
     for (int c = 0; c < 3; ++c) out[v * 3 + c] = (static_cast<float>(v) - mean[c]) * scale[c];
   return out;
 }
 
-const float* Steps::stem_weights(const float* w, int outputs, const float* scale) {
+const float* Passes::stem_weights(const float* w, int outputs, const float* scale) {
   float* ordered = memory.floats(static_cast<size_t>(kStemDepth) * outputs);  // (27, outputs)
   for (int o = 0; o < outputs; ++o)
     for (int c = 0; c < 3; ++c)
@@ -87,7 +87,7 @@ const float* Steps::stem_weights(const float* w, int outputs, const float* scale
   return pack(ordered, outputs, 1, kStemDepth, outputs, scale);
 }
 
-void Steps::prepare(Norm& norm, float eps) {
+void Passes::prepare(Norm& norm, float eps) {
   const int n = norm.channels;
   norm.mean = memory.channels(n);
   norm.inverse = memory.channels(n);
@@ -102,7 +102,7 @@ void Steps::prepare(Norm& norm, float eps) {
   }
 }
 
-void Steps::finish(Norm& norm, const Totals& sums, const float* centre, long rows, const NormOptions& options, float* new_mean,
+void Passes::finish(Norm& norm, const Totals& sums, const float* centre, long rows, const NormOptions& options, float* new_mean,
                    float* new_variance) {
   const double count = static_cast<double>(rows);
   // MindSpore keeps the unbiased variance; of a single value there is none, and the biased one (0) is kept.
@@ -123,7 +123,7 @@ void Steps::finish(Norm& norm, const Totals& sums, const float* centre, long row
   }
 }
 
-OutputGradient Steps::gradient(const Norm& norm, const Totals& sums, long rows, bool frozen, const float* g, const float* y, float* dgamma,
+OutputGradient Passes::gradient(const Norm& norm, const Totals& sums, long rows, bool frozen, const float* g, const float* y, float* dgamma,
                                float* dbeta) {
   const int n = norm.channels;
   float *b = memory.channels(n), *shift = memory.channels(n);
@@ -138,13 +138,13 @@ OutputGradient Steps::gradient(const Norm& norm, const Totals& sums, long rows, 
   return {g, y, norm.scale, frozen ? nullptr : b, norm.mean, shift};
 }
 
-OutputGradient Steps::plain_gradient(const float* g, int channels) {
+OutputGradient Passes::plain_gradient(const float* g, int channels) {
   float* one = memory.channels(channels);
   for (int c = 0; c < channels; ++c) one[c] = 1.0f;
   return {g, g, one, nullptr, nullptr, nullptr};
 }
 
-Totals Steps::gather(int channels, const std::function<void(const std::function<Sums(int)>&)>& body) {
+Totals Passes::gather(int channels, const std::function<void(const std::function<Sums(int)>&)>& body) {
   const long stride = 2L * static_cast<long>(padded_channels(channels));
   double* all = memory.doubles(stride * workers_);
   std::memset(all, 0, sizeof(double) * stride * workers_);
@@ -160,13 +160,13 @@ Totals Steps::gather(int channels, const std::function<void(const std::function<
   return totals;
 }
 
-float* Steps::partial(long floats) {
+float* Passes::partial(long floats) {
   float* all = memory.floats(floats * workers_);
   parallel(workers_, 1, [&](int, long begin, long end) { std::memset(all + begin * floats, 0, sizeof(float) * floats * (end - begin)); });
   return all;
 }
 
-void Steps::reduce(const float* partials, long floats, float* to) {
+void Passes::reduce(const float* partials, long floats, float* to) {
   parallel(floats, 1024, [&](int, long begin, long end) {
     for (long i = begin; i < end; ++i) {
       float sum = partials[i];
@@ -176,7 +176,7 @@ void Steps::reduce(const float* partials, long floats, float* to) {
   });
 }
 
-void Steps::pointwise(Pointwise p, long rows, Totals* sums, float* centre) {
+void Passes::pointwise(Pointwise p, long rows, Totals* sums, float* centre) {
   const long floats = vector.pointwise_scratch(p.inputs, p.outputs);
   if (sums) {  // around one row's values: no cancellation however far the mean lies from zero
     Pointwise one = p;
@@ -192,7 +192,7 @@ void Steps::pointwise(Pointwise p, long rows, Totals* sums, float* centre) {
   else all([](int) { return Sums{}; });
 }
 
-void Steps::depthwise(Depthwise p, Totals* sums, float* centre) {
+void Passes::depthwise(Depthwise p, Totals* sums, float* centre) {
   if (sums) {  // one pixel's values, from the middle of the first image
     const int oy = p.out_height / 2, ox = p.out_width / 2;
     for (int c = 0; c < p.channels; ++c) {
@@ -217,7 +217,7 @@ void Steps::depthwise(Depthwise p, Totals* sums, float* centre) {
   else all([](int) { return Sums{}; });
 }
 
-void Steps::stem(Stem p, const float* weights, Totals* sums, float* centre) {
+void Passes::stem(Stem p, const float* weights, Totals* sums, float* centre) {
   if (sums) {
     const int iy = p.out_height / 2 * 2 - p.pad_top, ix = p.out_width / 2 * 2 - p.pad_left;
     for (int o = 0; o < p.outputs; ++o) {
@@ -240,18 +240,18 @@ void Steps::stem(Stem p, const float* weights, Totals* sums, float* centre) {
   else all([](int) { return Sums{}; });
 }
 
-void Steps::moments(const float* y, int channels, long rows, Totals& sums, float* centre) {
+void Passes::moments(const float* y, int channels, long rows, Totals& sums, float* centre) {
   std::memcpy(centre, y + rows / 2 * channels, sizeof(float) * channels);
   sums = gather(channels, [&](const std::function<Sums(int)>& of) {
     parallel(rows, 32, [&](int worker, long begin, long end) { vector.moments(y, centre, channels, begin, end, of(worker)); });
   });
 }
 
-void Steps::affine(const float* y, Affine in, const float* residual, float* z, int channels, long rows) {
+void Passes::affine(const float* y, Affine in, const float* residual, float* z, int channels, long rows) {
   parallel(rows, 32, [&](int, long begin, long end) { vector.affine(y, in, residual, z, channels, begin, end); });
 }
 
-void Steps::pointwise_gradient(PointwiseGradient p, long rows, float* dw, Totals* sums) {
+void Passes::pointwise_gradient(PointwiseGradient p, long rows, float* dw, Totals* sums) {
   const long floats = vector.pointwise_scratch(p.inputs, p.outputs), size = static_cast<long>(p.inputs) * p.outputs;
   float* partials = dw ? partial(size) : nullptr;
   const auto all = [&](const std::function<Sums(int)>& of) {
@@ -264,7 +264,7 @@ void Steps::pointwise_gradient(PointwiseGradient p, long rows, float* dw, Totals
   if (dw) reduce(partials, size, dw);
 }
 
-void Steps::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
+void Passes::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
   const Depthwise& d = p.shape;
   const long floats = vector.depthwise_scratch(d), size = 9L * d.channels, rows = static_cast<long>(d.images) * d.height;
   float* partials = dw ? partial(size) : nullptr;
@@ -285,7 +285,7 @@ void Steps::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
   }
 }
 
-void Steps::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) {
+void Passes::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) {
   const long floats = vector.stem_scratch(p), size = static_cast<long>(kStemWindow) * p.outputs;
   const long rows = static_cast<long>(p.images) * p.out_height;
   float* partials = partial(size);
@@ -303,7 +303,7 @@ void Steps::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) {
   }
 }
 
-void Steps::gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, long rows,
+void Passes::gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, long rows,
                           Totals& sums) {
   sums = gather(channels, [&](const std::function<Sums(int)>& of) {
     parallel(rows, 32,
@@ -311,11 +311,11 @@ void Steps::gradient_sums(const float* g, const float* y, Affine mask, const flo
   });
 }
 
-void Steps::output_gradient(const OutputGradient& out, float* d, int channels, long rows) {
+void Passes::output_gradient(const OutputGradient& out, float* d, int channels, long rows) {
   parallel(rows, 32, [&](int, long begin, long end) { vector.output_gradient(out, d, channels, begin, end); });
 }
 
-void Steps::pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums) {
+void Passes::pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums) {
   sums = gather(norm.channels, [&](const std::function<Sums(int)>& of) {
     parallel(images, 1, [&](int worker, long begin, long end) {
       vector.pool_gradient(dpooled, y, norm.affine(true), norm.mean, g, pixels, norm.channels, begin, end, of(worker));
@@ -323,16 +323,16 @@ void Steps::pool_gradient(const float* dpooled, const float* y, const Norm& norm
   });
 }
 
-void Steps::block(const BlockInference& p) {
+void Passes::block(const BlockInference& p) {
   const long floats = vector.block_scratch(p), rows = static_cast<long>(p.depthwise.images) * p.depthwise.out_height;
   parallel(rows, 1, [&](int worker, long begin, long end) { vector.block(p, begin, end, scratch(worker, floats)); });
 }
 
-void Steps::pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels) {
+void Passes::pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels) {
   parallel(images, 1, [&](int, long begin, long end) { vector.pool(y, in, pooled, pixels, channels, begin, end); });
 }
 
-void Steps::add(const float* a, const float* b, float* c, long count) {
+void Passes::add(const float* a, const float* b, float* c, long count) {
   parallel(count, 8, [&](int, long begin, long end) { vector.add(a, b, c, begin, end); });
 }
 

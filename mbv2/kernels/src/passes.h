@@ -1,4 +1,4 @@
-// The steps that operators are made of: each runs one piece of vector code on all workers and puts their sums together in
+// The passes that operators are made of: each runs one piece of vector code on all workers and puts their sums together in
 // the order of the workers, so that the result does not depend on which finished first.
 #pragma once
 
@@ -43,11 +43,11 @@ struct Totals {  // per channel, of all workers
   std::vector<double> first, second;
 };
 
-class Steps {
+class Passes {
  public:
-  Steps();
+  Passes();
   Memory memory;
-  const Vector& vector;
+  const InstructionSet& vector;
 
   void parallel(long total, long grain, const std::function<void(int worker, long begin, long end)>& job);
   float* scratch(int worker, long floats);

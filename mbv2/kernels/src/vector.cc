@@ -21,16 +21,37 @@ namespace {
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
 
-extern const Vector code;
-const Vector code = {
-    TEXT(VARIANT), LANES,
-    packed_size, panels, pack,
-    pointwise_scratch, pointwise, pointwise_gradient,
-    depthwise_scratch, depthwise, depthwise_gradient,
-    stem_scratch, stem, stem_gradient,
-    affine, moments, gradient_sums, output_gradient, add, pool, pool_gradient,
-    block_scratch, block,
-};
+// By name, as most of the functions have types in common.
+constexpr InstructionSet table() {
+  InstructionSet set{};
+  set.name = TEXT(VARIANT);
+  set.lanes = LANES;
+  set.packed_size = packed_size;
+  set.panels = panels;
+  set.pack = pack;
+  set.pointwise_scratch = pointwise_scratch;
+  set.pointwise = pointwise;
+  set.pointwise_gradient = pointwise_gradient;
+  set.depthwise_scratch = depthwise_scratch;
+  set.depthwise = depthwise;
+  set.depthwise_gradient = depthwise_gradient;
+  set.stem_scratch = stem_scratch;
+  set.stem = stem;
+  set.stem_gradient = stem_gradient;
+  set.affine = affine;
+  set.moments = moments;
+  set.gradient_sums = gradient_sums;
+  set.output_gradient = output_gradient;
+  set.add = add;
+  set.pool = pool;
+  set.pool_gradient = pool_gradient;
+  set.block_scratch = block_scratch;
+  set.block = block;
+  return set;
+}
+
+extern const InstructionSet code;
+const InstructionSet code = table();
 
 }  // namespace VARIANT
 }  // namespace mbv2

@@ -6,14 +6,14 @@
 
 namespace mbv2 {
 #if defined(MBV2_X86)
-namespace avx512 { extern const Vector code; }
-namespace avx2 { extern const Vector code; }
+namespace avx512 { extern const InstructionSet code; }
+namespace avx2 { extern const InstructionSet code; }
 #endif
-namespace baseline { extern const Vector code; }
+namespace baseline { extern const InstructionSet code; }
 
 namespace {
 
-const Vector& choose() {
+const InstructionSet& choose() {
   const char* wanted = std::getenv("MBV2_ISA");  // for tests: avx512, avx2 or baseline, where the processor has it
 #if defined(MBV2_X86)
   __builtin_cpu_init();
@@ -30,8 +30,8 @@ const Vector& choose() {
 
 }  // namespace
 
-const Vector& vector_code() {
-  static const Vector& chosen = choose();
+const InstructionSet& vector_code() {
+  static const InstructionSet& chosen = choose();
   return chosen;
 }
 

@@ -1,0 +1,78 @@
+// The head: 1x1 convolution, BatchNorm, ReLU6, mean over the pixels.
+#include "guard.h"
+#include "operands.h"
+
+namespace mbv2 {
+namespace {
+
+OPERATOR(head_train) {
+  const Matrix h = read_matrix(call);
+  Norm norm = read_norm(call, h.outputs);
+  const Options o = read_options(call);
+  float* pooled = call.exactly<float>("pooled", {h.x.images, h.outputs});
+  float* y = call.exactly<float>("y", {h.x.images, h.x.height, h.x.width, h.outputs});
+  float* saved = call.exactly<float>("saved", {4, h.outputs});
+  const NormOutputs out = read_norm_outputs(call, h.outputs, saved);
+  call.done();
+  Passes passes;
+  normalise(passes, norm, h.x.rows(), o.norm, out, [&](Totals* sums, float* centre) {
+    Pointwise p;
+    p.x = h.x.data;
+    p.inputs = h.x.channels;
+    p.outputs = h.outputs;
+    p.packed = passes.pack(h.weights, 1, h.x.channels, h.x.channels, h.outputs);
+    p.y = y;
+    passes.pointwise(p, h.x.rows(), sums, centre);
+  });
+  passes.pool(y, norm.affine(true), pooled, h.x.images, h.x.height * h.x.width, h.outputs);
+}
+
+OPERATOR(head_grad) {
+  Passes passes;
+  int64_t s[2];
+  const float* dpooled = call.next<float>("dpooled", 2, s);
+  const Activation x = read_activation(call, "x");
+  const int outputs = call.channels("outputs", s[1]);
+  const float* y = call.exactly<float>("y", {x.images, x.height, x.width, outputs});
+  const Norm norm = read_saved(call, passes, outputs);
+  const float* weights = call.exactly<float>("weights", {outputs, x.channels, 1, 1});
+  const Options o = read_options(call);
+  if (s[0] != x.images) call.refuse("dpooled and x differ in batch size");
+  float* dx = read_like<float>(call, "dx", x);
+  const ParameterGradients d = read_gradients(call, {outputs, x.channels, 1, 1}, outputs);
+  call.done();
+  float* g = passes.memory.floats(x.rows() * outputs);
+  Totals sums;
+  passes.pool_gradient(dpooled, y, norm, g, x.images, x.height * x.width, sums);
+  PointwiseGradient p;
+  p.out = passes.gradient(norm, sums, x.rows(), o.norm.frozen, g, y, d.gamma, d.beta);
+  p.x = x.data;
+  p.inputs = x.channels;
+  p.outputs = outputs;
+  p.packed = passes.pack(weights, x.channels, 1, outputs, x.channels);
+  p.dx = dx;
+  passes.pointwise_gradient(p, x.rows(), d.weight, nullptr);
+}
+
+OPERATOR(head_infer) {
+  const Matrix h = read_matrix(call);
+  Norm norm = read_norm(call, h.outputs);
+  const Options o = read_options(call);
+  float* pooled = call.exactly<float>("pooled", {h.x.images, h.outputs});
+  call.done();
+  Passes passes;
+  Pointwise p;
+  p.x = h.x.data;
+  p.bias = folded_bias(passes, norm, o.norm.eps);
+  p.relu6 = true;
+  p.inputs = h.x.channels;
+  p.outputs = h.outputs;
+  p.packed = passes.pack(h.weights, 1, h.x.channels, h.x.channels, h.outputs, norm.scale);
+  float* y = passes.memory.floats(h.x.rows() * h.outputs);
+  p.y = y;
+  passes.pointwise(p, h.x.rows(), nullptr, nullptr);
+  passes.pool(y, Affine{}, pooled, h.x.images, h.x.height * h.x.width, h.outputs);
+}
+
+}  // namespace
+}  // namespace mbv2
