@@ -4,6 +4,14 @@ from pathlib import Path
 
 import click
 
+from imnet_prep.remote import is_url
+
+
+def place(text: str) -> Path | str:
+    """Return a URL as it is, as a path would lose one of its slashes, and anything else as a path."""
+    return text if is_url(text) else Path(text)
+
+
 GROUP = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 DIR = click.argument("records", type=Path, metavar="DIR")
 RECORDS = click.option("--records", required=True, type=Path, help="A folder with a manifest.json.")

@@ -8,7 +8,7 @@ import click
 from imnet_prep.download.options import ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
 from imnet_prep.errors import DownloadError
 
-from .options import GROUP, JSON, KEEP_CLASSES, WORKERS
+from .options import GROUP, JSON, KEEP_CLASSES, WORKERS, place
 from .records import adopt, bench, browse, info, repair_index, report, reshard, verify
 from .render import guard, progress_bar, show, stop_requested
 
@@ -101,7 +101,7 @@ def _fraction(text: str) -> float:
 
 
 @main.command("to-mindrecord")
-@click.argument("sources", nargs=-1, required=True, type=Path, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, required=True, type=place, metavar="SOURCE...")
 @click.option("--out", required=True, type=Path, help="The records folder to write.")
 @click.option("--split", metavar="train|val|test", help="The split of sources that do not tell it.")
 @click.option(
@@ -116,6 +116,7 @@ def _fraction(text: str) -> float:
 )  # fmt: skip
 @KEEP_CLASSES
 @click.option("--max-per-class", type=int, metavar="N", help="Keep at most N images per class, chosen by the seed.")
+@click.option("--val-fraction", type=float, metavar="F", help="Without a val split, take this fraction of each class.")
 @click.option("--short-side", type=int, metavar="PIXELS", help="Shrink to this short side (256 is usual).")
 @click.option("--quality", default=90, help="JPEG quality with --short-side.")
 @click.option("--duplicates", default="keep", metavar="keep|reject", help="What to do with identical files.")
@@ -127,9 +128,10 @@ def _fraction(text: str) -> float:
 @JSON
 @guard
 def to_mindrecord(
-    sources: tuple[Path, ...], out: Path, split: str | None, shards: int | None, seed: int, workers: int | None,
-    label_space: str, keep_classes: Path | None, max_per_class: int | None, short_side: int | None, quality: int,
-    duplicates: str, max_rejected: str, dry_run: bool, force: bool, executor: str, scheduler: str | None, as_json: bool,
+    sources: tuple[Path | str, ...], out: Path, split: str | None, shards: int | None, seed: int, workers: int | None,
+    label_space: str, keep_classes: Path | None, max_per_class: int | None, val_fraction: float | None,
+    short_side: int | None, quality: int, duplicates: str, max_rejected: str, dry_run: bool, force: bool, executor: str,
+    scheduler: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert archives and folders to MindRecord shards with a manifest.
 
@@ -148,7 +150,7 @@ def to_mindrecord(
 
     plan_options = PlanOptions(
         seed=seed, shards=shards, label_space=label_space, keep_classes=keep_classes, max_per_class=max_per_class,
-        store=ValidateOptions(short_side=short_side, quality=quality), duplicates=duplicates,
+        store=ValidateOptions(short_side=short_side, quality=quality), duplicates=duplicates, val_fraction=val_fraction,
     )  # fmt: skip
     options = ConvertOptions(workers, max_rejected, executor, scheduler, force)
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:

@@ -76,15 +76,18 @@ def look_up(url: str) -> RemoteFile | None:
     return None if info["type"] == "directory" else _file_of(url, info)
 
 
-def list_files(url: str) -> list[RemoteFile]:
-    """Return the files in and below a folder, sorted by name.
+def list_files(url: str) -> dict[str, RemoteFile]:
+    """Return the files in and below a folder by their path within it, sorted.
 
     Raises:
         RemoteError: It cannot be listed.
     """
     system, path = _opened(url)
     found = _repeated(url, lambda: system.find(path, detail=True))
-    return [_file_of(system.unstrip_protocol(name), info) for name, info in sorted(found.items())]
+    top = path.rstrip("/") + "/"
+    return {
+        name.removeprefix(top): _file_of(system.unstrip_protocol(name), info) for name, info in sorted(found.items())
+    }
 
 
 def read(file: RemoteFile) -> Iterator[bytes]:

@@ -15,11 +15,13 @@ from typing import Any
 from imnet_prep.build.job import ConvertResult, Job, interruptible, named_failures, run_job
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.build.plan import CONVENTIONS, PLAN_VERSION, Plan, load_plan, make_plan, shard_refs
-from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, Workdir, check_out
+from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, STAGED, Workdir, check_out
 from imnet_prep.files import write_atomically
 from imnet_prep.images.check import validate
 from imnet_prep.process_pool import process_count
-from imnet_prep.sources import detect, merge, read
+from imnet_prep.remote import is_url
+from imnet_prep.sources import Source, detect, merge, read
+from imnet_prep.sources.staging import Staging
 from imnet_prep.types import ProgressCallback, Rejected, Stop
 
 LOG = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ SAMPLE_IMAGES = 64  # per split, timed for the estimate of a dry run
 
 
 def convert(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     out: Path,
     split: str | None,
     plan_options: PlanOptions,
@@ -38,7 +40,7 @@ def convert(
     """Convert sources to a records folder.
 
     Args:
-        paths: Archives and folders, in any order.
+        paths: Archives, folders and URLs of archives, in any order.
         out: The records folder to write.
         split: The split of sources that do not tell it.
         plan_options: What determines the result.
@@ -58,22 +60,26 @@ def convert(
 class _SourcesJob(Job):
     """The conversion of archives and folders."""
 
-    def __init__(self, paths: Sequence[Path], split: str | None, options: PlanOptions) -> None:
-        self.paths, self._options = paths, options
-        self._sources = detect(paths, split)
-        states = [_file_state(source.path) for source in self._sources]
-        depends = [PLAN_VERSION, states, split, options.content(), options.seed, options.label_names()]
-        # What the plan depends on; None with a folder, which may have changed and is listed again.
-        self._key = None if None in states else json.dumps(depends, sort_keys=True)
+    def __init__(self, paths: Sequence[Path | str], split: str | None, options: PlanOptions) -> None:
+        self.paths, self._given, self._split, self._options = local_paths(paths), paths, split, options
+        self._sources: list[Source] = []
+        self._key: str | None = None  # what the plan depends on; None with a folder, which is listed again
 
     def plan(self, workdir: Workdir, progress: ProgressCallback) -> Plan:
         """Return the plan that was begun from the same archives, or make one."""
+        options, staging = self._options, Staging(workdir.work / STAGED, progress)
+        self._sources = detect(self._given, self._split, staging)
+        states = [_file_state(source.path) for source in self._sources]
+        depends = [PLAN_VERSION, states, self._split, options.content(), options.seed, options.label_names()]
+        self._key = None if None in states else json.dumps(depends, sort_keys=True)
         begun = workdir.begun()
         if self._key is not None and begun is not None and begun.get("key") == self._key:
             plan = load_plan(workdir.database, self._options)
             if plan is not None and plan.digest == begun["plan"]:
                 return plan
-        return make_plan(merge(self._sources), workdir.work / PLAN_FRESH, self._options, progress)
+        plan = make_plan(merge(self._sources), workdir.work / PLAN_FRESH, self._options, progress)
+        staging.forget_others()
+        return plan
 
     def describe(self, workdir: Workdir, progress: ProgressCallback) -> dict[str, Any]:
         """Describe the sources; the digests of an archive are kept until it changes."""
@@ -93,6 +99,11 @@ class _SourcesJob(Job):
         return {"inputs": infos, "infos": infos, "key": self._key, "notes": notes}
 
 
+def local_paths(given: Sequence[Path | str]) -> list[Path]:
+    """Return the sources that are on this machine, without the URLs."""
+    return [Path(path) for path in given if not (isinstance(path, str) and is_url(path))]
+
+
 def _file_state(path: Path) -> list[Any] | None:
     """Return a fingerprint of a file that detects a replaced one, or None for a folder."""
     state = path.stat()
@@ -100,7 +111,7 @@ def _file_state(path: Path) -> list[Any] | None:
 
 
 def dry_run(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     out: Path,
     split: str | None,
     plan_options: PlanOptions,
@@ -118,10 +129,10 @@ def dry_run(
         PlanError: A class list cannot be read, or ``out`` cannot be created.
         Interrupted: ``stop`` returned True.
     """
-    sources = detect(paths, split)
-    workdir = check_out(out, paths, force=options.force)
+    workdir = check_out(out, local_paths(paths), force=options.force)
     parent = next(folder for folder in workdir.out.parents if folder.exists())
     with named_failures(workdir), tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
+        sources = detect(paths, split, Staging(Path(folder) / STAGED, interruptible(progress, stop)))
         plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, interruptible(progress, stop))
         seconds = _estimate_seconds(plan) / process_count(options.workers)
     return {

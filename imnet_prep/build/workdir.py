@@ -16,7 +16,7 @@ from typing import Any
 
 from imnet_prep.build.plan import Plan
 from imnet_prep.build.shard_task import PLAN_DATABASE, PLAN_NOTE
-from imnet_prep.errors import ImnetError, IntegrityError, PlanError
+from imnet_prep.errors import ImnetError, IntegrityError, Interrupted, PlanError, RemoteError
 from imnet_prep.files import exclusive_lock, sync, write_atomically
 from imnet_prep.records.check import check_size, listed_files
 from imnet_prep.records.folder import RecordsFolder
@@ -35,6 +35,7 @@ from imnet_prep.records.record_list import RECORDS, REJECTED
 from imnet_prep.types import SPLITS
 
 PLAN_FRESH = "plan.new"  # in .work: a plan that has not begun
+STAGED = "staged"  # in .work: copies of what cannot be read in place
 DIGESTS = "digests.json"  # in .work: of the archives, as reading 148 GB again would take long
 _OURS = frozenset({MANIFEST, REJECTED, BUILD_WORK, DAMAGED_FOLDER, *SPLITS})  # everything in a records folder
 
@@ -125,12 +126,16 @@ def hold(workdir: Workdir) -> Iterator[bool]:
             if os.path.lexists(workdir.old):
                 raise PlanError(f"{workdir.old}: is in the way of the old folder", remedy="move it away")
             workdir.work.mkdir(parents=True, exist_ok=True)
+            keep = False
             try:
                 yield published
+            except (Interrupted, RemoteError):
+                keep = any((workdir.work / STAGED).glob("*.json"))  # brought in hours, perhaps
+                raise
             finally:
                 with suppress(OSError):
                     (workdir.work / PLAN_FRESH).unlink()
-                if not workdir.note.exists() and workdir.work.exists():
+                if not keep and not workdir.note.exists() and workdir.work.exists():
                     shutil.rmtree(workdir.work, ignore_errors=True)
                     if not (workdir.partial / MANIFEST).exists():
                         shutil.rmtree(workdir.partial, ignore_errors=True)
@@ -259,7 +264,7 @@ def _forget(workdir: Workdir, plan: Plan) -> None:
     """Delete what was begun, its note first: a kill in between then leaves nothing that looks begun."""
     remove(workdir.note)
     for item in (*workdir.partial.iterdir(), *workdir.work.iterdir()):
-        if item not in (workdir.work, plan.database, workdir.work / DIGESTS):
+        if item not in (workdir.work, plan.database, workdir.work / DIGESTS, workdir.work / STAGED):
             remove(item)
 
 

@@ -67,7 +67,7 @@ class Source(ABC):
             SourceError: It cannot be read; an official archive is damaged or has the name of another one.
         """
         name, size_bytes, md5, sha256, official, note = "", 0, "", "", False, ""
-        if archive := not self.path.is_dir():
+        if archive := self.staged is not None or not self.path.is_dir():
             path = self.path
             if self.staged is not None:  # hashed when it was brought
                 size_bytes, md5, sha256 = self.staged.size_bytes, self.staged.md5, self.staged.sha256

@@ -1,11 +1,13 @@
 """Recognize the layout of each source by its content first, then by its name."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.files import PlainFile
+from imnet_prep.remote import RemoteFile, base_name, is_url, list_files, look_up, shown
 from imnet_prep.sources.archives import (
     ClassTar,
     Devkit,
@@ -14,41 +16,48 @@ from imnet_prep.sources.archives import (
     ends_in_zeros,
     peek,
 )
-from imnet_prep.sources.base import Source, is_image_name
+from imnet_prep.sources.base import Source, is_hidden, is_image_name, printable
 from imnet_prep.sources.folder_layout import DEVKIT_ARCHIVE, devkit, folder_sources
 from imnet_prep.sources.folders import FolderSource
 from imnet_prep.sources.labels import KAGGLE_SOLUTION, read_kaggle_solution
+from imnet_prep.sources.parquet import ParquetSource, find_files, shards_of
+from imnet_prep.sources.staging import COMPRESSED, Staging
 from imnet_prep.sources.zip import ClassZip
 from imnet_prep.types import SPLITS
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_REMOTE_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip", ".csv", ".txt", ".json")
 
 
-def detect(paths: Sequence[Path], split: str | None = None) -> list[Source]:
+def detect(paths: Sequence[Path | str], split: str | None = None, staging: Staging | None = None) -> list[Source]:
     """Recognize the layout of each path.
 
     Args:
-        paths: Folders and archives, in any order and mix.
+        paths: Folders, archives and URLs of archives, in any order and mix.
         split: Selects one split of a source that has several, and names the split of one that does not tell it.
+        staging: Where to bring what cannot be read in place; None refuses it.
 
     Returns:
         One source per path (more for a folder of official archives), in the order of the paths.
 
     Raises:
         SourceError: A path is missing, empty, cut, or of no known layout; the message says which in one line.
+        RemoteError: A URL cannot be read.
     """
     if split is not None and split not in SPLITS:
         raise SourceError(f"no split is called {split}", expected=" or ".join(SPLITS), got=split)
     if not paths:
         raise SourceError("no source was given", expected="a folder or archive of images")
     sources: list[Source] = []
-    for path in map(Path, paths):
+    for given in paths:
+        path, labelled = Path(given), any(isinstance(source, Devkit) for source in sources)
         try:
-            if path.is_dir():
-                labelled = any(isinstance(source, Devkit) for source in sources)
-                sources += folder_sources(path, split or "", labelled, _file)
+            if isinstance(given, str) and is_url(given):
+                sources += _remote(given, split or "", labelled, _needed(staging, given))
+            elif path.is_dir():
+                sources += _folder(path, split or "", labelled, staging)
             elif path.is_file():
-                sources.append(_file(path, split or ""))
+                sources.append(_file(path, split or "", staging))
             elif path.exists():
                 raise SourceError(f"{path} is neither a folder nor a file")
             else:
@@ -82,10 +91,53 @@ def _hand_out_labels(sources: list[Source]) -> None:
             part.labels = known[0]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+def _needed(staging: Staging | None, path: Path | str) -> Staging:
+    if staging is None:
+        raise SourceError(
+            f"{path} cannot be read in place", expected="a folder or an uncompressed archive", remedy="unpack it"
+        )
+    return staging
 
 
-def _file(path: Path, split: str) -> Source:
+def _staged(place: Path | RemoteFile, split: str, staging: Staging) -> Source:
+    """Bring a file and recognize its content."""
+    staged = staging.bring(place)
+    with staged.named():
+        source = _file(staged.path, split, None)
+    source.staged, source.name = staged, printable(staged.name)
+    return source
+
+
+# --- URLs ------------------------------------------------------------------------------------------------------------
+
+
+def _remote(url: str, split: str, labelled: bool, staging: Staging) -> list[Source]:
+    """Recognize what is behind a URL: a file, or a folder of Parquet files or of archives."""
+    file = look_up(url)
+    if file is not None and not file.name.endswith(".parquet"):
+        return [_staged(file, split, staging)]
+    files = {file.name: file} if file is not None else list_files(url)
+    files = {name: place for name, place in files.items() if not any(map(is_hidden, name.split("/")))}
+    given = shown(url)
+    if parquet := [(name, place) for name, place in files.items() if name.endswith(".parquet")]:
+        shards = shards_of(parquet, given, split, one=file is not None)
+        return [ParquetSource(staging.folder, given, shards, split, staging)]
+    archives = {name: place for name, place in files.items() if "/" not in name and name.endswith(_REMOTE_ENDINGS)}
+    if not archives or any(map(is_image_name, files)):
+        raise SourceError(
+            f"{given} is a folder without Parquet files or archives",
+            expected="these; single images are not read from a URL",
+            got=", ".join(sorted(files)[:5]) or "nothing",
+            remedy="pack them into a tar, or copy the folder and give that",
+        )
+    folder = staging.bring_all(base_name(url) or "source", archives)
+    return folder_sources(folder, split, labelled, partial(_file, staging=staging))
+
+
+# --- files and folders ------------------------------------------------------------------------------------------
+
+
+def _file(path: Path, split: str, staging: Staging | None) -> Source:
     start = PlainFile(path).read(262, 0)
     if not start:
         raise SourceError(f"{path} is empty", expected="an archive of images", got="0 bytes")
@@ -95,15 +147,24 @@ def _file(path: Path, split: str) -> Source:
         return devkit(path)
     if (start[:2] == b"PK" or path.suffix.lower() == ".zip") and start[257:262] != b"ustar":
         return ClassZip(path, split)
-    if start[:2] in _COMPRESSED and start[257:262] != b"ustar":
+    if start.startswith(tuple(COMPRESSED)) and start[257:262] != b"ustar":
+        return _staged(path, split, _needed(staging, path))
+    if start.startswith(_ZSTD) and start[257:262] != b"ustar":
         raise SourceError(
-            f"{path} is compressed ({_COMPRESSED[start[:2]]})",
-            expected="a folder or an uncompressed tar, whose images can be read in place",
-            remedy="unpack it and give the folder",
+            f"{path} is compressed (zstd)", expected="a tar, or one in gzip, bzip2 or xz", remedy="unzstd it"
         )
+    if start.startswith(b"PAR1"):
+        shards = shards_of([(path.name, path)], str(path), split, one=True)
+        return ParquetSource(path, str(path), shards, split, _needed(staging, path))
     if is_image_name(path.name):
         raise SourceError(f"{path} is one image", expected="a folder or archive of class folders")
     return _tar(path, split)
+
+
+def _folder(path: Path, split: str, labelled: bool, staging: Staging | None) -> list[Source]:
+    if files := find_files(path):
+        return [ParquetSource(path, str(path), shards_of(files, str(path), split), split, _needed(staging, path))]
+    return folder_sources(path, split, labelled, partial(_file, staging=staging))
 
 
 def _tar(path: Path, split: str) -> Source:

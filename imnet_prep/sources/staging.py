@@ -9,11 +9,12 @@ import json
 import lzma
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from imnet_prep import remote
@@ -83,7 +84,7 @@ class Staging:
     """
 
     def __init__(self, folder: Path, progress: ProgressCallback = lambda state: None) -> None:
-        self._folder, self.progress = folder, progress
+        self.folder, self.progress = folder, progress
         self._used: set[str] = set()
 
     def bring(self, place: Place) -> Staged:
@@ -106,6 +107,20 @@ class Staging:
         folder, info = self.entry(["file", *fingerprint(place)], fill, keep=_has_version(place))
         return Staged(shown(place), name, folder / info["file"], info["size_bytes"], info["md5"], info["sha256"])
 
+    def bring_all(self, name: str, files: Mapping[str, RemoteFile]) -> Path:
+        """Bring the files of a remote folder as they are, by name, and return the folder of that name with them."""
+
+        def fill(folder: Path) -> dict[str, Any]:
+            (folder / name).mkdir()
+            for base, file in files.items():
+                pieces = iter(Reading(file, self.progress))
+                write(folder / name / base, pieces, shown(file), file.size_bytes or 0)
+            return {}
+
+        key = ["folder", *(fingerprint(file) for file in files.values())]
+        folder, _ = self.entry(key, fill, keep=all(map(_has_version, files.values())))
+        return folder / name
+
     def entry(
         self, key: list[Any], fill: Callable[[Path], dict[str, Any]], *, keep: bool = True
     ) -> tuple[Path, dict[str, Any]]:
@@ -117,27 +132,25 @@ class Staging:
             keep: Use it again in a later run.
         """
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        folder, note = self._folder / name, self._folder / f"{name}.json"
+        folder, note = self.folder / name, self.folder / f"{name}.json"
         if name not in self._used and (not keep or not _is_whole(folder, note)):
             note.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             try:
                 info = fill(folder)
-                for file in folder.iterdir():
-                    sync(file)
-                sync(folder)
+                for item in (*folder.rglob("*"), folder):
+                    sync(item)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-            write_atomically(note, json.dumps({"sizes": sizes, "info": info}).encode())
+            write_atomically(note, json.dumps({"sizes": _sizes(folder), "info": info}).encode())
         self._used.add(name)
         return folder, dict(json.loads(note.read_bytes())["info"])
 
     def forget_others(self) -> None:
         """Delete the copies that this run did not ask for."""
-        for item in self._folder.glob("*"):
+        for item in self.folder.glob("*"):
             if item.name.removesuffix(".json") not in self._used:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
 
@@ -148,10 +161,13 @@ def _has_version(place: Place) -> bool:
 
 def _is_whole(folder: Path, note: Path) -> bool:
     try:
-        sizes = json.loads(note.read_bytes())["sizes"]
-        return bool(sizes == {file.name: file.stat().st_size for file in folder.iterdir()})
+        return bool(json.loads(note.read_bytes())["sizes"] == _sizes(folder))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
 class Reading:
@@ -189,10 +205,37 @@ class Reading:
 
     def close(self) -> dict[str, Any]:
         """Check that the file did not change meanwhile, and return its size and digests."""
-        if isinstance(self._place, Path) and fingerprint(self._place) != self._before:
-            raise SourceError(f"{self._place}: changed while it was read", remedy="run the same command again")
+        self.check()
         md5, sha256 = (digest.hexdigest() for digest in self._digests)
         return {"size_bytes": self._done, "md5": md5, "sha256": sha256}
+
+    def check(self) -> None:
+        """Check that the file did not change since it was opened; a remote one is checked when its end is read.
+
+        Raises:
+            SourceError: It did.
+        """
+        if isinstance(self._place, Path) and fingerprint(self._place) != self._before:
+            raise SourceError(f"{self._place}: changed while it was read", remedy="run the same command again")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Read the file to its end in another thread, for its digests, while the block reads it in its own way."""
+        stop = Event()
+
+        def read() -> None:
+            for _ in self:
+                if stop.is_set():
+                    return
+
+        with ThreadPoolExecutor(1) as thread:
+            reading = thread.submit(read)
+            try:
+                yield
+            except BaseException:
+                stop.set()
+                raise
+            reading.result()
 
 
 def _parts(path: Path) -> Iterator[bytes]:
