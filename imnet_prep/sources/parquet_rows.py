@@ -30,7 +30,9 @@ def _pyarrow(part: str = "") -> Any:
         return import_module(f"pyarrow{part}")
     except ImportError as error:
         raise SourceError(
-            "Parquet files are read by pyarrow, which is not installed", remedy="pip install 'imnet-prep[parquet]'"
+            "Parquet files need pyarrow, which cannot be loaded",
+            got=str(error).splitlines()[0],
+            remedy="pip install 'imnet-prep[parquet]'",
         ) from error
 
 
