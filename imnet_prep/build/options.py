@@ -30,6 +30,7 @@ class PlanOptions:
         max_per_class: Images to keep per class and split, chosen by the seed, or None for all.
         store: The limits of an image, and how it is stored.
         duplicates: ``keep``, or ``reject`` all but the first (val before train) of the images with the same bytes.
+        val_fraction: The share of each class to move from train to val, or None for none.
     """
 
     seed: int = 0
@@ -39,12 +40,14 @@ class PlanOptions:
     max_per_class: int | None = None
     store: ValidateOptions = field(default_factory=ValidateOptions)
     duplicates: str = "keep"
+    val_fraction: float | None = None
 
     def __post_init__(self) -> None:
         checks = (
             ("--seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more"),
             ("--shards", self.shards, self.shards is None or 1 <= self.shards <= 1000, "1 to 1000"),
             ("--max-per-class", self.max_per_class, self.max_per_class is None or self.max_per_class >= 1, "1 or more"),
+            ("--val-fraction", self.val_fraction, self.val_fraction is None or 0 < self.val_fraction < 1, "0 to 1"),
             ("--duplicates", self.duplicates, self.duplicates in DUPLICATES, " or ".join(DUPLICATES)),
         )
         for name, value, good, expected in checks:
@@ -61,6 +64,7 @@ class PlanOptions:
             "quality": self.store.quality if self.store.short_side is not None else None,
             "shards": self.shards,
             "short_side": self.store.short_side,
+            **({} if self.val_fraction is None else {"val_fraction": self.val_fraction}),
         }
 
     def label_names(self) -> list[str] | str:

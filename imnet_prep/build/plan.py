@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from imnet_prep import catalog
+from imnet_prep.build.hold_out import hold_out
 from imnet_prep.build.options import PlanOptions, read_names
 from imnet_prep.errors import PlanError, SourceError
 from imnet_prep.files import sqlite_failure
@@ -255,6 +256,8 @@ def _ingest(
             expected=f"names among {_listed(sorted(seen - {''}))}",
             got=_listed(unknown),
         )
+    if options.val_fraction is not None:
+        hold_out(connection, options.val_fraction, key, lambda split, name: _keys(split, name, key))
     try:  # names are unique, by the sources, and 64 bits of SHA-256 nearly always
         connection.execute("CREATE UNIQUE INDEX staging.by_record ON found(record)")
     except sqlite3.IntegrityError as error:
@@ -266,12 +269,16 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
+def _keys(split: str, file_name: str, key: bytes) -> tuple[int, int]:
+    """Return the record id and the rank of an image, signed as SQLite's integers are."""
+    rank = hashlib.blake2b(f"{split}/{file_name}".encode(), digest_size=8, key=key).digest()
+    return (record_id(split, file_name) ^ 1 << 63) - (1 << 63), int.from_bytes(rank, "little", signed=True)
+
+
 def _row(ref: ImageRef, key: bytes, path: int) -> tuple[object, ...]:
-    name = f"{ref.split}/{ref.file_name}".encode()
     return (
         SPLITS.index(ref.split),
-        (record_id(ref.split, ref.file_name) ^ 1 << 63) - (1 << 63),  # signed, as SQLite's integers are
-        int.from_bytes(hashlib.blake2b(name, digest_size=8, key=key).digest(), "little", signed=True),  # its rank
+        *_keys(ref.split, ref.file_name, key),
         ref.class_name,
         ref.file_name,
         path,
