@@ -19,7 +19,25 @@ from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch
 from mbv2.recipe import Recipe
 from mbv2.runtime import Runtime
-from mbv2.training.features import FeatureBatch
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBatch:
+    """What a step of head training takes.
+
+    Attributes:
+        features: float32 (N, C), pooled.
+        label: int32 (N,).
+        record_id: uint64 (N,).
+    """
+
+    features: NDArray[np.float32]
+    label: NDArray[np.int32]
+    record_id: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
 
 AnyBatch = Batch | FeatureBatch
 
@@ -91,10 +109,7 @@ def open_run_data(records: Path, recipe: Recipe, seed: int, stack: ExitStack, ru
         val = stack.enter_context(open_batches(records, "val", options, seed, **loading))
 
     def train_view(view: int) -> Iterator[Batch]:
-        options: Options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
-        if view:
-            options = replace(train_options(recipe), mixup_alpha=0.0, cutmix_alpha=0.0, drop_last=False)
-        with open_batches(records, "train", options, seed, order="sequential") as batches:
+        with open_batches(records, "train", view_options(recipe, view), seed, order="sequential") as batches:
             yield from batches.epoch(view)
 
     return RunData(manifest.classes, manifest.digest, train, images, train_view, val, val_images)
@@ -115,6 +130,13 @@ def train_options(recipe: Recipe) -> TrainOptions:
         mixup_alpha=recipe.mixup_alpha,
         cutmix_alpha=recipe.cutmix_alpha,
     )
+
+
+def view_options(recipe: Recipe, view: int) -> Options:
+    """Return how a view of the training images is made: view 0 as for evaluation, others augmented, none mixed."""
+    if not view:
+        return eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
+    return replace(train_options(recipe), mixup_alpha=0.0, cutmix_alpha=0.0, drop_last=False)
 
 
 def eval_options(batch_size: int, image_size: int, eval_crop: float) -> EvalOptions:

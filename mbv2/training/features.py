@@ -5,44 +5,31 @@ the records' manifest, the split, the view and the operators. Other weights, oth
 name, so a cache is never stale.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Batch, Progress, ProgressCallback
+from mbv2.data import AnyBatch, FeatureBatch, RunData, fill_rows, view_options
+from mbv2.scoring.score import network_predict
+from mbv2.training.options import RunOptions
+from mbv2.weights.checkpoint import parameter_tensors, tensor_digest
+
+if TYPE_CHECKING:
+    from mbv2.training.learner import Learner  # it imports MindSpore
 
 _ORDER_STREAM, _VIEW_STREAM = 0xF0, 0xF1  # keep these draws apart from every other use of the seed
 _logger = logging.getLogger(__name__)
 
 Stop = Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureBatch:
-    """What a step of head training takes.
-
-    Attributes:
-        features: float32 (N, C), pooled.
-        label: int32 (N,).
-        record_id: uint64 (N,).
-    """
-
-    features: NDArray[np.float32]
-    label: NDArray[np.int32]
-    record_id: NDArray[np.uint64]
-
-    def __len__(self) -> int:
-        return len(self.label)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +39,57 @@ class FeatureSet:
     features: NDArray[np.float32]
     label: NDArray[np.int32]
     record_id: NDArray[np.uint64]
+
+
+def feature_data(
+    options: RunOptions, data: RunData, learner: "Learner", *, stop: Stop, progress: ProgressCallback | None
+) -> RunData:
+    """Replace a run's images by their pooled features, from the cache or computed now.
+
+    Raises:
+        TrainError: A cache is damaged, or the disk does not take it.
+        Interrupted: ``stop`` said so.
+    """
+    from mbv2.training.step import PooledFeatures
+
+    recipe, net = options.recipe, learner.net
+    weights = parameter_tensors(net.get_parameters())
+    common = {
+        "weights": tensor_digest({n: v for n, v in weights.items() if not n.startswith("classifier.")}),
+        "model": {k: v for k, v in asdict(learner.config).items() if k not in ("classes", "dropout")},
+        "kernels": net.kernels,
+        "records": data.digest,
+    }
+    folder = options.features or options.out / "features"
+    net.set_train(False)
+    predict = network_predict(PooledFeatures(net))
+
+    def open_set(split: str, view: int, batches: Callable[[], Iterator[AnyBatch]], images: int) -> FeatureSet:
+        # Every option of the loader but the batch size: pixels follow from all others.
+        pixels = {"seed": options.seed if view else 0, **asdict(replace(view_options(recipe, view), batch_size=1))}
+        name = f"{split}-{view}-{cache_key({**common, 'split': split, 'view': view, **pixels})}"
+        return load_features(folder, name) or compute_features(
+            folder,
+            name,
+            lambda image: predict(fill_rows(image, recipe.batch_size))[: len(image)],
+            batches(),
+            images=images,
+            length=net.feature_count,
+            stop=stop,
+            progress=progress,
+        )
+
+    def train_view(view: int) -> FeatureSet:
+        return open_set("train", view, lambda: data.train_view(view), data.train_images)
+
+    views = tuple(train_view(view) for view in range(1 + recipe.feature_views))
+    train = FeatureSource(views, recipe.batch_size, training=True, seed=options.seed)
+    val = None
+    if (images := data.val) is not None:
+        val_set = open_set("val", 0, lambda: images.epoch(0), data.val_images)
+        val = FeatureSource((val_set,), recipe.batch_size, training=False)
+    net.set_train(True)
+    return replace(data, train=train, val=val)
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
@@ -76,7 +114,7 @@ def compute_features(
     folder: Path,
     name: str,
     pooled: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
-    batches: Iterator[Batch | FeatureBatch],
+    batches: Iterator[AnyBatch],
     *,
     images: int,
     length: int,

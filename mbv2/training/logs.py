@@ -4,8 +4,6 @@ All carry the run's step, so that a resumed run cuts them back to its checkpoint
 interrupted run then read as if nothing had happened.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -89,11 +87,14 @@ class RunLog:
         folder: The run's folder.
         epoch: Finished epochs; later rows of ``metrics.csv`` are cut off, their work is about to be done again.
         step: Finished steps; later rows of ``log.jsonl`` are cut off.
-        events: Where TensorBoard events are written, from :func:`open_events`.
+        events: Write TensorBoard events as well.
+
+    Raises:
+        TrainError: tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Path, epoch: int, step: int, events: Any = None) -> None:
-        self.events = events
+    def __init__(self, folder: Path, epoch: int, step: int, *, events: bool = False) -> None:
+        self.events = _open_events(folder, step) if events else None
         self.metrics, self.log = folder / METRICS, folder / LOG
         rows = [row for row in read_metrics(folder) if row.epoch <= epoch]
         _rewrite(self.metrics, lambda: _csv_text(rows))
@@ -113,6 +114,11 @@ class RunLog:
             csv.writer(handle).writerow(_cells(row))
         self._add_events("val", {"loss": row.val_loss, "top1": row.val_top1, "top5": row.val_top5}, row.step)
 
+    def close(self) -> None:
+        """Close the events."""
+        if self.events is not None:
+            self.events.close()
+
     def _add_events(self, group: str, values: dict[str, float | None], step: int) -> None:
         if self.events is None:
             return
@@ -122,12 +128,8 @@ class RunLog:
         self.events.flush()
 
 
-def open_events(folder: Path, step: int) -> Any:
-    """Open the TensorBoard events of a run; TensorBoard then hides what an interrupted run wrote after ``step``.
-
-    Raises:
-        TrainError: tensorboardX is not installed.
-    """
+def _open_events(folder: Path, step: int) -> Any:
+    """Open the TensorBoard events of a run; TensorBoard then hides what an interrupted run wrote after ``step``."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

@@ -1,20 +1,50 @@
-"""What makes a run the run that it is, and whether a folder holds that run."""
-
-from __future__ import annotations
+"""What makes a run the run that it is, where it stands, and the checkpoints in its folder."""
 
 import json
+import logging
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from imnet_prep.errors import TrainError
+import numpy as np
+
+from imnet_prep.errors import CheckpointError, TrainError
 from mbv2.data import RunData
-from mbv2.recipe import MODEL_FIELDS, Recipe
-from mbv2.training.run import BEST, CONFIG, LAST, RunOptions
-from mbv2.weights.checkpoint import Checkpoint, read_checkpoint
+from mbv2.recipe import MODEL_FIELDS, stored_fields
+from mbv2.scoring.score import Scores
+from mbv2.training.options import BEST, CONFIG, LAST, RunOptions
+from mbv2.weights.checkpoint import (
+    Checkpoint,
+    Meta,
+    Tensors,
+    load_parameters,
+    parameter_tensors,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from mbv2.training.learner import Learner  # it imports MindSpore
 
 DESCRIPTIVE = ("name", "command", "source", "expected_top1")  # fields of a recipe that change nothing
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a run stands, and what it has seen of the current epoch. All of it goes into ``last.ckpt``."""
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best_top1: float | None = None
+    best_top5: float | None = None
+
+
+# --- the identity of a run -------------------------------------------------------------------------------------------
 
 
 def run_identity(options: RunOptions, data: RunData, ranks: int, origin: str = "") -> dict[str, Any]:
@@ -54,19 +84,7 @@ def find_last(options: RunOptions, data: RunData, ranks: int) -> Checkpoint | No
     last = read_checkpoint(path)
     saved = last.meta.training.get("identity", {})
     want = run_identity(options, data, ranks, saved.get("pretrained", "") if options.resume else "")
-    have = {**_before_they_were_saved(last, options.out, want), **saved}
-    differing = [name for name in want if have.get(name) != want[name]]
-    if differing:
-        name = differing[0]
-        remedy = "choose another --out"
-        if name in ("ranks", "steps_per_epoch"):
-            remedy = f"start as many processes as before (msrun --worker_num), or {remedy}"
-        raise TrainError(
-            f"{options.out} holds another run: {', '.join(differing)} differ",
-            expected=f"{name} {have.get(name)!r} to go on with it",
-            got=f"{want[name]!r}",
-            remedy=remedy,
-        )
+    _refuse_another(options.out, want, stored_fields({**_before_they_were_saved(last, options.out, want), **saved}))
     if last.meta.epoch < options.recipe.epochs and not options.resume:
         raise TrainError(
             f"{options.out} holds this run, unfinished", remedy="go on with --resume, or choose another --out"
@@ -78,8 +96,24 @@ def find_last(options: RunOptions, data: RunData, ranks: int) -> Checkpoint | No
     return last
 
 
+def _refuse_another(out: Path, want: dict[str, Any], have: dict[str, Any]) -> None:
+    differing = [name for name in want if have.get(name) != want[name]]
+    if not differing:
+        return
+    name = differing[0]
+    remedy = "choose another --out"
+    if name in ("ranks", "steps_per_epoch"):
+        remedy = f"start as many processes as before (msrun --worker_num), or {remedy}"
+    raise TrainError(
+        f"{out} holds another run: {', '.join(differing)} differ",
+        expected=f"{name} {have.get(name)!r} to go on with it",
+        got=f"{want[name]!r}",
+        remedy=remedy,
+    )
+
+
 def _before_they_were_saved(last: Checkpoint, out: Path, want: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that an earlier version did not save: those of the run's network, and else the defaults.
+    """Return what an earlier version did not save: the fields of the run's network, ranks and steps an epoch.
 
     Its steps an epoch follow from its position or stand in ``config.json``. Another number of ranks shows in them.
     """
@@ -91,4 +125,94 @@ def _before_they_were_saved(last: Checkpoint, out: Path, want: dict[str, Any]) -
         with suppress(OSError, ValueError, KeyError):
             steps = json.loads((out / CONFIG).read_text(encoding="utf-8"))["steps_per_epoch"]
     model = {name: last.meta.model[name] for name in MODEL_FIELDS}
-    return {**asdict(Recipe()), **model, "ranks": want["ranks"], "steps_per_epoch": steps}
+    return {**model, "ranks": want["ranks"], "steps_per_epoch": steps}
+
+
+# --- the checkpoints of a run ----------------------------------------------------------------------------------------
+
+
+def not_finite(out: Path, where: str, got: str) -> TrainError:
+    """Return the error of a run whose loss or weights are not finite; ``where`` names step and learning rate."""
+    remedy = f"{LAST} holds the last good state, step {read_checkpoint(out / LAST).meta.step}; "
+    remedy += "lower --lr or set clip_norm"
+    return TrainError(f"training broke down at {where}", expected="a finite loss", got=got, remedy=remedy)
+
+
+class RunState:
+    """The position and the weights of a run, saved to its folder and restored from it.
+
+    Args:
+        options: Of the run.
+        learner: Its networks.
+        identity: From :func:`run_identity`, or that of the run that goes on.
+        classes: Class names in label order.
+        writes: Whether this process writes the folder: the first rank does.
+        where: Names a step of the run and its learning rate, for errors.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        learner: "Learner",
+        identity: dict[str, Any],
+        classes: tuple[str, ...],
+        *,
+        writes: bool,
+        where: Callable[[int], str],
+    ) -> None:
+        self.options, self.learner, self.identity, self.classes = options, learner, identity, classes
+        self.writes, self.where = writes, where
+        self.position = Position()
+
+    def restore(self, last: Checkpoint) -> None:
+        """Set every parameter and the position from a checkpoint.
+
+        Raises:
+            CheckpointError: It is of another network or optimiser, or does not say where the run stands.
+        """
+        load_parameters(self.learner.state(), last.tensors, str(last.path))
+        try:
+            self.position = Position(**last.meta.training["position"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{last.path} does not say where the run stands", got=str(error)) from error
+        _logger.info("resuming after step %d", self.position.step)
+
+    def save_last(self) -> None:
+        """Write ``last.ckpt``: everything that going on needs."""
+        if not self.writes:
+            return
+        recipe = asdict(self.options.recipe)
+        training = {"identity": self.identity, "position": asdict(self.position), "recipe": recipe}
+        self._save(LAST, parameter_tensors(self.learner.state()), self._meta({}, training))
+
+    def keep_best(self, scores: Scores | None, *, scored: bool) -> None:
+        """Write ``best.ckpt`` where this epoch is the best so far; where runs are not scored the newest is."""
+        position = self.position
+        if scored:
+            if scores is None or (position.best_top1 is not None and scores.top1 <= position.best_top1):
+                return
+            position.best_top1, position.best_top5 = scores.top1, scores.top5
+        if self.writes:
+            metrics = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss} if scores else {}
+            self._save(BEST, self.learner.weights(), self._meta(metrics, {}))
+
+    def _save(self, name: str, tensors: Tensors, meta: Meta) -> None:
+        for tensor, value in tensors.items():
+            if not np.isfinite(value).all():
+                raise not_finite(self.options.out, self.where(self.position.step), f"{tensor} not finite after it")
+        save_checkpoint(self.options.out / name, tensors, meta)
+
+    def _meta(self, metrics: dict[str, float], training: dict[str, Any]) -> Meta:
+        position, recipe = self.position, self.options.recipe
+        return Meta(
+            model=asdict(self.learner.config),
+            class_names=self.classes,
+            image_size=recipe.image_size,
+            eval_crop=recipe.eval_crop,
+            batch_size=recipe.batch_size,
+            epoch=position.epoch,
+            step=position.step,
+            metrics=metrics,
+            training=training,
+            origin=f"mbv2 train, recipe {recipe.name}",
+        )

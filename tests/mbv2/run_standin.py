@@ -13,7 +13,8 @@ from pathlib import Path
 from imnet_prep.cli.render import guard, stop_requested
 from imnet_prep.types import Progress
 from mbv2.recipe import Recipe
-from mbv2.training.train import RunOptions, train
+from mbv2.training.options import RunOptions
+from mbv2.training.run import train
 from tests.mbv2.standin import memory_data
 
 BATCH = 8

@@ -18,7 +18,7 @@ from mbv2.recipe import (
     resolve_recipe,
     stored_fields,
 )
-from mbv2.training.run import RunOptions
+from mbv2.training.options import RunOptions
 from mbv2.weights.convert import ConvertOptions
 from mbv2.weights.pretrained import network_config
 

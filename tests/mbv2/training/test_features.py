@@ -14,7 +14,8 @@ from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Batch
 from mbv2.recipe import Recipe
 from mbv2.training.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
-from mbv2.training.train import RunOptions, train
+from mbv2.training.options import RunOptions
+from mbv2.training.run import train
 from mbv2.weights.checkpoint import read_checkpoint
 from tests.mbv2.standin import memory_data
 

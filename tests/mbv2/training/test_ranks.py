@@ -25,8 +25,9 @@ from mbv2.network.model import ModelConfig
 from mbv2.recipe import Recipe
 from mbv2.runtime import Runtime, runtime
 from mbv2.training.logs import read_metrics
+from mbv2.training.options import RunOptions
 from mbv2.training.ranks import sum_counts, sum_floats
-from mbv2.training.train import RunOptions, train
+from mbv2.training.run import train
 from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
 from tests.mbv2.weights.test_convert import random_weights
 from tests.synthetic import WNIDS, picture

@@ -17,9 +17,9 @@ from imnet_prep.files import exclusive_lock
 from imnet_prep.types import Progress
 from mbv2.network.model import ModelConfig
 from mbv2.training.logs import RunLog
-from mbv2.training.run import BEST, CONFIG, LAST, LOCK, stored_run
+from mbv2.training.options import BEST, CONFIG, LAST, LOCK, stored_run
+from mbv2.training.run import train
 from mbv2.training.state import find_last, run_identity
-from mbv2.training.train import train
 from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
 from tests.imnet_prep.obstacles import names_below, small_disk
 from tests.mbv2.run_standin import BATCH, RECIPE, options

@@ -15,8 +15,9 @@ from PIL import Image
 from imnet_prep.errors import CheckpointError, TrainError
 from mbv2.recipe import Recipe
 from mbv2.scoring.score import network_predict, score_batches
-from mbv2.training.logs import EpochRow, RunLog, StepRow, open_events, read_metrics
-from mbv2.training.train import RunOptions, RunResult, stored_run, train
+from mbv2.training.logs import EpochRow, RunLog, StepRow, read_metrics
+from mbv2.training.options import RunOptions, RunResult, stored_run
+from mbv2.training.run import train
 from mbv2.weights.checkpoint import build_network, read_checkpoint
 from tests.mbv2.run_standin import BATCH, RECIPE, SAVE_EVERY, options
 from tests.mbv2.standin import memory_data
@@ -179,11 +180,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
 def test_tensorboard_gets_what_the_logs_get(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
 
-    events = open_events(tmp_path, 0)
-    log = RunLog(tmp_path, 0, 0, events)
+    log = RunLog(tmp_path, 0, 0, events=True)
     log.add_step(StepRow(0, 3, 1.5, 0.1, 0.0, 5.0, 10.0, 0.25, "data-bound"))
     log.add_epoch(EpochRow(1, 5, 0.1, 1.5, 1.25, 0.5, None, 10.0, 0.0))
-    events.close()
+    log.close()
     (path,) = (tmp_path / "events").iterdir()
     data, found = path.read_bytes(), {}
     while data:  # a record: its length in 8 bytes, 4 of checksum, the event, 4 of checksum
@@ -200,7 +200,7 @@ def test_tensorboard_gets_what_the_logs_get(tmp_path: Path) -> None:
 def test_absent_tensorboard_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(TrainError, match=r"--tensorboard needs .*imnet-prep\[tensorboard\]"):
-        open_events(tmp_path, 0)
+        RunLog(tmp_path, 0, 0, events=True)
 
 
 def test_nothing_to_resume_is_said(tmp_path: Path) -> None:

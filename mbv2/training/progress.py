@@ -1,0 +1,120 @@
+"""What the steps of a run gave: fetched a few steps later, checked, timed, and put into rows.
+
+A step's result is read back only where it is needed, as reading it waits for the step to end.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from imnet_prep.errors import TrainError
+from imnet_prep.types import Progress
+from mbv2.recipe import Recipe
+from mbv2.training.logs import StepRow, verdict
+from mbv2.training.state import Position
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Pace:
+    """Time spent, split into waiting for data and computing; the first step, which compiles, is left out."""
+
+    images: int = 0
+    steps: int = 0
+    wait_s: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, images: int, wait_s: float, busy_s: float) -> None:
+        """Count one step."""
+        self.images, self.steps = self.images + images, self.steps + 1
+        self.wait_s, self.busy_s = self.wait_s + wait_s, self.busy_s + busy_s
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second."""
+        return self.images / max(1e-9, self.wait_s + self.busy_s)
+
+    @property
+    def data_wait_frac(self) -> float:
+        """Share of the time spent waiting."""
+        return self.wait_s / max(1e-9, self.wait_s + self.busy_s)
+
+
+class StepResults:
+    """The results of a run's steps.
+
+    Args:
+        recipe: Of the run.
+        steps_per_epoch: Steps in an epoch.
+        ranks: Number of processes that train together; images are counted over all.
+        not_finite: Makes the error for a step and what was found.
+
+    Attributes:
+        epoch_pace: Since the epoch began.
+        run_pace: Since this process began.
+    """
+
+    def __init__(
+        self, recipe: Recipe, steps_per_epoch: int, ranks: int, not_finite: Callable[[int, str], TrainError]
+    ) -> None:
+        self.recipe, self.steps_per_epoch, self.not_finite = recipe, steps_per_epoch, not_finite
+        self.global_batch = recipe.batch_size * ranks
+        self.epoch_pace, self.run_pace, self._row_pace = Pace(), Pace(), Pace()
+        self._compiling = recipe.accumulate_steps  # steps until every graph of training has been compiled
+        self._unread: list[tuple[int, Any, Any]] = []  # (step, result, norm of an update or None)
+
+    def add(self, step: int, result: tuple[Any, Any], wait_s: float, busy_s: float) -> None:
+        """Take the result of a step (from 1), and how long it took."""
+        self._unread.append((step, *result))
+        if self._compiling:
+            self._compiling -= 1
+            _logger.info("step with graph compilation took %.1f s", busy_s)
+            return
+        for pace in (self.epoch_pace, self.run_pace, self._row_pace):
+            pace.add(self.global_batch, wait_s, busy_s)
+
+    def read_back(self, position: Position) -> tuple[float, float]:
+        """Fetch the results since the last time and add their losses up; return the newest loss and gradient norm.
+
+        Raises:
+            TrainError: A loss is not finite.
+        """
+        loss = norm = math.nan
+        for step, result, update_norm in self._unread:
+            loss, norm, _ = (float(value) for value in result.asnumpy())
+            if update_norm is not None:
+                norm = float(update_norm.asnumpy())
+            if not math.isfinite(loss):
+                raise self.not_finite(step, f"loss {loss}")
+            position.loss_sum += loss
+        self._unread.clear()
+        return loss, norm
+
+    def row(self, position: Position, lr: float) -> StepRow:
+        """Return the row of the step just finished, with the pace since the row before."""
+        loss, norm = self.read_back(position)
+        pace, self._row_pace = self._row_pace, Pace()
+        wait = pace.data_wait_frac
+        return StepRow(
+            epoch=(position.step - 1) // self.steps_per_epoch,
+            step=position.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm if self.recipe.clip_norm else None,
+            step_ms=1000 * (pace.wait_s + pace.busy_s) / max(1, pace.steps),
+            images_per_s=pace.images_per_s,
+            data_wait_frac=wait,
+            verdict=verdict(wait),
+        )
+
+    def progress(self, position: Position, lr: float) -> Progress:
+        """Return where the run stands, in images of all ranks."""
+        seen = position.epoch_step - len(self._unread)
+        loss = f"loss {position.loss_sum / seen:.3f}, " if seen else ""
+        epoch = f"epoch {position.epoch + 1}/{self.recipe.epochs}, "
+        note = f"{epoch}{loss}lr {lr:.4g}, waiting for data {self.epoch_pace.data_wait_frac:.1%}"
+        total = self.steps_per_epoch * self.recipe.epochs
+        return Progress(position.step * self.global_batch, total * self.global_batch, note=note)
