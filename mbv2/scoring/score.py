@@ -93,7 +93,7 @@ class Scores:
 def label_ranks(logits: NDArray[np.float32], label: NDArray[np.int32]) -> NDArray[np.int64]:
     """Count the classes that come before the true one; equal logits are ordered by class number.
 
-    A row with a logit that is not finite ranks last: a broken network must not score.
+    A row with a logit that is not finite ranks last, and never among the first five: a broken network must not score.
 
     Returns:
         int64 (N,), 0 where the label is the best guess.
@@ -103,7 +103,7 @@ def label_ranks(logits: NDArray[np.float32], label: NDArray[np.int32]) -> NDArra
     own = logits[rows, label][:, None]
     before = np.arange(logits.shape[1])[None, :] < label[:, None]
     ranks = ((logits > own) | ((logits == own) & before)).sum(1)
-    return np.where(finite, ranks, logits.shape[1])
+    return np.where(finite, ranks, max(TOP, logits.shape[1]))
 
 
 def score_batches(

@@ -64,7 +64,7 @@ def test_equal_logits_are_ordered_by_class() -> None:
 
 def test_a_row_that_is_not_finite_never_scores() -> None:
     logits = np.array([[np.nan] * 3, [np.inf, 0, 0], [1, 0, 0]], np.float32)
-    assert label_ranks(logits, np.zeros(3, np.int32)).tolist() == [3, 3, 0]
+    assert label_ranks(logits, np.zeros(3, np.int32)).tolist() == [5, 5, 0]
 
 
 def test_a_missing_image_is_an_error() -> None:
