@@ -13,7 +13,22 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<quota us> <period us>" or "m
 
 def cpu_count() -> int:
     """Count the cores that this process may use: those of its affinity, or fewer in a container with a quota."""
-    cores = _affinity() or os.cpu_count() or 1
+    return _within_quota(_affinity(0) or os.cpu_count() or 1)
+
+
+def cpu_share(processes: int) -> int:
+    """Count the cores for one of several equal processes that the same launcher started on this machine.
+
+    The launcher's cores are shared out; it may have bound each process to some of them, so this process takes no more
+    than it may use itself.
+    """
+    cores = cpu_count()
+    if processes == 1:
+        return cores
+    return max(1, min(cores, _within_quota(max(cores, _affinity(os.getppid()))) // processes))
+
+
+def _within_quota(cores: int) -> int:
     try:
         quota, period = _CGROUP_QUOTA.read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -21,11 +36,14 @@ def cpu_count() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def _affinity() -> int:
-    """Count the cores on which this process may run; 0 where the system does not say."""
+def _affinity(process: int) -> int:
+    """Count the cores on which a process (0: this one) may run; 0 where the system does not say."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    if sys.platform == "win32":
+        try:
+            return len(os.sched_getaffinity(process))
+        except OSError:  # it has ended, or is another user's
+            return 0
+    if sys.platform == "win32" and process == 0:
         import ctypes
 
         mine, all_cores, this_process = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p(-1)

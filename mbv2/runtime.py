@@ -3,22 +3,21 @@
 MindSpore's settings are process-wide, and two of them can be set once only; nothing else in the project touches them.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-from imnet_prep.cpu import cpu_count, library_versions
+from imnet_prep.cpu import cpu_count, cpu_share, library_versions
 from imnet_prep.errors import TrainError
 
 DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
 GRAPH_DEPTH = 10_000  # a step over 158 weights and 104 statistics nests deeper than MindSpore's 1,000
 _logger = logging.getLogger(__name__)
-_started: Runtime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +29,17 @@ class Runtime:
         threads: Threads that MindSpore's CPU operators use.
         rank: This process's number under MindSpore's ``msrun``, else 0.
         ranks: Number of processes that train together, else 1.
+        local_ranks: How many of them run on this machine.
     """
 
     device_target: str
     threads: int
     rank: int = 0
     ranks: int = 1
+    local_ranks: int = 1
+
+
+_started: Runtime | None = None
 
 
 def import_mindspore() -> ModuleType:
@@ -50,11 +54,11 @@ def import_mindspore() -> ModuleType:
 def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> Runtime:
     """Set up MindSpore for this process: device, graph mode, threads, quiet logs. Asked again, it does nothing.
 
-    Started by ``msrun``, the process joins the others; the cores of the machine are then shared out among them.
+    Started by ``msrun``, the process joins the others; those on one machine share its cores.
 
     Args:
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
-        threads: Threads for CPU operators; the cores this process may use if not given.
+        threads: Threads for CPU operators; this process's share of the machine's cores if not given.
 
     Raises:
         TrainError: Unknown or absent device, or MindSpore was started otherwise before.
@@ -68,29 +72,28 @@ def start_mindspore(device_target: str = "CPU", threads: int | None = None) -> R
         if wanted != have:
             raise TrainError("MindSpore was already started in this process", expected=f"{have}", got=f"{wanted}")
         return _started
-    threads = threads or max(1, cpu_count() // _local_ranks())
     ms = import_mindspore()
-    _settle(ms, device_target, threads)
+    with _unless_in_use(ms, device_target):
+        ms.set_device(device_target)
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_recursion_limit(GRAPH_DEPTH)
-    rank, ranks = 0, 1
-    if os.environ.get("MS_ROLE"):  # set by msrun for its workers and their scheduler
-        communication = importlib.import_module("mindspore.communication")
-        communication.init()
-        rank, ranks = communication.get_rank(), communication.get_group_size()
-    _started = Runtime(device_target, threads, rank, ranks)
+    rank, ranks, local_ranks = _join_ranks()
+    threads = threads or cpu_share(local_ranks)
+    if device_target == "CPU":
+        with _unless_in_use(ms, device_target):
+            ms.device_context.cpu.op_tuning.threads_num(threads)
+            # One dispatcher: the graph is a chain, and its operators bring their own threads.
+            ms.runtime.dispatch_threads_num(1)
+    _started = Runtime(device_target, threads, rank, ranks, local_ranks)
     _logger.debug("MindSpore: %s", _started)
     return _started
 
 
-def _settle(ms: ModuleType, device_target: str, threads: int) -> None:
-    """Choose device and threads; where the caller's own MindSpore code has run on that device already, they stay."""
+@contextmanager
+def _unless_in_use(ms: ModuleType, device_target: str) -> Iterator[None]:
+    """Leave a setting as it is where the caller's own MindSpore code has run on that device already."""
     try:
-        ms.set_device(device_target)
-        if device_target == "CPU":
-            ms.device_context.cpu.op_tuning.threads_num(threads)
-            # One dispatcher: the graph is a chain, and its operators bring their own threads.
-            ms.runtime.dispatch_threads_num(1)
+        yield
     except (RuntimeError, ValueError) as error:
         if "has been initialized" in str(error) and ms.get_context("device_target") == device_target:
             _logger.warning("MindSpore was in use before: its thread settings stay as they are")
@@ -100,9 +103,13 @@ def _settle(ms: ModuleType, device_target: str, threads: int) -> None:
         raise TrainError(f"MindSpore cannot use {device_target} here", got=got, remedy=remedy) from error
 
 
-def _local_ranks() -> int:
-    """Count the processes of ``msrun`` on this machine: it does not say, so all of them are taken to be."""
-    return int(os.environ.get("MS_WORKER_NUM", "1")) if os.environ.get("MS_ROLE") else 1
+def _join_ranks() -> tuple[int, int, int]:
+    """Join the other processes of ``msrun``: return the rank, the number of ranks, and of those on this machine."""
+    if not os.environ.get("MS_ROLE"):  # set by msrun for its workers and their scheduler
+        return 0, 1, 1
+    communication = importlib.import_module("mindspore.communication")
+    communication.init()
+    return communication.get_rank(), communication.get_group_size(), communication.get_local_rank_size()
 
 
 def runtime() -> Runtime:

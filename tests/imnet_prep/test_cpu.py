@@ -47,6 +47,34 @@ def test_a_container_s_quota_lowers_the_count_of_cores(
     assert DownloadOptions((tmp_path,), tmp_path).process_count() == cores
 
 
+@pytest.mark.parametrize(
+    ("own", "launcher", "quota", "processes", "cores"),
+    [
+        (64, 64, "max 100000\n", 8, 8),  # nobody is bound
+        (8, 64, "max 100000\n", 8, 8),  # each is bound to its own cores
+        (32, 64, "max 100000\n", 8, 8),  # four are bound to the cores of one node of memory
+        (8, 8, "max 100000\n", 2, 4),  # the launcher itself was bound
+        (64, 64, "1600000 100000\n", 8, 2),  # a container of 16 cores
+        (8, None, "max 100000\n", 2, 4),  # the launcher has ended
+        (2, 2, "max 100000\n", 5, 1),
+        (64, 4, "max 100000\n", 1, 64),
+    ],
+)
+def test_processes_of_one_launcher_share_its_cores(
+    own: int, launcher: int | None, quota: str, processes: int, cores: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def affinity(process: int) -> set[int]:
+        if process and launcher is None:
+            raise ProcessLookupError
+        return set(range((launcher or 0) if process else own))
+
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(cpu, "_CGROUP_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", affinity)
+    assert cpu.cpu_share(processes) == cores
+
+
 VERSIONS = """
 import json, sys
 sys.path[:0] = sys.argv[1:]
