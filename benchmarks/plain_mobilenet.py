@@ -92,7 +92,8 @@ def main() -> None:
     else:
         start_mindspore("CPU")
         import mindspore as ms
-    from mbv2.training.step import TrainStep, dropout_mask, step_controls
+    from mbv2.training.optimizer import step_controls
+    from mbv2.training.step import TrainStep, dropout_mask
 
     random, recipe, classes = np.random.default_rng(0), Recipe(), 1000
     net = build(classes)

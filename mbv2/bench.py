@@ -115,7 +115,8 @@ def prepare(options: BenchOptions) -> tuple[Callable[[], Any], str]:
     from mbv2 import kernels
     from mbv2.network.model import MobileNetV2, ModelConfig
     from mbv2.recipe import Recipe
-    from mbv2.training.step import TrainStep, dropout_mask, step_controls
+    from mbv2.training.optimizer import step_controls
+    from mbv2.training.step import TrainStep, dropout_mask
 
     random = np.random.default_rng(0)
     size = (options.batch_size, options.image_size, options.image_size, 3)

@@ -4,8 +4,7 @@ Nothing in it draws random numbers or keeps a counter: the dropout mask, the rat
 on the step come in as tensors, so that a step is a pure function of the state and its inputs.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
@@ -14,10 +13,10 @@ from mindspore import nn, ops
 from numpy.typing import NDArray
 
 from mbv2.recipe import Recipe
+from mbv2.training.loss import Loss
+from mbv2.training.optimizer import Optimizer
 
 _DROPOUT_STREAM = 0xD0  # keeps the mask's random numbers apart from every other use of the seed
-# The scalars a step takes, in order. ``keep`` is 0 where a new sum of gradients begins, see Recipe.accumulate_steps.
-CONTROLS = ("lr", "momentum_correction", "square_correction", "ema_decay", "stop", "keep")
 
 
 def dropout_mask(seed: int, step: int, shape: tuple[int, int], rate: float) -> NDArray[np.float32]:
@@ -33,53 +32,7 @@ def dropout_mask(seed: int, step: int, shape: tuple[int, int], rate: float) -> N
     return keep.astype(np.float32) / np.float32(1 - rate)
 
 
-def step_controls(recipe: Recipe, lr: float, step: int, *, stop: bool = False) -> NDArray[np.float32]:
-    """Compute the scalars of :data:`CONTROLS` for a step (from 0), in float64 before rounding."""
-    count = step // recipe.accumulate_steps + 1  # the update that this step is part of
-    ema = min(
-        recipe.ema_decay, (1 + count) / (10 + count)
-    )  # short runs: do not average in the initial weights for long
-    values = [
-        lr,
-        1 - recipe.momentum**count,
-        1 - recipe.rms_decay**count,
-        ema,
-        stop,
-        step % recipe.accumulate_steps > 0,
-    ]
-    return np.array(values, np.float32)
-
-
-# Functions over one weight, mapped over all of them by HyperMap: a Python loop over 158 weights is unrolled into a
-# graph that is deeper than MindSpore's compiler takes.
-
-
-def _decayed(decay: float, weight: Any, gradient: Any) -> Any:
-    return gradient + decay * weight if decay > 0 else gradient
-
-
-def _nesterov(momentum: float, controls: Any, weight: Any, gradient: Any, first: Any) -> Any:
-    # Not ops.ApplyMomentum(use_nesterov=True): its CPU kernel differs (tests/mbv2/training/test_step.py).
-    velocity = momentum * first + gradient
-    change = controls[0] * (gradient + momentum * velocity)
-    return ops.assign(first, velocity), ops.assign(weight, weight - change)
-
-
-def _adamw(constants: Any, controls: Any, decay: float, weight: Any, gradient: Any, first: Any, second: Any) -> Any:
-    momentum, rms_decay, epsilon = constants
-    mean = momentum * first + (1.0 - momentum) * gradient
-    square = rms_decay * second + (1.0 - rms_decay) * gradient * gradient
-    update = (mean / controls[1]) / (ops.sqrt(square / controls[2]) + epsilon)
-    new = weight - controls[0] * (update + decay * weight)
-    return ops.assign(first, mean), ops.assign(second, square), ops.assign(weight, new)
-
-
-def _rmsprop(constants: Any, controls: Any, decay: float, weight: Any, gradient: Any, first: Any, second: Any) -> Any:
-    momentum, rms_decay, epsilon = constants
-    total = _decayed(decay, weight, gradient)
-    square = rms_decay * second + (1.0 - rms_decay) * total * total
-    velocity = momentum * first + controls[0] * total * ops.rsqrt(square + epsilon)
-    return ops.assign(second, square), ops.assign(first, velocity), ops.assign(weight, weight - velocity)
+# Functions over one parameter, mapped over all of them as those of the optimizer.
 
 
 def _average(controls: Any, average: Any, live: Any) -> Any:
@@ -115,64 +68,38 @@ def _starts(sizes: tuple[int, ...], first: int) -> tuple[int, ...]:
     return tuple(first + sum(sizes[:number]) for number in range(len(sizes)))
 
 
-class Optimizer(nn.Cell):
-    """Updates weights in place from their gradients; its state is in parameters named ``<slot>.<weight>``.
+class RankMean(nn.Cell):
+    """Averages gradients, BatchNorm's moving statistics and some scalars over the ranks.
 
-    Weight decay skips one-dimensional parameters: BatchNorm's gamma and beta, and biases.
+    All in one exchange: many small ones would wait for the network many times.
 
     Args:
-        recipe: Names the rule and its constants.
-        weights: The parameters to train.
-
-    Source:
-        Nesterov as in Sutskever et al. 2013; AdamW: Loshchilov & Hutter 2019, algorithm 2; RMSProp as in TensorFlow,
-        with the epsilon under the root.
+        trained: The parameters that the gradients are of.
+        statistics: The moving statistics, changed in place.
+        ranks: Number of processes.
     """
 
-    def __init__(self, recipe: Recipe, weights: ms.ParameterTuple) -> None:
+    def __init__(self, trained: ms.ParameterTuple, statistics: ms.ParameterTuple, ranks: int) -> None:
         super().__init__(auto_prefix=False)
-        self.weights = weights
-        self.rule = recipe.optimizer
-        self.decays = tuple(recipe.weight_decay if len(w.shape) > 1 else 0.0 for w in weights)
-        self.first = weights.clone(prefix="momentum", init="zeros")
-        self.has_second = self.rule in ("adamw", "rmsprop")
-        if self.has_second:
-            start = "zeros" if self.rule == "adamw" else "ones"  # TensorFlow's RMSProp starts its mean square at one
-            self.second = weights.clone(prefix="square", init=start)
-        self.constants = (recipe.momentum, recipe.rms_decay, recipe.epsilon)
-        self.momentum = ms.Tensor(recipe.momentum, ms.float32)
-        self.heavy_ball = ops.ApplyMomentum()
-        self.map = ops.HyperMap()
+        self.trained, self.statistics, self.ranks = trained, statistics, ranks
+        self.has_statistics = len(statistics) > 0
+        self.all_reduce, self.cutter, self.map = ops.AllReduce(), ops.Slice(), ops.HyperMap()
+        self.statistics_sizes, self.sizes = _sizes(statistics), _sizes(trained)
+        self.statistics_starts = _starts(self.statistics_sizes, 0)
+        self.starts = _starts(self.sizes, sum(self.statistics_sizes))
 
-    def construct(self, gradients: Any, controls: Any) -> Any:
-        """Update every weight.
-
-        Args:
-            gradients: Tuple of float32 tensors, shaped as ``weights``.
-            controls: float32 (6,), see :data:`CONTROLS`.
-
-        Returns:
-            What the updates give, for others to depend on.
-        """
-        if self.rule == "adamw":
-            rule = ops.partial(_adamw, self.constants, controls)
-            return self.map(rule, self.decays, self.weights, gradients, self.first, self.second)
-        if self.rule == "rmsprop":
-            rule = ops.partial(_rmsprop, self.constants, controls)
-            return self.map(rule, self.decays, self.weights, gradients, self.first, self.second)
-        gradients = self.map(_decayed, self.decays, self.weights, gradients)
-        if self.rule == "nesterov":
-            rule = ops.partial(_nesterov, self.constants[0], controls)
-            return self.map(rule, self.weights, gradients, self.first)
-        rule = ops.partial(self._apply_momentum, controls[0])
-        return self.map(rule, self.weights, gradients, self.first)
-
-    def _apply_momentum(self, lr: Any, weight: Any, gradient: Any, velocity: Any) -> Any:
-        return self.heavy_ball(weight, velocity, lr, gradient, self.momentum)
-
-    def slots(self) -> list[ms.Parameter]:
-        """List the state's parameters."""
-        return [*self.first, *(self.second if self.has_second else ())]
+    def construct(self, gradients: Any, loss: Any, weight: Any, stop: Any) -> Any:
+        """Return the mean gradients and the means of the three scalars."""
+        flat = ops.concat((ops.concat(self.map(_flattened, gradients)), ops.stack((loss, weight, stop))))
+        if self.has_statistics:
+            flat = ops.concat((ops.concat(self.map(_flattened, self.statistics)), flat))
+        flat = self.all_reduce(flat) * (1.0 / self.ranks)
+        cut = ops.partial(_cut, self.cutter, flat)
+        averaged = self.map(cut, self.starts, self.sizes, self.trained)
+        if self.has_statistics:
+            parts = self.map(cut, self.statistics_starts, self.statistics_sizes, self.statistics)
+            flat = ops.depend(flat, self.map(ops.assign, self.statistics, parts))
+        return averaged, flat[-3], flat[-2], flat[-1]
 
 
 class TrainStep(nn.Cell):
@@ -180,18 +107,16 @@ class TrainStep(nn.Cell):
 
     Args:
         net: The network, with ``features`` and ``classify``.
-        recipe: Loss, optimiser and averaging.
+        recipe: Loss, optimizer and averaging.
         classes: Number of classes.
         average: The network that holds the averaged weights, or None where the recipe averages none.
         teacher: A network in evaluation mode whose guesses are part of the target, or None.
         head_only: The step takes pooled features instead of images, and trains the head alone.
         ranks: Number of processes that step together: gradients, loss and BatchNorm's statistics are averaged over
             them, so that every rank holds the same state after a step.
+        class_counts: Training images of each class, where the recipe weights classes.
 
     With ``accumulate_steps`` over 1 a step only adds its gradients up; :class:`ApplyAccumulated` updates the weights.
-
-    Source:
-        Distillation: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2.
     """
 
     def __init__(
@@ -204,23 +129,26 @@ class TrainStep(nn.Cell):
         teacher: nn.Cell | None = None,
         head_only: bool = False,
         ranks: int = 1,
+        class_counts: Sequence[int] = (),
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.net = net
-        self.head_only = head_only
-        self.classes = classes
-        self.smoothing, self.clip_norm = recipe.label_smoothing, recipe.clip_norm
-        self.clip_tensor = ms.Tensor(recipe.clip_norm, ms.float32)
+        self.clip_norm, self.clip_tensor = recipe.clip_norm, ms.Tensor(recipe.clip_norm, ms.float32)
         self.map = ops.HyperMap()
         self.trained = ms.ParameterTuple(trained_parameters(net, head_only=head_only))
-        self.optimizer = Optimizer(recipe, self.trained)
+        head = head_names(net) if recipe.backbone_lr_factor != 1 else frozenset()
+        self.optimizer = Optimizer(recipe, self.trained, head)
+        self.distills, self.temperature = teacher is not None, recipe.distill_temperature
+        self.teacher: Any = teacher
+        self.loss = Loss(
+            net, recipe, classes, class_counts=class_counts, distills=teacher is not None, head_only=head_only
+        )
         self.gradient = ops.value_and_grad(self.loss, None, self.trained)
         self.accumulate_steps = recipe.accumulate_steps
         if self.accumulate_steps > 1:
             self.accumulated = self.trained.clone(prefix="accumulated", init="zeros")
-        self.distills = teacher is not None
-        self.teacher: Any = teacher
-        self.distill_weight, self.temperature = recipe.distill_weight, recipe.distill_temperature
+            if self.loss.divides:
+                zero = ms.Tensor(np.zeros(1, np.float32))
+                self.accumulated_weight = ms.Parameter(zero, name="accumulated.image_weight")
         self.averages = average is not None
         if average is not None:
             own, kept = net.parameters_dict(), average.parameters_dict()
@@ -228,36 +156,11 @@ class TrainStep(nn.Cell):
             self.average = ms.ParameterTuple(list(kept.values()))
         self.ranks = ranks
         if ranks > 1:
-            self.all_reduce = ops.AllReduce()
             fixed = [p for p in net.get_parameters() if not p.requires_grad]  # BatchNorm's moving statistics
-            self.has_statistics = recipe.freeze == "none"
-            self.statistics = ms.ParameterTuple(fixed if self.has_statistics else [])
-            self.statistics_sizes, self.sizes = _sizes(self.statistics), _sizes(self.trained)
-            self.statistics_starts = _starts(self.statistics_sizes, 0)
-            self.starts = _starts(self.sizes, sum(self.statistics_sizes))
-            self.cutter = ops.Slice()
+            self.rank_mean = RankMean(self.trained, ms.ParameterTuple(fixed if recipe.freeze == "none" else []), ranks)
         self.set_train(True)
         if teacher is not None:
             teacher.set_train(False)
-
-    def loss(self, inputs: Any, mask: Any, label: Any, mix_label: Any, mix_weight: Any, taught: Any) -> Any:
-        """Return the mean cross-entropy against smoothed, possibly mixed, labels, and against a teacher's guesses."""
-        pooled = inputs if self.head_only else self.net.features(inputs)
-        logits = self.net.classify(pooled * mask)
-        log_p = ops.log_softmax(logits, 1)
-        weight = ops.expand_dims(mix_weight, 1)
-        target = weight * self._one_hot(label) + (1.0 - weight) * self._one_hot(mix_label)
-        target = (1.0 - self.smoothing) * target + self.smoothing / self.classes
-        loss = -ops.mean(ops.sum(target * log_p, 1))
-        if self.distills:
-            soft = ops.log_softmax(logits / self.temperature, 1)
-            aim = ops.softmax(taught, 1)
-            apart = ops.mean(ops.sum(aim * (ops.log_softmax(taught, 1) - soft), 1))
-            loss = (1.0 - self.distill_weight) * loss + self.distill_weight * self.temperature**2 * apart
-        return loss
-
-    def _one_hot(self, label: Any) -> Any:
-        return ops.cast(ops.equal(ops.expand_dims(label, 1), ops.arange(self.classes).astype(ms.int32)), ms.float32)
 
     def construct(self, inputs: Any, mask: Any, label: Any, mix_label: Any, mix_weight: Any, controls: Any) -> Any:
         """Run the step.
@@ -268,7 +171,7 @@ class TrainStep(nn.Cell):
             label: int32 (N,).
             mix_label: int32 (N,), the second label of mixed images; ``label`` again otherwise.
             mix_weight: float32 (N,), the share of ``label``.
-            controls: float32 (6,), see :data:`CONTROLS`.
+            controls: float32 (6,), see :data:`~mbv2.training.optimizer.CONTROLS`.
 
         Returns:
             float32 (3,): the loss before the update, the global norm of the gradient (0 where it is not clipped, or
@@ -278,14 +181,35 @@ class TrainStep(nn.Cell):
         if self.distills:
             taught = self.teacher.classify(self.teacher.features(inputs)) / self.temperature
         loss, gradients = self.gradient(inputs, mask, label, mix_label, mix_weight, taught)
-        stop = controls[4]
+        weight, stop = controls[4], controls[4]  # the weight counts only where the loss divides by it
+        if self.loss.divides:
+            weight = self.loss.image_weight(label)
         if self.ranks > 1:
-            loss, stop, gradients = self._average_over_ranks(loss, stop, gradients)
+            gradients, loss, weight, stop = self.rank_mean(gradients, loss, weight, stop)
+        if self.loss.divides:
+            loss = loss / weight
         if self.accumulate_steps > 1:
-            done = self.map(ops.partial(_added, controls[5]), self.accumulated, gradients)
+            done = self._accumulate(gradients, weight, controls[5])
             return ops.depend(ops.stack((loss, ops.zeros_like(loss), stop)), done)
+        if self.loss.divides:
+            gradients = self.map(ops.partial(_scaled, 1.0 / weight), gradients)
         norm, done = self.update(gradients, controls)
         return ops.depend(ops.stack((loss, norm, stop)), done)
+
+    def _accumulate(self, gradients: Any, weight: Any, keep: Any) -> Any:
+        done = self.map(ops.partial(_added, keep), self.accumulated, gradients)
+        if self.loss.divides:
+            done = ops.depend(_added(keep, self.accumulated_weight, ops.reshape(weight, (1,))), done)
+        return done
+
+    def update_accumulated(self, controls: Any) -> Any:
+        """Update the weights from the mean of the gradients added up; give their norm."""
+        share = 1.0 / self.accumulate_steps
+        if self.loss.divides:
+            share = 1.0 / self.accumulated_weight
+        gradients = self.map(ops.partial(_scaled, share), self.accumulated)
+        norm, done = self.update(gradients, controls)
+        return ops.depend(norm, done)
 
     def update(self, gradients: Any, controls: Any) -> Any:
         """Clip, change the weights and average them; give the norm, and what the updates give."""
@@ -300,30 +224,12 @@ class TrainStep(nn.Cell):
             )
         return norm, done
 
-    def update_accumulated(self, controls: Any) -> Any:
-        """Update the weights from the mean of the gradients added up; give their norm."""
-        gradients = self.map(ops.partial(_scaled, 1.0 / self.accumulate_steps), self.accumulated)
-        norm, done = self.update(gradients, controls)
-        return ops.depend(norm, done)
-
-    def _average_over_ranks(self, loss: Any, stop: Any, gradients: Any) -> Any:
-        """Average in one exchange: many small ones would wait for the network many times."""
-        last = ops.stack((loss, stop))
-        flat = ops.concat((ops.concat(self.map(_flattened, gradients)), last))
-        if self.has_statistics:
-            flat = ops.concat((ops.concat(self.map(_flattened, self.statistics)), flat))
-        flat = self.all_reduce(flat) * (1.0 / self.ranks)
-        cut = ops.partial(_cut, self.cutter, flat)
-        averaged = self.map(cut, self.starts, self.sizes, self.trained)
-        if self.has_statistics:
-            parts = self.map(cut, self.statistics_starts, self.statistics_sizes, self.statistics)
-            flat = ops.depend(flat, self.map(ops.assign, self.statistics, parts))
-        return flat[-2], flat[-1], averaged
-
     def state(self) -> dict[str, ms.Parameter]:
         """Return by name what a resumed run must have besides the network's own parameters."""
         averages = list(self.average) if self.averages else []
         sums = list(self.accumulated) if self.accumulate_steps > 1 else []
+        if sums and self.loss.divides:
+            sums.append(self.accumulated_weight)
         return {parameter.name: parameter for parameter in [*self.optimizer.slots(), *sums, *averages]}
 
 
@@ -363,10 +269,12 @@ class Head(nn.Cell):
         return self.net.classify(pooled)
 
 
+def head_names(net: nn.Cell) -> frozenset[str]:
+    """Return the names of the classifier's parameters."""
+    return frozenset(parameter.name for parameter in net.classifier.get_parameters())
+
+
 def trained_parameters(net: nn.Cell, *, head_only: bool) -> list[ms.Parameter]:
     """List the parameters that a run trains, in the network's order."""
-    parameters = list(net.trainable_params())
-    if not head_only:
-        return parameters
-    head = {id(p) for p in net.classifier.get_parameters()}
-    return [p for p in parameters if id(p) in head]
+    head = head_names(net) if head_only else frozenset()
+    return [p for p in net.trainable_params() if not head_only or p.name in head]

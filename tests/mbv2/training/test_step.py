@@ -11,7 +11,8 @@ from mindspore import nn
 from numpy.typing import NDArray
 
 from mbv2.recipe import Recipe
-from mbv2.training.step import ApplyAccumulated, TrainStep, dropout_mask, step_controls
+from mbv2.training.optimizer import step_controls
+from mbv2.training.step import ApplyAccumulated, TrainStep, dropout_mask
 
 CLASSES, FEATURES, BATCH, STEPS = 4, 6, 5, 4
 Array = NDArray[np.float64]
@@ -70,9 +71,9 @@ def reference_update(
         decay = recipe.weight_decay if weights[i].ndim > 1 else 0.0
         first, second = state["first"], state["second"]
         if recipe.optimizer == "adamw":
-            first[i] = recipe.momentum * first[i] + (1 - recipe.momentum) * grad
-            second[i] = recipe.rms_decay * second[i] + (1 - recipe.rms_decay) * grad**2
-            mean, square = first[i] / (1 - recipe.momentum**step), second[i] / (1 - recipe.rms_decay**step)
+            first[i] = recipe.beta1 * first[i] + (1 - recipe.beta1) * grad
+            second[i] = recipe.beta2 * second[i] + (1 - recipe.beta2) * grad**2
+            mean, square = first[i] / (1 - recipe.beta1**step), second[i] / (1 - recipe.beta2**step)
             weights[i] = weights[i] - lr * (mean / (np.sqrt(square) + recipe.epsilon) + decay * weights[i])
             continue
         grad = grad + decay * weights[i]  # noqa: PLW2901
@@ -91,7 +92,7 @@ def reference_update(
     [
         Recipe(optimizer="sgd", weight_decay=0.1, dropout=0.5, label_smoothing=0.1),
         Recipe(optimizer="nesterov", weight_decay=0.1, clip_norm=0.3),
-        Recipe(optimizer="adamw", weight_decay=0.1, rms_decay=0.99, ema_decay=0.9),
+        Recipe(optimizer="adamw", weight_decay=0.1, beta1=0.8, beta2=0.99, ema_decay=0.9),
         Recipe(optimizer="rmsprop", weight_decay=0.1, epsilon=1e-3, ema_decay=0.9),
         Recipe(distill_from="teacher.ckpt", distill_weight=0.7, distill_temperature=3, dropout=0.5),
     ],
