@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep import catalog
 from imnet_prep.errors import TrainError
 from imnet_prep.types import record_id
 from mbv2.data import AnyBatch
 
 RealLabels = Mapping[int, frozenset[int]]  # record id -> right labels, of images that have any
-_NUMBER = re.compile(r"ILSVRC2012_val_0*(\d+)\.")
+_NUMBER = re.compile(r"ILSVRC2012_val_0*(\d+)[._]")
 
 
 class RealTally:
@@ -59,10 +60,15 @@ def read_real_labels(path: Path, split: str, file_names: Iterable[str], class_na
 
     Args:
         path: JSON. A list holds a list of labels for each validation image; a map's keys are file names as in the
-            records (``<wnid>/<name>``) or base names. A label is a number in the records' order, or a class name.
+            records (``<wnid>/<name>``) or base names. A label is a class name or a number in the checkpoint's order;
+            in a list, and where the classes are wnids, it is ImageNet's number, 0 to 999, and classes that the
+            checkpoint lacks are passed over.
         split: The split that is scored.
         file_names: Of its records.
-        class_names: Of the records, in label order.
+        class_names: Of the checkpoint, in label order.
+
+    Returns:
+        The right labels, in the checkpoint's order.
 
     Raises:
         TrainError: The file is unreadable, of another form, for other classes, or for none of these images.
@@ -74,11 +80,11 @@ def read_real_labels(path: Path, split: str, file_names: Iterable[str], class_na
     if not isinstance(document, list | dict):
         expected = "a list of lists, or a map from file names to lists"
         raise TrainError(f"{path} holds no real labels", expected=expected, got=type(document).__name__)
-    numbers = {name: number for number, name in enumerate(class_names)}
+    numbers = _label_numbers(class_names, imagenet=isinstance(document, list))
     found: dict[int, frozenset[int]] = {}
     known = False
     for name in file_names:
-        entry = _entry(document, name)
+        entry = _entry(document, name, path)
         known = known or entry is not None
         right = _labels(entry, numbers, f"{path}: {name}")
         if right:
@@ -89,26 +95,36 @@ def read_real_labels(path: Path, split: str, file_names: Iterable[str], class_na
     return found
 
 
-def _entry(document: list[Any] | dict[str, Any], name: str) -> Any:
+def _label_numbers(class_names: tuple[str, ...], *, imagenet: bool) -> dict[str | int, int | None]:
+    """Return the checkpoint's label of every name and number that may stand in the file; None: it lacks that class."""
+    labels: dict[str | int, int | None] = {name: label for label, name in enumerate(class_names)}
+    wnids = [synset.wnid for synset in catalog.synsets()]
+    if imagenet and set(class_names) <= set(wnids):
+        return labels | {number: labels.get(wnid) for number, wnid in enumerate(wnids)}
+    return labels | {number: number for number in range(len(class_names))}
+
+
+def _entry(document: list[Any] | dict[str, Any], name: str, path: Path) -> Any:
     base = name.rpartition("/")[2]
     if isinstance(document, dict):
         return document.get(name, document.get(base))
     match = _NUMBER.match(base)
-    place = int(match[1]) - 1 if match else -1
-    return document[place] if 0 <= place < len(document) else None
+    if not match:
+        return None
+    place = int(match[1]) - 1
+    if not 0 <= place < len(document):
+        raise TrainError(f"{path} has no entry for {name}", expected="one for each image", got=f"{len(document)}")
+    return document[place]
 
 
-def _labels(entry: Any, numbers: dict[str, int], where: str) -> frozenset[int]:
+def _labels(entry: Any, numbers: dict[str | int, int | None], where: str) -> frozenset[int]:
     if entry is None:
         return frozenset()
     if not isinstance(entry, list):
         raise TrainError(where, expected="a list of labels", got=repr(entry))
-    right = set()
     for label in entry:
-        number = numbers.get(label, -1) if isinstance(label, str) else label
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(numbers):
-            expected = f"a class name of the records, or a number below {len(numbers)}"
-            remedy = "numbers of ImageNet's 1,000 classes need records of `to-mindrecord --label-space imagenet1k`"
-            raise TrainError(where, expected=expected, got=repr(label), remedy=remedy)
-        right.add(number)
-    return frozenset(right)
+        if isinstance(label, bool) or not isinstance(label, str | int) or label not in numbers:
+            highest = max(number for number in numbers if isinstance(number, int))
+            expected = f"a class name of the checkpoint, or a number up to {highest}"
+            raise TrainError(where, expected=expected, got=repr(label))
+    return frozenset(number for label in entry if (number := numbers[label]) is not None)

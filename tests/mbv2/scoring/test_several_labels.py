@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imnet_prep import catalog
 from imnet_prep.errors import TrainError
 from imnet_prep.types import Batch, record_id
 from mbv2.scoring.score import score_batches
@@ -48,11 +49,13 @@ def test_images_without_a_label_are_left_out_and_counted() -> None:
     ("document", "told"),
     [
         ("text", "list of lists"),
-        ([[3]], "number below 3.*got 3"),
-        ([["lion"]], "got 'lion'.*label-space"),
+        ([[3]], "number up to 2.*got 3"),
+        ([["lion"]], "class name of the checkpoint.*got 'lion'"),
+        ([[True]], "got True"),
+        ([[1.0]], r"got 1\.0"),
         ([1], "a list of labels"),
         ({"absent.JPEG": [1]}, "names no image of the split 'val'"),
-        ([], "ImageNet validation set"),
+        ([], "has no entry for dog/ILSVRC2012_val_00000001.JPEG.*got 0"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, document: object, told: str) -> None:
@@ -60,3 +63,18 @@ def test_bad_files_are_named(tmp_path: Path, document: object, told: str) -> Non
         read_real_labels(written(tmp_path / "real.json", document), "val", FILES[1:2], NAMES)
     with pytest.raises(TrainError, match=r"absent\.json"):
         read_real_labels(tmp_path / "absent.json", "val", FILES, NAMES)
+
+
+def test_a_list_holds_imagenet_s_numbers_whichever_classes_the_checkpoint_has(tmp_path: Path) -> None:
+    wnids = tuple(synset.wnid for synset in catalog.synsets())
+    path = written(tmp_path / "real.json", [[7], [999, 3], [], [5]])
+    files = [f"{wnids[7]}/ILSVRC2012_val_{number:08d}{end}" for number, end in ((1, ".JPEG"), (2, "_n1.JPEG"))]
+    files += [f"{wnids[5]}/ILSVRC2012_val_00000004.JPEG"]
+    ids = [record_id("val", name) for name in files]
+    assert read_real_labels(path, "val", files, wnids) == {ids[0]: {7}, ids[1]: {3, 999}, ids[2]: {5}}
+    # A checkpoint of three classes: it lacks 3 and 5.
+    assert read_real_labels(path, "val", files, (wnids[999], wnids[0], wnids[7])) == {ids[0]: {2}, ids[1]: {0}}
+    with pytest.raises(TrainError, match="records of the ImageNet validation set"):
+        read_real_labels(path, "val", ["n01440764/photo.jpg"], wnids)
+    with pytest.raises(TrainError, match="number up to 999; got 1000"):
+        read_real_labels(written(tmp_path / "bad.json", [[1000]]), "val", files[:1], wnids)
