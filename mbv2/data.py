@@ -1,18 +1,18 @@
 """What a run trains on: batches of a records folder, by epoch and from any step."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.errors import RecordsError
-from imnet_prep.loader.batches import open_batches
+from imnet_prep.errors import RecordsError, TrainError
+from imnet_prep.loader.bad_rows import SkippedRow
+from imnet_prep.loader.batches import Batches, open_batches
 from imnet_prep.loader.options import EvalOptions, Options, TrainOptions
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
@@ -40,6 +40,7 @@ class FeatureBatch:
 
 
 AnyBatch = Batch | FeatureBatch
+FAIL, SKIP = "fail", "skip"  # at a bad record
 
 
 def batch_inputs(batch: AnyBatch) -> NDArray[Any]:
@@ -73,46 +74,136 @@ class RunData:
         digest: SHA-256 (hex) of ``manifest.json``.
         train: Batches of exactly the recipe's size.
         train_images: Images of the ``train`` split.
+        class_counts: The same by label.
         train_view: Gives every training image once, in stored order: view 0 as evaluation sees it, others augmented.
         val: Batches for scoring, or None where the records have no ``val`` split.
         val_images: Images of the ``val`` split.
+        loaders: What reads the splits, by name; none where batches do not come from records.
     """
 
     classes: tuple[str, ...]
     digest: str
     train: BatchSource
     train_images: int
+    class_counts: tuple[int, ...]
     train_view: Callable[[int], Iterator[AnyBatch]]
     val: BatchSource | None
     val_images: int
+    loaders: Mapping[str, Batches] = MappingProxyType({})
+
+    @property
+    def skipped(self) -> tuple[SkippedRow, ...]:
+        """The bad records that were skipped so far."""
+        return tuple(row for loader in self.loaders.values() for row in loader.skipped)
+
+    def skipped_state(self) -> dict[str, list[tuple[int, str]]]:
+        """Return the same as what ``last.ckpt`` keeps: position and reason, by split."""
+        return {split: [(row.position, row.reason) for row in one.skipped] for split, one in self.loaders.items()}
+
+    def restore_skipped(self, state: Mapping[str, Any]) -> None:
+        """Count what an interrupted run had skipped.
+
+        Raises:
+            PipelineError: There are more than may be skipped now.
+        """
+        for split, rows in state.items():
+            if split in self.loaders:
+                self.loaders[split].add_skipped({int(position): str(reason) for position, reason in rows})
+
+    def share_skipped(self, add_up: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> None:
+        """Count what other ranks have skipped; every rank must call it.
+
+        Args:
+            add_up: Adds an array up over all ranks.
+
+        Raises:
+            PipelineError: All ranks together have more than may be skipped; every rank raises it.
+        """
+        for loader in self.loaders.values():
+            if loader.loading.ranks == 1 or loader.loading.on_error == "raise":
+                continue
+            bad = np.zeros(loader.images, np.float32)
+            bad[[row.position for row in loader.skipped]] = 1
+            loader.add_skipped({row: loader.why_bad(row) for row in np.flatnonzero(add_up(bad) - bad).tolist()})
 
 
-def open_run_data(records: Path, recipe: Recipe, seed: int, stack: ExitStack, runtime: Runtime) -> RunData:
+def open_run_data(
+    records: Path,
+    recipe: Recipe,
+    seed: int,
+    stack: ExitStack,
+    runtime: Runtime,
+    *,
+    workers: int | None = None,
+    on_bad_record: str = SKIP,
+) -> RunData:
     """Open the splits of a records folder as a recipe asks; with several ranks, this rank's part of them.
 
-    Each split is decoded by as many threads as the operators use, so that ranks on one machine share its cores.
+    Args:
+        records: The records folder.
+        recipe: What is computed.
+        seed: Of the run.
+        stack: Closes the splits.
+        runtime: This rank's.
+        workers: Decode threads of this rank, see :func:`rank_share`.
+        on_bad_record: See :func:`bad_record_options`.
 
     Raises:
         RecordsError: No manifest, an empty split, or fewer training images than one batch.
+        TrainError: Unknown ``on_bad_record``.
+        PipelineError: ``workers`` is out of range.
     """
     manifest = RecordsFolder.open(records).manifest
-    ranks, loading = runtime.ranks, {"rank": runtime.rank, "ranks": runtime.ranks, "workers": runtime.threads}
+    ranks, skipping = runtime.ranks, bad_record_options(on_bad_record)
+    loading = {**rank_share(runtime, workers), **skipping}
     images = split_images(manifest, records, "train")
     if images < recipe.batch_size * ranks:
         expected, got = f"at least one batch of {recipe.batch_size * ranks} images", f"{images}"
         raise RecordsError(f"{records}: split 'train'", expected=expected, got=got, remedy="lower --batch-size")
     val_images = split_images(manifest, records, "val") if "val" in manifest.splits else 0
-    train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed, **loading))
-    val = None
+    order = "balanced" if recipe.sampling == "balanced" else "global"
+    train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed, order=order, **loading))
+    loaders, val = {"train": train}, None
     if val_images:
-        options = eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
-        val = stack.enter_context(open_batches(records, "val", options, seed, **loading))
+        val = loaders["val"] = stack.enter_context(
+            open_batches(records, "val", scoring_options(recipe), seed, **loading)
+        )
 
     def train_view(view: int) -> Iterator[Batch]:
-        with open_batches(records, "train", view_options(recipe, view), seed, order="sequential") as batches:
+        how = {"order": "sequential", "workers": workers, **skipping}
+        with open_batches(records, "train", view_options(recipe, view), seed, **how) as batches:
             yield from batches.epoch(view)
+            train.add_skipped({row.position: row.reason for row in batches.skipped})
 
-    return RunData(manifest.classes, manifest.digest, train, images, train_view, val, val_images)
+    return RunData(manifest.classes, manifest.digest, train, images, train_view, val, val_images, loaders)
+
+
+def rank_share(runtime: Runtime, workers: int | None = None) -> dict[str, int]:
+    """Return the options with which this rank's loader takes its part of the records, the cores and the memory.
+
+    Args:
+        runtime: This rank's.
+        workers: Decode threads; as many as the operators use if not given.
+    """
+    threads = runtime.threads if workers is None else workers
+    return {"rank": runtime.rank, "ranks": runtime.ranks, "local_ranks": runtime.local_ranks, "workers": threads}
+
+
+def bad_record_options(on_bad_record: str) -> dict[str, Any]:
+    """Translate what is done at a bad record into the loader's terms.
+
+    Args:
+        on_bad_record: ``fail``, ``skip`` (the loader's default number of them) or how many to skip at most in a split.
+
+    Raises:
+        TrainError: Another text.
+    """
+    if on_bad_record in (FAIL, SKIP):
+        return {"on_error": "raise" if on_bad_record == FAIL else "skip"}
+    if not (on_bad_record.isascii() and on_bad_record.isdigit() and len(on_bad_record) < 10):
+        expected = f"{FAIL}, {SKIP}, or the number of records to skip at most"
+        raise TrainError("--on-bad-record", expected=expected, got=repr(on_bad_record))
+    return {"on_error": "skip", "max_skipped": int(on_bad_record)}
 
 
 def train_options(recipe: Recipe) -> TrainOptions:
@@ -126,6 +217,7 @@ def train_options(recipe: Recipe) -> TrainOptions:
         color_jitter=(strength, strength, strength, 0.0),
         randaugment_ops=recipe.randaugment_ops,
         randaugment_magnitude=recipe.randaugment_magnitude,
+        trivialaugment=recipe.trivialaugment,
         erasing_prob=recipe.erasing_prob,
         mixup_alpha=recipe.mixup_alpha,
         cutmix_alpha=recipe.cutmix_alpha,
@@ -135,8 +227,13 @@ def train_options(recipe: Recipe) -> TrainOptions:
 def view_options(recipe: Recipe, view: int) -> Options:
     """Return how a view of the training images is made: view 0 as for evaluation, others augmented, none mixed."""
     if not view:
-        return eval_options(recipe.batch_size, recipe.image_size, recipe.eval_crop)
+        return scoring_options(recipe)
     return replace(train_options(recipe), mixup_alpha=0.0, cutmix_alpha=0.0, drop_last=False)
+
+
+def scoring_options(recipe: Recipe) -> EvalOptions:
+    """Return how the images of a run's evaluations are made."""
+    return eval_options(recipe.batch_size, recipe.eval_size or recipe.image_size, recipe.eval_crop)
 
 
 def eval_options(batch_size: int, image_size: int, eval_crop: float) -> EvalOptions:

@@ -24,6 +24,7 @@ class Learner:
     Args:
         options: Of the run.
         classes: Names of the records' classes, in label order.
+        class_counts: Training images of each class.
         start: The weights to start from, or None for new ones drawn from the seed.
 
     Attributes:
@@ -33,7 +34,9 @@ class Learner:
         head_only: Whether only the head trains, on pooled features.
     """
 
-    def __init__(self, options: RunOptions, classes: tuple[str, ...], start: Checkpoint | None) -> None:
+    def __init__(
+        self, options: RunOptions, classes: tuple[str, ...], class_counts: tuple[int, ...], start: Checkpoint | None
+    ) -> None:
         recipe = self.recipe = options.recipe
         self.seed, self.rank, self.ranks = options.seed, runtime().rank, runtime().ranks
         self.head_only = recipe.freeze == "backbone"
@@ -56,6 +59,7 @@ class Learner:
             teacher=teacher,
             head_only=self.head_only,
             ranks=self.ranks,
+            class_counts=class_counts,
         )
         self._apply_accumulated = ApplyAccumulated(self._step) if recipe.accumulate_steps > 1 else None
 

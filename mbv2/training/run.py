@@ -121,7 +121,7 @@ class _Run:
         if last is not None:
             start = last.without_state()
         identity = last.meta.training["identity"] if last is not None else run_identity(options, data, here.ranks)
-        self.learner = Learner(options, data.classes, start)
+        self.learner = Learner(options, data.classes, data.class_counts, start)
         if self.learner.head_only:
             data = feature_data(options, data, self.learner, stop=stop, progress=progress)
         self.data = data
