@@ -175,7 +175,8 @@ def open_run_data(
             yield from batches.epoch(view)
             train.add_skipped({row.position: row.reason for row in batches.skipped})
 
-    return RunData(manifest.classes, manifest.digest, train, images, train_view, val, val_images, loaders)
+    counts = manifest.splits["train"].class_counts
+    return RunData(manifest.classes, manifest.digest, train, images, counts, train_view, val, val_images, loaders)
 
 
 def rank_share(runtime: Runtime, workers: int | None = None) -> dict[str, int]:

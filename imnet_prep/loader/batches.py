@@ -171,6 +171,12 @@ class Batches:
         """The bound on decoded images held here: those made ahead, one with the caller, one being mixed."""
         return (self.prefetch + 2) * self.options.batch_size * self.options.image_size**2 * 3
 
+    def why_bad(self, position: int) -> str:
+        """Read a record that another rank found bad, and return why it is."""
+        side, order = self.options.image_size, EpochOrder(np.arange(self.images))
+        alone = _Pending(0, order, np.array([position]), np.empty((1, side, side, 3), dtype=np.uint8), 1)
+        return self._make_rows(alone, slice(0, 1)).get(0, "bad on another rank")
+
     def __len__(self) -> int:
         return self.steps_per_epoch
 
