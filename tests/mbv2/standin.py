@@ -58,4 +58,5 @@ def memory_data(
     source = MemorySource(*val_set, batch, training=False) if val else None
     ordered = MemorySource(*train_set, batch, training=False)
     train = MemorySource(*train_set, batch, training=True, delay_s=delay_s)
-    return RunData(names, f"{images}-{val}-{size}", train, images, ordered.epoch, source, val)
+    counts = tuple(np.bincount(train_set[1], minlength=classes).tolist())
+    return RunData(names, f"{images}-{val}-{size}", train, images, counts, ordered.epoch, source, val)
