@@ -126,6 +126,11 @@ class RunData:
             bad[[row.position for row in loader.skipped]] = 1
             loader.add_skipped({row: loader.why_bad(row) for row in np.flatnonzero(add_up(bad) - bad).tolist()})
 
+    def left_out(self, add_up: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> int:
+        """Return how many bad images of the validation split are left out, over all ranks; every rank must call it."""
+        self.share_skipped(add_up)
+        return len(self.loaders["val"].skipped) if "val" in self.loaders else 0
+
 
 def open_run_data(
     records: Path,
@@ -222,6 +227,8 @@ def train_options(recipe: Recipe) -> TrainOptions:
         erasing_prob=recipe.erasing_prob,
         mixup_alpha=recipe.mixup_alpha,
         cutmix_alpha=recipe.cutmix_alpha,
+        mixup_prob=recipe.mixup_prob,
+        mixup_last_epoch=recipe.mixup_last_epoch,
     )
 
 

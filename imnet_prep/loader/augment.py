@@ -120,17 +120,20 @@ def mix(
     """Apply MixUp or CutMix to a batch: row i is mixed with row N-1-i, each with its own share.
 
     Args:
-        options: ``mixup_alpha``, ``cutmix_alpha``; with both on, the batch's first record draws which.
+        options: ``mixup_alpha``, ``cutmix_alpha``; with both on, the batch's first record draws which. It also draws
+            whether the batch is mixed (``mixup_prob``); those after epoch ``mixup_last_epoch`` are not.
         image: uint8 (N, H, W, 3).
         seed: Of the run.
         epoch: From 0.
         ids: uint64 (N,), record ids.
 
     Returns:
-        The mixed images, a new array, and float32 (N,), the share of each row's own label.
+        The mixed images, and float32 (N,), the share of each row's own label: 1 in a batch that is not mixed.
 
     Source: Zhang et al., "mixup", 2017; Yun et al., "CutMix", 2019 (the share is that of the pixels kept).
     """
+    if not _is_mixed(options, seed, epoch, ids):
+        return image, np.ones(len(image), np.float32)
     from scipy.special import betaincinv  # the inverse of Beta's distribution; 0.1 s to import, so not with the module
 
     drawn = uniforms(seed, epoch, ids, Stream.MIX)
@@ -138,6 +141,12 @@ def mix(
     alpha = options.cutmix_alpha if cut else options.mixup_alpha
     share = np.clip(betaincinv(alpha, alpha, drawn[:, 0]), 0.0, 1.0)
     return _cut(image, share, drawn) if cut else _blend(image, share), share.astype(np.float32)
+
+
+def _is_mixed(options: TrainOptions, seed: int, epoch: int, ids: NDArray[np.uint64]) -> bool:
+    if 0 < options.mixup_last_epoch <= epoch:
+        return False
+    return bool(uniforms(seed, epoch, ids[:1], Stream.MIX_CHANCE)[0, 0] < options.mixup_prob)
 
 
 def _blend(image: NDArray[np.uint8], share: NDArray[np.float64]) -> NDArray[np.uint8]:

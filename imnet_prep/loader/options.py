@@ -7,7 +7,7 @@ from math import isfinite
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.batch_decoder import INTERPOLATIONS
 from imnet_prep.loader.order import ORDERS
-from imnet_prep.loader.random_numbers import MAX_SEED
+from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED
 
 MAX_IMAGE_SIZE = 4096
 EVAL_CROP_FRACTION = 224 / 256  # the usual centre crop: 224 of a short side of 256
@@ -66,6 +66,8 @@ class TrainOptions:
         erasing_ratio: Range of the box's width / height.
         mixup_alpha: Beta parameter of MixUp; 0 is off. With CutMix on too, each batch draws one of them.
         cutmix_alpha: Beta parameter of CutMix; 0 is off.
+        mixup_prob: Probability that a batch is mixed, by either.
+        mixup_last_epoch: Last epoch, counted from 1, whose batches are mixed, by either; 0 mixes all.
         drop_last: Leave out the records that do not fill a batch on every rank; each epoch leaves out others.
     """
 
@@ -84,6 +86,8 @@ class TrainOptions:
     erasing_ratio: tuple[float, float] = (0.3, 3.3)
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_last_epoch: int = 0
     drop_last: bool = True
 
     def __post_init__(self) -> None:
@@ -95,7 +99,7 @@ class TrainOptions:
             value = getattr(self, name)
             check(isfinite(value) and value >= 0, name, "0 or more", value)
         limits = {"flip_prob": 1, "erasing_prob": 1, "randaugment_ops": 16, "randaugment_magnitude": 30}
-        for name, limit in limits.items():
+        for name, limit in (limits | {"mixup_prob": 1, "mixup_last_epoch": MAX_EPOCH}).items():
             check_range(name, getattr(self, name), 0, limit)
         both = self.trivialaugment and self.randaugment_ops
         check(not both, "randaugment_ops", "0 with trivialaugment", self.randaugment_ops)

@@ -31,6 +31,7 @@ class Stream(enum.IntEnum):
     CLASS_ORDER = 7  # the order of a class's records in balanced sampling
     CLASS = 8  # which classes get one record more than others
     TRIVIALAUGMENT = 9
+    MIX_CHANCE = 10  # whether a batch is mixed at all
     CROP = 16  # one per attempt
     ERASE_BOX = 32  # one per attempt
     RANDAUGMENT = 64  # one per operation

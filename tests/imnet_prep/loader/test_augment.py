@@ -118,6 +118,8 @@ def test_the_default_short_side_is_256_for_224() -> None:
         (TrainOptions, {"interpolation": "nearest"}),
         (TrainOptions, {"flip_prob": 1.5}),
         (TrainOptions, {"mixup_alpha": float("nan")}),
+        (TrainOptions, {"mixup_prob": 1.5}),
+        (TrainOptions, {"mixup_last_epoch": -1}),
         (TrainOptions, {"color_jitter": (0.4, 0.4, 0.4, 0.6)}),
         (TrainOptions, {"randaugment_ops": 17}),
         (TrainOptions, {"randaugment_magnitude": 31}),
@@ -153,6 +155,23 @@ def test_mixup_blends_row_i_with_row_n_minus_1_minus_i() -> None:
 def test_mixup_shares_follow_beta() -> None:
     _, share = mix(TrainOptions(1, mixup_alpha=0.4), np.zeros((20_000, 1, 1, 3), dtype=np.uint8), 0, 0, _ids(20_000))
     assert kstest(share, "beta", args=(0.4, 0.4)).pvalue > P_VALUE
+
+
+def test_batches_are_mixed_as_often_as_asked_and_up_to_the_last_epoch() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    options = TrainOptions(2, mixup_alpha=1.0, mixup_prob=0.25, mixup_last_epoch=1001)
+    mixed = []
+    for epoch in range(1000):
+        pixels, share = mix(options, image, 7, epoch, _ids(2))
+        mixed.append(bool((share < 1).all()))
+        assert mixed[-1] == bool((pixels != image).any())
+        if mixed[-1]:  # the share is what it would be if all were mixed
+            assert np.array_equal(share, mix(TrainOptions(2, mixup_alpha=1.0), image, 7, epoch, _ids(2))[1])
+    assert abs(np.mean(mixed) - 0.25) < 0.05
+    two = TrainOptions(2, mixup_alpha=1.0, cutmix_alpha=1.0, mixup_last_epoch=2)
+    assert [bool((mix(two, image, 7, epoch, _ids(2))[1] < 1).any()) for epoch in range(4)] == [True, True, False, False]
+    never = TrainOptions(2, mixup_alpha=1.0, mixup_prob=0.0)
+    assert all((mix(never, image, 7, epoch, _ids(2))[1] == 1).all() for epoch in range(20))
 
 
 def test_cutmix_share_is_that_of_the_pixels_kept() -> None:
