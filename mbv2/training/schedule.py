@@ -1,7 +1,5 @@
 """The learning rate at every step: a pure function of the recipe and the position, so that resuming needs no state."""
 
-from __future__ import annotations
-
 import math
 
 from mbv2.recipe import Recipe
@@ -14,6 +12,13 @@ def peak_lr(recipe: Recipe, global_batch: int) -> float:
         Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 2.1: the linear scaling rule.
     """
     return recipe.lr * global_batch / recipe.lr_batch_size if recipe.lr_batch_size else recipe.lr
+
+
+def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Return in how many steps the rate rises: ``warmup_epochs`` does not change with the length of the run."""
+    if recipe.warmup_epochs:
+        return round(recipe.warmup_epochs * steps_per_epoch)
+    return int(recipe.warmup_frac * recipe.epochs * steps_per_epoch)
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> float:
@@ -30,7 +35,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch:
     """
     peak = peak_lr(recipe, global_batch)
     total = recipe.epochs * steps_per_epoch
-    warmup = int(recipe.warmup_frac * total)
+    warmup = warmup_steps(recipe, steps_per_epoch)
     if step < warmup:
         return peak * (step + 1) / warmup
     if recipe.schedule == "constant":
