@@ -21,6 +21,7 @@ from imnet_prep.sources.labels import (
 )
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.tree import first_image, has_image, listed, listing, visible_folders
+from imnet_prep.sources.webdataset import WebDatasetFolder, tars_in
 from imnet_prep.types import SPLITS
 
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
@@ -137,7 +138,8 @@ def _splits(path: Path, split: str, labelled: bool) -> list[Source]:
         return []
     official = any(isinstance(part, FlatFolder) for part in parts)
     tree = FolderSource(path, "ilsvrc2012-tree" if official else "imagefolder", parts, split)
-    devkits = [path / name for name in (DEVKIT_ARCHIVE, _DEVKIT_FOLDER) if (path / name).exists()]
+    places = (path / name for name in (DEVKIT_ARCHIVE, _DEVKIT_FOLDER))
+    devkits = [place for place in places if place.is_file() or place.is_dir()]  # a FIFO would wait
     return [devkit(devkits[0]), tree] if devkits and not labelled and tree.unlabelled() else [tree]
 
 
@@ -216,6 +218,8 @@ def _one_split(path: Path, split: str, labelled: bool, file_source: FileSource) 
         return [FolderSource(path, "imagefolder", [ClassFolders(named, path)])]
     if class_tars:
         return [TarFolder(path, "folder-of-class-tars", named)]
+    if not first and (tars := tars_in(path)):
+        return [WebDatasetFolder(path, tars, split)]
     if flat := official_split(first):
         return [FolderSource(path, "ilsvrc2012-tree", [FlatFolder(flat, path)], split)]
     if first:
