@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -116,7 +116,7 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C or SIGTERM was received; a second signal stops at once."""
+    """Yield a function that tells whether a signal to stop was received; a second one stops at once."""
     from imnet_prep.process_pool import STOP_SIGNALS
 
     received: list[int] = []
@@ -125,9 +125,12 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         received.append(signum)
         if len(received) > 1:
             raise KeyboardInterrupt
-        click.echo("stopping: finishing the work in hand (press again to stop at once)", err=True)
+        with suppress(OSError):  # the terminal may be gone
+            click.echo("stopping: finishing the work in hand (press again to stop at once)", err=True)
 
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    under_nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [number for number in STOP_SIGNALS if not (under_nohup and number.name == "SIGHUP")]
+    previous = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: bool(received)
     finally:

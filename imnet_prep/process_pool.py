@@ -22,8 +22,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int, int, int], None]  # images, bytes and bad ones since the last call
 SPAWN = multiprocessing.get_context("spawn")
-# What Ctrl-C, a supervisor, and Ctrl-Break (on Windows alone) send.
-STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGBREAK")]
+# What Ctrl-C, a supervisor, a closed terminal, and Ctrl-Break (on Windows alone) send.
+STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
 MAX_PROCESSES = 30 if sys.platform == "win32" else 1000  # Windows waits for 63 handles at once; a download needs 2 each
 POLL_S = 0.2
 SMALL_BYTES = 64 << 20  # hashed before a second process has started

@@ -353,6 +353,29 @@ def with_size(data: bytes, width: int, height: int) -> bytes:
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
+def many_scans(width: int, height: int, scans: int) -> bytes:
+    """Make a progressive grey JPEG of so many scans after the first, each a few bytes that touch every block."""
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+    blocks = -(-width // 8) * -(-height // 8)
+    full, rest = divmod(blocks, 1 << 14)  # the only code of the scans: 2**14 and more blocks without a coefficient
+    bits = ("0" + "0" * 14) * full + ("0" + f"{0:014b}") * bool(rest)
+    bits += "1" * (-len(bits) % 8)
+    runs = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    return b"".join(
+        (
+            b"\xff\xd8" + segment(0xDB, bytes([0]) + bytes([16] * 64)),
+            segment(0xC2, struct.pack(">BHHB", 8, height, width, 1) + bytes([1, 0x11, 0])),
+            segment(0xC4, bytes([0x00, 1, *[0] * 15, 0])) + segment(0xC4, bytes([0x10, 1, *[0] * 15, 0xE0])),
+            segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(-(-blocks // 8)),
+            *(segment(0xDA, bytes([1, 1, 0, 1 + scan % 63, 1 + scan % 63, 0])) + runs for scan in range(scans)),
+            b"\xff\xd9",
+        )
+    )
+
+
 def png_chunk(name: bytes, body: bytes) -> bytes:
     """Make a PNG chunk with its checksum."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

@@ -20,6 +20,7 @@ from imnet_prep.download.content import judge
 from imnet_prep.download.fetch import Body, Failure, Fetcher, Hop
 from imnet_prep.download.folder import INCOMING, WORKER_LOCK
 from imnet_prep.download.journal import Outcome
+from imnet_prep.download.memory import PixelBudget, pixels_of
 from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.files import exclusive_lock
@@ -47,9 +48,10 @@ def worker_main(options: DownloadOptions, threads: int, parent: Connection, paus
     with exclusive_lock(options.out / INCOMING / WORKER_LOCK.format(index)):
         work: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         fetcher = Fetcher(options.fetch, options.polite.per_host, Resolver())
+        budget = PixelBudget(options.out / INCOMING)
         lock = threading.Lock()
         for place in range(index * threads, (index + 1) * threads):
-            runner = _Runner(options, fetcher, parent, lock, pauses, rows, place)
+            runner = _Runner(options, fetcher, budget, parent, lock, pauses, rows, place)
             threading.Thread(target=runner.serve, args=(work,), daemon=True, name=f"fetch-{place}").start()
         runner.send(Ready(index))
         try:
@@ -66,6 +68,7 @@ class _Runner:
 
     options: DownloadOptions
     fetcher: Fetcher
+    budget: PixelBudget
     parent: Connection
     lock: threading.Lock  # for ``parent``
     pauses: Any
@@ -125,7 +128,8 @@ class _Runner:
             found = self.fetcher.fetch(task.url, task.spent_s)
             if not isinstance(found, Body):
                 return found
-            judged = judge(found, self.options.content)
+            with self.budget.hold(pixels_of(found.data)):
+                judged = judge(found, self.options.content)
             return judged if isinstance(judged, Failure) else (found, *judged)
         except Exception as error:
             log.exception("internal fault")

@@ -24,6 +24,7 @@ from imnet_prep.types import Change, ImageFault, Reason
 Pixels = NDArray[np.uint8]  # (H, W) grey or (H, W, 3) BGR, OpenCV's order
 _FILE_BUFFER = 4096  # bytes that libjpeg reads of a file at once (INPUT_BUF_SIZE in jdatasrc.c)
 _REPORTED = 448  # bytes before a buffer's end: an MCU that begins there is decoded slowly (BUFSIZE in jdhuff.c is 512)
+_BAND_PIXELS = 1 << 20
 # Everything that Pillow's plugins raise on damaged files; each is the image's fault, not ours.
 PILLOW_FAULTS = (
     OSError,
@@ -188,4 +189,10 @@ def _eight_bit(image: Image.Image, *, deep: bool) -> Image.Image:
 
 def bgr(image: Image.Image) -> Pixels:
     """Return Pillow's image as pixels, uint8 (H, W, 3)."""
-    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _BAND_PIXELS // width)  # at a time, or a large image would be held four times
+    for top in range(0, height, rows):
+        band = image if rows >= height else image.crop((0, top, width, min(height, top + rows)))
+        pixels[top : top + rows] = np.asarray(band.convert("RGB"))[:, :, ::-1]
+    return pixels

@@ -22,6 +22,7 @@ _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _SEQUENTIAL_HUFFMAN = frozenset({0xC0, 0xC1})
 _MAX_RESTART_INTERVAL = 0xFFFF  # MCUs
 _MAX_SCANS = 500  # encoders write about 10; each is a pass over every block, so thousands are an attack
+_MAX_SCANNED_PIXELS = 2_000_000_000  # in all scans together: ten seconds of decoding at worst
 # In entropy-coded data FF 00 is a stuffed FF, FF D0-D7 a restart, FF FF a fill byte; anything else ends the scan.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
@@ -87,6 +88,8 @@ def read_markers(data: bytes, scan_end: int = 0) -> JpegInfo:
     if frame is None or scans == 0:
         raise ImageFault(Reason.CORRUPT, "no image between the start and end markers")
     width, height, components, precision = _read_frame(frame[1])
+    if scans * width * height > max(_MAX_SCANNED_PIXELS, width * height):
+        raise ImageFault(Reason.TOO_MANY_PIXELS, f"{scans} scans of {width} x {height} pixels")
     orientation, exif_damaged = exif or (1, False)
     return JpegInfo(
         width=width,

@@ -117,7 +117,8 @@ def test_missing_flags_are_a_usage_error() -> None:
     assert _run("--out", "x").exit_code == 2
 
 
-def test_ctrl_c_finishes_what_is_in_hand_and_exits_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)])
+def test_asked_to_stop_it_finishes_what_is_in_hand_and_exits_130(tmp_path: Path, number: int) -> None:
     def slow(exchange: Exchange) -> None:
         time.sleep(0.05)
         images(exchange)
@@ -140,13 +141,14 @@ def test_ctrl_c_finishes_what_is_in_hand_and_exits_130(tmp_path: Path) -> None:
         deadline = time.monotonic() + 30
         while sum(server.hits.values()) < 20 and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
         hits = sum(server.hits.values())
     assert process.returncode == 130, stderr
     result = json.loads(stdout)
     assert result["ok"] == hits
     assert result["pending"] == 300 - hits > 0
+    assert (tmp_path / "out" / "failures.jsonl").exists()
     assert b"Traceback" not in stderr
 
 

@@ -95,7 +95,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == state
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_asked_to_stop_it_leaves_a_clean_checkpoint(
     source: Path, expected: dict[str, str], tmp_path: Path, number: int
 ) -> None:

@@ -316,6 +316,14 @@ def test_a_shrunk_image_is_baseline_with_halved_chroma() -> None:
         assert b"\xff\xc2" not in image
 
 
+def test_scans_are_limited_by_the_pixels_that_they_pass_over() -> None:
+    assert isinstance(check(synthetic.many_scans(64, 64, 400)), Sample)
+    assert refused(synthetic.many_scans(64, 64, 500)).reason is Reason.CORRUPT
+    many = refused(synthetic.many_scans(4000, 4000, 200))
+    assert many.reason is Reason.TOO_MANY_PIXELS
+    assert "201 scans" in many.detail
+
+
 def test_a_small_progressive_image_becomes_baseline_under_short_side() -> None:
     sample = kept(odd_images()["progressive"].data, ValidateOptions(short_side=200))
     assert sample.changes == (Change.PROGRESSIVE,)

@@ -1,0 +1,75 @@
+"""Bound the memory of all decodes at a time: a picture of a few hundred kilobytes may be 100 million pixels."""
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from PIL import Image
+
+from imnet_prep.files import exclusive_lock
+from imnet_prep.images.decode import PILLOW_FAULTS
+from imnet_prep.images.formats import sniff
+from imnet_prep.images.jpeg import jpeg_size
+from imnet_prep.types import ImageFault
+
+_PIXELS_AT_A_TIME = 24_000_000  # in a process; a decode takes 3 to 8 bytes a pixel
+_LOCK_NAME = "large-image.lock"  # held by the process that decodes an image of more pixels
+_POLL_S = 0.05
+
+
+class PixelBudget:
+    """Let a process decode images of so many pixels at a time, and all processes one larger image at a time.
+
+    Args:
+        folder: Where the lock file of larger images lies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._lock_path = folder / _LOCK_NAME
+        self._changed = threading.Condition()
+        self._pixels = 0
+        self._one = threading.Lock()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until an image of so many pixels may be decoded, and hold its part of the budget."""
+        if pixels > _PIXELS_AT_A_TIME:
+            with self._one, self._alone():
+                yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._pixels + pixels <= _PIXELS_AT_A_TIME)
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify_all()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock of all processes; the system frees it if this one dies."""
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(exclusive_lock(self._lock_path))
+                    break
+                except BlockingIOError:
+                    time.sleep(_POLL_S)
+            yield
+
+
+def pixels_of(data: bytes) -> int:
+    """Return the pixels of an image by its header, 0 where it has none that can be read."""
+    with suppress(ImageFault, *PILLOW_FAULTS):
+        kind = sniff(data)
+        if kind == "JPEG":
+            width, height = jpeg_size(data) or (0, 0)
+            return width * height
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+            return image.width * image.height
+    return 0
