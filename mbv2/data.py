@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,7 +88,7 @@ class RunData:
     train_view: Callable[[int], Iterator[AnyBatch]]
     val: BatchSource | None
     val_images: int
-    loaders: Mapping[str, Batches] = MappingProxyType({})
+    loaders: Mapping[str, Batches] = field(default_factory=dict)
 
     @property
     def skipped(self) -> tuple[SkippedRow, ...]:

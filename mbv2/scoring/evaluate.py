@@ -11,7 +11,7 @@ from imnet_prep.loader.batches import open_batches
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch, ProgressCallback
-from mbv2.data import eval_options, split_images
+from mbv2.data import eval_options, rank_share, split_images
 from mbv2.runtime import runtime, start_mindspore
 from mbv2.scoring.classes import SubsetTally, checkpoint_labels
 from mbv2.scoring.score import Observer, Predict, Scores, Tally, network_predict, score_batches, sum_over_ranks
@@ -32,6 +32,7 @@ class Evaluation:
         images: Images of the split.
         labels: int32 (classes of the records,), the checkpoint's label of each class.
         class_names: Of the checkpoint, in its label order.
+        workers: Decode threads; as many as the operators use if not given.
     """
 
     loaded: Checkpoint
@@ -41,6 +42,7 @@ class Evaluation:
     images: int
     labels: NDArray[np.int32]
     class_names: tuple[str, ...]
+    workers: int | None = None
 
     def spread(self, most: int) -> tuple[Iterator[Batch], int]:
         """Yield up to ``most`` images, one a batch, spread evenly over the split; no other image is decoded.
@@ -98,9 +100,9 @@ class Evaluation:
         return replace(scores, tallies=tuple(tallies))
 
     def _batches(self, size: int, rank: int, ranks: int) -> Iterator[Batch]:
-        meta = self.loaded.meta
+        meta, share = self.loaded.meta, rank_share(runtime(), self.workers)
         options = eval_options(size, meta.image_size, meta.eval_crop)
-        with open_batches(self.records, self.split, options, 0, rank=rank, ranks=ranks) as batches:
+        with open_batches(self.records, self.split, options, 0, **{**share, "rank": rank, "ranks": ranks}) as batches:
             for batch in batches.epoch(0):
                 yield replace(batch, label=self.labels[batch.label])
 
@@ -145,6 +147,7 @@ def evaluate_checkpoint(
     real_labels: Path | None = None,
     kernels: str = "auto",
     device_target: str = "CPU",
+    workers: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
 ) -> tuple[Scores, tuple[str, ...]]:
@@ -157,6 +160,7 @@ def evaluate_checkpoint(
         real_labels: A file of several right labels an image, see :func:`mbv2.scoring.several_labels.read_real_labels`.
         kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
+        workers: Decode threads of this process; as many as the operators use if not given.
         stop: Says whether to leave.
         progress: Called after each batch.
 
@@ -168,7 +172,7 @@ def evaluate_checkpoint(
         CheckpointError: Unreadable, foreign, damaged, or for other classes.
         TrainError: The file of several labels is not usable.
     """
-    found = read_evaluation(checkpoint, records, split, device_target)
+    found = replace(read_evaluation(checkpoint, records, split, device_target), workers=workers)
     tallies: list[Tally] = []
     if real_labels is not None:
         files = (line.file_name for line in RecordsFolder(records, found.manifest).lines(split))

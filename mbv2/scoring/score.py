@@ -114,6 +114,7 @@ def score_batches(
     batch_size: int,
     total: int,
     observers: Sequence[Observer] = (),
+    left_out: Callable[[], int] = lambda: 0,
     reduce: Callable[[Scores], Scores] = lambda scores: scores,
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
@@ -127,6 +128,7 @@ def score_batches(
         batch_size: What ``predict`` was compiled for.
         total: Images there must be, on all ranks together.
         observers: Called with each batch and its logits.
+        left_out: Says how many bad images were left out of them; asked after the last batch.
         reduce: Adds up what several ranks scored.
         stop: Says whether to leave.
         progress: Called after each batch.
@@ -154,7 +156,7 @@ def score_batches(
         if progress:
             progress(Progress(images, total, note=f"top-1 {correct1 / images:.4f}"))
     scores = reduce(Scores(images, correct1, correct5, loss / max(1, images), confusion))
-    if scores.images != total:
+    if not total - left_out() <= scores.images <= total:
         raise TrainError("evaluation did not see every image", expected=f"{total} images", got=f"{scores.images}")
     return scores
 
