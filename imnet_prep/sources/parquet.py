@@ -58,15 +58,12 @@ class ParquetSource(Source):
         shards: The files, in order.
         split: The split requested, or empty.
         staging: Where their images are brought.
-        classes: Names in label order for numbers without names, or empty.
     """
 
-    def __init__(
-        self, path: Path, given: str, shards: Sequence[Shard], split: str, staging: Staging, classes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, path: Path, given: str, shards: Sequence[Shard], split: str, staging: Staging) -> None:
         super().__init__(path, "parquet", split)
         self.name = printable(remote.base_name(given) if remote.is_url(given) else self.name)
-        self._given, self._shards, self._staging, self._classes = given, shards, staging, classes
+        self._given, self._shards, self._staging = given, shards, staging
         self._is_file = shown(shards[0].place) == given
 
     def info(self, progress: ProgressCallback = lambda state: None) -> dict[str, Any]:
@@ -158,9 +155,9 @@ class ParquetSource(Source):
         Raises:
             SourceError: Two of them are the same.
         """
-        if not self._classes and named and is_imagenet(named):
+        if not self.classes and named and is_imagenet(named):
             return [wnid for wnid, _ in catalog.synsets()], True
-        names = list(self._classes) or [class_name(name) for name in named or ()]
+        names = list(self.classes) or [class_name(name) for name in named or ()]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise SourceError(
                 f"{self._given}: two classes have the same name",
@@ -206,7 +203,7 @@ def _listed(path: Path, first: int) -> Iterator[tuple[Any, ...]]:
         for number, line in enumerate(lines, first):
             size, label, name, meta = json.loads(line)
             yield number, offset, size, label, name, meta
-            offset += max(0, size)
+            offset += size if size >= 0 else -1 - size
 
 
 def _row(

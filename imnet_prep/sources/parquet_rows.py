@@ -1,7 +1,9 @@
 """Take the images out of a Parquet file, with pyarrow. Memory holds a few rows, however large a row group is."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -45,7 +47,7 @@ def _opened(path: Path, given: str) -> Iterator[Any]:
             path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
         ) as file:
             yield file
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise SourceError(
@@ -64,8 +66,9 @@ def holds_images(path: Path) -> bool:
 def extract(path: Path, given: str, folder: Path, progress: ProgressCallback) -> dict[str, Any]:
     """Write the images of a file to one flat file, and the rest of each row to a list.
 
-    A line of the list is the JSON of ``[size, label, name, meta]``: size is -1 without an image; label is a number, a
-    text or null; name is the base name in the file, or a suffix such as ``.jpg`` where it has none.
+    A line of the list is the JSON of ``[size, label, name, meta]``: size is that in the flat file, or -1 - size without
+    an image; label is a number, a text or null; name is the base name in the file, or a suffix such as ``.jpg`` where
+    it has none.
 
     Args:
         path: The file.
@@ -88,14 +91,21 @@ def extract(path: Path, given: str, folder: Path, progress: ProgressCallback) ->
         size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // mean))
         wanted = [columns["image"], columns["label"], *columns["others"]]
         batches = file.iter_batches(size, columns=[name for name in wanted if name is not None])
-        with (folder / BLOB).open("xb") as blob, (folder / LISTED).open("x", encoding="utf-8", newline="\n") as listed:
-            blob.write(START)
+        with (
+            (folder / BLOB).open("xb") as blob,
+            (folder / LISTED).open("x", encoding="utf-8", newline="\n") as listed,
+            ThreadPoolExecutor(1) as thread,  # writes while the next rows are read and decompressed
+        ):
+            written = thread.submit(blob.write, START)
             for batch in batches:
-                lines = _lines(batch, columns, blob.write)
+                data, lines = _lines(batch, columns)
                 images += sum(line[0] >= 0 for line in lines)
                 listed.writelines(f"{json.dumps(line)}\n" for line in lines)
                 rows += len(lines)
+                written.result()
                 progress(Progress(rows, total, "rows", blob.tell(), note=path.name))
+                written = thread.submit(blob.write, data)
+            written.result()
     if rows != total:
         raise SourceError(f"{given} is damaged", expected=f"{total} rows", got=str(rows), remedy="download it again")
     if rows and not images:
@@ -107,8 +117,8 @@ def extract(path: Path, given: str, folder: Path, progress: ProgressCallback) ->
     return {"rows": rows, "columns": columns}
 
 
-def _lines(batch: Any, columns: dict[str, Any], write: Callable[[memoryview], Any]) -> list[list[Any]]:
-    """Write the images of some rows one after another, and return the lines of the rows."""
+def _lines(batch: Any, columns: dict[str, Any]) -> tuple[memoryview, list[list[Any]]]:
+    """Return the images of some rows, one after another, and the lines of the rows."""
     pa, compute = _pyarrow(), _pyarrow(".compute")
     image = batch.column(columns["image"])
     paths: Sequence[str | None] = [None] * len(batch)
@@ -121,8 +131,7 @@ def _lines(batch: Any, columns: dict[str, Any], write: Callable[[memoryview], An
     _, offsets, data = image.buffers()
     ends = np.frombuffer(offsets, np.int64)[image.offset : image.offset + len(image) + 1]
     whole = memoryview(data) if data is not None else memoryview(b"")
-    write(whole[ends[0] : ends[-1]])
-    sizes = np.where(np.asarray(image.is_valid()), np.diff(ends), -1).tolist()
+    sizes = np.where(np.asarray(image.is_valid()), np.diff(ends), -1 - np.diff(ends)).tolist()
     labels: Sequence[Any] = (
         [None] * len(batch) if columns["label"] is None else batch.column(columns["label"]).to_pylist()
     )
@@ -134,7 +143,7 @@ def _lines(batch: Any, columns: dict[str, Any], write: Callable[[memoryview], An
             base = _suffix(bytes(whole[ends[row] : ends[row] + 64]))
         meta = meta_text({name: values[row] for name, values in others.items()}) if others else ""
         lines.append([size, label, base, meta])
-    return lines
+    return whole[ends[0] : ends[-1]], lines
 
 
 def _suffix(data: bytes) -> str:
@@ -149,6 +158,8 @@ def _suffix(data: bytes) -> str:
 
 def _columns(schema: Any, given: str) -> dict[str, Any]:
     """Choose the columns by the features of Hugging Face, else by type and name."""
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise SourceError(f"{given} has two columns of one name", got=twice[0], remedy="rename one")
     features = _features(schema)
     images = _image_columns(schema)
     marked = [name for name in images if features.get(name, {}).get("_type") == "Image"]
