@@ -115,12 +115,16 @@ def _fraction(text: str) -> float:
     help="Number the classes that are found, or use ImageNet's 1,000 labels, or those of a file.",
 )  # fmt: skip
 @KEEP_CLASSES
+@click.option(
+    "--classes", metavar="FILE|imagenet1k", help="Names in label order for classes that a source only numbers."
+)  # fmt: skip
 @click.option("--max-per-class", type=int, metavar="N", help="Keep at most N images per class, chosen by the seed.")
 @click.option("--val-fraction", type=float, metavar="F", help="Without a val split, take this fraction of each class.")
 @click.option("--short-side", type=int, metavar="PIXELS", help="Shrink to this short side (256 is usual).")
 @click.option("--quality", default=90, help="JPEG quality with --short-side.")
 @click.option("--duplicates", default="keep", metavar="keep|reject", help="What to do with identical files.")
 @click.option("--max-rejected", default="1%", metavar="N|P%", help="Fail (exit 3) above this many rejections.")
+@click.option("--salvage", is_flag=True, help="Convert the rest of a damaged archive, and say what is skipped.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Start over if the plan differs; replace a finished folder at the end.")
 @click.option("--executor", default="local", metavar="local|dask", help="Where the work is done.")
@@ -129,9 +133,9 @@ def _fraction(text: str) -> float:
 @guard
 def to_mindrecord(
     sources: tuple[Path | str, ...], out: Path, split: str | None, shards: int | None, seed: int, workers: int | None,
-    label_space: str, keep_classes: Path | None, max_per_class: int | None, val_fraction: float | None,
-    short_side: int | None, quality: int, duplicates: str, max_rejected: str, dry_run: bool, force: bool, executor: str,
-    scheduler: str | None, as_json: bool,
+    label_space: str, keep_classes: Path | None, classes: str | None, max_per_class: int | None,
+    val_fraction: float | None, short_side: int | None, quality: int, duplicates: str, max_rejected: str, salvage: bool,
+    dry_run: bool, force: bool, executor: str, scheduler: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert archives and folders to MindRecord shards with a manifest.
 
@@ -151,6 +155,7 @@ def to_mindrecord(
     plan_options = PlanOptions(
         seed=seed, shards=shards, label_space=label_space, keep_classes=keep_classes, max_per_class=max_per_class,
         store=ValidateOptions(short_side=short_side, quality=quality), duplicates=duplicates, val_fraction=val_fraction,
+        classes=classes, salvage=salvage,
     )  # fmt: skip
     options = ConvertOptions(workers, max_rejected, executor, scheduler, force)
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:

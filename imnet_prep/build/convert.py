@@ -68,7 +68,7 @@ class _SourcesJob(Job):
     def plan(self, workdir: Workdir, progress: ProgressCallback) -> Plan:
         """Return the plan that was begun from the same archives, or make one."""
         options, staging = self._options, Staging(workdir.work / STAGED, progress)
-        self._sources = detect(self._given, self._split, staging)
+        self._sources = detect(self._given, self._split, staging, options.class_names(), salvage=options.salvage)
         states = [_file_state(source.path) for source in self._sources]
         depends = [PLAN_VERSION, states, self._split, options.content(), options.seed, options.label_names()]
         self._key = None if None in states else json.dumps(depends, sort_keys=True)
@@ -132,7 +132,8 @@ def dry_run(
     workdir = check_out(out, local_paths(paths), force=options.force)
     parent = next(folder for folder in workdir.out.parents if folder.exists())
     with named_failures(workdir), tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder:
-        sources = detect(paths, split, Staging(Path(folder) / STAGED, interruptible(progress, stop)))
+        staging = Staging(Path(folder) / STAGED, interruptible(progress, stop))
+        sources = detect(paths, split, staging, plan_options.class_names(), salvage=plan_options.salvage)
         plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, interruptible(progress, stop))
         seconds = _estimate_seconds(plan) / process_count(options.workers)
     return {

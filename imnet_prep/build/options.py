@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from imnet_prep.errors import PlanError
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.process_pool import process_count
+from imnet_prep.sources.classes import IMAGENET, read_classes
 from imnet_prep.types import name_fault
 
 LABEL_SPACES = ("found", "imagenet1k")
@@ -31,6 +32,9 @@ class PlanOptions:
         store: The limits of an image, and how it is stored.
         duplicates: ``keep``, or ``reject`` all but the first (val before train) of the images with the same bytes.
         val_fraction: The share of each class to move from train to val, or None for none.
+        classes: What names the classes of sources that number them: ``imagenet1k``, the path of a list of names in
+            label order, or None.
+        salvage: Leave out the damaged stretches of archives; else they are errors.
     """
 
     seed: int = 0
@@ -41,6 +45,8 @@ class PlanOptions:
     store: ValidateOptions = field(default_factory=ValidateOptions)
     duplicates: str = "keep"
     val_fraction: float | None = None
+    classes: str | None = None
+    salvage: bool = False
 
     def __post_init__(self) -> None:
         checks = (
@@ -54,8 +60,17 @@ class PlanOptions:
             if not good:
                 raise PlanError(f"{name} is out of range", expected=expected, got=str(value))
 
+    def class_names(self) -> Sequence[str]:
+        """Return the names of numbered classes in label order, or none.
+
+        Raises:
+            SourceError: The list cannot be read.
+        """
+        return () if self.classes is None else read_classes(self.classes)
+
     def content(self) -> dict[str, Any]:
         """Return the options as the manifest records them: the content of files in place of their paths."""
+        names = list(self.class_names())
         return {
             "duplicates": self.duplicates,
             "keep_classes": None if self.keep_classes is None else sorted(read_names(self.keep_classes)),
@@ -65,6 +80,8 @@ class PlanOptions:
             "shards": self.shards,
             "short_side": self.store.short_side,
             **({} if self.val_fraction is None else {"val_fraction": self.val_fraction}),
+            **({} if self.classes is None else {"classes": self.classes if self.classes == IMAGENET else names}),
+            **({"salvage": True} if self.salvage else {}),
         }
 
     def label_names(self) -> list[str] | str:

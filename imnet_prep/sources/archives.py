@@ -1,9 +1,8 @@
 """Tar archives, read in place: the official ones of ILSVRC2012 and plain ones of class folders."""
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Self
 
@@ -13,31 +12,52 @@ from imnet_prep.files import PlainFile
 from imnet_prep.sources.base import Found, Source, is_hidden, is_image_name, make_ref, printable, suffix_of
 from imnet_prep.sources.labels import WNID, Labels, labelled, official_split, read_tiny_annotations
 from imnet_prep.sources.layout import Index
+from imnet_prep.sources.samples import Samples, is_sample, split_of
 from imnet_prep.sources.tar import FILE, FOLDER, Member, walk
 from imnet_prep.types import Reason, Rejected
 
 _END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
+_SEARCH_BYTES = 64 << 20  # looked through for the end of a damaged stretch, where it is only named
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
+_OFFICIAL_TRAIN = re.compile(r"(n\d{8})_\d+\.[A-Za-z]+")
 _MAX_ANNOTATIONS = 64 << 20  # bytes; Tiny-ImageNet's have half a MB
 _Row = tuple[str, int, int]  # name, offset, size in bytes
 
 
-def _walk_whole(file: PlainFile, path: Path, suffix: bytes = b"") -> Iterator[Member]:
-    """Walk an archive; ``suffix`` is that of the archives in it, if it is a tar of tars.
+def walk_whole(
+    source: Source, file: PlainFile, path: Path, start: int = 0, end: int | None = None, *, suffix: bytes = b""
+) -> Iterator[Member]:
+    """Walk an archive, or one inside it, for a source. Where a member is named, its damage is yielded as well.
+
+    Args:
+        source: It skips damaged stretches if it may.
+        file: The outermost archive.
+        path: Its path.
+        start: First byte of the archive to walk. end: One past its last byte; None for the end of the file.
+        suffix: That of the archives in it, if it is a tar of tars; its damaged stretches are yielded and not skipped.
 
     Raises:
-        SourceError: It is cut: nothing can be read after the damage, and no zero blocks end it.
+        SourceError: It is damaged, and the source is not to be salvaged.
     """
-    for found in walk(file, suffix=suffix):
-        # Zeros at the end prove nothing in a tar of tars: every inner tar ends in them.
-        if found.last and (suffix or not ends_in_zeros(file)):
-            named = catalog.archives().get(path.name)
-            whole = f" of {named.size_bytes}" if named is not None and named.size_bytes else ""
-            about = f"{printable(found.name)} {found.damage}" if found.name else found.damage
-            raise SourceError(
-                f"{path} is not a whole tar archive ({path.stat().st_size} bytes{whole}): {about}",
-                expected="an archive that ends in zero blocks",
-                remedy="download or copy it again",
-            )
+    before = "its beginning"
+    for found in walk(file, start, end, suffix=suffix, search_bytes=None if source.salvage else _SEARCH_BYTES):
+        if found.damage:
+            about = f"{printable(found.name)}: {found.damage}" if found.name else found.damage
+            # Zeros at the end prove nothing in a tar of tars: every inner tar ends in them.
+            if found.last and not source.salvage and (suffix or not ends_in_zeros(file)):
+                named = catalog.archives().get(path.name)
+                whole = f" of {named.size_bytes}" if named is not None and named.size_bytes else ""
+                raise SourceError(
+                    f"{path} is not a whole tar archive ({file.size_bytes} bytes{whole}): {about}, after {before}",
+                    expected="an archive that ends in zero blocks",
+                    remedy="download or copy it again; --salvage converts the rest and says what is skipped",
+                )
+            if not (suffix and source.salvage):
+                source.skip(f"{about}, after {before}", found.offset, found.size_bytes)
+            if not (found.name or suffix):
+                continue
+        else:
+            before = printable(found.name)
         yield found
 
 
@@ -47,7 +67,7 @@ def ends_in_zeros(file: PlainFile) -> bool:
     return len(tail) == _END_BYTES and not any(tail)
 
 
-def _files(members: Iterable[Member], split: str, class_name: str = "") -> Iterator[Member | Rejected]:
+def safe_files(members: Iterable[Member], split: str, class_name: str = "") -> Iterator[Member | Rejected]:
     """Yield the regular files with safe names; reject everything else but folders."""
     for found in members:
         if not found.fault:
@@ -61,31 +81,59 @@ class NestedTar(Source):
     """A tar of one tar per class (``n01440764.tar``): the official training archive, or one of the same form."""
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        file, inner = PlainFile(self.path), list[_Row]()
-        for found in _files(_walk_whole(file, self.path, b".tar"), self.split):
-            if isinstance(found, Rejected):
-                yield found
-            elif (base := found.parts[-1]).endswith(".tar") and not is_hidden(base):
-                inner.append((base.removesuffix(".tar"), found.offset, found.size_bytes))
-            else:
-                ignored[suffix_of(base)] += 1
-        for class_name, rows in groupby(sorted(inner), key=itemgetter(0)):
-            yield from _class_tars(file, rows, self.split, class_name, self.path)
+        file, inner, nameless = PlainFile(self.path), defaultdict[str, list[_Row]](list), list[Member]()
+        for found in walk_whole(self, file, self.path, suffix=b".tar"):
+            *_, base = found.parts
+            is_class = base.endswith(".tar") and not is_hidden(base)
+            if found.damage and not is_class:
+                nameless.append(found)
+            elif is_class and (found.damage or not found.fault):  # a stretch may hold most of it
+                inner[base.removesuffix(".tar")].append(("", found.offset, found.size_bytes))
+            elif found.kind != FOLDER and (found.fault or not is_image_name(base)):
+                yield from _other(found, self.split, ignored)
+            elif found.kind != FOLDER:
+                detail = "not in the tar of a class"
+                yield Rejected(self.split, printable(found.name), Reason.UNLABELLED, detail)
+        orphans = defaultdict[str, list[_Row]](list)
+        for stretch in nameless:
+            end = stretch.offset + stretch.size_bytes
+            for found in safe_files(walk_whole(self, file, self.path, stretch.offset, end), self.split):
+                if isinstance(found, Rejected):
+                    yield found
+                elif match := _OFFICIAL_TRAIN.fullmatch(found.parts[-1]):
+                    orphans[match[1]].append((found.parts[-1], found.offset, found.size_bytes))
+                elif is_image_name(found.parts[-1]):
+                    detail = "the name of its class is in a damaged stretch"
+                    yield Rejected(self.split, printable(found.name), Reason.UNLABELLED, detail)
+        for class_name in sorted(inner.keys() | orphans.keys()):
+            yield from _class_tars(self, file, self.path, class_name, inner[class_name], orphans[class_name])
 
 
-def _class_tars(file: PlainFile, tars: Iterable[_Row], split: str, class_name: str, path: Path) -> Iterator[Found]:
-    """Walk the tars of one class: yield first the rejected members, then the images by name."""
-    rows: list[_Row] = []
+def _other(found: Member, split: str, ignored: Counter[str]) -> Iterator[Rejected]:
+    """Count a member that is no image, or reject it: it cannot be read, or may hold images as an archive does."""
+    base = found.parts[-1]
+    if fault := found.fault or ("an archive in the archive" if base.lower().endswith(_ARCHIVES) else ""):
+        yield Rejected(split, printable(found.name), Reason.UNREADABLE, fault)
+    else:
+        ignored[suffix_of(base)] += 1
+
+
+def _class_tars(
+    source: Source, file: PlainFile, path: Path, class_name: str, tars: Iterable[_Row], rows: Iterable[_Row] = ()
+) -> Iterator[Found]:
+    """Walk the tars of one class: yield first the rejected members, then the images by name, with ``rows`` of them."""
+    images, split = list(rows), source.split
     for _, start, size_bytes in tars:
-        for found in _files(walk(file, start, start + size_bytes), split, class_name):
+        members = walk_whole(source, file, path, start, start + size_bytes)
+        for found in safe_files(members, split, class_name):
             if isinstance(found, Rejected):
                 yield found
             elif (parts := found.parts) == [""]:
                 yield Rejected(split, printable(f"{class_name}/{found.name}"), Reason.UNREADABLE, "it has no name")
             else:
                 name = "/".join(parts[1:] if len(parts) > 1 and parts[0] == class_name else parts)
-                rows.append((name, found.offset, found.size_bytes))
-    for name, offset, size_bytes in sorted(rows):
+                images.append((name, found.offset, found.size_bytes))
+    for name, offset, size_bytes in sorted(images):
         yield make_ref(split, class_name, name, str(path), offset, size_bytes)
 
 
@@ -95,8 +143,8 @@ class TarFolder(Source):
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         for path in sorted(self.path.iterdir()):
             if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
-                whole = [(path.stem, 0, path.stat().st_size)]
-                yield from _class_tars(PlainFile(path), whole, self.split, path.stem, path)
+                file = PlainFile(path)
+                yield from _class_tars(self, file, path, path.stem, [("", 0, file.size_bytes)])
             elif path.suffix == ".tar" and not is_hidden(path.name):
                 raise SourceError(
                     f"{path} is no tar of a class beside others that are",
@@ -120,13 +168,13 @@ class FlatTar(Source):
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         images: list[tuple[str, Member]] = []
-        for found in _files(_walk_whole(PlainFile(self.path), self.path), self.split):
+        for found in safe_files(walk_whole(self, PlainFile(self.path), self.path), self.split):
             if isinstance(found, Rejected):
                 yield found
             elif is_image_name(base := found.parts[-1]):
                 images.append((base, found))
             else:
-                ignored[suffix_of(base)] += 1
+                yield from _other(found, self.split, ignored)
         for row in labelled(images, self.split, self.labels, notes):
             if isinstance(row, Rejected):
                 yield row
@@ -136,23 +184,34 @@ class FlatTar(Source):
 
 
 class ClassTar(Source):
-    """A tar of class folders, with or without ``train/`` and ``val/`` above them, and a folder around everything."""
+    """A tar of class folders, with or without ``train/`` and ``val/`` above them, and a folder around everything.
+
+    It turns out to be a WebDataset if its images have their labels beside them.
+    """
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        index, file, tiny = Index(self.path), PlainFile(self.path), None
-        for found in _files(_walk_whole(file, self.path), self.split or "train"):
+        index, file, tiny, samples = Index(self.path), PlainFile(self.path), None, Samples()
+        samples.begin(self.path, file, split_of(self.path.stem) or self.split or "train")
+        for found in safe_files(walk_whole(self, file, self.path), self.split or "train"):
             if isinstance(found, Rejected):
                 yield found
                 continue
+            samples.add(found)
             *folders, base = found.parts
             if base == "val_annotations.txt":
                 data = file.read(min(found.size_bytes, _MAX_ANNOTATIONS), found.offset)
                 tiny = read_tiny_annotations(data, f"{self.path}: {printable(found.name)}")
             if not is_image_name(base) or any(map(is_hidden, folders)):
-                ignored[suffix_of(base)] += 1
+                yield from _other(found, self.split or "train", ignored)
             else:
                 index.add(folders, base, found.offset, found.size_bytes)
-        yield from index.found(str(self.path), self.split, tiny)
+        samples.end()
+        if samples.are_there:
+            self.kind = "webdataset"
+            ignored.clear()
+            yield from samples.found_in(self, notes, ignored)
+        else:
+            yield from index.found(str(self.path), self.split, tiny)
 
 
 class Devkit(Source):
@@ -177,8 +236,9 @@ def peek(path: Path) -> tuple[str, str]:
     Raises:
         SourceError: It is no tar, is cut before the first image, or holds none.
     """
-    seen = 0
-    for found in walk(PlainFile(path)):
+    seen, before = 0, ""
+    members = walk(PlainFile(path))
+    for found in members:
         if found.damage:
             if found.last and seen == 0:
                 raise SourceError(f"{path} is not a tar archive that can be read", got=found.damage)
@@ -188,8 +248,11 @@ def peek(path: Path) -> tuple[str, str]:
         if found.kind == FILE and base.endswith(".tar") and not is_hidden(base):
             return "nested", base
         if found.kind == FILE and is_image_name(base):
-            in_class = any(map(WNID.fullmatch, folders))
-            return "classes" if in_class else official_split(base) or "classes", found.name
+            beside = next(members, found).name
+            if any(map(WNID.fullmatch, folders)) or is_sample(found.name, before) or is_sample(found.name, beside):
+                return "classes", found.name
+            return official_split(base) or "classes", found.name
+        before = found.name
     raise SourceError(
         f"{path} holds no images", expected="class folders, class tars or ILSVRC2012 images", got=f"{seen} members"
     )

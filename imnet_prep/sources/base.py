@@ -7,7 +7,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MAX_SOURCE_BYTES = 1 << 29  # read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
 _CHUNK_BYTES = 8 << 20
 MAX_META_BYTES = 16 << 10  # of JSON per image: captions and EXIF pass, embeddings do not
+_LISTED = 10  # damaged stretches listed in a note
 _OPEN_ARCHIVES = 32  # file descriptors that a process keeps open
 Found = ImageRef | Rejected
 
@@ -38,6 +39,8 @@ class Source(ABC):
         name: Base name of the folder or archive, for messages.
         path: The folder or archive; for one that was staged, the copy that is read.
         staged: What was given, for one that was staged.
+        classes: Names in label order for classes that the source only numbers, or empty.
+        salvage: Whether damaged stretches of an archive are left out; else they are errors.
         notes: Messages for the user (files ignored, val images missing); complete once :meth:`refs` has ended.
     """
 
@@ -47,7 +50,10 @@ class Source(ABC):
         self.path, self.kind, self.split = path, kind, split
         self.name = path.name or path.resolve().name
         self.staged: Staged | None = None
+        self.classes: Sequence[str] = ()
+        self.salvage = False
         self.notes: tuple[str, ...] = ()
+        self._skipped: list[tuple[str, int, int]] = []  # damage, and the stretch left out for it
         self._walked, self._images, self._size_bytes = False, 0, 0
 
     @abstractmethod
@@ -62,6 +68,7 @@ class Source(ABC):
         Returns:
             ``kind``, ``name``, ``size_bytes``, ``md5``, ``sha256``, whether it is an ``official`` archive, and the
             number of ``images`` (None for labels). A folder has no name and no digests; its size is that of its images.
+            A damaged archive that was salvaged has ``skipped_bytes``, too.
 
         Raises:
             SourceError: It cannot be read; an official archive is damaged or has the name of another one.
@@ -92,7 +99,26 @@ class Source(ABC):
             "sha256": sha256,
             "official": official,
             "images": self._images if self.has_images else None,
+            **({"skipped_bytes": sum(size for _, _, size in self._skipped)} if self._skipped else {}),
         }
+
+    def skip(self, damage: str, at: int, size_bytes: int) -> None:
+        """Leave out a damaged stretch of an archive.
+
+        Args:
+            damage: What is wrong, and where.
+            at: Its first byte.
+            size_bytes: Its length, as far as it is known.
+
+        Raises:
+            SourceError: The source is not to be salvaged.
+        """
+        if not self.salvage:
+            raise SourceError(
+                f"{self.path} is damaged: bytes {at:,} to {at + size_bytes:,} cannot be read as files ({damage})",
+                remedy="download or copy it again; --salvage converts the rest and says what is skipped",
+            )
+        self._skipped.append((damage, at, size_bytes))
 
     def refs(self) -> Iterator[Found]:
         """Yield every image found, sorted by split, class and name; ``Rejected`` for those that cannot be read.
@@ -104,6 +130,7 @@ class Source(ABC):
             SourceError: The source is damaged or cannot be read.
         """
         notes, ignored, images, size_bytes = list[str](), Counter[str](), 0, 0
+        self._skipped = []
         try:
             with self._named():
                 for found in _unique(self._walk(notes, ignored)):
@@ -114,7 +141,7 @@ class Source(ABC):
         except OSError as error:
             raise self._unreadable(error) from error
         self._walked, self._images, self._size_bytes = True, images, size_bytes
-        self.notes = (*notes, *ignored_note(ignored, self.name))
+        self.notes = (*notes, *ignored_note(ignored, self.name), *_skipped_note(self._skipped, self.name))
 
     def _named(self) -> AbstractContextManager[None]:
         return nullcontext() if self.staged is None else self.staged.named()
@@ -126,10 +153,10 @@ class Source(ABC):
 
 def digests(path: Path, progress: ProgressCallback) -> tuple[int, str, str]:
     """Read a file once and return its size in bytes, its MD5 and its SHA-256, both computed at the same time."""
-    total = path.stat().st_size
-    done, md5, sha256 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
-        while chunk := file.read(_CHUNK_BYTES):
+    file, done, md5, sha256 = PlainFile(path), 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
+    total = file.size_bytes
+    with ThreadPoolExecutor(1) as thread:
+        while chunk := file.read(_CHUNK_BYTES, done):
             pending = thread.submit(md5.update, chunk)
             sha256.update(chunk)
             pending.result()
@@ -258,6 +285,16 @@ def ignored_note(ignored: Counter[str], name: str) -> list[str]:
         return []
     kinds = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(ignored.items()))
     return [f"{name}: {ignored.total()} other files ignored ({kinds})"]
+
+
+def _skipped_note(skipped: Sequence[tuple[str, int, int]], name: str) -> list[str]:
+    """Return a note on the damaged stretches that were left out; nothing without any."""
+    if not skipped:
+        return []
+    total = sum(size for _, _, size in skipped)
+    places = [f"{size:,} from byte {at:,} ({damage})" for damage, at, size in skipped[:_LISTED]]
+    more = ", ..." if len(skipped) > _LISTED else ""
+    return [f"{name}: {total:,} damaged bytes skipped in {len(skipped)} places: {', '.join(places)}{more}"]
 
 
 def suffix_of(name: str) -> str:

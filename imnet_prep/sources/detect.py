@@ -19,6 +19,7 @@ from imnet_prep.sources.archives import (
 from imnet_prep.sources.base import Source, is_hidden, is_image_name, printable
 from imnet_prep.sources.folder_layout import DEVKIT_ARCHIVE, devkit, folder_sources
 from imnet_prep.sources.folders import FolderSource
+from imnet_prep.sources.foreign import START_BYTES, refuse_foreign
 from imnet_prep.sources.labels import KAGGLE_SOLUTION, read_kaggle_solution
 from imnet_prep.sources.parquet import ParquetSource, find_files, shards_of
 from imnet_prep.sources.staging import COMPRESSED, Staging
@@ -29,13 +30,22 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 _REMOTE_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip", ".csv", ".txt", ".json")
 
 
-def detect(paths: Sequence[Path | str], split: str | None = None, staging: Staging | None = None) -> list[Source]:
+def detect(
+    paths: Sequence[Path | str],
+    split: str | None = None,
+    staging: Staging | None = None,
+    classes: Sequence[str] = (),
+    *,
+    salvage: bool = False,
+) -> list[Source]:
     """Recognize the layout of each path.
 
     Args:
         paths: Folders, archives and URLs of archives, in any order and mix.
         split: Selects one split of a source that has several, and names the split of one that does not tell it.
         staging: Where to bring what cannot be read in place; None refuses it.
+        classes: Names in label order for the classes of sources that number them, or none.
+        salvage: Leave out the damaged stretches of archives; else they are errors.
 
     Returns:
         One source per path (more for a folder of official archives), in the order of the paths.
@@ -64,6 +74,8 @@ def detect(paths: Sequence[Path | str], split: str | None = None, staging: Stagi
                 raise SourceError(f"{path} does not exist", remedy="check the path")
         except OSError as error:
             raise SourceError(f"{error.filename or path} cannot be read", got=error.strerror or str(error)) from error
+    for source in sources:
+        source.classes, source.salvage = classes, salvage
     _hand_out_labels(sources)
     if not any(source.has_images for source in sources):
         given = ", ".join(map(str, paths))
@@ -138,13 +150,14 @@ def _remote(url: str, split: str, labelled: bool, staging: Staging) -> list[Sour
 
 
 def _file(path: Path, split: str, staging: Staging | None) -> Source:
-    start = PlainFile(path).read(262, 0)
+    start = PlainFile(path).read(START_BYTES, 0)
     if not start:
         raise SourceError(f"{path} is empty", expected="an archive of images", got="0 bytes")
-    if path.name.endswith(".csv"):
+    if path.name.endswith(".csv") and b"ILSVRC2012_val_" in start:
         return Devkit(path, "kaggle-val-solution", read_kaggle_solution(path))
     if "devkit" in path.name or path.name == "meta.mat":
         return devkit(path)
+    refuse_foreign(path, start)
     if (start[:2] == b"PK" or path.suffix.lower() == ".zip") and start[257:262] != b"ustar":
         return ClassZip(path, split)
     if start.startswith(tuple(COMPRESSED)) and start[257:262] != b"ustar":

@@ -11,6 +11,7 @@ from imnet_prep.errors import SourceError
 from imnet_prep.sources.archives import Devkit, TarFolder
 from imnet_prep.sources.base import Source
 from imnet_prep.sources.folders import ClassFolders, DownloadFolder, FlatFolder, FolderSource, Part, archives_note
+from imnet_prep.sources.foreign import refuse_foreign_folder
 from imnet_prep.sources.labels import (
     KAGGLE_SOLUTION,
     WNID,
@@ -229,6 +230,7 @@ def _one_split(path: Path, split: str, labelled: bool, file_source: FileSource) 
             got=first,
             remedy="put the images of each class into a folder named after it",
         )
+    refuse_foreign_folder(path)
     raise SourceError(
         f"{path} holds no class folders with images",
         expected=f"{path.name}/<class>/<image>.jpg (or png, webp, ...)",

@@ -1,9 +1,9 @@
 """Walk a tar by its headers. Nothing is unpacked, and bodies are skipped.
 
-Python's tarfile keeps every member in memory and trusts the headers. Here a million members take no memory, a tar
-inside a tar is a byte range, and a false header is reported.
+Python's tarfile keeps every member in memory, trusts the headers and ends at the first that it cannot read. Here a
+million members take no memory, a tar inside a tar is a byte range, and what is no member is reported to the byte.
 
-Source: POSIX.1-2001 pax interchange format; GNU tar manual, "Basic Tar Format"; base-256 numbers as in GNU tar.
+Source: POSIX.1-2001 pax interchange format; GNU tar manual, "Basic Tar Format" and "Storing Sparse Files".
 """
 
 from collections.abc import Iterator
@@ -12,26 +12,32 @@ from typing import NamedTuple
 from imnet_prep.files import PlainFile
 
 BLOCK = 512
+_RECORD = 20 * BLOCK  # archives end at a multiple of it, mostly
+_LARGE_RECORDS = tuple(BLOCK << power for power in range(5, 14))  # tar -b 32 to 8192
 _MAX_META_BYTES = 1 << 20  # a long name or pax header beyond a MiB is an attack
+_MAX_DIGITS = 19  # of a size: 63 bits
+_OCTAL_LIMIT = 8 << 30  # what 11 octal digits hold
 _SEARCH_BYTES = 1 << 20
 _ZERO = bytes(BLOCK)
+_DIGITS = frozenset(b"01234567 \x00")  # of a checksum
+_BEYOND_ASCII = bytes(range(128, 256))
 _WITHOUT_BODY = b"123456"  # links, devices, folders, FIFOs: their size field is to be ignored
 _EXTENSIONS = b"LKxgX"  # headers that describe the next member, or (g) all that follow
 FILE, FOLDER, _LINK, _DEVICE, _SPARSE = "file", "folder", "link", "device or FIFO", "sparse file"
 _KINDS = {
     b"0": FILE, b"\x00": FILE, b"7": FILE, b"1": _LINK, b"2": _LINK, b"5": FOLDER, b"3": _DEVICE, b"4": _DEVICE,
-    b"6": _DEVICE, b"S": _SPARSE,
+    b"6": _DEVICE, b"S": _SPARSE, b"D": FOLDER, b"V": FOLDER,  # GNU's dumped folder, and the label of a volume
 }  # fmt: skip
 
 
 class Member(NamedTuple):
-    """A member of a tar, or a place where the tar is damaged.
+    """A member of a tar, or a damaged stretch of it.
 
     Attributes:
-        name: As written, undecodable bytes as surrogates; empty for damage that concerns no member.
+        name: As written, undecodable bytes as surrogates; empty for damage that concerns no known member.
         kind: What it is, for messages.
-        offset: First byte of its body in the outermost file.
-        size_bytes: Size of its body.
+        offset: First byte of its body in the outermost file; that of a damaged stretch where it begins.
+        size_bytes: Size of its body, or of the stretch up to the next header.
         damage: What is wrong with the tar here, or empty.
         last: Nothing after this damage could be read.
     """
@@ -58,11 +64,16 @@ class Member(NamedTuple):
         return "its name leads out of the archive (..)" if ".." in self.name.split("/") else ""
 
 
-_Extra = dict[str, bytes]  # what extension headers say about the next member: its name, size, and whether it is sparse
+_Extra = dict[str, bytes]  # what extension headers say of the next member: name, long, size, sparse; fault if damaged
 
 
-def walk(file: PlainFile, start: int = 0, end: int | None = None, *, suffix: bytes = b"") -> Iterator[Member]:
-    """Yield the members between two offsets and the damage, in their order.
+def walk(
+    file: PlainFile, start: int = 0, end: int | None = None, *, suffix: bytes = b"", search_bytes: int | None = None
+) -> Iterator[Member]:
+    """Yield the members between two offsets and the damaged stretches, in their order.
+
+    An archive that follows another after its zero blocks (``cat a.tar b.tar``) is read on. Other bytes there, and more
+    zeros than the padding of a tar, are damage: a member may have been in their place.
 
     Args:
         file: The outermost file.
@@ -70,33 +81,57 @@ def walk(file: PlainFile, start: int = 0, end: int | None = None, *, suffix: byt
         end: One past its last byte; None for the end of the file.
         suffix: After damage, continue at the next header whose name ends so. In a tar of tars this is ``.tar``, so
             that the header of an inner tar is not mistaken for one of the outer tar.
+        search_bytes: How far to look for that header; None for the whole tar.
     """
-    at, extra, common = start, _Extra(), _Extra()
+    at = first = start
+    extra, common = _Extra(), _Extra()
+    extended = lost = False  # the last member had an extension header; this one's may be in a damaged stretch
     end = file.size_bytes if end is None else end
     while at + BLOCK <= end and len(header := file.read(BLOCK, at)) == BLOCK:
+        name, fault, resume = "", "", at + BLOCK
         if header == _ZERO:
-            return
-        name, fault = "", f"no tar header at byte {at - start}"
-        if is_header(header):
+            resume = _zeros_end(file, at, end)
+            if resume == end and not extra and _is_padding(end - at, end - first):
+                return
+            if not extra and _is_joint(file, at, resume, first, end):
+                at = first = resume
+                common = _Extra()
+                continue
+            fault = f"{resume - at} zero bytes" + (", more than end an archive" if resume == end else "")
+        elif not is_header(header):
+            fault = "no tar header"
+        else:
             member, after, fault = _parse(file, header, at, extra, common)
-            name = member.name
             if not fault and after > end:
                 fault = f"says {member.size_bytes} bytes, only {max(0, end - member.offset)} are left"
+            if (flag := header[156:157]) not in _EXTENSIONS:
+                name = member.name
+            elif not fault:
+                update = _extension(flag, file.read(member.size_bytes, member.offset))
+                fault = update.get("fault", b"").decode()
+                (common if flag == b"g" else extra).update(update)
+                if not fault:
+                    at = after
+                    continue
+            if not fault and lost and not extra and (extended or header[99]):
+                # Its name may be cut: continue after it, so that it costs itself alone.
+                yield Member(name, FILE, at, after - at, "its long name is lost")
+                at, lost = after, False
+                continue
         if fault:
-            found = _next_header(file, at + BLOCK, end, suffix)
-            yield Member(name, FILE, at, 0, fault, last=found is None)
+            found = _next_header(file, resume, end, suffix, search_bytes)
+            stop = end if found is None else found
+            yield Member(name, FILE, at, stop - at, fault, last=found is None)
             if found is None:
                 return
-            after, extra = found, _Extra()
-        elif (flag := header[156:157]) in _EXTENSIONS:
-            (common if flag == b"g" else extra).update(_extension(flag, file.read(member.size_bytes, member.offset)))
-        else:
-            yield member
-            extra = _Extra()
+            at, extra, extended, lost = found, _Extra(), extended or "fault" in extra, True
+            continue
+        yield member
+        extended, lost = bool(extra), False
         at = after
-    yield Member(
-        "", FILE, at, 0, f"no end-of-archive block: the archive ends at byte {min(at, end) - start}", last=True
-    )
+        if extra:
+            extra = _Extra()
+    yield Member("", FILE, at, max(0, end - at), f"no end-of-archive block: the archive ends at byte {end - start}", last=True)
 
 
 def is_header(block: bytes) -> bool:
@@ -114,6 +149,33 @@ def _octal(field: bytes) -> int | None:
     return None if digits.strip(b"01234567") else int(digits or b"0", 8)
 
 
+def _is_padding(zeros: int, size_bytes: int) -> bool:
+    """Return whether an archive of a size may end in so many zeros: two blocks, and more to the end of a record."""
+    return zeros < _RECORD + 2 * BLOCK or any(
+        size_bytes % record == 0 and zeros < record + 2 * BLOCK for record in _LARGE_RECORDS
+    )
+
+
+def _is_joint(file: PlainFile, at: int, after: int, first: int, end: int) -> bool:
+    """Return whether zeros end one archive, and another follows: a whole number of records, and a header."""
+    if after >= end or (after - first) % _RECORD or not 2 * BLOCK <= after - at < _RECORD + 2 * BLOCK:
+        return False
+    follows = file.read(BLOCK, after)
+    return len(follows) == BLOCK and is_header(follows)
+
+
+def _zeros_end(file: PlainFile, at: int, end: int) -> int:
+    """Return the offset of the first block that has another byte than zero, or the end."""
+    while at < end:
+        chunk = file.read(min(_SEARCH_BYTES, end - at), at)
+        if not chunk:
+            break
+        if rest := chunk.lstrip(b"\x00"):
+            return at + (len(chunk) - len(rest)) // BLOCK * BLOCK
+        at += len(chunk)
+    return end
+
+
 def _parse(file: PlainFile, header: bytes, at: int, extra: _Extra, common: _Extra) -> tuple[Member, int, str]:
     """Return the member, the offset of the next header, and what is wrong with this one (or an empty string)."""
     flag, body = header[156:157], at + BLOCK
@@ -127,10 +189,9 @@ def _parse(file: PlainFile, header: bytes, at: int, extra: _Extra, common: _Extr
         return Member(name, FILE, body, 0), body, "its size is not a number"
     if extends and size > _MAX_META_BYTES:
         return Member(name, FILE, body, size), body, f"an extension header of {size} bytes"
-    kind = _KINDS.get(flag, "member of unknown type")
-    if not extends:
-        size = int(extra.get("size", size))
-        kind = _SPARSE if "sparse" in extra else kind
+    kind, fault = _KINDS.get(flag, "member of unknown type"), ""
+    if extra and not extends:
+        size, kind, fault = _extended(raw, size, kind, extra)
     if kind == FILE and name.endswith("/"):
         kind = FOLDER
     if flag in _WITHOUT_BODY:
@@ -139,47 +200,70 @@ def _parse(file: PlainFile, header: bytes, at: int, extra: _Extra, common: _Extr
         more = header[482]
         while more and len(block := file.read(BLOCK, body)) == BLOCK:
             more, body = block[504], body + BLOCK
-    return Member(name, kind, body, size), body + (size + BLOCK - 1) // BLOCK * BLOCK, ""
+    return Member(name, kind, body, size), body + (size + BLOCK - 1) // BLOCK * BLOCK, fault
+
+
+def _extended(raw: bytes, size: int, kind: str, extra: _Extra) -> tuple[int, str, str]:
+    """Return the size and kind of a member with extension headers, and whether they contradict its own header.
+
+    No checksum covers them, so they are compared with what the header has of the same.
+    """
+    long, fault = extra.get("long", b""), ""
+    if long and not _ascii(long).startswith(_ascii(raw)):
+        fault = "its long name does not begin as its header says"
+    if (digits := extra.get("size")) is not None:
+        if size not in (0, int(digits)) and int(digits) < _OCTAL_LIMIT and "sparse" not in extra:
+            fault = f"{size} bytes by its header, {int(digits)} by its extended header"
+        size = int(digits)
+    return size, _SPARSE if "sparse" in extra else kind, fault
+
+
+def _ascii(name: bytes) -> bytes:
+    return name.translate(None, _BEYOND_ASCII)  # writers replace or leave out the rest in a header
 
 
 def _extension(flag: bytes, body: bytes) -> _Extra:
-    """Return what an extension header says."""
-    if flag in b"LK":
-        return {"name": body.split(b"\x00")[0]} if flag == b"L" else {}  # K: the long name of a link's target
-    extra: _Extra = {}
-    for key, value in _pax_records(body):
+    """Return what an extension header says; ``fault`` if it is damaged."""
+    if flag == b"K":  # the long name of a link's target
+        return {}
+    if flag == b"L":
+        name, _, rest = body.partition(b"\x00")
+        return {"name": name, "long": name} if name and not rest.strip(b"\x00") else {"fault": b"a damaged long name"}
+    extra, at = _Extra(), 0
+    while at < len(body):  # records of "<length> <key>=<value>\n"
+        head, space, _ = body[at : at + 20].partition(b" ")
+        size = int(head) if space and head.isdigit() else 0
+        key, equals, value = body[at + len(head) + 1 : at + size - 1].partition(b"=")
+        if not equals or at + size > len(body) or body[at + size - 1 : at + size] != b"\n":
+            return extra | {"fault": b"a damaged extended header"}
         if key == b"path":
-            extra["name"] = value.split(b"\x00")[0]
-        elif key == b"size" and value.isdigit():
-            extra["size"] = value[:20]  # no file needs more digits
+            if b"\x00" in value:
+                return extra | {"fault": b"a null byte in the name of an extended header"}
+            extra.setdefault("name", value)
+        elif key == b"GNU.sparse.name":
+            extra["name"] = value
+        elif key == b"size":
+            if not value.isdigit() or len(value) > _MAX_DIGITS:
+                return extra | {"fault": f"a size of {len(value)} characters in an extended header".encode()}
+            extra["size"] = value
         elif key.startswith(b"GNU.sparse."):
             extra["sparse"] = value
+        at += size
     return extra
 
 
-def _pax_records(body: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the key and value of each ``"<length> <key>=<value>\\n"`` record; stop at the first malformed one."""
-    at = 0
-    while at < len(body):
-        head, space, _ = body[at : at + 20].partition(b" ")
-        if not space or not head.isdigit() or int(head) <= len(head) + 1 or at + int(head) > len(body):
-            return
-        key, equals, value = body[at + len(head) + 1 : at + int(head) - 1].partition(b"=")
-        if not equals:
-            return
-        yield key, value
-        at += int(head)
-
-
-def _next_header(file: PlainFile, at: int, end: int, suffix: bytes) -> int | None:
-    """Return the offset of the next ustar header whose name ends in ``suffix``, or None."""
+def _next_header(file: PlainFile, at: int, end: int, suffix: bytes, search_bytes: int | None) -> int | None:
+    """Return the offset of the next header whose name ends in ``suffix``, or None."""
+    end = end if search_bytes is None else min(end, at + search_bytes)
     while at + BLOCK <= end:
         chunk = file.read(min(_SEARCH_BYTES, end - at), at)
         if len(chunk) < BLOCK:
             return None
         for place in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            block = chunk[place : place + BLOCK]
-            if block[257:262] == b"ustar" and block[:100].rstrip(b"\x00").endswith(suffix) and is_header(block):
-                return at + place
+            # A checksum ends in a blank or a null byte, mostly both: few other blocks do.
+            if chunk[place + 154] in _DIGITS and chunk[place + 155] in _DIGITS and chunk[place + 148] in _DIGITS:
+                block = chunk[place : place + BLOCK]
+                if block[:100].rstrip(b"\x00").endswith(suffix) and is_header(block):
+                    return at + place
         at += len(chunk) // BLOCK * BLOCK
     return None
