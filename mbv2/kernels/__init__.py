@@ -48,6 +48,11 @@ def threads() -> int:
     return int(_library().mbv2_threads())
 
 
+def instruction_set() -> str:
+    """Return the instruction set that the operators use, or an empty text where they are not available."""
+    return _library().mbv2_instruction_set().decode() if available() else ""
+
+
 def set_threads(count: int) -> None:
     """Use `count` threads, or, with 0, as many as this process may use. Results keep their bits at the same count.
 

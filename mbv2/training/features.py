@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import Interrupted, TrainError
+from imnet_prep.loader.order import balanced_order
 from imnet_prep.types import Batch, Progress, ProgressCallback
 from mbv2.data import AnyBatch, FeatureBatch, RunData, fill_rows, view_options
 from mbv2.scoring.score import network_predict
@@ -68,12 +69,14 @@ def feature_data(
         # Every option of the loader but the batch size: pixels follow from all others.
         pixels = {"seed": options.seed if view else 0, **asdict(replace(view_options(recipe, view), batch_size=1))}
         name = f"{split}-{view}-{cache_key({**common, 'split': split, 'view': view, **pixels})}"
-        return load_features(folder, name) or compute_features(
+        loader = data.loaders.get(split)
+        return load_features(folder, name, images) or compute_features(
             folder,
             name,
             lambda image: predict(fill_rows(image, recipe.batch_size))[: len(image)],
             batches(),
             images=images,
+            left_out=lambda: len(loader.skipped) if loader else 0,
             length=net.feature_count,
             stop=stop,
             progress=progress,
@@ -83,7 +86,8 @@ def feature_data(
         return open_set("train", view, lambda: data.train_view(view), data.train_images)
 
     views = tuple(train_view(view) for view in range(1 + recipe.feature_views))
-    train = FeatureSource(views, recipe.batch_size, training=True, seed=options.seed)
+    balanced = recipe.sampling == "balanced"
+    train = FeatureSource(views, recipe.batch_size, training=True, seed=options.seed, balanced=balanced)
     val = None
     if (images := data.val) is not None:
         val_set = open_set("val", 0, lambda: images.epoch(0), data.val_images)
@@ -97,8 +101,8 @@ def cache_key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def load_features(folder: Path, name: str) -> FeatureSet | None:
-    """Open a cache, or give None where there is none."""
+def load_features(folder: Path, name: str, images: int) -> FeatureSet | None:
+    """Open a cache; give None where there is none, or one of fewer images: those that were bad may have been mended."""
     paths = _paths(folder, name)
     if not all(path.exists() for path in paths):
         return None
@@ -107,7 +111,7 @@ def load_features(folder: Path, name: str) -> FeatureSet | None:
     except (OSError, ValueError) as error:
         remedy = f"delete {folder}"
         raise TrainError(f"the feature cache {paths[0]} is damaged", got=str(error), remedy=remedy) from error
-    return FeatureSet(features, label, ids)
+    return FeatureSet(features[: len(label)], label, ids) if len(label) == images else None
 
 
 def compute_features(
@@ -117,6 +121,7 @@ def compute_features(
     batches: Iterator[AnyBatch],
     *,
     images: int,
+    left_out: Callable[[], int],
     length: int,
     stop: Stop,
     progress: ProgressCallback | None,
@@ -129,6 +134,7 @@ def compute_features(
         pooled: uint8 (N, H, W, 3) to float32 (N, C).
         batches: Every record of the split once.
         images: How many records there are.
+        left_out: Says how many bad ones were left out; asked after the last batch.
         length: C.
         stop: Says whether to leave; what was computed of this view is dropped then.
         progress: Called after each batch.
@@ -158,11 +164,11 @@ def compute_features(
                 raise Interrupted("stopped while computing features", got=f"{done} of {images} images")
             if progress:
                 progress(Progress(done, images, note=f"features of the {name.partition('-')[0]} split"))
-        if done != images:
+        if not images - left_out() <= done <= images:
             raise TrainError("the loader gave another number of images", expected=f"{images}", got=f"{done}")
         features.flush()
-        np.save(partial[1], label)
-        np.save(partial[2], ids)
+        np.save(partial[1], label[:done])
+        np.save(partial[2], ids[:done])
         for source, target in zip(reversed(partial), reversed(paths), strict=True):
             source.replace(target)  # the features last: their presence says that the cache is whole
     except OSError as error:
@@ -171,7 +177,7 @@ def compute_features(
         for path in partial:
             path.unlink(missing_ok=True)
     _logger.info("kept the features of %d images in %s", images, paths[0])
-    loaded = load_features(folder, name)
+    loaded = load_features(folder, name, done)
     assert loaded is not None
     return loaded
 
@@ -191,12 +197,14 @@ class FeatureSource:
         batch_size: Rows of a batch.
         training: Shuffle, and drop what does not fill a batch.
         seed: Of order and views.
+        balanced: Draw as many images an epoch, each class equally often.
     """
 
     views: tuple[FeatureSet, ...]
     batch_size: int
     training: bool
     seed: int = 0
+    balanced: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -210,6 +218,8 @@ class FeatureSource:
         order, view = np.arange(rows), np.zeros(rows, np.int64)
         if self.training:
             order = np.random.default_rng([self.seed, _ORDER_STREAM, number]).permutation(rows)
+            if self.balanced:
+                order = balanced_order(self.seed, number, first.record_id, first.label).positions
             view = np.random.default_rng([self.seed, _VIEW_STREAM, number]).integers(0, len(self.views), rows)
         for step in range(start_step, self.steps_per_epoch):
             taken = order[step * self.batch_size : (step + 1) * self.batch_size]

@@ -97,9 +97,11 @@ class Learner:
             return result, None
         return result, self._apply_accumulated(ms.Tensor(controls))
 
-    def predict(self) -> Predict:
-        """Return what evaluation runs: the averaged weights where there are any. Evaluation mode stays on."""
-        net = self.net if self.average is None else self.average
+    def predict(self, *, live: bool = False) -> Predict:
+        """Return what evaluation runs: the averaged weights where there are any, or the live ones. It stays in
+        evaluation mode.
+        """
+        net = self.net if live or self.average is None else self.average
         net.set_train(False)
         return network_predict(Head(net) if self.head_only else net)
 

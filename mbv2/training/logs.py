@@ -6,15 +6,17 @@ interrupted run then read as if nothing had happened.
 
 import csv
 import json
-import os
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.errors import TrainError
+from imnet_prep.files import write_atomically
+from imnet_prep.loader.bad_rows import SkippedRow
+from mbv2.training.events import Events
 
-EVENTS = "events"
 METRICS, LOG = "metrics.csv", "log.jsonl"
 DATA_BOUND_FRAC = 0.1  # share of time spent waiting above which the loader, not the network, sets the pace
 
@@ -33,6 +35,10 @@ class EpochRow:
         val_top5: Fraction.
         images_per_s: Training images a second, evaluation not counted.
         data_wait_frac: Share of training time spent waiting for data.
+        live_loss: As ``val_loss``, of the live weights where the averaged ones are scored too; a run that does not
+            score them has no such column, as for the next two.
+        live_top1: Fraction.
+        live_top5: Fraction.
     """
 
     epoch: int
@@ -44,6 +50,13 @@ class EpochRow:
     val_top5: float | None
     images_per_s: float
     data_wait_frac: float
+    live_loss: float | None = None
+    live_top1: float | None = None
+    live_top5: float | None = None
+
+
+_COLUMNS = tuple(field.name for field in fields(EpochRow))
+_LIVE = frozenset(name for name in _COLUMNS if name.startswith("live_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,70 +100,86 @@ class RunLog:
         folder: The run's folder.
         epoch: Finished epochs; later rows of ``metrics.csv`` are cut off, their work is about to be done again.
         step: Finished steps; later rows of ``log.jsonl`` are cut off.
-        events: Write TensorBoard events as well.
+        events: Write TensorBoard events as well; rows that are in the logs already are added where they lack.
+        live: The live weights are scored beside the averaged ones.
 
     Raises:
         TrainError: tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Path, epoch: int, step: int, *, events: bool = False) -> None:
-        self.events = _open_events(folder, step) if events else None
+    def __init__(self, folder: Path, epoch: int, step: int, *, events: bool = False, live: bool = False) -> None:
         self.metrics, self.log = folder / METRICS, folder / LOG
+        self.columns = [name for name in _COLUMNS if live or name not in _LIVE]
+        self.events = Events(folder, step) if events else None
         rows = [row for row in read_metrics(folder) if row.epoch <= epoch]
-        _rewrite(self.metrics, lambda: _csv_text(rows))
-        kept = [line for line in _lines(self.log) if _step_of(line) <= step]
-        _rewrite(self.log, lambda: "".join(f"{line}\n" for line in kept))
+        _rewrite(self.metrics, [",".join(self.columns), *(",".join(self._cells(row)) for row in rows)])
+        kept = [(line, values) for line in _lines(self.log) if (values := _values(line)).get("step", math.inf) <= step]
+        _rewrite(self.log, [line for line, _ in kept])
+        for _, values in kept:
+            if "skipped" not in values:
+                self._add_step_events(values)
+        self._skipped = {name for name, _ in read_skipped(folder)}
+        for row in rows:
+            self._add_epoch_events(row)
 
     def add_step(self, row: StepRow) -> None:
         """Append a row to ``log.jsonl``."""
-        with self.log.open("a", encoding="utf-8", newline="\n") as handle:
-            handle.write(json.dumps(asdict(row)) + "\n")
-        names = ("loss", "lr", "grad_norm", "step_ms", "images_per_s", "data_wait_frac")
-        self._add_events("train", {name: getattr(row, name) for name in names}, row.step)
+        _append(self.log, json.dumps(asdict(row)))
+        self._add_step_events(asdict(row))
 
     def add_epoch(self, row: EpochRow) -> None:
         """Append a row to ``metrics.csv``."""
-        with self.metrics.open("a", newline="", encoding="utf-8") as handle:
-            csv.writer(handle).writerow(_cells(row))
-        self._add_events("val", {"loss": row.val_loss, "top1": row.val_top1, "top5": row.val_top5}, row.step)
+        _append(self.metrics, ",".join(self._cells(row)))
+        self._add_epoch_events(row)
+
+    def add_skipped(self, rows: Sequence[SkippedRow], epoch: int, step: int) -> None:
+        """Append a line to ``log.jsonl`` for each bad record that none names yet."""
+        for row in rows:
+            if row.file_name not in self._skipped:
+                self._skipped.add(row.file_name)
+                values = {"epoch": epoch, "step": step, "skipped": row.file_name, "reason": row.reason}
+                _append(self.log, json.dumps(values))
 
     def close(self) -> None:
         """Close the events."""
         if self.events is not None:
             self.events.close()
 
-    def _add_events(self, group: str, values: dict[str, float | None], step: int) -> None:
-        if self.events is None:
-            return
-        for name, value in values.items():
-            if value is not None:
-                self.events.add_scalar(f"{group}/{name}", value, step)
-        self.events.flush()
+    def _cells(self, row: EpochRow) -> list[str]:
+        values = (getattr(row, name) for name in self.columns)
+        return ["" if value is None else repr(value) for value in values]
 
+    def _add_step_events(self, values: Mapping[str, Any]) -> None:
+        if self.events is not None:
+            names = ("loss", "lr", "grad_norm", "step_ms", "images_per_s", "data_wait_frac")
+            self.events.add("train", {name: values.get(name) for name in names}, int(values["step"]))
 
-def _open_events(folder: Path, step: int) -> Any:
-    """Open the TensorBoard events of a run; TensorBoard then hides what an interrupted run wrote after ``step``."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        remedy = "install it: pip install 'imnet-prep[tensorboard]'"
-        raise TrainError("--tensorboard needs tensorboardX", got=str(error), remedy=remedy) from error
-    return SummaryWriter(str(folder / EVENTS), purge_step=step + 1 if step else None)
+    def _add_epoch_events(self, row: EpochRow) -> None:
+        if self.events is not None:
+            self.events.add("val", {"loss": row.val_loss, "top1": row.val_top1, "top5": row.val_top5}, row.step)
+            self.events.add("live", {"loss": row.live_loss, "top1": row.live_top1, "top5": row.live_top5}, row.step)
 
 
 def read_metrics(folder: Path) -> list[EpochRow]:
-    """Read ``metrics.csv``; a last line cut short by a crash is left out."""
-    names = [field.name for field in fields(EpochRow)]
+    """Read ``metrics.csv``, with whichever columns it has; a last line cut short by a crash is left out."""
     rows: list[EpochRow] = []
+    names: list[str] = []
     for cells in csv.reader(_lines(folder / METRICS)):
-        if len(cells) != len(names) or cells == names:
-            continue
-        numbers = [float(cell) if cell else None for cell in cells]
-        epoch, step, lr, loss, val_loss, top1, top5, pace, wait = numbers
-        if epoch is None or step is None or lr is None or loss is None or pace is None or wait is None:
-            continue
-        rows.append(EpochRow(int(epoch), int(step), lr, loss, val_loss, top1, top5, pace, wait))
+        if not names:
+            names = cells
+        elif len(cells) == len(names):
+            with suppress(TypeError, ValueError):  # a line or heading that is none of ours
+                values: dict[str, Any] = {
+                    name: float(cell) if cell else None for name, cell in zip(names, cells, strict=True)
+                }
+                rows.append(EpochRow(**values | {"epoch": int(values["epoch"]), "step": int(values["step"])}))
     return rows
+
+
+def read_skipped(folder: Path) -> list[tuple[str, str]]:
+    """Return name and reason of each bad record that a run skipped, in the order of its log."""
+    found = map(_values, _lines(folder / LOG))
+    return [(str(values["skipped"]), str(values.get("reason"))) for values in found if "skipped" in values]
 
 
 def _lines(path: Path) -> list[str]:
@@ -161,23 +190,19 @@ def _lines(path: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _values(line: str) -> dict[str, Any]:
+    """Return what a line of ``log.jsonl`` holds; nothing, if it is damaged."""
+    with suppress(ValueError):
+        values = json.loads(line)
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            return values
+    return {}
 
 
-def _cells(row: EpochRow) -> list[str]:
-    return ["" if value is None else repr(value) for value in asdict(row).values()]
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8", newline="\n") as handle:
+        handle.write(line + "\n")
 
 
-def _csv_text(rows: list[EpochRow]) -> str:
-    lines = [[field.name for field in fields(EpochRow)], *(_cells(row) for row in rows)]
-    return "".join(",".join(line) + "\n" for line in lines)
-
-
-def _rewrite(path: Path, text: Callable[[], str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text(), encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+def _rewrite(path: Path, lines: list[str]) -> None:
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import TrainError
+from mbv2.data import SKIP
 from mbv2.recipe import MODEL_FIELDS, Recipe, recipe_from_fields, stored_fields
 from mbv2.training.logs import verdict
 from mbv2.weights.checkpoint import read_checkpoint
@@ -31,6 +32,8 @@ class RunOptions:
         pretrained: A checkpoint to start from; its head is kept where the class names are the records', else replaced.
         tensorboard: Write TensorBoard events to ``<out>/events`` as well.
         features: Where ``freeze`` ``backbone`` keeps its features; ``<out>/features`` if not given.
+        workers: Decode threads of this process; as many as the operators use if not given.
+        on_bad_record: ``fail``, ``skip`` or how many to skip, see :func:`mbv2.data.bad_record_options`.
     """
 
     records: Path
@@ -45,6 +48,8 @@ class RunOptions:
     pretrained: Path | None = None
     features: Path | None = None
     tensorboard: bool = False
+    workers: int | None = None
+    on_bad_record: str = SKIP
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -70,6 +75,8 @@ class RunResult:
         data_wait_frac: Share of that time spent waiting for data.
         checkpoint: ``best.ckpt``.
         already_done: The folder held this very run, finished.
+        stopped_early: The recipe's patience came to an end.
+        skipped: Names of the bad records that were skipped.
     """
 
     top1: float | None
@@ -79,6 +86,8 @@ class RunResult:
     data_wait_frac: float
     checkpoint: Path
     already_done: bool = False
+    stopped_early: bool = False
+    skipped: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``mbv2 train --json`` prints."""
@@ -89,6 +98,7 @@ class RunResult:
             "images_per_s": self.images_per_s,
             "data_wait_frac": self.data_wait_frac,
             "checkpoint": str(self.checkpoint),
+            **({"skipped": list(self.skipped)} if self.skipped else {}),
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -97,11 +107,17 @@ class RunResult:
         return [
             ("top-1", f"{self.top1:.4f}" if scored else "not scored: the records have no val split"),
             ("top-5", f"{self.top5:.4f}" if scored else "not scored"),
-            ("epochs", str(self.epochs)),
+            ("epochs", f"{self.epochs}, stopped early: no better top-1" if self.stopped_early else f"{self.epochs}"),
             ("images/s", f"{self.images_per_s:.1f}"),
             ("waiting for data", f"{self.data_wait_frac:.1%}; {verdict(self.data_wait_frac)}"),
+            *([("skipped records", _named(self.skipped))] if self.skipped else []),
             ("checkpoint", str(self.checkpoint)),
         ]
+
+
+def _named(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)}: {', '.join(names[:5])}{more}"
 
 
 def stored_run(out: Path) -> tuple[Recipe, int] | None:

@@ -5,33 +5,35 @@ is the run that was not.
 """
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from imnet_prep.errors import Interrupted, TrainError
-from imnet_prep.files import exclusive_lock, write_atomically
+from imnet_prep.files import exclusive_lock
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import ProgressCallback
 from mbv2.data import AnyBatch, RunData, open_run_data
-from mbv2.runtime import runtime, start_mindspore, versions
+from mbv2.recipe import Recipe
+from mbv2.runtime import runtime, start_mindspore
 from mbv2.scoring.score import Scores, score_batches, sum_over_ranks
 from mbv2.show.curves import draw_curves
+from mbv2.training.config import write_config
 from mbv2.training.features import feature_data
-from mbv2.training.logs import EpochRow, RunLog, read_metrics
-from mbv2.training.options import BEST, CONFIG, CURVES, LAST, LOCK, RunOptions, RunResult
+from mbv2.training.logs import EpochRow, RunLog, StepRow, read_metrics, read_skipped
+from mbv2.training.options import BEST, CURVES, LAST, LOCK, RunOptions, RunResult
 from mbv2.training.progress import Pace, StepResults
-from mbv2.training.ranks import wait_for_all
+from mbv2.training.ranks import sum_floats, wait_for_all
 from mbv2.training.schedule import learning_rate
-from mbv2.training.state import RunState, find_last, not_finite, run_identity
+from mbv2.training.state import RunState, find_last, not_finite, saved_position
 from mbv2.weights.checkpoint import Checkpoint, read_checkpoint
 
+Callback = Callable[[StepRow | EpochRow], None]
 _logger = logging.getLogger(__name__)
 
 
@@ -41,6 +43,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
     data: RunData | None = None,
+    callback: Callback | None = None,
 ) -> RunResult:
     """Carry out a run, or go on with one.
 
@@ -49,6 +52,8 @@ def train(
         stop: Says whether to save and leave; asked once a step.
         progress: Called after each step and each evaluated batch.
         data: Batches to use instead of the records folder's.
+        callback: Called on the first rank with each row of the logs when it is written. Where it raises, the run is
+            saved first. A resumed run calls it again for the rows since its last save.
 
     Raises:
         TrainError: The folder holds another run, there is none to resume, or the loss is not finite.
@@ -63,16 +68,19 @@ def train(
         if data is None:
             RecordsFolder.open(options.records)  # a folder that is none is said before MindSpore is started
             here = start_mindspore(options.device_target)
-            data = open_run_data(options.records, options.recipe, options.seed, stack, here)
+            data = open_run_data(
+                options.records, options.recipe, options.seed, stack, here, workers=options.workers,
+                on_bad_record=options.on_bad_record,
+            )  # fmt: skip
         here = start_mindspore(options.device_target)
         if here.rank == 0:
             stack.enter_context(_locked(options.out))
-        last = find_last(options, data, here.ranks)
+        last, identity = find_last(options, data, here.ranks)
         wait_for_all()  # no rank writes before all have looked
-        if last is not None and last.meta.epoch >= options.recipe.epochs:
+        if last is not None and saved_position(last).finished(options.recipe):
             return _finished(options, last)
         gc.collect()  # a graph compiled while an earlier run's cells are collected is compiled a second time
-        return _Run(options, data, last, stop, progress).carry_out()
+        return _Run(options, data, last, identity, stop, progress, callback).carry_out()
 
 
 @contextmanager
@@ -91,10 +99,18 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _finished(options: RunOptions, last: Checkpoint) -> RunResult:
-    rows, position = read_metrics(options.out), last.meta.training["position"]
-    pace = (rows[-1].images_per_s, rows[-1].data_wait_frac) if rows else (0.0, 0.0)
-    best = (position["best_top1"], position["best_top5"])
-    return RunResult(*best, last.meta.epoch, *pace, options.out / BEST, already_done=True)
+    rows, position = read_metrics(options.out), saved_position(last)
+    return RunResult(
+        position.best_top1,
+        position.best_top5,
+        position.epoch,
+        rows[-1].images_per_s if rows else 0.0,
+        rows[-1].data_wait_frac if rows else 0.0,
+        options.out / BEST,
+        already_done=True,
+        stopped_early=position.stopped_early(options.recipe),
+        skipped=tuple(name for name, _ in read_skipped(options.out)),
+    )
 
 
 class _Run:
@@ -105,8 +121,10 @@ class _Run:
         options: RunOptions,
         data: RunData,
         last: Checkpoint | None,
+        identity: dict[str, Any],
         stop: Callable[[], bool],
         progress: ProgressCallback | None,
+        callback: Callback | None,
     ) -> None:
         from mbv2.training.learner import Learner
 
@@ -115,18 +133,19 @@ class _Run:
             remedy = "start without msrun"
             raise TrainError("freeze=backbone trains on one process", got=f"{here.ranks}", remedy=remedy)
         self.options, self.recipe, self.last = options, recipe, last
-        self.stop, self.progress = stop, progress
+        self.stop, self.progress, self.callback = stop, progress, callback
         self.ranks, self.writes = here.ranks, here.rank == 0
         start = read_checkpoint(options.pretrained) if options.pretrained else None
         if last is not None:
             start = last.without_state()
-        identity = last.meta.training["identity"] if last is not None else run_identity(options, data, here.ranks)
+        if recipe.patience and data.val is None:
+            raise TrainError("patience counts evaluations", expected="records with a val split", got="none")
         self.learner = Learner(options, data.classes, data.class_counts, start)
         if self.learner.head_only:
             data = feature_data(options, data, self.learner, stop=stop, progress=progress)
         self.data = data
         self.steps_per_epoch = data.train.steps_per_epoch
-        self.state = RunState(options, self.learner, identity, data.classes, writes=self.writes, where=self.where)
+        self.state = RunState(options, self.learner, identity, data, writes=self.writes, where=self.where)
         self.results = StepResults(recipe, self.steps_per_epoch, here.ranks, self._not_finite)
         self.log: RunLog | None = None
 
@@ -138,28 +157,41 @@ class _Run:
         if self.last is not None:
             state.restore(self.last)
         if self.writes:
-            self.log = RunLog(out, state.position.epoch, state.position.step, events=self.options.tensorboard)
-            self._write_config()
+            write_config(self.options, self.data, self.learner, state.identity)
+            events, live = self.options.tensorboard, self.recipe.score_live
+            self.log = RunLog(out, state.position.epoch, state.position.step, events=events, live=live)
         try:
-            if self.last is None:
+            if self.last is None or self._goes_on_longer(self.last):
                 state.save_last()
-            while state.position.epoch < self.recipe.epochs:
+            while not state.position.finished(self.recipe):
                 self._epoch()
         finally:
             if self.log is not None:
                 self.log.close()
         position, pace = state.position, self.results.run_pace
-        best = (position.best_top1, position.best_top5)
-        return RunResult(*best, position.epoch, pace.images_per_s, pace.data_wait_frac, out / BEST)
+        return RunResult(
+            position.best_top1,
+            position.best_top5,
+            position.epoch,
+            pace.images_per_s,
+            pace.data_wait_frac,
+            out / BEST,
+            stopped_early=position.stopped_early(self.recipe),
+            skipped=tuple(row.file_name for row in self.data.skipped),
+        )
 
     def _epoch(self) -> None:
         position = self.state.position
         self._train_epoch()
-        scores = self._evaluate() if self._due(position.epoch + 1) else None
+        scores = live = None
+        if self._due(position.epoch + 1):
+            scores = self._evaluate()
+            live = self._evaluate(live=True) if self.recipe.score_live else None
+        self.data.share_skipped(sum_floats)
         position.epoch, position.epoch_step = position.epoch + 1, 0
-        self.state.keep_best(scores, scored=self.data.val is not None)
-        self._log_epoch(scores)
-        self.state.save_last()
+        self.state.keep(scores, scored=self.data.val is not None)
+        self._log_epoch(scores, live)
+        self._save_last()
 
     def _train_epoch(self) -> None:
         """Train the rest of the current epoch: nothing, where it was interrupted in its evaluation."""
@@ -176,6 +208,8 @@ class _Run:
                 row = self.results.row(position, lr)  # on every rank: all must see a loss that is not finite
                 if self.log is not None:
                     self.log.add_step(row)
+                    self.log.add_skipped(self.data.skipped, row.epoch, row.step)
+                    self._tell(row)
             if self._stopping(result[0]):
                 self._save_last()
                 total = self.steps_per_epoch * self.recipe.epochs
@@ -201,25 +235,26 @@ class _Run:
         """Say whether to leave after this step: with several ranks, as soon as one of them asked, and all together."""
         return self.stop() if self.ranks == 1 else bool(result.asnumpy()[2] > 0)
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step (from 0)."""
+    def rate(self, step: int, recipe: Recipe | None = None) -> float:
+        """Return the learning rate of a step (from 0), by the run's recipe or another."""
         global_batch = self.recipe.batch_size * self.ranks * self.recipe.accumulate_steps
-        return learning_rate(self.recipe, step, self.steps_per_epoch, global_batch)
+        return learning_rate(recipe or self.recipe, step, self.steps_per_epoch, global_batch)
 
     # --- what is scored, logged and kept -------------------------------------------------------------------------
 
     def _due(self, epoch: int) -> bool:
         return self.data.val is not None and (epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs)
 
-    def _evaluate(self) -> Scores:
+    def _evaluate(self, *, live: bool = False) -> Scores:
         assert self.data.val is not None
         try:
             return score_batches(
-                self.learner.predict(),
+                self.learner.predict(live=live),
                 self.data.val.epoch(0),
                 classes=self.learner.config.classes,
                 batch_size=self.recipe.batch_size,
                 total=self.data.val_images,
+                left_out=lambda: self.data.left_out(sum_floats),
                 reduce=sum_over_ranks,
                 stop=self.stop if self.ranks == 1 else lambda: False,
             )
@@ -231,6 +266,7 @@ class _Run:
             self.learner.resume_training()
 
     def _save_last(self) -> None:
+        self.data.share_skipped(sum_floats)
         self.results.read_back(self.state.position)
         self.state.save_last()
 
@@ -242,37 +278,49 @@ class _Run:
     def _not_finite(self, step: int, got: str) -> TrainError:
         return not_finite(self.options.out, self.where(step), got)
 
-    def _log_epoch(self, scores: Scores | None) -> None:
+    def _log_epoch(self, scores: Scores | None, live: Scores | None) -> None:
         position, pace = self.state.position, self.results.epoch_pace
         row = EpochRow(
             position.epoch,
             position.step,
             self.rate(position.step - 1),
             position.loss_sum / self.steps_per_epoch,
-            scores.loss if scores else None,
-            scores.top1 if scores else None,
-            scores.top5 if scores else None,
+            *_cells(scores),
             pace.images_per_s,
             pace.data_wait_frac,
+            *_cells(live),
         )
         position.loss_sum, self.results.epoch_pace = 0.0, Pace()
         if self.log is not None:
             self.log.add_epoch(row)
+            self.log.add_skipped(self.data.skipped, row.epoch - 1, row.step)
             shape = f"width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
             draw_curves(self.options.out / CURVES, read_metrics(self.options.out), f"{self.recipe.name}: {shape}")
+            self._tell(row)
 
-    def _write_config(self) -> None:
-        document = {
-            "recipe": asdict(self.recipe),
-            "seed": self.options.seed,
-            "device_target": self.options.device_target,
-            "kernels": self.learner.net.kernels,
-            "model": asdict(self.learner.config),
-            "classes": len(self.data.classes),
-            "pretrained_weights_sha256": self.state.identity["pretrained"],
-            "records_manifest_sha256": self.data.digest,
-            "steps_per_epoch": self.steps_per_epoch,
-            "versions": versions(),
-        }
-        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-        write_atomically(self.options.out / CONFIG, text.encode())
+    def _tell(self, row: StepRow | EpochRow) -> None:
+        """Call the caller's function, and save the run where it raises."""
+        if self.callback is not None:
+            try:
+                self.callback(row)
+            except Exception:
+                self.results.read_back(self.state.position)
+                self.state.save_last()
+                raise
+
+    def _goes_on_longer(self, last: Checkpoint) -> bool:
+        """Say whether the run now has more epochs than it had, and log what that changes."""
+        before, step = last.meta.training["identity"]["epochs"], self.state.position.step
+        if before == self.recipe.epochs:
+            return False
+        step = min(step, before * self.steps_per_epoch - 1)
+        old, new = self.rate(step, replace(self.recipe, epochs=before)), self.rate(step)
+        change = f"stays {new:.6g}" if old == new else f"changes from {old:.6g} to {new:.6g}"
+        _logger.info(
+            "%d epochs in place of %d: the learning rate at step %d %s", self.recipe.epochs, before, step + 1, change
+        )
+        return True
+
+
+def _cells(scores: Scores | None) -> tuple[float | None, float | None, float | None]:
+    return (scores.loss, scores.top1, scores.top5) if scores else (None, None, None)

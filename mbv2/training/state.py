@@ -12,7 +12,7 @@ import numpy as np
 
 from imnet_prep.errors import CheckpointError, TrainError
 from mbv2.data import RunData
-from mbv2.recipe import MODEL_FIELDS, stored_fields
+from mbv2.recipe import MODEL_FIELDS, Recipe, stored_fields
 from mbv2.scoring.score import Scores
 from mbv2.training.options import BEST, CONFIG, LAST, RunOptions
 from mbv2.weights.checkpoint import (
@@ -42,6 +42,15 @@ class Position:
     loss_sum: float = 0.0
     best_top1: float | None = None
     best_top5: float | None = None
+    stale: int = 0  # evaluations since the best
+
+    def finished(self, recipe: Recipe) -> bool:
+        """Say whether a run ends here: all epochs are done, or its patience is at an end."""
+        return self.epoch >= recipe.epochs or self.stopped_early(recipe)
+
+    def stopped_early(self, recipe: Recipe) -> bool:
+        """Say whether the best top-1 has not been beaten for as long as the recipe waits."""
+        return 0 < recipe.patience <= self.stale
 
 
 # --- the identity of a run -------------------------------------------------------------------------------------------
@@ -71,29 +80,48 @@ def run_identity(options: RunOptions, data: RunData, ranks: int, origin: str = "
     }
 
 
-def find_last(options: RunOptions, data: RunData, ranks: int) -> Checkpoint | None:
-    """Return the checkpoint to go on from, or None where the run's folder holds none.
+def find_last(options: RunOptions, data: RunData, ranks: int) -> tuple[Checkpoint | None, dict[str, Any]]:
+    """Find the checkpoint to go on from.
+
+    Returns:
+        The checkpoint, or None where the run's folder holds none, and the run's identity.
 
     Raises:
         TrainError: The folder holds another run, the same one unfinished without ``resume``, or lacks ``best.ckpt``.
-        CheckpointError: ``last.ckpt`` is damaged.
+        CheckpointError: ``last.ckpt`` is damaged, or does not say where the run stands.
     """
     path = options.out / LAST
     if not path.exists():
-        return None
+        return None, run_identity(options, data, ranks)
     last = read_checkpoint(path)
     saved = last.meta.training.get("identity", {})
     want = run_identity(options, data, ranks, saved.get("pretrained", "") if options.resume else "")
-    _refuse_another(options.out, want, stored_fields({**_before_they_were_saved(last, options.out, want), **saved}))
-    if last.meta.epoch < options.recipe.epochs and not options.resume:
+    have = stored_fields({**_before_they_were_saved(last, options.out, want), **saved})
+    if options.resume and want["epochs"] > have["epochs"]:
+        have["epochs"] = want["epochs"]  # the run goes on longer than it was meant to
+    _refuse_another(options.out, want, have)
+    position = saved_position(last)
+    if not position.finished(options.recipe) and not options.resume:
         raise TrainError(
             f"{options.out} holds this run, unfinished", remedy="go on with --resume, or choose another --out"
         )
-    kept_best = data.val is None or last.meta.training["position"]["best_top1"] is not None
+    kept_best = data.val is None or position.best_top1 is not None
     if last.meta.epoch and kept_best and not (options.out / BEST).exists():
         remedy = f"put it back, or start again in another --out with --pretrained {path}"
         raise TrainError(f"{options.out} has lost its {BEST}", remedy=remedy)
-    return last
+    return last, want
+
+
+def saved_position(last: Checkpoint) -> Position:
+    """Return where a run stood when its ``last.ckpt`` was written.
+
+    Raises:
+        CheckpointError: The file does not say.
+    """
+    try:
+        return Position(**last.meta.training["position"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{last.path} does not say where the run stands", got=str(error)) from error
 
 
 def _refuse_another(out: Path, want: dict[str, Any], have: dict[str, Any]) -> None:
@@ -144,8 +172,8 @@ class RunState:
     Args:
         options: Of the run.
         learner: Its networks.
-        identity: From :func:`run_identity`, or that of the run that goes on.
-        classes: Class names in label order.
+        identity: From :func:`run_identity`.
+        data: Its batches; the bad records that they skipped are part of the state.
         writes: Whether this process writes the folder: the first rank does.
         where: Names a step of the run and its learning rate, for errors.
     """
@@ -155,12 +183,12 @@ class RunState:
         options: RunOptions,
         learner: "Learner",
         identity: dict[str, Any],
-        classes: tuple[str, ...],
+        data: RunData,
         *,
         writes: bool,
         where: Callable[[int], str],
     ) -> None:
-        self.options, self.learner, self.identity, self.classes = options, learner, identity, classes
+        self.options, self.learner, self.identity, self.data = options, learner, identity, data
         self.writes, self.where = writes, where
         self.position = Position()
 
@@ -168,13 +196,12 @@ class RunState:
         """Set every parameter and the position from a checkpoint.
 
         Raises:
-            CheckpointError: It is of another network or optimiser, or does not say where the run stands.
+            CheckpointError: It is of another network or optimiser.
+            PipelineError: The run had skipped more bad records than may be skipped now.
         """
         load_parameters(self.learner.state(), last.tensors, str(last.path))
-        try:
-            self.position = Position(**last.meta.training["position"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{last.path} does not say where the run stands", got=str(error)) from error
+        self.position = saved_position(last)
+        self.data.restore_skipped(last.meta.training.get("skipped", {}))
         _logger.info("resuming after step %d", self.position.step)
 
     def save_last(self) -> None:
@@ -183,18 +210,31 @@ class RunState:
             return
         recipe = asdict(self.options.recipe)
         training = {"identity": self.identity, "position": asdict(self.position), "recipe": recipe}
+        if self.data.skipped:
+            training["skipped"] = self.data.skipped_state()
         self._save(LAST, parameter_tensors(self.learner.state()), self._meta({}, training))
 
-    def keep_best(self, scores: Scores | None, *, scored: bool) -> None:
-        """Write ``best.ckpt`` where this epoch is the best so far; where runs are not scored the newest is."""
-        position = self.position
-        if scored:
-            if scores is None or (position.best_top1 is not None and scores.top1 <= position.best_top1):
-                return
-            position.best_top1, position.best_top5 = scores.top1, scores.top5
+    def keep(self, scores: Scores | None, *, scored: bool) -> None:
+        """Write ``best.ckpt`` where this epoch is the best so far, and ``epoch-NNNN.ckpt`` where the recipe keeps it.
+
+        Args:
+            scores: Of this epoch, or None where it was not scored.
+            scored: Whether the run is scored at all; where it is not, the newest weights are the best.
+        """
+        position, every = self.position, self.options.recipe.keep_every
+        better = not scored
+        if scores is not None:
+            better = position.best_top1 is None or scores.top1 > position.best_top1
+            position.stale = 0 if better else position.stale + 1
+            if better:
+                position.best_top1, position.best_top5 = scores.top1, scores.top5
+        names = [BEST] if better else []
+        if every and position.epoch % every == 0:
+            names.append(f"epoch-{position.epoch:04d}.ckpt")
         if self.writes:
             metrics = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss} if scores else {}
-            self._save(BEST, self.learner.weights(), self._meta(metrics, {}))
+            for name in names:
+                self._save(name, self.learner.weights(), self._meta(metrics, {}))
 
     def _save(self, name: str, tensors: Tensors, meta: Meta) -> None:
         for tensor, value in tensors.items():
@@ -206,8 +246,8 @@ class RunState:
         position, recipe = self.position, self.options.recipe
         return Meta(
             model=asdict(self.learner.config),
-            class_names=self.classes,
-            image_size=recipe.image_size,
+            class_names=self.data.classes,
+            image_size=recipe.eval_size or recipe.image_size,
             eval_crop=recipe.eval_crop,
             batch_size=recipe.batch_size,
             epoch=position.epoch,

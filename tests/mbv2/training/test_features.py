@@ -34,15 +34,16 @@ def batches(count: int, size: int = 4) -> Iterator[Batch]:
         yield Batch(image[rows], label[rows], ids[rows])
 
 
-def compute(folder: Path, count: int = 10, *, images: int = 10, stop: bool = False) -> FeatureSet:
+def compute(folder: Path, count: int = 10, *, images: int = 10, left_out: int = 0, stop: bool = False) -> FeatureSet:
     return compute_features(
-        folder, "train-0-x", pooled, batches(count), images=images, length=LENGTH, stop=lambda: stop, progress=None
-    )
+        folder, "train-0-x", pooled, batches(count), images=images, left_out=lambda: left_out, length=LENGTH,
+        stop=lambda: stop, progress=None,
+    )  # fmt: skip
 
 
 def test_features_come_back_in_record_order(tmp_path: Path) -> None:
     made = compute(tmp_path)
-    loaded = load_features(tmp_path, "train-0-x")
+    loaded = load_features(tmp_path, "train-0-x", 10)
     assert loaded is not None
     assert np.array_equal(loaded.features, made.features)
     assert loaded.label.tolist() == list(range(10))
@@ -54,7 +55,7 @@ def test_an_interrupted_computation_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         compute(tmp_path, stop=True)
     assert list(tmp_path.iterdir()) == []
-    assert load_features(tmp_path, "train-0-x") is None
+    assert load_features(tmp_path, "train-0-x", 10) is None
 
 
 @pytest.mark.parametrize("images", [9, 11])
@@ -63,11 +64,19 @@ def test_another_number_of_images_is_an_error(tmp_path: Path, images: int) -> No
         compute(tmp_path, images=images)
 
 
+def test_a_cache_without_the_bad_images_is_made_again(tmp_path: Path) -> None:
+    made = compute(tmp_path, 8, images=10, left_out=2)
+    assert made.features.shape == (8, LENGTH)
+    assert made.label.tolist() == list(range(8))
+    assert load_features(tmp_path, "train-0-x", 10) is None
+    assert len(compute(tmp_path, 10, left_out=2).label) == 10  # they have been mended since
+
+
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     compute(tmp_path)
     (tmp_path / "train-0-x.npy").write_bytes(b"nothing")
     with pytest.raises(TrainError, match=r"train-0-x\.npy"):
-        load_features(tmp_path, "train-0-x")
+        load_features(tmp_path, "train-0-x", 10)
 
 
 def test_the_key_follows_every_part() -> None:
@@ -92,6 +101,15 @@ def test_an_epoch_visits_samples_once_in_an_order_of_its_own() -> None:
     assert first == [batch.label.tolist() for batch in source.epoch(0)]
     assert first[1:] == [batch.label.tolist() for batch in source.epoch(0, 1)]
     assert first != [batch.label.tolist() for batch in source.epoch(1)]
+
+
+def test_a_balanced_epoch_takes_each_class_equally_often() -> None:
+    rows = np.arange(10)
+    few = FeatureSet(np.zeros((10, LENGTH), np.float32), (rows == 9).astype(np.int32), rows.astype(np.uint64))
+    source = FeatureSource((few,), 10, training=True, balanced=True)
+    labels = [next(source.epoch(number)).label.tolist() for number in range(3)]
+    assert [sum(one) for one in labels] == [5, 5, 5]
+    assert len({tuple(one) for one in labels}) == 3
 
 
 def test_views_are_drawn_by_epoch_and_stay_with_their_sample() -> None:

@@ -48,7 +48,7 @@ def leave_run(
 
 def find(out: Path, ranks: int = 1) -> int:
     """Return the step that a run would go on from."""
-    last = find_last(options(out, resume=True), memory_data(batch=BATCH), ranks)
+    last, _ = find_last(options(out, resume=True), memory_data(batch=BATCH), ranks)
     assert last is not None
     return last.meta.step
 
@@ -89,7 +89,7 @@ def test_a_run_that_did_not_save_its_network_s_fields_has_its_weights(tmp_path: 
     stored = stored_run(tmp_path / "run")
     assert stored == (replace(RECIPE, padding="same", bn_eps=1e-3), 3)
     again = replace(options(tmp_path / "run", resume=True), recipe=stored[0])
-    assert find_last(again, memory_data(batch=BATCH), 1) is not None
+    assert find_last(again, memory_data(batch=BATCH), 1)[0] is not None
 
 
 def test_a_lost_best_checkpoint_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""``config.json``: what a run computes, and with what. A run that goes on with something else is warned of."""
+
+import json
+import logging
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imnet_prep.files import write_atomically
+from imnet_prep.images.native import decoder_status
+from mbv2 import kernels
+from mbv2.data import RunData
+from mbv2.runtime import runtime, versions
+from mbv2.training.options import CONFIG, RunOptions
+
+if TYPE_CHECKING:
+    from mbv2.training.learner import Learner  # it imports MindSpore
+
+_logger = logging.getLogger(__name__)
+
+
+def write_config(options: RunOptions, data: RunData, learner: "Learner", identity: dict[str, Any]) -> None:
+    """Write ``config.json``; where it is there from before, warn of what the last bits of the results depend on."""
+    path = options.out / CONFIG
+    built, decoder = decoder_status()
+    computed_with = {
+        "operators": learner.net.kernels,
+        "operator_threads": runtime().threads,
+        "instruction_set": kernels.instruction_set(),
+        "decoder": decoder if built else "OpenCV",
+    }
+    if options.resume:
+        _warn_of_others(path, {**computed_with, **versions()})
+    document = {
+        "recipe": asdict(options.recipe),
+        "seed": options.seed,
+        "device_target": options.device_target,
+        "kernels": learner.net.kernels,
+        "model": asdict(learner.config),
+        "classes": len(data.classes),
+        "pretrained_weights_sha256": identity["pretrained"],
+        "records_manifest_sha256": data.digest,
+        "steps_per_epoch": data.train.steps_per_epoch,
+        "decode_threads": getattr(data.train, "workers", None),  # nothing follows from it
+        "computed_with": computed_with,
+        "versions": versions(),
+    }
+    write_atomically(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _warn_of_others(path: Path, now: dict[str, Any]) -> None:
+    before: dict[str, Any] = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        before = {**document.get("computed_with", {}), **document.get("versions", {})}
+    other = [f"{name} {before[name]}, now {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if other:
+        _logger.warning("the run began with %s: its numbers may differ from there on", "; ".join(other))
