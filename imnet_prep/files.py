@@ -177,6 +177,11 @@ def is_possible_name(name: str, *, windows: bool = sys.platform == "win32") -> b
     return not windows or not (PureWindowsPath(name).is_reserved() or name.endswith((".", " ")))
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Return whether an error means that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def sqlite_failure(error: sqlite3.Error, path: Path) -> OSError:
     """Return the OSError behind an error of SQLite while writing."""
     return OSError(errno.ENOSPC if "full" in str(error) else errno.EIO, f"SQLite: {error}", str(path))

@@ -5,7 +5,6 @@ flushed and moved to its place. Then a note in ``.work/done/`` records it. An in
 progress, and the same command continues.
 """
 
-import errno
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from imnet_prep.build.plan import Plan, load_plan
 from imnet_prep.build.shard_task import ShardResult, ShardTask, finished, tasks_of
 from imnet_prep.build.workdir import Workdir, begin, check_begun, check_out, finished_before, hold, publish_folder
 from imnet_prep.errors import BudgetError, Interrupted, PlanError
-from imnet_prep.files import write_atomically
+from imnet_prep.files import is_disk_full, write_atomically
 from imnet_prep.records.manifest import MANIFEST, Manifest
 from imnet_prep.records.record_list import REJECTED, rejected_bytes
 from imnet_prep.records.shards import Layout
@@ -134,7 +133,7 @@ def named_failures(workdir: Workdir) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise _disk_full(workdir, load_plan(workdir.database, PlanOptions())) from error
         raise PlanError(
             f"{os.fsdecode(error.filename or workdir.partial)}: cannot be written or read",

@@ -16,7 +16,7 @@ from typing import Any
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
-from imnet_prep.files import PlainFile
+from imnet_prep.files import PlainFile, is_disk_full
 from imnet_prep.sources.staging import Staged
 from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, RawImage, Reason, Rejected, name_fault
 
@@ -139,6 +139,8 @@ class Source(ABC):
                         size_bytes += found.size_bytes
                     yield found
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise self._unreadable(error) from error
         self._walked, self._images, self._size_bytes = True, images, size_bytes
         self.notes = (*notes, *ignored_note(ignored, self.name), *_skipped_note(self._skipped, self.name))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
-from imnet_prep.files import PlainFile
+from imnet_prep.files import PlainFile, is_disk_full
 from imnet_prep.remote import RemoteFile, base_name, is_url, list_files, look_up, shown
 from imnet_prep.sources.archives import (
     ClassTar,
@@ -73,6 +73,8 @@ def detect(
             else:
                 raise SourceError(f"{path} does not exist", remedy="check the path")
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise SourceError(f"{error.filename or path} cannot be read", got=error.strerror or str(error)) from error
     for source in sources:
         source.classes, source.salvage = classes, salvage
