@@ -17,13 +17,14 @@ from imnet_prep.sources.base import (
     make_ref,
     printable,
 )
+from imnet_prep.sources.foreign import ENDINGS
 from imnet_prep.sources.labels import WNID, Labels, labelled
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.tree import Entry, Tree, has_image, is_folder, kind_of, listed, listing, visible_folders
 from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control character
-_ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar", ".parquet")
+_ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".parquet", *ENDINGS)
 
 
 @dataclass(slots=True)
@@ -160,10 +161,10 @@ class FolderSource(Source):
 
 
 def archives_note(folder: Path) -> list[str]:
-    """Return a note that names the archives directly in a folder; nothing without any."""
+    """Return a note that names the archives and data files directly in a folder; nothing without any."""
     files = [entry.name for entry in listing(folder) if not is_folder(entry) and not is_hidden(entry.name)]
     names = [name for name in files if name.lower().endswith(_ARCHIVES) and "devkit" not in name]
-    return [f"{printable(folder.name)}: archives beside the images are not read ({listed(names)})"] if names else []
+    return [f"{printable(folder.name)}: data files beside the images are not read ({listed(names)})"] if names else []
 
 
 def _beside(path: Path, parts: Sequence[Path], split: str) -> Iterator[Found]:
