@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from imnet_prep.errors import BudgetError, SourceError
 from imnet_prep.sources import Found, detect, merge, read
 from imnet_prep.types import ImageRef, RawImage, Rejected
 from tests.imnet_prep.obstacles import no_hang
-from tests.imnet_prep.sources.accounting import stored
+from tests.imnet_prep.sources.accounting import stored_in
 from tests.imnet_prep.sources.untidy import Untidy
 from tests.records import run
 
@@ -54,15 +55,16 @@ def check_converted(untidy: Untidy, out: Path) -> bool:
     except (SourceError, BudgetError):
         assert not out.exists()
         return False
-    there, found = stored(out), list(merge(detect([untidy.root])))
+    there, found = stored_in(out), list(merge(detect([untidy.root])))
     refs = {(ref.split, ref.file_name): ref for ref in found if isinstance(ref, ImageRef)}
     assert there.keys() <= refs.keys()
     rejected = (out / "rejected.jsonl").read_text().count("\n")
     assert len(there) + rejected == len(found), untidy.said
-    for key, line in there.items():
+    for key, digest in there.items():
         raw = read(refs[key])
         assert isinstance(raw, RawImage)
-        assert line.file_name.startswith(f"{refs[key].class_name}/") or not refs[key].class_name
+        assert hashlib.sha256(raw.data).hexdigest() == digest
+        assert key[1].startswith(f"{refs[key].class_name}/") or not refs[key].class_name
     assert result.to_json()["images"] == len(there)
     return True
 
