@@ -9,7 +9,7 @@ import click
 from imnet_prep.types import Progress
 from mbv2.bench import BenchOptions
 
-from .options import CHECKPOINT, DEVICE, GROUP, JSON, RECORDS, REPLACE
+from .options import CHECKPOINT, DEVICE, GROUP, JSON, RECORDS, REPLACE, THREADS
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
@@ -42,13 +42,17 @@ def main() -> None:
 @click.option("--seed", type=int, show_default="0", help="Determines initial weights, order, augmentation and dropout.")
 @click.option("--save-every", default=0, help="Save every N steps within an epoch; 0: at its end only.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to RUN/events (needs tensorboardX).")
+@THREADS
+@click.option(
+    "--on-bad-record", default="skip", help="fail, skip (at most 0.1 % of a split, at least 3), or N to skip."
+)
 @click.option("--resume", is_flag=True, help="Continue from RUN/last.ckpt with the recipe and seed of that run.")
 @JSON
 @guard
 def train(
     records: Path | None, out: Path, recipe: str | None, config: Path | None, assignments: tuple[str, ...],
     pretrained: Path | None, features: Path | None, device_target: str | None, seed: int | None, save_every: int,
-    tensorboard: bool, resume: bool, as_json: bool, **flags: Any,
+    tensorboard: bool, resume: bool, workers: int | None, on_bad_record: str, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train on the train split, evaluate after every epoch on the val split, and keep the best checkpoint.
 
@@ -82,7 +86,8 @@ def train(
         seed = stored[1] if stored else 0
     options = RunOptions(
         records, out, resolved, seed, device_target or official.device_target or "CPU", save_every=save_every,
-        resume=resume, pretrained=pretrained, features=features, tensorboard=tensorboard,
+        resume=resume, pretrained=pretrained, features=features, tensorboard=tensorboard, workers=workers,
+        on_bad_record=on_bad_record,
     )  # fmt: skip
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)
@@ -99,6 +104,7 @@ def train(
 @click.option("--per-class", type=Path, metavar="FILE.csv", help="Write one row per class.")
 @click.option("--real-labels", type=Path, metavar="FILE.json", help="Several correct labels per image (ReaL).")
 @click.option("--confusion", type=Path, metavar="FILE.png", help="Draw the confusion matrix.")
+@THREADS
 @DEVICE
 @JSON
 @guard
@@ -128,8 +134,9 @@ def evaluate(
 
 @main.command()
 @click.argument("weights", type=Path)
-@click.option("--from", "source", required=True, help="timm, torchvision, mindcv or mindspore-models.")
-@click.option("--out", required=True, type=Path, help="The checkpoint to write.")
+@click.option("--from", "source", help="timm, torchvision, mindcv or mindspore-models.")
+@click.option("--to", "target", help="timm: write a checkpoint's weights for it, as .safetensors.")
+@click.option("--out", required=True, type=Path, help="The checkpoint, or with --to the .safetensors, to write.")
 @click.option("--padding", default="symmetric", help="symmetric, or same for weights from TensorFlow.")
 @click.option("--mean", type=float, nargs=3, show_default="ImageNet's", help="Mean of RGB in 0..1.")
 @click.option("--std", type=float, nargs=3, show_default="ImageNet's", help="Standard deviation of RGB in 0..1.")
@@ -137,17 +144,26 @@ def evaluate(
 @click.option("--image-size", default=224, help="Side of the input, in pixels.")
 @JSON
 @guard
-def convert(weights: Path, source: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Convert the weights of another project to a checkpoint; every tensor must be used.
+def convert(weights: Path, source: str | None, target: str | None, out: Path, as_json: bool, **options: Any) -> None:
+    """Convert the weights of another project to a checkpoint, or a checkpoint for another project.
 
-    Reads .safetensors, .ckpt and, if PyTorch is installed, .pth. Padding and preprocessing are saved in the checkpoint
-    and used by eval, predict, fine-tuning and export.
+    Reads .safetensors, .ckpt and, if PyTorch is installed, .pth; every tensor must be used. Padding and preprocessing
+    are saved in the checkpoint and used by eval, predict, fine-tuning and export. With --to, the call that makes the
+    other project's model is printed.
 
     Example: mbv2 convert mobilenetv2_100.safetensors --from timm --out mobilenetv2.ckpt
     """
-    from mbv2.weights.convert import ConvertOptions, convert_weights
+    from mbv2.weights.convert import ConvertOptions, ConvertResult, ReturnResult, convert_weights, return_weights
 
-    result = convert_weights(weights, source, out, ConvertOptions(**options))
+    if (source is None) == (target is None):
+        raise click.UsageError("Give either '--from' or '--to'.")
+    if target and ConvertOptions(**options) != ConvertOptions():
+        raise click.UsageError("'--to' takes padding and preprocessing from the checkpoint.")
+    result: ConvertResult | ReturnResult
+    if target:
+        result = return_weights(weights, target, out)
+    else:
+        result = convert_weights(weights, str(source), out, ConvertOptions(**options))
     show(result.to_json(), as_json, result.rows())
 
 

@@ -1,13 +1,6 @@
-"""Weights of other projects, brought in: names mapped by table, every tensor accounted for.
-
-BatchNorm's entries are called ``weight, bias, running_mean, running_var`` in PyTorch and ``gamma, beta, moving_mean,
-moving_variance`` in MindSpore; convolutions are OIHW in both.
-"""
-
-from __future__ import annotations
+"""Weights of other projects, brought in, and ours brought to timm: every tensor accounted for."""
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +9,24 @@ import numpy as np
 
 from imnet_prep import catalog
 from imnet_prep.errors import CheckpointError, TrainError
+from imnet_prep.files import write_atomically
 from mbv2.outputs import check_outputs
 from mbv2.recipe import IMAGE_SIZES
-from mbv2.weights.checkpoint import Meta, Tensors, check_complete, load_parameters, read_tensors, save_checkpoint
+from mbv2.weights.checkpoint import (
+    Meta,
+    Tensors,
+    check_complete,
+    load_parameters,
+    read_checkpoint,
+    read_tensors,
+    save_checkpoint,
+)
+from mbv2.weights.names import source_name
 
-SOURCES = ("timm", "torchvision", "mindcv", "mindspore-models")
-_TORCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
-_REPEATS = (1, 2, 3, 4, 3, 3, 1)  # blocks a stage, for timm's stage.block names
+TARGETS = ("timm",)
 # Entries that are no weights: PyTorch's BatchNorm counter, MindSpore's optimiser state and counters.
 _NO_WEIGHTS = re.compile(r".*\.num_batches_tracked|moments\..*|accum\..*|(learning_rate|momentum|global_step|.*_num)")
+_TIMM_WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.4)
 WIDTHS = tuple(round(0.35 + 0.05 * step, 2) for step in range(22))  # 0.35 to 1.40
 
 
@@ -87,105 +89,37 @@ class ConvertResult:
         ]
 
 
-# --- names: ours -> theirs -----------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class ReturnResult:
+    """What was written for another project.
 
-
-def _timm(name: str) -> str:
-    unit, kind, entry = _parts(name)
-    if unit == "classifier":
-        return name
-    tail = "weight" if kind == "conv" else _TORCH_NORM[entry]
-    if unit in ("stem", "head"):
-        conv, norm = ("conv_stem", "bn1") if unit == "stem" else ("conv_head", "bn2")
-        return f"{conv if kind == 'conv' else norm}.{tail}"
-    index, part = unit.split(".")[1:]
-    stage, block = _stage(int(index))
-    names = {"expand": ("conv_pw", "bn1"), "depthwise": ("conv_dw", "bn2"), "project": ("conv_pwl", "bn3")}
-    if index == "0":
-        names = {"depthwise": ("conv_dw", "bn1"), "project": ("conv_pw", "bn2")}
-    return f"blocks.{stage}.{block}.{names[part][kind != 'conv']}.{tail}"
-
-
-def _torchvision(name: str) -> str:
-    unit, kind, entry = _parts(name)
-    if unit == "classifier":
-        return f"classifier.1.{entry}"
-    tail = "weight" if kind == "conv" else _TORCH_NORM[entry]
-    step = int(kind != "conv")
-    if unit in ("stem", "head"):
-        return f"features.{0 if unit == 'stem' else 18}.{step}.{tail}"
-    index, part = unit.split(".")[1:]
-    place = _place(index, part)
-    inner = f"{place + step}" if part == "project" else f"{place}.{step}"
-    return f"features.{int(index) + 1}.conv.{inner}.{tail}"
-
-
-def _mindcv(name: str) -> str:
-    unit, kind, entry = _parts(name)
-    if unit == "classifier":
-        return f"classifier.1.{entry}"
-    step = int(kind != "conv")
-    if unit in ("stem", "head"):
-        return f"features.{(0 if unit == 'stem' else 20) + step}.{entry}"
-    index, part = unit.split(".")[1:]
-    return f"features.{int(index) + 3}.layers.{3 * _place(index, part) + step}.{entry}"
-
-
-def _mindspore_models(name: str) -> str:
-    unit, kind, entry = _parts(name)
-    if unit == "classifier":
-        return f"dense.{entry}"
-    step = int(kind != "conv")
-    if unit in ("stem", "head"):
-        return f"features.{0 if unit == 'stem' else 18}.features.{step}.{entry}"
-    index, part = unit.split(".")[1:]
-    place = _place(index, part)
-    inner = f"{place + step}" if part == "project" else f"{place}.features.{step}"
-    return f"features.{int(index) + 1}.conv.{inner}.{entry}"
-
-
-def _parts(name: str) -> tuple[str, str, str]:
-    """Split ``blocks.3.expand.bn.gamma`` into unit, kind and entry."""
-    unit, _, rest = name.rpartition(".conv.") if ".conv." in name else name.rpartition(".bn.")
-    if unit:
-        return unit, "conv" if ".conv." in name else "bn", rest
-    unit, _, entry = name.rpartition(".")
-    return unit, "dense", entry
-
-
-def _stage(index: int) -> tuple[int, int]:
-    for stage, repeats in enumerate(_REPEATS):
-        if index < repeats:
-            return stage, index
-        index -= repeats
-    raise AssertionError(index)
-
-
-def _place(index: str, part: str) -> int:
-    """Return a unit's place in its block; block 0 has no expansion."""
-    return ("expand", "depthwise", "project").index(part) - (index == "0")
-
-
-_TABLES: dict[str, Callable[[str], str]] = {
-    "timm": _timm,
-    "torchvision": _torchvision,
-    "mindcv": _mindcv,
-    "mindspore-models": _mindspore_models,
-}
-
-
-def source_name(source: str, name: str) -> str:
-    """Return the name that one of our parameters has in another project.
-
-    Raises:
-        CheckpointError: Unknown source.
+    Attributes:
+        file: The file written.
+        tensors: Tensors in it.
+        model: Python that makes the model which they fit.
+        mean: Subtracted from RGB in 0..1 before it. std: Divides RGB after that.
+        image_size: Side of the input, in pixels.
     """
-    if source not in _TABLES:
-        raise CheckpointError("unknown --from", expected=f"one of {', '.join(SOURCES)}", got=repr(source))
-    return _TABLES[source](name)
 
+    file: Path
+    tensors: int
+    model: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
 
-# --- the work ------------------------------------------------------------------------------------------------------
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``mbv2 convert --to --json`` prints."""
+        return {**asdict(self), "file": str(self.file)}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the same as lines for a person."""
+        return [
+            ("file", f"{self.file} ({self.tensors} tensors)"),
+            ("model", self.model),
+            ("mean, std", f"{self.mean}, {self.std} of RGB in 0..1"),
+            ("image size", str(self.image_size)),
+        ]
 
 
 def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptions) -> ConvertResult:
@@ -193,7 +127,7 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
 
     Args:
         weights: ``.safetensors``, ``.pth`` (needs PyTorch) or ``.ckpt``.
-        source: One of :data:`SOURCES`.
+        source: One of :data:`mbv2.weights.names.SOURCES`.
         out: The checkpoint to write.
         options: Padding and preprocessing.
 
@@ -234,6 +168,46 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
     )
     save_checkpoint(out, tensors, meta)
     return ConvertResult(out, len(tensors), dropped, width, classes)
+
+
+def return_weights(checkpoint: Path, target: str, out: Path) -> ReturnResult:
+    """Write a checkpoint's weights (the averaged ones where there are any) as another project's ``.safetensors``.
+
+    Args:
+        checkpoint: One of ours.
+        target: One of :data:`TARGETS`.
+        out: The file to write.
+
+    Raises:
+        CheckpointError: Unknown target, unusable checkpoint, or the disk does not take the file.
+        RecordsError: ``out`` lies in a records folder.
+    """
+    from safetensors.numpy import save
+
+    check_outputs(out)
+    if target not in TARGETS:
+        raise CheckpointError("unknown --to", expected=f"one of {', '.join(TARGETS)}", got=repr(target))
+    if out.suffix != ".safetensors":
+        raise CheckpointError(f"cannot write {out}", expected="a name ending in .safetensors", got=out.suffix or "none")
+    loaded = read_checkpoint(checkpoint)
+    config = loaded.meta.model_config()
+    tensors = {source_name(target, name): value for name, value in loaded.weights().items()}
+    about = {"padding": config.padding, "bn_eps": f"{config.bn_eps:g}", "classes": "\n".join(loaded.meta.class_names)}
+    try:
+        write_atomically(out, save(tensors, {"format": "pt", **about}))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}", got=error.strerror or str(error)) from error
+    model = _timm_model(config.width, config.classes, config.padding, config.bn_eps)
+    return ReturnResult(out, len(tensors), model, config.mean, config.std, loaded.meta.image_size)
+
+
+def _timm_model(width: float, classes: int, padding: str, bn_eps: float) -> str:
+    """Return the call that makes timm's model: of five widths by name, of others by what makes those."""
+    padded = ", pad_type='same'" if padding == "same" else ""
+    rest = f"num_classes={classes}{padded}, bn_eps={bn_eps:g}"
+    if width in _TIMM_WIDTHS:
+        return f"timm.create_model('mobilenetv2_{round(100 * width):03d}', {rest})"
+    return f"timm.models.efficientnet._gen_mobilenet_v2('mobilenetv2_100', channel_multiplier={width:g}, {rest})"
 
 
 def _plain(name: str) -> str:

@@ -242,6 +242,33 @@ def test_convert_keeps_what_it_is_told_about_preprocessing(shared_data: Path, tm
     assert (list(meta.model["mean"]), list(meta.model["std"])) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        ["--from", "timm", "--to", "timm"],
+        ["--to", "timm", "--padding", "same"],
+        ["--to", "timm", "--mean", 0, 0, 0],
+    ],
+)
+def test_convert_goes_one_way_at_a_time(wrong: list[str], tmp_path: Path) -> None:
+    result = run("convert", "x.ckpt", "--out", tmp_path / "x.safetensors", *map(str, wrong))
+    assert result.exit_code == 2
+    assert "--to" in result.stderr
+
+
+@pytest.mark.slow
+def test_convert_prints_the_model_that_takes_the_weights(
+    trained: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    out = tmp_path / "best.safetensors"
+    result = run("convert", trained[0] / "best.ckpt", "--to", "timm", "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert (printed["file"], printed["tensors"], printed["image_size"]) == (str(out), 262, 32)
+    assert printed["model"] == "timm.create_model('mobilenetv2_035', num_classes=3, bn_eps=1e-05)"
+
+
 def test_bench_prints_its_figures() -> None:
     command = ("bench", "--batch-size", "2", "--image-size", "32", "--width", "0.35", "--steps", "2")
     result = run(*command, "--mode", "eval", "--standard-ops", "--json")

@@ -67,6 +67,7 @@ COMMANDS = [
     "mbv2 report none --force --out OUT",
     "mbv2 export --checkpoint none --format onnx --out OUT",
     "mbv2 convert none --from timm --out OUT",
+    "mbv2 convert none --to timm --out OUT",
     "mbv2 eval --records none --checkpoint none --per-class OUT",
     "mbv2 eval --records none --checkpoint none --confusion OUT",
     "mbv2 predict none --checkpoint none --sheet OUT",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from imnet_prep.errors import CheckpointError
+from imnet_prep.errors import CheckpointError, TrainError
 from mbv2.network.model import MobileNetV2, ModelConfig, block_shapes
-from mbv2.weights.checkpoint import Checkpoint, Tensors, build_network, read_checkpoint
-from mbv2.weights.convert import SOURCES, ConvertOptions, convert_weights, source_name
+from mbv2.weights.checkpoint import Checkpoint, Meta, Tensors, build_network, read_checkpoint, save_checkpoint
+from mbv2.weights.convert import ConvertOptions, convert_weights, return_weights
+from mbv2.weights.names import SOURCES, source_name
 
 Array = NDArray[np.float64]
 # What each project calls a few of the parameters, read off its own model.
@@ -230,3 +232,54 @@ def test_published_weights_score_as_their_authors_code_does(photographs: Path, t
     assert (scores.images, len(names)) == (250, 1000)
     assert scores.correct1 >= 226  # timm itself: 228
     assert scores.correct5 >= 246  # timm itself: 248
+
+
+# --- and back --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_for_timm_are_the_averaged_ones_under_timm_s_names(tmp_path: Path) -> None:
+    weights = random_weights(0.5)
+    averaged = {name: value + 1 for name, value in weights.items() if name.endswith("weight")}
+    state = {"momentum.classifier.bias": weights["classifier.bias"]}
+    meta = Meta(asdict(ModelConfig(7, 0.5, padding="same", bn_eps=1e-3)), tuple("abcdefg"), 96, 0.875)
+    save_checkpoint(tmp_path / "ours.ckpt", {**weights, **{f"ema.{n}": v for n, v in averaged.items()}, **state}, meta)
+    result = return_weights(tmp_path / "ours.ckpt", "timm", tmp_path / "theirs.safetensors")
+    assert result.model == "timm.create_model('mobilenetv2_050', num_classes=7, pad_type='same', bn_eps=0.001)"
+    assert (result.tensors, result.image_size, result.mean) == (262, 96, meta.model_config().mean)
+    theirs = load_file(tmp_path / "theirs.safetensors")
+    assert set(theirs) == {source_name("timm", name) for name in weights}
+    for name, value in {**weights, **averaged}.items():
+        assert np.array_equal(theirs[source_name("timm", name)], value), name
+
+
+def test_a_width_without_a_name_in_timm_is_made_by_multiplier(tmp_path: Path) -> None:
+    weights = random_weights(0.4)
+    save_checkpoint(tmp_path / "ours.ckpt", weights, Meta(asdict(ModelConfig(7, 0.4)), (), 96, 0.875))
+    model = return_weights(tmp_path / "ours.ckpt", "timm", tmp_path / "x.safetensors").model
+    assert "_gen_mobilenet_v2('mobilenetv2_100', channel_multiplier=0.4, num_classes=7, bn_eps=1e-05)" in model
+
+
+def test_what_cannot_be_brought_back_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "ours.ckpt", random_weights(0.35), Meta(asdict(ModelConfig(7, 0.35)), (), 96, 0.875))
+    for target, out, told in (
+        ("keras", "x.safetensors", "unknown --to; expected one of timm; got 'keras'"),
+        ("timm", "x.pth", r"ending in \.safetensors; got \.pth"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            return_weights(tmp_path / "ours.ckpt", target, tmp_path / out)
+    with pytest.raises(TrainError, match="existing folder"):
+        return_weights(tmp_path / "ours.ckpt", "timm", tmp_path / "absent" / "x.safetensors")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        return_weights(tmp_path / "absent.ckpt", "timm", tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
+
+
+@pytest.mark.real_data
+def test_published_weights_come_back_as_they_were(shared_data: Path, timm: Path, tmp_path: Path) -> None:
+    return_weights(timm, "timm", tmp_path / "back.safetensors")
+    published, back = (
+        load_file(shared_data / "mobilenetv2_100_tf.safetensors"),
+        load_file(tmp_path / "back.safetensors"),
+    )
+    assert set(published) == set(back)
+    assert all(np.array_equal(published[name], back[name]) for name in published)
