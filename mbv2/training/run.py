@@ -29,7 +29,7 @@ from mbv2.training.logs import EpochRow, RunLog, StepRow, read_metrics, read_ski
 from mbv2.training.options import BEST, CURVES, LAST, LOCK, RunOptions, RunResult
 from mbv2.training.progress import Pace, StepResults
 from mbv2.training.ranks import sum_floats, wait_for_all
-from mbv2.training.schedule import learning_rate
+from mbv2.training.schedule import describe_rate, learning_rate
 from mbv2.training.state import RunState, find_last, not_finite, saved_position
 from mbv2.weights.checkpoint import Checkpoint, read_checkpoint
 
@@ -135,6 +135,7 @@ class _Run:
         self.options, self.recipe, self.last = options, recipe, last
         self.stop, self.progress, self.callback = stop, progress, callback
         self.ranks, self.writes = here.ranks, here.rank == 0
+        self.global_batch = recipe.batch_size * here.ranks * recipe.accumulate_steps
         start = read_checkpoint(options.pretrained) if options.pretrained else None
         if last is not None:
             start = last.without_state()
@@ -157,6 +158,7 @@ class _Run:
         if self.last is not None:
             state.restore(self.last)
         if self.writes:
+            _logger.info(describe_rate(self.recipe, self.steps_per_epoch, self.global_batch))
             write_config(self.options, self.data, self.learner, state.identity)
             events, live = self.options.tensorboard, self.recipe.score_live
             self.log = RunLog(out, state.position.epoch, state.position.step, events=events, live=live)
@@ -237,8 +239,7 @@ class _Run:
 
     def rate(self, step: int, recipe: Recipe | None = None) -> float:
         """Return the learning rate of a step (from 0), by the run's recipe or another."""
-        global_batch = self.recipe.batch_size * self.ranks * self.recipe.accumulate_steps
-        return learning_rate(recipe or self.recipe, step, self.steps_per_epoch, global_batch)
+        return learning_rate(recipe or self.recipe, step, self.steps_per_epoch, self.global_batch)
 
     # --- what is scored, logged and kept -------------------------------------------------------------------------
 

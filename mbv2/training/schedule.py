@@ -21,6 +21,17 @@ def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     return int(recipe.warmup_frac * recipe.epochs * steps_per_epoch)
 
 
+def describe_rate(recipe: Recipe, steps_per_epoch: int, global_batch: int) -> str:
+    """Return a line on the rate in use: its peak, how it was scaled, and how it changes."""
+    peak, warmup = peak_lr(recipe, global_batch), warmup_steps(recipe, steps_per_epoch)
+    line = f"learning rate {peak:.6g}"
+    if recipe.lr_batch_size not in (0, global_batch):
+        line += f" ({recipe.lr:g} for a batch of {recipe.lr_batch_size}, scaled to {global_batch})"
+    if recipe.backbone_lr_factor != 1:
+        line += f", {peak * recipe.backbone_lr_factor:.6g} before the classifier"
+    return f"{line}; {f'{warmup} steps of warm-up, then ' if warmup else ''}{recipe.schedule}"
+
+
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> float:
     """Return the rate of a step.
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mbv2.recipe import Recipe
-from mbv2.training.schedule import learning_rate, peak_lr
+from mbv2.training.schedule import describe_rate, learning_rate, peak_lr
 
 STEPS = 10  # an epoch
 
@@ -20,6 +20,20 @@ def test_warm_up_rises_linearly_to_the_peak() -> None:
     values = rates(Recipe(epochs=4, lr=0.4, warmup_frac=0.25))
     assert values[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
     assert values[10] == pytest.approx(0.4)
+
+
+def test_warm_up_in_epochs_does_not_depend_on_the_length_of_the_run() -> None:
+    for epochs in (4, 40):
+        values = rates(Recipe(epochs=epochs, lr=0.4, warmup_epochs=1.5))
+        assert values[:16] == pytest.approx([*(0.4 * (step + 1) / 15 for step in range(15)), 0.4])
+        assert values[16] < 0.4
+
+
+def test_the_rate_in_use_is_described() -> None:
+    scaled = Recipe(lr=0.1, lr_batch_size=64, backbone_lr_factor=0.1, warmup_frac=0.1, epochs=4)
+    line = "learning rate 0.05 (0.1 for a batch of 64, scaled to 32), 0.005 before the classifier; 4 steps of warm-up, "
+    assert describe_rate(scaled, STEPS, 32) == f"{line}then cosine"
+    assert describe_rate(Recipe(lr=0.3, schedule="constant", warmup_frac=0), STEPS, 32) == "learning rate 0.3; constant"
 
 
 def test_cosine_ends_at_its_floor() -> None:
