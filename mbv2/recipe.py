@@ -194,7 +194,6 @@ class Recipe:
         for names, effective, needed in (
             (("momentum", "rms_decay"), not adamw, "another optimizer: adamw takes beta1 and beta2"),
             (("beta1", "beta2"), adamw, "optimizer=adamw: others take momentum and rms_decay"),
-            (("label_smoothing_over",), self.label_smoothing > 0, "label_smoothing over 0"),
             (("score_live",), self.ema_decay > 0, "ema_decay over 0: else only the live weights are scored"),
             (("backbone_lr_factor",), self.freeze != "backbone", "a freeze that trains the backbone"),
             (("mixup_prob", "mixup_last_epoch"), mixes, "mixup_alpha or cutmix_alpha over 0"),

@@ -86,7 +86,6 @@ def test_crop_range_must_not_be_empty() -> None:
         ({"beta1": 0.8}, "momentum"),
         ({"mixup_prob": 0.5}, "mixup_alpha"),
         ({"mixup_last_epoch": 5}, "cutmix_alpha"),
-        ({"label_smoothing": 0, "label_smoothing_over": "others"}, "label_smoothing"),
         ({"score_live": True}, "ema_decay"),
         ({"freeze": "backbone", "backbone_lr_factor": 0.1}, "freeze"),
         ({"trivialaugment": True, "randaugment_ops": 2}, "randaugment_ops"),
