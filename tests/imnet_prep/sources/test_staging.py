@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_an_error_and_leaves_nothing(tmp_path: Path, monkey
     path = tmp_path / "x.tar.gz"
     path.write_bytes(gzip.compress(os.urandom(1 << 20)))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
     with pytest.raises(SourceError, match=r"does not fit on the disk .* got 100,000 bytes"):
         run([path], tmp_path / "out")
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
