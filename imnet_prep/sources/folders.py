@@ -20,7 +20,17 @@ from imnet_prep.sources.base import (
 from imnet_prep.sources.foreign import ENDINGS
 from imnet_prep.sources.labels import WNID, Labels, labelled
 from imnet_prep.sources.layout import SPLIT_FOLDERS
-from imnet_prep.sources.tree import Entry, Tree, has_image, is_folder, kind_of, listed, listing, visible_folders
+from imnet_prep.sources.tree import (
+    Entry,
+    Tree,
+    has_image,
+    hides_image,
+    is_folder,
+    kind_of,
+    listed,
+    listing,
+    visible_folders,
+)
 from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _SEPARATOR = "\x1f"  # no URL and no file name of the journal holds a control character
@@ -85,7 +95,7 @@ class ClassFolders:
         for entry in listing(self.folder):
             if entry.name in classes or is_folder(entry):
                 continue
-            if is_image_name(entry.name):
+            if is_image_name(entry.name) or hides_image(entry):
                 yield _without_class(self.split, entry.name)
                 continue
             stem, dot, suffix = entry.name.rpartition(".")
@@ -176,7 +186,7 @@ def _beside(path: Path, parts: Sequence[Path], split: str) -> Iterator[Found]:
     above = {folder for part in parts for folder in part.parents if folder.is_relative_to(path)}
     for folder in sorted(above - set(parts)):
         for entry in listing(folder):
-            if is_image_name(entry.name) and not is_folder(entry):
+            if (is_image_name(entry.name) and not is_folder(entry)) or hides_image(entry):
                 yield _without_class(split, (folder / entry.name).relative_to(path).as_posix())
         for entry in visible_folders(folder, Counter()):
             inside = folder / entry.name

@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imnet_prep.errors import SourceError
+from imnet_prep.files import PlainFile
+from imnet_prep.images.formats import sniff
 from imnet_prep.sources.base import is_hidden, is_image_name, printable, suffix_of
+from imnet_prep.types import ImageFault
 
 _NOWHERE = "links that lead nowhere"
+_MAGIC_BYTES = 16  # as many as tell an image format
+_OTHERS = "cls csv db gz html json jsonl log mat md npy npz parquet py tar tsv txt xml yaml yml zip"
+_NO_IMAGES = frozenset(_OTHERS.split(" "))
 
 
 class Entry(NamedTuple):
@@ -66,6 +72,10 @@ class Tree:
                         todo.append((entry.path, f"{within}{entry.name}/", target))
                 elif is_image_name(entry.name):
                     yield _entry(entry, f"{within}{entry.name}")
+                elif hides_image(entry):
+                    yield Entry(
+                        f"{within}{entry.name}", entry.path, 0, "an image, but its name does not say so: add .jpg"
+                    )
                 else:
                     self._ignored[kind_of(entry)] += 1
 
@@ -112,6 +122,18 @@ def _entry(entry: os.DirEntry[str], name: str) -> Entry:
     except OSError as error:  # a link to nothing, or to itself
         return Entry(name, entry.path, 0, error.strerror or type(error).__name__)
     return Entry(name, entry.path, state.st_size, "" if stat.S_ISREG(state.st_mode) else "not a regular file")
+
+
+def hides_image(entry: os.DirEntry[str]) -> bool:
+    """Return whether a visible file begins like an image, though its name has no suffix of one."""
+    if is_hidden(entry.name) or entry.name.rpartition(".")[2].lower() in _NO_IMAGES:
+        return False
+    try:
+        return (
+            entry.is_file() and sniff(PlainFile(entry.path).read(_MAGIC_BYTES, 0)) != "BMP"
+        )  # 2 letters prove nothing
+    except (OSError, ImageFault):
+        return False
 
 
 def kind_of(entry: os.DirEntry[str]) -> str:

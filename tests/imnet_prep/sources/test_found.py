@@ -148,6 +148,22 @@ def test_a_class_that_was_not_unpacked_is_an_error(tmp_path: Path) -> None:
     assert "not read (n01440764.tar)" in notes(root)
 
 
+def test_images_whose_names_do_not_say_so_are_rejected_by_name(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "x", ["cat", "dog"], 2)
+    for name in ("IMG_0001", "kitten.jpg~", "photo.jpg?size=large"):
+        image(root / "train" / "cat" / name)
+    image(root / "train" / "IMG_0002")
+    image(root / "IMG_0003")
+    (root / "train" / "cat" / "README").write_bytes(b"BMs are images")
+    (root / "train" / "cat" / "notes.txt").write_bytes(jpeg())  # a text by its name
+    good, bad = found(root)
+    assert len(good) == 8
+    assert bad == {
+        **{f"train:cat/{name}": Reason.UNREADABLE for name in ("IMG_0001", "kitten.jpg~", "photo.jpg?size=large")},
+        "train:IMG_0002": Reason.UNLABELLED, "train:IMG_0003": Reason.UNLABELLED,
+    }  # fmt: skip
+
+
 # --- strays in layouts of others -------------------------------------------------------------------------------------
 
 

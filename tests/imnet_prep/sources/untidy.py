@@ -19,7 +19,8 @@ _SUFFIXES = (".jpg", ".JPG", ".jpeg", ".png", ".JPEG", ".webp")
 
 def is_visible_image(name: str) -> bool:
     """Whether documentation says that a file of this name is an image; written apart from the code under test."""
-    return not name.startswith(".") and name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"))
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", "_0001", ".jpg~", "size=large")
+    return not name.startswith(".") and name.lower().endswith(suffixes)
 
 
 class Untidy:
@@ -44,6 +45,7 @@ class Untidy:
             self._draw((
                 self._loose, self._bonus, self._hidden, self._dangling, self._loop, self._lattice, self._outside_link,
                 self._file_links, self._special, self._empty, self._odd_names, self._deep, self._image_named_folder,
+                self._without_suffix,
                 self._other_files, self._empty_class, self._inside_a_class, self._second_val,
             ))  # fmt: skip
 
@@ -212,6 +214,11 @@ class Untidy:
         for name in (b"caf\xe9.jpg", b"two\nlines.jpg", b"A.jpg", b"a.JPG", b"a.jpg", "e\u0301.jpg".encode(), b" .jpg"):
             self._image(folder, os.fsdecode(name))
         self._image(folder / os.fsdecode(b"\xff\xfe"), "in a folder.jpg")
+
+    def _without_suffix(self) -> None:
+        folder = self._some_folder()
+        for name in ("IMG_0001", "cat.jpg~", "cat.jpg?size=large"):
+            self._image(folder, name)
 
     def _deep(self) -> None:
         self._image(self._some_folder() / "/".join("abcdefghijklmnopqrstuvwxy"))
