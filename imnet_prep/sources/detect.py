@@ -135,6 +135,7 @@ def _remote(url: str, split: str, labelled: bool, staging: Staging) -> list[Sour
     given = shown(url)
     if parquet := [(name, place) for name, place in files.items() if name.endswith(".parquet")]:
         shards = shards_of(parquet, given, split, one=file is not None)
+        staging.folder.mkdir(parents=True, exist_ok=True)
         return [ParquetSource(staging.folder, given, shards, split, staging)]
     archives = {name: place for name, place in files.items() if "/" not in name and name.endswith(_REMOTE_ENDINGS)}
     if not archives or any(map(is_image_name, files)):

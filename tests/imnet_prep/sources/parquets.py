@@ -46,7 +46,7 @@ def write_parquet(
         features[label] = {"names": list(names), "_type": "ClassLabel"}
     columns = {
         image: pa.array(
-            [None if name is data is None else {"bytes": data, "path": name} for _, name, data in rows],
+            [None if name is None and data is None else {"bytes": data, "path": name} for _, name, data in rows],
             pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
         ),
         label: pa.array([names.index(row[0]) for row in rows] if labels is None else list(labels)),

@@ -98,7 +98,7 @@ def test_a_single_file_has_its_name_and_digests(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["none", "snappy", "zstd", "gzip"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_every_encoding_gives_the_bytes(tmp_path: Path, codec: str, version: str) -> None:
-    options = {
+    options: dict[str, Any] = {
         "compression": codec,
         "data_page_version": version,
         "row_group_size": 4,
@@ -220,7 +220,7 @@ def test_other_lists_of_1000_names_are_not_imagenet() -> None:
 
 
 def test_other_small_columns_are_kept(tmp_path: Path) -> None:
-    others = {
+    others: dict[str, list[Any]] = {
         "source": [f"s{k}" for k in range(15)], "score": [k / 4 for k in range(15)], "good": [True, None, False] * 5,
         "embedding": [[0.5, 0.5]] * 15, "mask": [b"xyz"] * 15,
     }  # fmt: skip
@@ -233,7 +233,7 @@ def test_other_small_columns_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_columns_are_chosen_by_feature_then_name(tmp_path: Path) -> None:
-    others = {"coarse_label": [0] * 15, "mask": [b"x"] * 15}
+    others: dict[str, list[Any]] = {"coarse_label": [0] * 15, "mask": [b"x"] * 15}
     path = write_parquet(tmp_path / "x.parquet", ROWS, image="img", label="fine_label", others=others)
     assert "images from the column 'img', classes from 'fine_label'" in read_all(path).notes
 
