@@ -81,14 +81,14 @@ class NestedTar(Source):
     """A tar of one tar per class (``n01440764.tar``): the official training archive, or one of the same form."""
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        file, inner, nameless = PlainFile(self.path), defaultdict[str, list[_Row]](list), list[Member]()
+        file, inner, nameless = PlainFile(self.path), defaultdict[str, list[tuple[int, int]]](list), list[Member]()
         for found in walk_whole(self, file, self.path, suffix=b".tar"):
             *_, base = found.parts
             is_class = base.endswith(".tar") and not is_hidden(base)
             if found.damage and not is_class:
                 nameless.append(found)
             elif is_class and (found.damage or not found.fault):  # a stretch may hold most of it
-                inner[base.removesuffix(".tar")].append(("", found.offset, found.size_bytes))
+                inner[base.removesuffix(".tar")].append((found.offset, found.size_bytes))
             elif found.kind != FOLDER and (found.fault or not is_image_name(base)):
                 yield from _other(found, self.split, ignored)
             elif found.kind != FOLDER:
@@ -97,14 +97,14 @@ class NestedTar(Source):
         orphans = defaultdict[str, list[_Row]](list)
         for stretch in nameless:
             end = stretch.offset + stretch.size_bytes
-            for found in safe_files(walk_whole(self, file, self.path, stretch.offset, end), self.split):
-                if isinstance(found, Rejected):
-                    yield found
-                elif match := _OFFICIAL_TRAIN.fullmatch(found.parts[-1]):
-                    orphans[match[1]].append((found.parts[-1], found.offset, found.size_bytes))
-                elif is_image_name(found.parts[-1]):
+            for item in safe_files(walk_whole(self, file, self.path, stretch.offset, end), self.split):
+                if isinstance(item, Rejected):
+                    yield item
+                elif match := _OFFICIAL_TRAIN.fullmatch(item.parts[-1]):
+                    orphans[match[1]].append((item.parts[-1], item.offset, item.size_bytes))
+                elif is_image_name(item.parts[-1]):
                     detail = "the name of its class is in a damaged stretch"
-                    yield Rejected(self.split, printable(found.name), Reason.UNLABELLED, detail)
+                    yield Rejected(self.split, printable(item.name), Reason.UNLABELLED, detail)
         for class_name in sorted(inner.keys() | orphans.keys()):
             yield from _class_tars(self, file, self.path, class_name, inner[class_name], orphans[class_name])
 
@@ -119,11 +119,16 @@ def _other(found: Member, split: str, ignored: Counter[str]) -> Iterator[Rejecte
 
 
 def _class_tars(
-    source: Source, file: PlainFile, path: Path, class_name: str, tars: Iterable[_Row], rows: Iterable[_Row] = ()
+    source: Source,
+    file: PlainFile,
+    path: Path,
+    class_name: str,
+    tars: Iterable[tuple[int, int]],
+    others: Iterable[_Row] = (),
 ) -> Iterator[Found]:
-    """Walk the tars of one class: yield first the rejected members, then the images by name, with ``rows`` of them."""
-    images, split = list(rows), source.split
-    for _, start, size_bytes in tars:
+    """Walk the tars of one class: yield first the rejected members, then its images and ``others`` of it by name."""
+    images, split = list(others), source.split
+    for start, size_bytes in tars:
         members = walk_whole(source, file, path, start, start + size_bytes)
         for found in safe_files(members, split, class_name):
             if isinstance(found, Rejected):
@@ -144,7 +149,7 @@ class TarFolder(Source):
         for path in sorted(self.path.iterdir()):
             if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
                 file = PlainFile(path)
-                yield from _class_tars(self, file, path, path.stem, [("", 0, file.size_bytes)])
+                yield from _class_tars(self, file, path, path.stem, [(0, file.size_bytes)])
             elif path.suffix == ".tar" and not is_hidden(path.name):
                 raise SourceError(
                     f"{path} is no tar of a class beside others that are",
@@ -236,17 +241,22 @@ def peek(path: Path) -> tuple[str, str]:
     Raises:
         SourceError: It is no tar, is cut before the first image, or holds none.
     """
-    seen, before = 0, ""
-    members = walk(PlainFile(path))
+    seen, before, file = 0, "", PlainFile(path)
+    members = walk(file)
     for found in members:
-        if found.damage:
-            if found.last and seen == 0:
-                raise SourceError(f"{path} is not a tar archive that can be read", got=found.damage)
-            continue
-        seen += 1
         *folders, base = found.parts
         if found.kind == FILE and base.endswith(".tar") and not is_hidden(base):
             return "nested", base
+        if found.damage:
+            # The next header may be in the tar of a class whose own header is damaged: look for the next class.
+            if seen == 0 and (
+                tar := next((item for item in walk(file, suffix=b".tar") if item.name.endswith(".tar")), None)
+            ):
+                return "nested", tar.parts[-1]
+            if seen == 0 and found.last:
+                raise SourceError(f"{path} is not a tar archive that can be read", got=found.damage)
+            continue
+        seen += 1
         if found.kind == FILE and is_image_name(base):
             beside = next(members, found).name
             if any(map(WNID.fullmatch, folders)) or is_sample(found.name, before) or is_sample(found.name, beside):

@@ -99,8 +99,16 @@ class Source(ABC):
             "sha256": sha256,
             "official": official,
             "images": self._images if self.has_images else None,
-            **({"skipped_bytes": sum(size for _, _, size in self._skipped)} if self._skipped else {}),
+            **({} if self.skipped_bytes is None else {"skipped_bytes": self.skipped_bytes}),
         }
+
+    @property
+    def skipped_bytes(self) -> int | None:
+        """The bytes of damaged stretches that were left out, or None; complete once :meth:`refs` has ended.
+
+        It is 0 for an archive that is cut between two files.
+        """
+        return sum(size for _, _, size in self._skipped) if self._skipped else None
 
     def skip(self, damage: str, at: int, size_bytes: int) -> None:
         """Leave out a damaged stretch of an archive.

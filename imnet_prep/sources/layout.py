@@ -90,7 +90,7 @@ class Index:
         for place, class_name in sorted(classes.keys() | labelled.keys()):
             rows = list(labelled[place, class_name])
             for folder, above in classes[place, class_name]:
-                rows += [(above + name, *where) for name, *where in self._in(folder)]
+                rows += [(above + row[0], *row[1:]) for row in self._in(folder)]
             for name, *where in sorted(rows):
                 yield make_ref(SPLITS[place], class_name, name, path, *where)
 

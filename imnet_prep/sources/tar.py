@@ -12,8 +12,8 @@ from typing import NamedTuple
 from imnet_prep.files import PlainFile
 
 BLOCK = 512
-_RECORD = 20 * BLOCK  # archives end at a multiple of it, mostly
-_LARGE_RECORDS = tuple(BLOCK << power for power in range(5, 14))  # tar -b 32 to 8192
+_RECORD = 20 * BLOCK  # the usual one
+_RECORDS = (*range(BLOCK, _RECORD + 1, BLOCK), *(BLOCK << power for power in range(5, 14)))  # tar -b 1 to 8192
 _MAX_META_BYTES = 1 << 20  # a long name or pax header beyond a MiB is an attack
 _MAX_DIGITS = 19  # of a size: 63 bits
 _OCTAL_LIMIT = 8 << 30  # what 11 octal digits hold
@@ -102,7 +102,7 @@ def walk(
             fault = "no tar header"
         else:
             member, after, fault = _parse(file, header, at, extra, common)
-            if not fault and after > end:
+            if not fault and member.offset + member.size_bytes > end:
                 fault = f"says {member.size_bytes} bytes, only {max(0, end - member.offset)} are left"
             if (flag := header[156:157]) not in _EXTENSIONS:
                 name = member.name
@@ -131,7 +131,8 @@ def walk(
         at = after
         if extra:
             extra = _Extra()
-    yield Member("", FILE, at, max(0, end - at), f"no end-of-archive block: the archive ends at byte {end - start}", last=True)
+    at = min(at, end)
+    yield Member("", FILE, at, end - at, f"no end-of-archive block: the archive ends at byte {end - start}", last=True)
 
 
 def is_header(block: bytes) -> bool:
@@ -151,9 +152,7 @@ def _octal(field: bytes) -> int | None:
 
 def _is_padding(zeros: int, size_bytes: int) -> bool:
     """Return whether an archive of a size may end in so many zeros: two blocks, and more to the end of a record."""
-    return zeros < _RECORD + 2 * BLOCK or any(
-        size_bytes % record == 0 and zeros < record + 2 * BLOCK for record in _LARGE_RECORDS
-    )
+    return any(size_bytes % record == 0 and zeros < record + 2 * BLOCK for record in _RECORDS)
 
 
 def _is_joint(file: PlainFile, at: int, after: int, first: int, end: int) -> bool:

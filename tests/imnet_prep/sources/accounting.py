@@ -4,66 +4,74 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.record_list import REJECTED, RecordLine, read_rejected
+from imnet_prep.records.record_list import REJECTED, read_rejected
+from imnet_prep.types import Rejected
 from tests.records import read_records
 
-Originals = Mapping[tuple[str, str], bytes]
-"""The bytes of each image by its split and ``<class>/<name>``, as the undamaged source has it."""
+Name = tuple[str, str]
+"""The split of an image and its ``<class>/<name>``."""
 
 
-def stored(records: Path) -> dict[tuple[str, str], RecordLine]:
-    """Every record of a finished folder by split and name."""
+def stored_in(records: Path) -> dict[Name, str]:
+    """The SHA-256, as found, of every image in a finished folder."""
     splits = RecordsFolder.open(records).manifest.splits
-    return {(name, line.file_name): line for name, split in splits.items() for line in read_records(records, split)}
+    return {
+        (name, line.file_name): line.source_sha256
+        for name, split in splits.items()
+        for line in read_records(records, split)
+    }
 
 
-def lost(originals: Originals, records: Path) -> list[str]:
-    """The images that a finished folder neither stores, under their name or another, nor lists as rejected.
+def lost(originals: Mapping[Name, bytes], stored: Mapping[Name, str], rejected: Iterable[Rejected]) -> list[Name]:
+    """The images that are neither stored, under their name or another, nor rejected.
 
-    An image is also accounted for where a rejection ends with its base name: damage can destroy what was before it.
-    Each rejection and each record counts for one image.
+    Args:
+        originals: The bytes of each image in the undamaged source.
+        stored: The SHA-256 of each image as found.
+        rejected: Those that were rejected. One counts for an image of its name; damage can destroy the folders in it.
     """
-    there = stored(records)
-    digests = Counter(line.source_sha256 for key, line in there.items() if key not in originals)
-    rejected = list(read_rejected(records / REJECTED))
-    names = Counter((item.split, item.file_name) for item in rejected)
-    bases = Counter(item.file_name.rpartition("/")[2] for item in rejected)
+    others = Counter(digest for key, digest in stored.items() if key not in originals)
+    names, bases = Counter[Name](), Counter[str]()
+    for item in rejected:
+        names[item.split, item.file_name] += 1
+        bases[item.file_name.rpartition("/")[2]] += 1
     missing = []
-    for (split, name), data in originals.items():
-        digest, base = hashlib.sha256(data).hexdigest(), name.rpartition("/")[2]
-        if (split, name) in there:
+    for key, data in originals.items():
+        digest, base = hashlib.sha256(data).hexdigest(), key[1].rpartition("/")[2]
+        if key in stored:
             continue
-        if names[split, name]:
-            names[split, name] -= 1
+        if names[key] > 0:
+            names[key] -= 1
             bases[base] -= 1
-        elif digests[digest]:
-            digests[digest] -= 1
+        elif others[digest] > 0:
+            others[digest] -= 1
         elif bases[base] > 0:
             bases[base] -= 1
         else:
-            missing.append(f"{split}/{name}")
+            missing.append(key)
     return missing
 
 
-def skipped_bytes(records: Path) -> int:
-    """How many bytes of the sources the manifest says were skipped."""
-    return sum(source.get("skipped_bytes", 0) for source in RecordsFolder.open(records).manifest.sources)
+def says_skipped(records: Path) -> bool:
+    """Whether the manifest says that bytes of the sources were skipped."""
+    return any("skipped_bytes" in source for source in RecordsFolder.open(records).manifest.sources)
 
 
-def check_accounted(originals: Originals, records: Path, exit_code: int, *, salvaged: bool = False) -> None:
+def check_accounted(originals: Mapping[Name, bytes], records: Path, exit_code: int, *, salvaged: bool = False) -> None:
     """Assert that every image is accounted for, or that the command failed and made no folder.
 
     Args:
-        originals: What the undamaged source holds.
+        originals: The bytes of each image in the undamaged source.
         records: The ``--out`` of the run.
         exit_code: Of the run.
         salvaged: It ran with ``--salvage``: where the manifest says that bytes were skipped, images may be missing.
     """
     if exit_code:
         assert not records.exists(), f"exit {exit_code}, and yet there is {records}"
-        return
-    assert (salvaged and skipped_bytes(records)) or not (missing := lost(originals, records)), missing[:5]
+    elif not (salvaged and says_skipped(records)):
+        missing = lost(originals, stored_in(records), read_rejected(records / REJECTED))
+        assert not missing, missing[:5]

@@ -1,0 +1,100 @@
+"""Not one image is lost without a word, however an archive is damaged; and --salvage takes what is left."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from imnet_prep.errors import SourceError
+from imnet_prep.images.check import ValidateOptions, validate
+from imnet_prep.sources import detect, merge, read
+from imnet_prep.types import ImageRef, Rejected
+from tests.imnet_prep.sources.accounting import Name, lost
+from tests.imnet_prep.sources.damaged import BLOCK, MAKERS, damage, places
+
+
+@dataclass
+class Outcome:
+    """What a conversion stores, rejects and skips, or its error."""
+
+    stored: dict[Name, str]
+    rejected: list[Rejected]
+    skipped: bool = False
+    error: str = ""
+
+
+def outcome(paths: Sequence[Path], *, salvage: bool = False) -> Outcome:
+    """Find, read and check the images of some sources, as a conversion does."""
+    stored, rejected = dict[Name, str](), list[Rejected]()
+    try:
+        sources = detect(paths, salvage=salvage)
+        for found in merge(sources):
+            raw = read(found) if isinstance(found, ImageRef) else found
+            sample = raw if isinstance(raw, Rejected) else validate(raw, ValidateOptions())
+            if isinstance(sample, Rejected):
+                rejected.append(sample)
+            else:
+                stored[found.split, found.file_name] = sample.source_sha256
+    except SourceError as error:
+        return Outcome({}, [], error=str(error))
+    return Outcome(stored, rejected, any(source.skipped_bytes is not None for source in sources))
+
+
+def looks_whole(data: bytes) -> bool:
+    """Whether damaged bytes are what ``tar -b N`` writes of fewer files, or ``cat`` of two such: nothing can tell then.
+
+    Python's tarfile reads them to the end; what follows the files are the zeros of a record.
+    """
+    try:
+        members = list(places(data))
+    except tarfile.TarError:
+        return False
+    if any(name.endswith(".tar") and not looks_whole(data[body:stop]) for name, _, body, stop in members):
+        return False
+    end = max((stop for *_, stop in members), default=0)
+    end += -end % BLOCK
+    zeros = len(data[end:]) - len(data[end:].lstrip(b"\x00"))
+    after = end + zeros // BLOCK * BLOCK
+    if after < len(data):
+        return after % (20 * BLOCK) == 0 and 2 * BLOCK <= after - end < 22 * BLOCK and looks_whole(data[after:])
+    factors = [factor for factor in (*range(1, 21), 32, 64, 128, 256) if len(data) % (factor * BLOCK) == 0]
+    return zeros >= BLOCK and any(zeros < (factor + 2) * BLOCK for factor in factors)
+
+
+@pytest.mark.parametrize("form", MAKERS)
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 1000), marks=pytest.mark.long)], ids=["some", "all"])
+def test_damaged_archives_account_for_every_image(form: str, seeds: range, tmp_path: Path) -> None:
+    untouched_images = kept = 0
+    for seed in seeds:
+        rng = random.Random(f"{form} {seed}")
+        archive = MAKERS[form](rng)
+        files, done, touched = damage(rng, archive)
+        paths = archive.write(tmp_path / str(seed), files)
+        strict = outcome(paths)
+        assert "\n" not in strict.error
+        whole = all(data == archive.files[name] or looks_whole(data) for name, data in files.items())
+        if not strict.error and not whole:
+            missing = lost(archive.images, strict.stored, strict.rejected)
+            assert not missing, f"seed {seed}: {done}: {missing[:3]}"
+        salvaged = outcome(paths, salvage=True)
+        untouched = archive.images.keys() - touched
+        if salvaged.error:
+            assert not untouched, f"seed {seed}: {done}: {salvaged.error}"
+            continue
+        if not salvaged.skipped and not whole:
+            assert not lost(archive.images, salvaged.stored, salvaged.rejected), f"seed {seed}: {done}"
+        there = {
+            key for key in untouched if salvaged.stored.get(key) == hashlib.sha256(archive.images[key]).hexdigest()
+        }
+        assert len(untouched - there) <= max(1, 0.05 * len(untouched)), (
+            f"seed {seed}: {done}: {sorted(untouched - there)[:3]}"
+        )
+        untouched_images += len(untouched)
+        kept += len(there)
+    assert kept >= 0.95 * untouched_images
