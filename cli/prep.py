@@ -9,7 +9,7 @@ from imnet_prep.download.options import ContentOptions, DownloadOptions, FetchOp
 from imnet_prep.errors import DownloadError
 
 from .options import GROUP, JSON, KEEP_CLASSES, WORKERS, place
-from .records import adopt, bench, browse, info, repair_index, report, reshard, verify
+from .records import adopt, bench, browse, export, info, repair_index, report, reshard, verify
 from .render import guard, progress_bar, show, stop_requested
 
 FETCH, POLITE, CONTENT = FetchOptions(), PoliteOptions(), ContentOptions()
@@ -28,7 +28,7 @@ def main() -> None:
     """
 
 
-for _command in (verify, info, report, browse, bench, repair_index, adopt, reshard):
+for _command in (verify, info, report, browse, bench, repair_index, adopt, reshard, export):
     main.add_command(_command)
 
 

@@ -133,6 +133,28 @@ def reshard(folders: tuple[Path, ...], out: Path, as_json: bool, **options: Any)
 
 @click.command()
 @DIR
+@click.option("--to", required=True, metavar="imagefolder|webdataset", help="The format to write.")
+@click.option("--out", required=True, type=Path, help="The folder to write; it must not exist yet.")
+@click.option("--split", metavar="train|val|test", show_default="all", help="Export this split alone.")
+@JSON
+@guard
+def export(records: Path, to: str, out: Path, split: str | None, as_json: bool) -> None:
+    """Write the images of a records folder as class folders or WebDataset tars, byte for byte as stored.
+
+    imagefolder is <split>/<class>/<name>. webdataset is tars of image, .cls and .json, with classnames.txt beside them.
+    Both can be converted again. An interrupted export leaves nothing.
+
+    Example: imnet-prep export records --to webdataset --out shards
+    """
+    from imnet_prep.build.export import export as run
+
+    with progress_bar("export") as progress, stop_requested() as stop:
+        result = run(records, out, to, split, progress, stop)
+    show(result.to_json(), as_json)
+
+
+@click.command()
+@DIR
 @click.option("--out", default=Path("report.html"), type=Path, help="The HTML file to write.")
 @click.option("--no-images", is_flag=True, help="Leave out the images, for example if they are private.")
 @REPLACE

@@ -19,6 +19,7 @@ MAX_OPEN_FILES = 256
 # What only some systems have: 0 or None elsewhere.
 _BINARY, _NONBLOCK, _NOFOLLOW = (getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_NOFOLLOW"))
 _pread, _fadvise = getattr(os, "pread", None), getattr(os, "posix_fadvise", None)
+_sync = getattr(os, "sync", None)
 _WILL_NEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
 
 
@@ -58,6 +59,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_all(folder: Path) -> None:
+    """Flush everything that was written to the disk, where the system can; else each file in a folder."""
+    if _sync is not None:
+        _sync()
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
 
 
 def _open_plain(path: str | Path) -> int:
