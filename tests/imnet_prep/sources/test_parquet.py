@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from imnet_prep import catalog
 from imnet_prep.build.convert import convert, dry_run
@@ -85,6 +88,17 @@ def test_it_gives_the_same_shards_as_the_folder(tmp_path: Path) -> None:
     ]
     assert {**plain, "sources": [], "self_sha256": ""} == {**other, "sources": [], "self_sha256": ""}
     assert not (tmp_path / "other.partial").exists()
+
+
+def test_what_the_datasets_package_writes_is_read(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parents[2] / "fixtures" / "hugging_face", tmp_path / "hub")
+    got = read_all(tmp_path / "hub")
+    splits = {"train": range(3), "val": range(1)}
+    assert sorted(got.images) == sorted(
+        f"{wnid}/{wnid}_{split}_{k}.jpg" for wnid in WNIDS[:2] for split, numbers in splits.items() for k in numbers
+    )
+    assert all(Image.open(io.BytesIO(data)).size == (24, 16) for data in got.images.values())
+    assert sorted(got.splits.values()) == ["train"] * 6 + ["val"] * 2
 
 
 def test_a_single_file_has_its_name_and_digests(tmp_path: Path) -> None:
