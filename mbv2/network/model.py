@@ -15,7 +15,6 @@ Block 0 has no `expand`.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -24,6 +23,8 @@ from mindspore.common.initializer import HeNormal, Normal, initializer
 
 from imnet_prep.errors import RecipeError, TrainError
 from mbv2 import kernels as native
+from mbv2.kernels import operators
+from mbv2.network.native import NativeBlock, NativeHead
 from mbv2.recipe import PADDINGS
 from mbv2.runtime import runtime
 
@@ -182,78 +183,6 @@ class _Block(nn.Cell):
         return x + y if self.residual else y
 
 
-def _unit_parameters(unit: _Unit) -> tuple[ms.Parameter, ...]:
-    return unit.conv.weight, unit.bn.gamma, unit.bn.beta, unit.bn.moving_mean, unit.bn.moving_variance
-
-
-def _keep_statistics(unit: _Unit, mean: ms.Tensor, variance: ms.Tensor) -> None:
-    ops.assign(unit.bn.moving_mean, mean)
-    ops.assign(unit.bn.moving_variance, variance)
-
-
-class _NativeBlock(nn.Cell):
-    """The C++ twin of a `_Block`, on its parameters and on (N, H, W, C); the first begins at the image."""
-
-    def __init__(self, config: ModelConfig, block: _Block, stem: _Unit | None = None) -> None:
-        super().__init__()
-        from mbv2.kernels import operators
-
-        self.expand = block.expand if stem is None else stem
-        self.depthwise = block.depthwise
-        self.project = block.project
-        self.frozen = False
-        switches = functools.partial(
-            operators.switches,
-            stem=stem is not None,
-            stride=block.shape.stride,
-            same=config.padding == "same",
-            residual=block.shape.residual and stem is None,
-        )
-        self.switches = switches()
-        self.frozen_switches = switches(frozen=True)
-        self.numbers = operators.numbers(config.bn_eps, config.bn_momentum, config.mean, config.std)
-        self.train_operator = operators.block_train(stem=stem is not None, stride=block.shape.stride)
-        self.infer_operator = operators.block_infer(stem=stem is not None, stride=block.shape.stride)
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        parameters = _unit_parameters(self.expand) + _unit_parameters(self.depthwise) + _unit_parameters(self.project)
-        if not self.training:
-            return self.infer_operator(x, *parameters, self.switches, self.numbers)
-        if self.frozen:
-            return self.train_operator(x, *parameters, self.frozen_switches, self.numbers)[0]
-        out = self.train_operator(x, *parameters, self.switches, self.numbers)
-        _keep_statistics(self.expand, out[7], out[8])
-        _keep_statistics(self.depthwise, out[9], out[10])
-        _keep_statistics(self.project, out[11], out[12])
-        return out[0]
-
-
-class _NativeHead(nn.Cell):
-    """The C++ twin of the head and the pooling behind it."""
-
-    def __init__(self, config: ModelConfig, head: _Unit) -> None:
-        super().__init__()
-        from mbv2.kernels import operators
-
-        self.head = head
-        self.frozen = False
-        self.switches = operators.switches()
-        self.frozen_switches = operators.switches(frozen=True)
-        self.numbers = operators.numbers(config.bn_eps, config.bn_momentum, config.mean, config.std)
-        self.train_operator = operators.head_train()
-        self.infer_operator = operators.head_infer()
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        parameters = _unit_parameters(self.head)
-        if not self.training:
-            return self.infer_operator(x, *parameters, self.switches, self.numbers)
-        if self.frozen:
-            return self.train_operator(x, *parameters, self.frozen_switches, self.numbers)[0]
-        out = self.train_operator(x, *parameters, self.switches, self.numbers)
-        _keep_statistics(self.head, out[3], out[4])
-        return out[0]
-
-
 class _Classifier(nn.Cell):
     """Pooled features to logits; weight (classes, features)."""
 
@@ -298,9 +227,12 @@ class MobileNetV2(nn.Cell):
         self.pixel_scale = ms.Tensor([1 / (255 * s) for s in config.std], ms.float32)
         names = [(parameter, name) for name, parameter in self.parameters_and_names()]
         if self.kernels == "native":
-            self.native_first = _NativeBlock(config, self.blocks[0], self.stem)
-            self.native_blocks = nn.CellList([_NativeBlock(config, block) for block in list(self.blocks)[1:]])
-            self.native_head = _NativeHead(config, self.head)
+            numbers = operators.numbers(config.bn_eps, config.bn_momentum, config.mean, config.std)
+            same = config.padding == "same"
+            first, *blocks = self.blocks
+            self.native_first = NativeBlock(first, numbers, same=same, stem=self.stem)
+            self.native_blocks = nn.CellList([NativeBlock(block, numbers, same=same) for block in blocks])
+            self.native_head = NativeHead(self.head, numbers)
         for parameter, name in names:  # a Cell that shares another's parameters renames them
             parameter.name = name
 
@@ -337,7 +269,7 @@ class MobileNetV2(nn.Cell):
         for _, cell in self.cells_and_names():
             if isinstance(cell, nn.BatchNorm2d):
                 cell.use_batch_statistics = False
-            elif isinstance(cell, (_NativeBlock, _NativeHead)):
+            elif isinstance(cell, NativeBlock | NativeHead):
                 cell.frozen = True
 
 
