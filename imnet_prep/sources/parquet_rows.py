@@ -112,7 +112,7 @@ def extract(path: Path, given: str, folder: Path, progress: ProgressCallback) ->
         raise SourceError(
             f"{given} holds no images: all of column {columns['image']!r} are null",
             expected="the bytes of the images in the file",
-            remedy="embed them: with datasets, map(datasets.table.embed_table_storage, batched=True) in the arrow format",
+            remedy="embed them: datasets.table.embed_table_storage does it in a batched map",
         )
     return {"rows": rows, "columns": columns}
 
