@@ -1,7 +1,7 @@
-"""Colour jitter and RandAugment on uint8 images, with OpenCV, in place.
+"""Colour jitter, RandAugment and TrivialAugment on uint8 images, with OpenCV, in place.
 
-Operations, ranges and order are those of torchvision's ColorJitter and RandAugment. Geometric operations interpolate
-bilinearly and fill with ImageNet's mean colour, as timm's do.
+Operations, ranges and order are those of torchvision's ColorJitter, RandAugment and TrivialAugmentWide. Geometric
+operations interpolate bilinearly and fill with ImageNet's mean colour, as timm's do.
 """
 
 from collections.abc import Callable
@@ -9,34 +9,39 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from imnet_prep.loader.augment import MEAN_COLOUR
 from imnet_prep.loader.options import TrainOptions
 from imnet_prep.loader.random_numbers import Stream, uniforms
 
 Pixels = NDArray[np.uint8]
-MAX_MAGNITUDE = 30  # of RandAugment's 31 steps
-SHEAR, ROTATE_DEG, TRANSLATE_FRAC, ENHANCE = 0.3, 30.0, 150 / 331, 0.9  # at the highest magnitude
+Operation = Callable[[Pixels, float], Pixels]
+MAX_MAGNITUDE = 30  # of 31 steps
 _LEVELS = np.arange(256, dtype=np.float64)
 
 
 def augment_colours(options: TrainOptions, image: Pixels, seed: int, epoch: int, ids: NDArray[np.uint64]) -> None:
-    """Apply RandAugment, then colour jitter.
+    """Apply RandAugment or TrivialAugment, then colour jitter.
 
     Args:
-        options: ``randaugment_ops``, ``randaugment_magnitude``, ``color_jitter``.
+        options: ``randaugment_ops``, ``randaugment_magnitude``, ``trivialaugment``, ``color_jitter``.
         image: uint8 (N, H, W, 3) RGB, changed in place.
         seed: Of the run.
         epoch: From 0.
         ids: uint64 (N,), record ids.
     """
     operations = uniforms(seed, epoch, ids, np.arange(Stream.RANDAUGMENT, Stream.RANDAUGMENT + options.randaugment_ops))
+    trivial = uniforms(seed, epoch, ids, Stream.TRIVIALAUGMENT) if options.trivialaugment else None
     factors = uniforms(seed, epoch, ids, Stream.COLOUR)
     order = uniforms(seed, epoch, ids, Stream.COLOUR_ORDER).argsort(axis=1)
     for row in range(len(image)):
         pixels = image[row]
         for draw in operations[row]:
             pixels = randaugment_step(pixels, draw, options.randaugment_magnitude)
+        if trivial is not None:
+            name, magnitude = trivialaugment_choice(trivial[row])
+            pixels = TRIVIALAUGMENT[name](pixels, magnitude)
         if any(options.color_jitter):
             pixels = _jitter(pixels, options.color_jitter, factors[row], order[row])
         image[row] = pixels
@@ -125,6 +130,11 @@ def equalize(pixels: Pixels) -> Pixels:
     return np.stack([cv2.equalizeHist(np.ascontiguousarray(pixels[..., channel])) for channel in range(3)], axis=-1)
 
 
+def _equalize_as_pillow(pixels: Pixels) -> Pixels:
+    """Even out each channel's histogram with Pillow's steps, which are coarser than OpenCV's in small images."""
+    return np.asarray(ImageOps.equalize(Image.fromarray(pixels)))
+
+
 def warp(pixels: Pixels, matrix: list[list[float]]) -> Pixels:
     """Apply an affine map (2 x 3, output to input, about the centre)."""
     height, width = pixels.shape[:2]
@@ -140,22 +150,61 @@ def _rotate(pixels: Pixels, degrees: float) -> Pixels:
     return warp(pixels, [[np.cos(turn), np.sin(turn), 0.0], [-np.sin(turn), np.cos(turn), 0.0]])
 
 
-# Each takes the image and the magnitude, -1 to 1. Its sign is drawn; operations without a direction ignore it.
-OPERATIONS: dict[str, Callable[[Pixels, float], Pixels]] = {
-    "identity": lambda pixels, _: pixels,
-    "shear_x": lambda pixels, m: warp(pixels, [[1.0, SHEAR * m, 0.0], [0.0, 1.0, 0.0]]),
-    "shear_y": lambda pixels, m: warp(pixels, [[1.0, 0.0, 0.0], [SHEAR * m, 1.0, 0.0]]),
-    "translate_x": lambda pixels, m: warp(pixels, [[1.0, 0.0, TRANSLATE_FRAC * pixels.shape[1] * m], [0.0, 1.0, 0.0]]),
-    "translate_y": lambda pixels, m: warp(pixels, [[1.0, 0.0, 0.0], [0.0, 1.0, TRANSLATE_FRAC * pixels.shape[0] * m]]),
-    "rotate": lambda pixels, m: _rotate(pixels, ROTATE_DEG * m),
-    "brightness": lambda pixels, m: brightness(pixels, 1.0 + ENHANCE * m),
-    "color": lambda pixels, m: saturation(pixels, 1.0 + ENHANCE * m),
-    "contrast": lambda pixels, m: contrast(pixels, 1.0 + ENHANCE * m),
-    "sharpness": lambda pixels, m: sharpness(pixels, 1.0 + ENHANCE * m),
-    "posterize": lambda pixels, m: posterize(pixels, 8 - round(4 * abs(m))),
-    "solarize": lambda pixels, m: solarize(pixels, 255.0 * (1.0 - abs(m))),
-    "autocontrast": lambda pixels, _: autocontrast(pixels),
-    "equalize": lambda pixels, _: equalize(pixels),
+def _operations(
+    *,
+    shear: float,
+    pivot: float,
+    rotate_deg: float,
+    translate: Callable[[int, float], float],
+    enhance: float,
+    lost_bits: int,
+) -> dict[str, Operation]:
+    """Return operations by name. Each takes the image and the magnitude, -1 to 1.
+
+    The magnitude's sign is drawn; operations without a direction ignore it.
+
+    Args:
+        shear: Pixels per row or column, at the highest magnitude; so are those below.
+        pivot: Where a shear is fixed: 0 at the centre, 0.5 at the top left corner.
+        rotate_deg: Degrees.
+        translate: Pixels, by side and magnitude.
+        enhance: Change of the factor of brightness, colour, contrast and sharpness.
+        lost_bits: Bits that posterizing takes.
+    """
+
+    def shear_x(pixels: Pixels, m: float) -> Pixels:
+        return warp(pixels, [[1.0, shear * m, pivot * pixels.shape[0] * shear * m], [0.0, 1.0, 0.0]])
+
+    def shear_y(pixels: Pixels, m: float) -> Pixels:
+        return warp(pixels, [[1.0, 0.0, 0.0], [shear * m, 1.0, pivot * pixels.shape[1] * shear * m]])
+
+    return {
+        "identity": lambda pixels, _: pixels,
+        "shear_x": shear_x,
+        "shear_y": shear_y,
+        "translate_x": lambda pixels, m: warp(pixels, [[1.0, 0.0, translate(pixels.shape[1], m)], [0.0, 1.0, 0.0]]),
+        "translate_y": lambda pixels, m: warp(pixels, [[1.0, 0.0, 0.0], [0.0, 1.0, translate(pixels.shape[0], m)]]),
+        "rotate": lambda pixels, m: _rotate(pixels, rotate_deg * m),
+        "brightness": lambda pixels, m: brightness(pixels, 1.0 + enhance * m),
+        "color": lambda pixels, m: saturation(pixels, 1.0 + enhance * m),
+        "contrast": lambda pixels, m: contrast(pixels, 1.0 + enhance * m),
+        "sharpness": lambda pixels, m: sharpness(pixels, 1.0 + enhance * m),
+        "posterize": lambda pixels, m: posterize(pixels, 8 - round(lost_bits * abs(m))),
+        "solarize": lambda pixels, m: solarize(pixels, 255.0 * (1.0 - abs(m))),
+        "autocontrast": lambda pixels, _: autocontrast(pixels),
+        "equalize": lambda pixels, _: equalize(pixels),
+    }
+
+
+RANDAUGMENT = _operations(
+    shear=0.3, pivot=0.0, rotate_deg=30.0, translate=lambda side, m: 150 / 331 * side * m, enhance=0.9, lost_bits=4
+)
+TRIVIALAUGMENT: dict[str, Operation] = {  # torchvision's TrivialAugmentWide
+    **_operations(
+        shear=0.99, pivot=0.5, rotate_deg=135.0, translate=lambda _, m: float(int(32 * m)), enhance=0.99, lost_bits=6
+    ),
+    "solarize": lambda pixels, m: solarize(pixels, 255.0 - 255.0 * abs(m)),
+    "equalize": lambda pixels, _: _equalize_as_pillow(pixels),
 }
 
 
@@ -169,6 +218,19 @@ def randaugment_step(pixels: Pixels, draw: NDArray[np.float64], magnitude: float
 
     Source: Cubuk et al., "RandAugment", 2019.
     """
-    operation = list(OPERATIONS.values())[int(draw[0] * len(OPERATIONS))]
+    operation = list(RANDAUGMENT.values())[int(draw[0] * len(RANDAUGMENT))]
     sign = 1.0 if draw[1] < 0.5 else -1.0
     return operation(pixels, sign * magnitude / MAX_MAGNITUDE)
+
+
+def trivialaugment_choice(draw: NDArray[np.float64]) -> tuple[str, float]:
+    """Draw the one operation of TrivialAugment: its name and magnitude, evenly, and a sign.
+
+    Args:
+        draw: float64 (4,) in (0, 1): the operation, the magnitude, the sign; one unused.
+
+    Source: Müller and Hutter, "TrivialAugment", 2021.
+    """
+    name = list(TRIVIALAUGMENT)[int(draw[0] * len(TRIVIALAUGMENT))]
+    sign = 1.0 if draw[2] < 0.5 else -1.0
+    return name, sign * int(draw[1] * (MAX_MAGNITUDE + 1)) / MAX_MAGNITUDE

@@ -64,7 +64,7 @@ def render(
     faults = decoder.decode(images, geometry, options.interpolation, out) | faults
     decoded()
     if isinstance(options, TrainOptions):
-        if options.randaugment_ops or any(options.color_jitter):
+        if options.randaugment_ops or options.trivialaugment or any(options.color_jitter):
             augment_colours(options, out, seed, epoch, ids)
         if options.erasing_prob:
             for row, (left, top, right, bottom) in enumerate(erase_boxes(options, seed, epoch, ids).tolist()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import kstest
+from scipy.stats import chisquare, kstest
 
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.batch_decoder import resize
 from imnet_prep.loader.augment import CROP_ATTEMPTS, erase_boxes, eval_geometry, mix, train_geometry
 from imnet_prep.loader.colour import (
-    OPERATIONS,
+    RANDAUGMENT,
+    TRIVIALAUGMENT,
+    Operation,
     augment_colours,
     brightness,
     contrast,
@@ -24,6 +27,7 @@ from imnet_prep.loader.colour import (
     posterize,
     saturation,
     solarize,
+    trivialaugment_choice,
 )
 from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.loader.random_numbers import Stream, uniforms
@@ -123,6 +127,7 @@ def test_the_default_short_side_is_256_for_224() -> None:
         (TrainOptions, {"color_jitter": (0.4, 0.4, 0.4, 0.6)}),
         (TrainOptions, {"randaugment_ops": 17}),
         (TrainOptions, {"randaugment_magnitude": 31}),
+        (TrainOptions, {"randaugment_ops": 2, "trivialaugment": True}),
         (EvalOptions, {"resize": 100}),
     ],
 )
@@ -204,23 +209,67 @@ def test_colour_operations_have_their_fixed_points() -> None:
     assert np.array_equal(solarize(pixels, 0.0), 255 - pixels)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_every_randaugment_operation_keeps_shape_and_type(name: str) -> None:
+@pytest.mark.parametrize("operations", [RANDAUGMENT, TRIVIALAUGMENT], ids=["randaugment", "trivialaugment"])
+@pytest.mark.parametrize("name", RANDAUGMENT)
+def test_every_operation_keeps_shape_and_type(name: str, operations: dict[str, Operation]) -> None:
     pixels = picture(3, 0, 40, 30)
     before = pixels.copy()
     for magnitude in (-1.0, 0.0, 1.0):
-        result = OPERATIONS[name](pixels, magnitude)
+        result = operations[name](pixels, magnitude)
         assert result.shape == pixels.shape
         assert result.dtype == np.uint8
     assert np.array_equal(pixels, before)
     if name not in ("identity", "autocontrast"):
-        assert any(not np.array_equal(OPERATIONS[name](pixels, m), pixels) for m in (-0.9, 0.9))
+        assert any(not np.array_equal(operations[name](pixels, m), pixels) for m in (-0.9, 0.9))
+
+
+REFERENCE = Path(__file__).with_name("reference_values") / "trivialaugment.png"
+SAME_PIXELS = ("identity", "translate_x", "translate_y", "posterize", "solarize", "equalize")  # others round otherwise
+
+
+@pytest.mark.parametrize("column", range(4))
+@pytest.mark.parametrize("name", TRIVIALAUGMENT)
+def test_trivialaugment_agrees_with_torchvision(name: str, column: int) -> None:
+    grid = cv2.imread(str(REFERENCE), cv2.IMREAD_COLOR_RGB)
+    side = grid.shape[0] // (len(TRIVIALAUGMENT) + 1)
+    cells = grid.reshape(len(TRIVIALAUGMENT) + 1, side, 4, side, 3).swapaxes(1, 2)
+    source, expected = cells[0, 0], cells[1 + list(TRIVIALAUGMENT).index(name), column]
+    magnitude = (10 / 30, -10 / 30, 1.0, -1.0)[column]
+    turned = name in ("translate_x", "translate_y", "rotate")  # the same with the other sign, which is drawn
+    found = TRIVIALAUGMENT[name](np.ascontiguousarray(source), -magnitude if turned else magnitude)
+    difference = np.abs(found.astype(int) - expected).max(axis=-1)
+    if name.startswith(("shear", "rotate")):  # bilinear to 1/32 of a pixel here, and blended with the fill at the edge
+        assert np.median(difference) <= 1
+        assert (difference > 8).mean() < 0.06
+    else:
+        assert difference.max() <= (name not in SAME_PIXELS)
+
+
+def test_trivialaugment_draws_operations_and_magnitudes_evenly() -> None:
+    drawn = [trivialaugment_choice(one) for one in uniforms(0, 0, _ids(62_000), Stream.TRIVIALAUGMENT)]
+    names, counts = np.unique([name for name, _ in drawn], return_counts=True)
+    assert sorted(TRIVIALAUGMENT) == names.tolist()
+    assert chisquare(counts).pvalue > P_VALUE
+    magnitudes, counts = np.unique(np.rint([abs(m) * 30 for _, m in drawn]), return_counts=True)
+    assert magnitudes.tolist() == list(range(31))
+    assert chisquare(counts).pvalue > P_VALUE
+    assert abs(np.mean([m > 0 for _, m in drawn if m]) - 0.5) < 0.01
+
+
+def test_trivialaugment_takes_one_operation_an_image() -> None:
+    ids, options = _ids(8), TrainOptions(8, trivialaugment=True)
+    batch = np.stack([picture(seed, 0, 24, 24) for seed in range(8)])
+    changed = batch.copy()
+    augment_colours(options, changed, 5, 1, ids)
+    for row, draw in enumerate(uniforms(5, 1, ids, Stream.TRIVIALAUGMENT)):
+        name, magnitude = trivialaugment_choice(draw)
+        assert np.array_equal(changed[row], TRIVIALAUGMENT[name](batch[row], magnitude))
 
 
 def test_translation_moves_by_the_stated_share() -> None:
     pixels = np.zeros((100, 100, 3), dtype=np.uint8)
     pixels[50, 50] = 255
-    moved = OPERATIONS["translate_x"](pixels, 0.5)[..., 0]
+    moved = RANDAUGMENT["translate_x"](pixels, 0.5)[..., 0]
     moved[:, 70:] = 0  # filled from outside
     assert np.average(np.arange(100), weights=moved[50]) == pytest.approx(50 - 100 * 150 / 331 * 0.5, abs=0.1)
 
