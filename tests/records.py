@@ -26,6 +26,7 @@ from imnet_prep.files import file_digest
 from imnet_prep.images.batch_decoder import image_size
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.records.manifest import MANIFEST, Manifest, SplitInfo, _canonical, _self_digest, load_manifest
+from imnet_prep.records.mindrecord import Shard
 from imnet_prep.records.record_list import RECORDS, RecordLine, read_lines, write_lines
 from imnet_prep.records.shards import ShardWriter, choose_layout, read_back
 from imnet_prep.types import Progress
@@ -215,3 +216,35 @@ def rewrite_list(records: Path, change: Callable[[list[str]], list[str]]) -> Pat
         lines = file.read().splitlines()
     write_lines(path, change(lines))
     return path
+
+
+def spoil_image(
+    folder: Path, shard: int, row: int, change: str = "flip a byte", split: str = "train"
+) -> tuple[Path, str]:
+    """Damage one stored image in place; return its shard and file name.
+
+    Args:
+        folder: The records folder.
+        shard: Number of the shard, from 0.
+        row: In the shard.
+        change: ``flip a byte``, ``zero the second half``, or any other for the length before the image.
+        split: The split.
+    """
+    path = sorted((folder / split).glob("*.mindrecord"))[shard]
+    with Shard(path) as opened:
+        start, end = int(opened.index.blob_start[row]) + 8, int(opened.index.blob_end[row])
+        name = str(opened.fields(row)["file_name"])
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        if change == "flip a byte":
+            file.seek((start + end) // 2)
+            byte = file.read(1)[0]
+            file.seek((start + end) // 2)
+            file.write(bytes([byte ^ 0x10]))
+        elif change == "zero the second half":
+            file.seek((start + end) // 2)
+            file.write(bytes(end - (start + end) // 2))
+        else:
+            file.seek(start - 8)
+            file.write((1 << 40).to_bytes(8, "little"))
+    return path, name

@@ -19,39 +19,16 @@ from imnet_prep.errors import ImnetError, PipelineError, RecordsError
 from imnet_prep.images.native import decoder_status
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.loader.options import EvalOptions, TrainOptions
-from imnet_prep.records.mindrecord import Shard
 from imnet_prep.types import record_id
 from tests.imnet_prep.loader.runs import EVERYTHING, NATIVES, OPTIONS, TRAIN, run_epoch, same
-from tests.records import Entry, rewrite_list, write_folder
+from tests.records import Entry, rewrite_list, spoil_image, write_folder
 from tests.synthetic import picture
-
-
-def _spoil(folder: Path, shard: int, row: int, change: str) -> tuple[Path, str]:
-    """Damage one image in place; gives the shard and the file name."""
-    path = sorted((folder / "train").glob("*.mindrecord"))[shard]
-    with Shard(path) as opened:
-        start, end = int(opened.index.blob_start[row]) + 8, int(opened.index.blob_end[row])
-        name = str(opened.fields(row)["file_name"])
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        if change == "flip a byte":
-            file.seek((start + end) // 2)
-            byte = file.read(1)[0]
-            file.seek((start + end) // 2)
-            file.write(bytes([byte ^ 0x10]))
-        elif change == "zero the second half":
-            file.seek((start + end) // 2)
-            file.write(bytes(end - (start + end) // 2))
-        else:  # damage the length before the image
-            file.seek(start - 8)
-            file.write((1 << 40).to_bytes(8, "little"))
-    return path, name
 
 
 @pytest.mark.parametrize("native", NATIVES)
 @pytest.mark.parametrize("change", ["flip a byte", "zero the second half", "damage the length"])
 def test_a_bad_record_is_named(copy: Path, change: str, native: str) -> None:
-    path, name = _spoil(copy, 1, 7, change)
+    path, name = spoil_image(copy, 1, 7, change)
     with pytest.raises(PipelineError) as caught:
         run_epoch(copy, native=native)
     for part in (str(path), "row 7", name):
@@ -132,7 +109,7 @@ def test_an_image_of_another_format_may_be_listed_upright(tmp_path: Path, native
 
 @pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1])
 def test_without_digests_the_native_decoder_still_tells_of_garbled_data(copy: Path) -> None:
-    _, name = _spoil(copy, 1, 7, "zero the second half")
+    _, name = spoil_image(copy, 1, 7, "zero the second half")
     with pytest.raises(PipelineError, match=f"{name}.*damaged image data"):
         run_epoch(copy, EvalOptions(8, image_size=32), native="on", check="never")
 
@@ -142,7 +119,7 @@ BAD = ((0, 3), (0, 30), (1, 7), (1, 8), (2, 49))  # shard and row
 
 def _spoil_five(folder: Path) -> set[int]:
     """Damage five images; return their record ids."""
-    return {record_id("train", _spoil(folder, shard, row, "flip a byte")[1]) for shard, row in BAD}
+    return {record_id("train", spoil_image(folder, shard, row, "flip a byte")[1]) for shard, row in BAD}
 
 
 def _expected_ids(folder: Path, bad: set[int], epoch: int, order: str = "global") -> list[int]:
@@ -218,7 +195,7 @@ def test_each_skipped_record_is_named_once_in_the_order_of_the_batches(
 
 @pytest.mark.parametrize("options", [OPTIONS, EvalOptions(8, image_size=32)], ids=["train", "eval"])
 def test_more_bad_records_than_allowed_are_an_error_that_names_them(copy: Path, options: Any) -> None:
-    names = [_spoil(copy, shard, row, "flip a byte")[1] for shard, row in BAD]
+    names = [spoil_image(copy, shard, row, "flip a byte")[1] for shard, row in BAD]
     with pytest.raises(PipelineError, match=r"'train' has more bad records than may be skipped.*at most 3 of 150") as e:
         run_epoch(copy, options, on_error="skip")
     assert sum(name in str(e.value) for name in names) >= 4
@@ -234,7 +211,7 @@ def test_the_default_budget_is_a_thousandth_of_the_split(copy: Path) -> None:
 
 
 def test_records_that_an_interrupted_run_or_another_rank_skipped_count(copy: Path) -> None:
-    _spoil(copy, 0, 3, "flip a byte")
+    spoil_image(copy, 0, 3, "flip a byte")
     with open_batches(copy, "train", EvalOptions(8, image_size=32), on_error="skip") as batches:
         batches.add_skipped({60: "no image", 70: "cut off", 3: "known from before"})
         assert sum(len(batch) for batch in batches) == TRAIN - 1
@@ -256,7 +233,7 @@ def test_evaluation_and_training_without_whole_batches_leave_bad_records_out(cop
 def test_a_split_of_bad_records_alone_is_an_error_not_a_hang(copy: Path) -> None:
     for row in range(50):
         for shard in range(3):
-            _spoil(copy, shard, row, "flip a byte")
+            spoil_image(copy, shard, row, "flip a byte")
     for most in (None, 1000):
         with pytest.raises(PipelineError, match="more bad records than may be skipped"):
             run_epoch(copy, on_error="skip", max_skipped=most)
