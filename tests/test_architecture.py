@@ -94,6 +94,44 @@ def test_every_room_imports_only_from_those_before_it() -> None:
     assert seen == set(STEP)
 
 
+MBV2_LADDER = (  # inside mbv2, by file where a room has files of several lines; the longest name that fits decides
+    ("recipe", "official_config", "runtime", "outputs", "training.ranks", "training.logs", "training.events"),
+    ("kernels",),
+    ("network",),
+    ("data",),
+    ("weights",),
+    ("scoring",),
+    ("show.curves",),
+    ("training",),
+    ("show", "weights.export", "bench"),
+)
+
+
+def mbv2_step(name: str) -> int:
+    """Return the line of MBV2_LADDER that a module of mbv2, or a name in it, belongs to."""
+    inside = name.removeprefix("mbv2.")
+    fits = [
+        (len(entry), step)
+        for step, line in enumerate(MBV2_LADDER)
+        for entry in line
+        if f"{inside}.".startswith(f"{entry}.")
+    ]
+    return max(fits)[1]
+
+
+def test_the_files_of_mbv2_import_only_from_those_before_them_and_in_no_circle() -> None:
+    files = {name: path for name, path in modules() if name.startswith("mbv2.") and path.name[:2] != "__"}
+    needs: dict[str, set[str]] = {}
+    for name, path in files.items():
+        others = {other for other in imported(name, path) if other.startswith("mbv2.")}
+        assert not {other for other in others if mbv2_step(other) > mbv2_step(name)}, name
+        needs[name] = {file for file in files for other in others if f"{other}.".startswith(f"{file}.")} - {name}
+    while needs:  # take away what needs nothing more; a circle stays
+        free = {name for name, others in needs.items() if not others & needs.keys()}
+        assert free, f"a circle among {sorted(needs)}"
+        needs = {name: others for name, others in needs.items() if name not in free}
+
+
 def test_nobody_imports_the_commands() -> None:
     """Under the name ``cli`` they would be loaded a second time; only tests and ``python -m`` import them at all."""
     for name, path in modules():
