@@ -20,6 +20,9 @@ DEVICE = click.option("--device-target", default="CPU", help="CPU, GPU or Ascend
 WORKERS = click.option(
     "--workers", type=int, metavar="N", show_default="one per core", help="Worker processes; the output is identical."
 )
+THREADS = click.option(
+    "--workers", type=int, metavar="N", show_default="the cores, shared among ranks", help="Decode threads."
+)
 KEEP_CLASSES = click.option("--keep-classes", type=Path, metavar="FILE", help="Keep only these classes, one per line.")
 REPLACE = click.option("--force", is_flag=True, help="Replace OUT even if it is not a report.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
