@@ -90,7 +90,7 @@ class NestedTar(Source):
             elif is_class and (found.damage or not found.fault):  # a stretch may hold most of it
                 inner[base.removesuffix(".tar")].append((found.offset, found.size_bytes))
             elif found.kind != FOLDER and (found.fault or not is_image_name(base)):
-                yield from _other(found, self.split, ignored)
+                yield from _other(found, self, ignored)
             elif found.kind != FOLDER:
                 detail = "not in the tar of a class"
                 yield Rejected(self.split, printable(found.name), Reason.UNLABELLED, detail)
@@ -109,13 +109,27 @@ class NestedTar(Source):
             yield from _class_tars(self, file, self.path, class_name, inner[class_name], orphans[class_name])
 
 
-def _other(found: Member, split: str, ignored: Counter[str]) -> Iterator[Rejected]:
-    """Count a member that is no image, or reject it: it cannot be read, or may hold images as an archive does."""
+def _other(found: Member, source: Source, ignored: Counter[str]) -> Iterator[Rejected]:
+    """Count a member that is no image, or reject one that cannot be read.
+
+    Raises:
+        SourceError: It is an archive, whose images would be lost.
+    """
     base = found.parts[-1]
-    if fault := found.fault or ("an archive in the archive" if base.lower().endswith(_ARCHIVES) else ""):
-        yield Rejected(split, printable(found.name), Reason.UNREADABLE, fault)
+    if found.fault:
+        yield Rejected(source.split or "train", printable(found.name), Reason.UNREADABLE, found.fault)
+    elif base.lower().endswith(_ARCHIVES) and not is_hidden(base):
+        raise _archive_within(f"{source.path}: {printable(found.name)}")
     else:
         ignored[suffix_of(base)] += 1
+
+
+def _archive_within(name: str) -> SourceError:
+    return SourceError(
+        f"{name} is an archive that is not read here",
+        expected="images, or one uncompressed tar per class",
+        remedy="unpack it, and give the folder",
+    )
 
 
 def _class_tars(
@@ -145,6 +159,10 @@ def _class_tars(
 class TarFolder(Source):
     """A folder of one tar per class: the official training archive, unpacked once."""
 
+    def archives(self) -> Sequence[Path]:
+        """Return its tars."""
+        return [path for path in sorted(self.path.iterdir()) if path.suffix == ".tar" and path.is_file()]
+
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         for path in sorted(self.path.iterdir()):
             if path.suffix == ".tar" and WNID.fullmatch(path.stem) and path.is_file():
@@ -156,6 +174,8 @@ class TarFolder(Source):
                     expected="a name like n01440764.tar, and a file that can be read",
                     remedy="rename it to its class, or move it away and give it alone",
                 )
+            elif path.name.lower().endswith(_ARCHIVES) and not is_hidden(path.name):
+                raise _archive_within(str(path))
             elif is_image_name(path.name):
                 yield Rejected(self.split, printable(path.name), Reason.UNLABELLED, "not in the tar of a class")
             else:
@@ -179,7 +199,7 @@ class FlatTar(Source):
             elif is_image_name(base := found.parts[-1]):
                 images.append((base, found))
             else:
-                yield from _other(found, self.split, ignored)
+                yield from _other(found, self, ignored)
         for row in labelled(images, self.split, self.labels, notes):
             if isinstance(row, Rejected):
                 yield row
@@ -207,7 +227,7 @@ class ClassTar(Source):
                 data = file.read(min(found.size_bytes, _MAX_ANNOTATIONS), found.offset)
                 tiny = read_tiny_annotations(data, f"{self.path}: {printable(found.name)}")
             if not is_image_name(base) or any(map(is_hidden, folders)):
-                yield from _other(found, self.split or "train", ignored)
+                yield from _other(found, self, ignored)
             else:
                 index.add(folders, base, found.offset, found.size_bytes)
         samples.end()

@@ -219,3 +219,18 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     shown = dry_run([path], tmp_path / "out", None, PlanOptions(), ConvertOptions(workers=1), quiet, lambda: False)
     assert shown["images"] == len(MEMBERS)
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+def test_compressed_class_tars_within_a_source_are_refused_not_lost(tmp_path: Path) -> None:
+    plain = {wnid: tar_bytes({f"{wnid}_{k}.JPEG": jpeg(c, k) for k in range(3)}) for c, wnid in enumerate(WNIDS[:3])}
+    members = {f"{wnid}.tar": data for wnid, data in plain.items()}
+    members[f"{WNIDS[2]}.tar.gz"] = gzip.compress(members.pop(f"{WNIDS[2]}.tar"))
+    (tmp_path / "nested.tar").write_bytes(tar_bytes(members))
+    (tmp_path / "classes.tar").write_bytes(tar_bytes(MEMBERS | {"n01484850.tgz": b"x"}))
+    (tmp_path / "all.tar").write_bytes(tar_bytes({f"{wnid}.tar.gz": gzip.compress(plain[wnid]) for wnid in plain}))
+    (tmp_path / "folder").mkdir()
+    for name, data in members.items():
+        (tmp_path / "folder" / name).write_bytes(data)
+    for name in ("nested.tar", "classes.tar", "all.tar", "folder"):
+        with pytest.raises(SourceError, match="is an archive that is not read here|holds no images"):
+            run([tmp_path / name], tmp_path / "out")
