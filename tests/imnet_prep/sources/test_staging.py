@@ -232,5 +232,5 @@ def test_compressed_class_tars_within_a_source_are_refused_not_lost(tmp_path: Pa
     for name, data in members.items():
         (tmp_path / "folder" / name).write_bytes(data)
     for name in ("nested.tar", "classes.tar", "all.tar", "folder"):
-        with pytest.raises(SourceError, match="is an archive that is not read here|holds no images"):
+        with pytest.raises(SourceError, match=r"is an archive that is not read here|holds no images"):
             run([tmp_path / name], tmp_path / "out")
