@@ -66,11 +66,13 @@ class ParquetSource(Source):
         self._given, self._shards, self._staging = given, shards, staging
         self._is_file = shown(shards[0].place) == given
 
-    def info(self, progress: ProgressCallback = lambda state: None) -> dict[str, Any]:
+    def info(
+        self, progress: ProgressCallback = lambda state: None, hashed: tuple[int, str, str] | None = None
+    ) -> dict[str, Any]:
         """Return the entry in the manifest: a file has a name and digests, a folder has none."""
         if not self._walked:  # which brings the file, and hashes it
             deque(self.refs(), maxlen=0)
-        return super().info(progress)
+        return super().info(progress, hashed)
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         brought = [(shard, *self._bring(shard)) for shard in self._shards]
@@ -89,7 +91,8 @@ class ParquetSource(Source):
                 yield from _insert(rows, (row_of(place, *row) for row in listed))
                 number[shard.split] += info["rows"]
             width = len(str(rows.execute("SELECT CAST(MAX(class) AS INTEGER) FROM row").fetchone()[0] or 0))
-            unnamed = columns["kind"] == "number" and not names
+            self.has_numbers = columns["kind"] == "number"
+            unnamed = self.has_numbers and not names
             notes += self._notes(columns, wnids, unnamed, _make_unique(rows))
             paths = [str(folder / BLOB) for _, folder, _ in brought]
             order = "SELECT split, class, name, path, offset, size, meta FROM row ORDER BY split, class, name, number"

@@ -102,6 +102,7 @@ class Samples:
 
     def _class_names(self, source: Source, notes: list[str]) -> Sequence[str]:
         """Return the names of numbered classes: those given, of a list beside the tars, or ImageNet's."""
+        source.has_numbers = bool(self.numbers)
         if source.classes or not self.numbers:
             return source.classes
         listed, names = find_classes(source.path if source.path.is_dir() else source.path.parent)

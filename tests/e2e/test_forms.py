@@ -39,7 +39,7 @@ def as_folder(images: Images, root: Path) -> Path:
 
 
 def as_tar(images: Images, root: Path) -> Path:
-    (root / "images.tar").write_bytes(tar_bytes({f"ds/{path}": data for path, data in reversed(images.items())}))
+    (root / "images.tar").write_bytes(tar_bytes({f"ds/{path}": data for path, data in reversed(list(images.items()))}))
     return root / "images.tar"
 
 

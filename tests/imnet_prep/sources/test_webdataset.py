@@ -199,8 +199,10 @@ def test_the_option_names_classes_and_is_in_the_manifest_when_used(tmp_path: Pat
     assert (done["images"], manifest.classes) == (2, ("cat", "owl"))
     assert manifest.options["classes"] == list(CLASSES)
     assert "classes" not in run(make_image_folder(tmp_path / "photos", 2, 2), tmp_path / "plain").manifest.options
-    wrong = prep("to-mindrecord", tmp_path / "ds", "--out", tmp_path / "no", "--classes", tmp_path / "none.txt")
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    for source, names, message in (("ds", "none.txt", "No such file"), ("photos", "names.txt", "leave it out")):
+        wrong = prep("to-mindrecord", tmp_path / source, "--out", tmp_path / "no", "--classes", tmp_path / names)
+        assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+        assert message in wrong.stderr
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
