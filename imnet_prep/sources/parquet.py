@@ -77,6 +77,7 @@ class ParquetSource(Source):
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         brought = [(shard, *self._bring(shard)) for shard in self._shards]
         columns = self._same_columns([(shard, info) for shard, _, info in brought])
+        self.has_numbers = columns["kind"] == "number"
         names, wnids = self._class_names(columns["names"])
         with closing(sqlite3.connect("", isolation_level=None)) as rows:  # a temporary file, once it is large
             rows.execute(

@@ -175,6 +175,17 @@ def test_numbers_without_names_are_names_in_their_order(tmp_path: Path) -> None:
     assert "the numbers are used as names" in got.notes
 
 
+def test_a_list_names_the_numbers(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", ROWS, [], labels=[k // 5 for k in range(15)])
+    (tmp_path / "names.txt").write_text("\n".join(WNIDS[:3]) + "\n", encoding="utf-8")
+    listed = run(path, tmp_path / "out", classes=str(tmp_path / "names.txt"))
+    named = run(write_parquet(tmp_path / "y.parquet", ROWS), tmp_path / "other")
+    assert listed["splits"] == named["splits"]
+    (tmp_path / "names.txt").write_text("one\ntwo\n", encoding="utf-8")
+    with pytest.raises(SourceError, match="class 2 has no name"):
+        run(path, tmp_path / "third", classes=str(tmp_path / "names.txt"))
+
+
 def test_class_names_that_no_folder_can_have_are_changed(tmp_path: Path) -> None:
     assert class_name(" cat/dog\n") == "cat_dog"
     got = read_all(write_parquet(tmp_path / "x.parquet", ROWS, ["a/b", "c", *WNIDS[:3]], labels=[0] * 15))
