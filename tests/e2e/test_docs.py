@@ -69,7 +69,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def world(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
     """A folder with every input that the pages name, and what README's commands make of them."""
     root = tmp_path_factory.mktemp("world")
-    make_image_folder(root / "my-photos", 3, {"train": 24, "val": 4})
+    make_image_folder(root / "my-photos", 3, 28, [])
     make_imagenet(root, per_class=12, odd=False)
     (root / "folder").mkdir()
     for name in ("photo.jpg", "folder/a.jpg"):
