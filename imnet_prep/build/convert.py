@@ -16,11 +16,15 @@ from imnet_prep.build.job import ConvertResult, Job, interruptible, named_failur
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.build.plan import CONVENTIONS, PLAN_VERSION, Plan, load_plan, make_plan, shard_refs
 from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, STAGED, Workdir, check_out
+from imnet_prep.errors import SourceError
 from imnet_prep.files import write_atomically
 from imnet_prep.images.check import validate
 from imnet_prep.process_pool import process_count
+from imnet_prep.records.manifest import Manifest
+from imnet_prep.records.publish import remove
 from imnet_prep.remote import is_url
 from imnet_prep.sources import Source, detect, merge, read
+from imnet_prep.sources.base import DIGEST_KEYS
 from imnet_prep.sources.staging import Staging
 from imnet_prep.types import ProgressCallback, Rejected, Stop
 
@@ -63,6 +67,7 @@ class _SourcesJob(Job):
     def __init__(self, paths: Sequence[Path | str], split: str | None, options: PlanOptions) -> None:
         self.paths, self._given, self._split, self._options = local_paths(paths), paths, split, options
         self._sources: list[Source] = []
+        self._states: dict[Path, list[Any] | None] = {}  # of the archives, before any is read
         self._key: str | None = None  # what the plan depends on; None with a folder, which is listed again
 
     def plan(self, workdir: Workdir, progress: ProgressCallback) -> Plan:
@@ -70,6 +75,7 @@ class _SourcesJob(Job):
         options, staging = self._options, Staging(workdir.work / STAGED, progress)
         self._sources = detect(self._given, self._split, staging, options.class_names(), salvage=options.salvage)
         states = [_file_state(source.path) for source in self._sources]
+        self._states = {path: _file_state(path) for source in self._sources for path in source.archives()}
         depends = [PLAN_VERSION, states, self._split, options.content(), options.seed, options.label_names()]
         self._key = None if None in states else json.dumps(depends, sort_keys=True)
         begun = workdir.begun()
@@ -78,6 +84,8 @@ class _SourcesJob(Job):
             if plan is not None and plan.digest == begun["plan"]:
                 return plan
         plan = make_plan(merge(self._sources), workdir.work / PLAN_FRESH, self._options, progress)
+        if options.classes is not None and not any(source.has_numbers for source in self._sources):
+            raise SourceError("--classes is for sources that number their classes", got="none", remedy="leave it out")
         staging.forget_others()
         return plan
 
@@ -89,14 +97,34 @@ class _SourcesJob(Job):
         entries: list[dict[str, Any]] = []
         for source in self._sources:
             state = json.dumps([source.kind, _file_state(source.path)])
-            if state not in known or source.path.is_dir():
-                known[state] = {"info": source.info(progress), "notes": source.notes}
+            before = known.get(state, {})
+            if self._key is None or before.get("key") != self._key:
+                hashed = before.get("info", {}).get("sha256") and tuple(before["info"][key] for key in DIGEST_KEYS)
+                known[state] = {
+                    "info": source.info(progress, hashed or None), "notes": source.notes, "key": self._key
+                }  # fmt: skip
                 write_atomically(workdir.work / DIGESTS, json.dumps(known).encode())
             entries.append(known[state])
             for note in known[state]["notes"]:
                 LOG.warning("%s", note)
         infos, notes = [entry["info"] for entry in entries], [note for entry in entries for note in entry["notes"]]
         return {"inputs": infos, "infos": infos, "key": self._key, "notes": notes}
+
+    def seal(self, workdir: Workdir, manifest: Manifest) -> Manifest:
+        """Check that no archive has changed since it was listed: its digest and its images would be of two archives.
+
+        Raises:
+            SourceError: One has. Nothing is kept of what was read.
+        """
+        for path, before in self._states.items():
+            with suppress(OSError):
+                if _file_state(path) == before:
+                    continue
+            remove(workdir.note)
+            raise SourceError(
+                f"{path}: changed while it was read", remedy="run the same command again once it is complete"
+            )
+        return manifest
 
 
 def local_paths(given: Sequence[Path | str]) -> list[Path]:
@@ -137,7 +165,15 @@ def dry_run(
         plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, interruptible(progress, stop))
         seconds = _estimate_seconds(plan) / process_count(options.workers)
     return {
-        "sources": [{"kind": source.kind, "name": source.name, "notes": list(source.notes)} for source in sources],
+        "sources": [
+            {
+                "kind": source.kind,
+                "name": source.name,
+                "notes": list(source.notes),
+                **({} if source.skipped_bytes is None else {"skipped_bytes": source.skipped_bytes}),
+            }
+            for source in sources
+        ],
         "images": plan.images,
         "classes": len(plan.classes),
         "shards": sum(part.shards for part in plan.splits.values()),

@@ -58,6 +58,7 @@ class ConvertResult:
         """Return the object that ``--json`` prints."""
         splits = self.manifest.splits.values()
         shards = [shard for split in splits for shard in split.shards]
+        skipped = [source["skipped_bytes"] for source in self.manifest.sources if "skipped_bytes" in source]
         return {
             "images": sum(split.images for split in splits),
             "rejected": dict(sum((Counter(split.rejected) for split in splits), Counter())),
@@ -68,6 +69,7 @@ class ConvertResult:
             "manifest": str(self.path / MANIFEST),
             "already_done": self.already_done,
             "notes": list(self.notes),
+            **({"skipped_bytes": sum(skipped)} if skipped else {}),
         }
 
 

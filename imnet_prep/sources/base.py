@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MAX_SOURCE_BYTES = 1 << 29  # read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
 _CHUNK_BYTES = 8 << 20
 MAX_META_BYTES = 16 << 10  # of JSON per image: captions and EXIF pass, embeddings do not
+DIGEST_KEYS = ("size_bytes", "md5", "sha256")
 _LISTED = 10  # damaged stretches listed in a note
 _OPEN_ARCHIVES = 32  # file descriptors that a process keeps open
 Found = ImageRef | Rejected
@@ -40,6 +41,7 @@ class Source(ABC):
         path: The folder or archive; for one that was staged, the copy that is read.
         staged: What was given, for one that was staged.
         classes: Names in label order for classes that the source only numbers, or empty.
+        has_numbers: It numbers its classes; known once :meth:`refs` has ended.
         salvage: Whether damaged stretches of an archive are left out; else they are errors.
         notes: Messages for the user (files ignored, val images missing); complete once :meth:`refs` has ended.
     """
@@ -51,6 +53,7 @@ class Source(ABC):
         self.name = path.name or path.resolve().name
         self.staged: Staged | None = None
         self.classes: Sequence[str] = ()
+        self.has_numbers = False
         self.salvage = False
         self.notes: tuple[str, ...] = ()
         self._skipped: list[tuple[str, int, int]] = []  # damage, and the stretch left out for it
@@ -60,10 +63,20 @@ class Source(ABC):
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         """Yield references sorted by split, class and name; append notes, and count ignored files by suffix."""
 
-    def info(self, progress: ProgressCallback = lambda state: None) -> dict[str, Any]:
+    def archives(self) -> Sequence[Path]:
+        """Return the archives that its images are read from; none for a folder of images."""
+        return () if self.path.is_dir() else (self.path,)
+
+    def info(
+        self, progress: ProgressCallback = lambda state: None, hashed: tuple[int, str, str] | None = None
+    ) -> dict[str, Any]:
         """Return the source's entry in the manifest; an archive is read once to compute its digests.
 
         It holds no path, and the name of no folder, so a copy elsewhere gives the same manifest.
+
+        Args:
+            progress: Called with the bytes read.
+            hashed: The size and digests of the archive, if they are known (:data:`DIGEST_KEYS`).
 
         Returns:
             ``kind``, ``name``, ``size_bytes``, ``md5``, ``sha256``, whether it is an ``official`` archive, and the
@@ -81,7 +94,7 @@ class Source(ABC):
                 path = path.with_name(self.staged.name)
             else:
                 try:
-                    size_bytes, md5, sha256 = digests(path, progress)
+                    size_bytes, md5, sha256 = hashed or digests(path, progress)
                 except OSError as error:
                     raise self._unreadable(error) from error
             name = printable(path.name)

@@ -66,6 +66,10 @@ class WebDatasetFolder(Source):
             have = " and ".join(sorted({told for _, told in tars}))
             raise SourceError(f"{path} has no {split} split", expected=f"tars named {split}", got=have)
 
+    def archives(self) -> Sequence[Path]:
+        """Return its tars."""
+        return [path for path, _ in self._tars]
+
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         samples = Samples()
         for path, split in self._tars:

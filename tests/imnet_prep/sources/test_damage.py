@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,25 +46,39 @@ def outcome(paths: Sequence[Path], *, salvage: bool = False) -> Outcome:
     return Outcome(stored, rejected, any(source.skipped_bytes is not None for source in sources))
 
 
-def looks_whole(data: bytes) -> bool:
-    """Whether damaged bytes are what ``tar -b N`` writes of fewer files, or ``cat`` of two such: nothing can tell then.
+def count_if_whole(data: bytes) -> int | None:
+    """Count the files of a tar that is, byte for byte, what ``tar -b N`` writes, or ``cat`` of two such; else None.
 
-    Python's tarfile reads them to the end; what follows the files are the zeros of a record.
+    Nothing tells then that there were more. Python's tarfile reads the files; behind them are the zeros of a record.
     """
     try:
         members = list(places(data))
     except tarfile.TarError:
-        return False
-    if any(name.endswith(".tar") and not looks_whole(data[body:stop]) for name, _, body, stop in members):
-        return False
+        return None
+    inner = [count_if_whole(data[body:stop]) for name, _, body, stop in members if name.endswith(".tar")]
     end = max((stop for *_, stop in members), default=0)
     end += -end % BLOCK
     zeros = len(data[end:]) - len(data[end:].lstrip(b"\x00"))
-    after = end + zeros // BLOCK * BLOCK
+    after, rest = end + zeros // BLOCK * BLOCK, 0
+    if not members:
+        return None
     if after < len(data):
-        return after % (20 * BLOCK) == 0 and 2 * BLOCK <= after - end < 22 * BLOCK and looks_whole(data[after:])
-    factors = [factor for factor in (*range(1, 21), 32, 64, 128, 256) if len(data) % (factor * BLOCK) == 0]
-    return zeros >= BLOCK and any(zeros < (factor + 2) * BLOCK for factor in factors)
+        is_joint = after % (20 * BLOCK) == 0 and 2 * BLOCK <= after - end < 22 * BLOCK
+        follows = count_if_whole(data[after:])
+        if not is_joint or follows is None:
+            return None
+        rest = follows
+    else:
+        factors = [factor for factor in (*range(1, 21), 32, 64, 128, 256) if len(data) % (factor * BLOCK) == 0]
+        if zeros < BLOCK or not any(zeros < (factor + 2) * BLOCK for factor in factors):
+            return None
+    return None if None in inner else len(members) + sum(filter(None, inner)) + rest
+
+
+def untold(damaged: Mapping[str, bytes], original: Mapping[str, bytes]) -> int:
+    """The number of files that whole tars do not have any more, as nothing in them tells."""
+    counts = [(count_if_whole(data), count_if_whole(original[name])) for name, data in damaged.items()]
+    return 0 if None in dict(counts) else sum((before or 0) - (after or 0) for after, before in counts)
 
 
 @pytest.mark.parametrize("form", MAKERS)
@@ -78,17 +92,18 @@ def test_damaged_archives_account_for_every_image(form: str, seeds: range, tmp_p
         paths = archive.write(tmp_path / str(seed), files)
         strict = outcome(paths)
         assert "\n" not in strict.error
-        whole = all(data == archive.files[name] or looks_whole(data) for name, data in files.items())
-        if not strict.error and not whole:
+        allowed = untold(files, archive.files)
+        if not strict.error:
             missing = lost(archive.images, strict.stored, strict.rejected)
-            assert not missing, f"seed {seed}: {done}: {missing[:3]}"
+            assert len(missing) <= allowed, f"seed {seed}: {done}: {missing[:3]}"
         salvaged = outcome(paths, salvage=True)
         untouched = archive.images.keys() - touched
         if salvaged.error:
             assert not untouched, f"seed {seed}: {done}: {salvaged.error}"
             continue
-        if not salvaged.skipped and not whole:
-            assert not lost(archive.images, salvaged.stored, salvaged.rejected), f"seed {seed}: {done}"
+        if not salvaged.skipped:
+            missing = lost(archive.images, salvaged.stored, salvaged.rejected)
+            assert len(missing) <= allowed, f"seed {seed}: {done}: {missing[:3]}"
         there = {
             key for key in untouched if salvaged.stored.get(key) == hashlib.sha256(archive.images[key]).hexdigest()
         }
