@@ -10,7 +10,15 @@ from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.sources.archives import Devkit, TarFolder
 from imnet_prep.sources.base import Source
-from imnet_prep.sources.folders import ClassFolders, DownloadFolder, FlatFolder, FolderSource, Part, archives_note
+from imnet_prep.sources.folders import (
+    ClassFolders,
+    DownloadFolder,
+    FlatFolder,
+    FolderSource,
+    Part,
+    archives_note,
+    data_files,
+)
 from imnet_prep.sources.foreign import refuse_foreign_folder
 from imnet_prep.sources.labels import (
     KAGGLE_SOLUTION,
@@ -118,16 +126,16 @@ def _official_archives(path: Path, split: str, file_source: FileSource) -> list[
     known = {name: entry for name, entry in catalog.archives().items() if (path / name).is_file()}
     if not any(name.endswith(".tar") for name in known):
         return []
-    if other := [folder.name for folder in _folders(path) if has_image(folder)] or list(
-        filter(None, [first_image(path)])
-    ):
+    other = [*filter(None, [first_image(path)]), *(folder.name for folder in _folders(path) if has_image(folder))]
+    if other := other + [name for name in data_files(path) if not name.startswith("ILSVRC2012_")]:
         raise SourceError(
-            f"{path} holds official archives and other images",
-            expected="the archives alone",
+            f"{path} holds official archives and other images or archives",
+            expected="the official archives alone",
             got=listed(other),
-            remedy="give the archives and the folders with images one by one",
+            remedy="give what you mean one by one",
         )
-    known.pop("ILSVRC2012_img_train_t3.tar", None)  # a part of the whole training archive
+    if "ILSVRC2012_img_train.tar" in known:
+        known.pop("ILSVRC2012_img_train_t3.tar", None)  # a part of it
     if "ILSVRC2012_img_test_v10102019.tar" in known:
         known.pop("ILSVRC2012_img_test.tar", None)
     return [file_source(path / name, split) for name, entry in known.items() if not split or entry.split in ("", split)]
@@ -252,6 +260,8 @@ def _inside(path: Path, folder: Path, first: str, sources: list[Source]) -> list
         )
     for source in sources:
         if isinstance(source, FolderSource):
-            seen = f"{path.name}: everything is in {folder.name}, whose folders are taken as splits or classes"
+            seen = (
+                f"{path.resolve().name}: everything is in {folder.name}, whose folders are taken as splits or classes"
+            )
             source.remarks += (seen, *archives_note(path))
     return sources

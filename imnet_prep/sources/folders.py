@@ -170,11 +170,17 @@ class FolderSource(Source):
             notes += ignored_note(passed, printable(label))
 
 
+def data_files(folder: Path) -> list[str]:
+    """Return the names of the archives and data files directly in a folder, but for devkits."""
+    files = [entry.name for entry in listing(folder) if not is_folder(entry) and not is_hidden(entry.name)]
+    return [name for name in files if name.lower().endswith(_ARCHIVES) and "devkit" not in name]
+
+
 def archives_note(folder: Path) -> list[str]:
     """Return a note that names the archives and data files directly in a folder; nothing without any."""
-    files = [entry.name for entry in listing(folder) if not is_folder(entry) and not is_hidden(entry.name)]
-    names = [name for name in files if name.lower().endswith(_ARCHIVES) and "devkit" not in name]
-    return [f"{printable(folder.name)}: data files beside the images are not read ({listed(names)})"] if names else []
+    names = data_files(folder)
+    name = printable(folder.resolve().name)
+    return [f"{name}: data files beside the images are not read ({listed(names)})"] if names else []
 
 
 def _beside(path: Path, parts: Sequence[Path], split: str) -> Iterator[Found]:

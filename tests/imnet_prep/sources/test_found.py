@@ -132,6 +132,24 @@ def test_a_folder_around_everything_is_no_class(tmp_path: Path) -> None:
         found(tmp_path / "y")
 
 
+def test_the_working_folder_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_image_folder(tmp_path / "x", ["cat", "dog"], 2)
+    image(root / "loose.jpg")
+    (root / "x.zip").write_bytes(b"PK")
+    monkeypatch.chdir(root)
+    assert found(Path()) == found(root)
+    assert notes(Path()) == notes(root)
+    monkeypatch.chdir(root / "train")
+    assert found(Path("..")) == found(root)
+    image(root / "bonus" / "1.jpg")
+    with pytest.raises(SourceError, match="got bonus"):
+        detect([Path("..")])
+    (root / "bonus").rename(root / "val" / "cat" / "bonus")
+    make_image_folder(tmp_path / "outer" / "photos", ["cat", "dog"], 1)
+    monkeypatch.chdir(tmp_path / "outer")
+    assert notes(Path()).startswith("outer: everything is in photos")
+
+
 def test_a_split_given_alone_may_have_one_deep_class(tmp_path: Path) -> None:
     image(tmp_path / "train" / "cat" / "2019" / "1.jpg")
     image(tmp_path / "train" / "cat" / "2020" / "1.jpg")
@@ -197,8 +215,17 @@ def test_strays_beside_official_archives(tmp_path: Path) -> None:
     made = make_imagenet(tmp_path / "x", odd=False)
     assert len(detect([made.folder])) == 4
     image(made.folder / "more" / "cat" / "1.jpg")
-    with pytest.raises(SourceError, match=r"official archives and other images; .*got more"):
+    with pytest.raises(SourceError, match=r"official archives and other images.*got more"):
         detect([made.folder])
+    shutil.rmtree(made.folder / "more")
+    (made.folder / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(SourceError, match=r"got photos.zip"):
+        detect([made.folder])
+    (made.folder / "photos.zip").unlink()
+    made.train.rename(
+        made.folder / "ILSVRC2012_img_train_t3.tar"
+    )  # is a part of the other, and so is left out beside it
+    assert len(detect([made.folder])) == 4
 
 
 def test_strays_beside_class_tars(tmp_path: Path) -> None:
