@@ -27,7 +27,7 @@ from imnet_prep.sources.zip import ClassZip
 from imnet_prep.types import SPLITS
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_REMOTE_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip", ".csv", ".txt", ".json")
+_REMOTE_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip", ".csv", ".txt", ".json", ".parquet")
 
 
 def detect(
@@ -133,7 +133,8 @@ def _remote(url: str, split: str, labelled: bool, staging: Staging) -> list[Sour
     files = {file.name: file} if file is not None else list_files(url)
     files = {name: place for name, place in files.items() if not any(map(is_hidden, name.split("/")))}
     given = shown(url)
-    if parquet := [(name, place) for name, place in files.items() if name.endswith(".parquet")]:
+    parquet = [(name, place) for name, place in files.items() if name.endswith(".parquet")]
+    if parquet and not any("/" not in name and name.endswith(".tar") for name in files):  # else they describe the tars
         shards = shards_of(parquet, given, split, one=file is not None)
         staging.folder.mkdir(parents=True, exist_ok=True)
         return [ParquetSource(staging.folder, given, shards, split, staging)]

@@ -26,7 +26,7 @@ from imnet_prep.sources.classes import numbered_note
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.parquet_rows import BLOB, LISTED, START, extract, holds_images
 from imnet_prep.sources.staging import Place, Reading, Staged, Staging, fingerprint, shown, write
-from imnet_prep.types import SPLITS, ImageRef, ProgressCallback, Reason, Rejected
+from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _FORMAT = 1  # of what is staged
 _NUMBERED = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})(-[0-9a-f]+)?\.parquet")
@@ -50,7 +50,7 @@ class Shard(NamedTuple):
 
 
 class ParquetSource(Source):
-    """Images in the rows of Parquet files.
+    """Images in the rows of Parquet files, which are brought at once.
 
     Args:
         path: The file or folder; for a URL, the staging folder.
@@ -58,26 +58,22 @@ class ParquetSource(Source):
         shards: The files, in order.
         split: The split requested, or empty.
         staging: Where their images are brought.
+
+    Raises:
+        SourceError: One is damaged or has no images, or changes meanwhile.
+        RemoteError: One cannot be read.
     """
 
     def __init__(self, path: Path, given: str, shards: Sequence[Shard], split: str, staging: Staging) -> None:
         super().__init__(path, "parquet", split)
         self.name = printable(remote.base_name(given) if remote.is_url(given) else self.name)
-        self._given, self._shards, self._staging = given, shards, staging
+        self._given, self._staging = given, staging
         self._is_file = shown(shards[0].place) == given
-
-    def info(
-        self, progress: ProgressCallback = lambda state: None, hashed: tuple[int, str, str] | None = None
-    ) -> dict[str, Any]:
-        """Return the entry in the manifest: a file has a name and digests, a folder has none."""
-        if not self._walked:  # which brings the file, and hashes it
-            deque(self.refs(), maxlen=0)
-        return super().info(progress, hashed)
+        self._brought = [(shard, *self._bring(shard)) for shard in shards]
 
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
-        brought = [(shard, *self._bring(shard)) for shard in self._shards]
+        brought = self._brought
         columns = self._same_columns([(shard, info) for shard, _, info in brought])
-        self.has_numbers = columns["kind"] == "number"
         names, wnids = self._class_names(columns["names"])
         with closing(sqlite3.connect("", isolation_level=None)) as rows:  # a temporary file, once it is large
             rows.execute(
