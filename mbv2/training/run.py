@@ -19,7 +19,6 @@ from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import ProgressCallback
 from mbv2.data import AnyBatch, RunData, open_run_data
-from mbv2.recipe import Recipe
 from mbv2.runtime import runtime, start_mindspore
 from mbv2.scoring.score import Scores, score_batches, sum_over_ranks
 from mbv2.show.curves import draw_curves
@@ -29,7 +28,7 @@ from mbv2.training.logs import EpochRow, RunLog, StepRow, read_metrics, read_ski
 from mbv2.training.options import BEST, CURVES, LAST, LOCK, RunOptions, RunResult
 from mbv2.training.progress import Pace, StepResults
 from mbv2.training.ranks import sum_floats, wait_for_all
-from mbv2.training.schedule import describe_rate, learning_rate
+from mbv2.training.schedule import changed_rate, describe_rate, learning_rate
 from mbv2.training.state import RunState, find_last, not_finite, saved_position
 from mbv2.weights.checkpoint import Checkpoint, read_checkpoint
 
@@ -237,9 +236,9 @@ class _Run:
         """Say whether to leave after this step: with several ranks, as soon as one of them asked, and all together."""
         return self.stop() if self.ranks == 1 else bool(result.asnumpy()[2] > 0)
 
-    def rate(self, step: int, recipe: Recipe | None = None) -> float:
-        """Return the learning rate of a step (from 0), by the run's recipe or another."""
-        return learning_rate(recipe or self.recipe, step, self.steps_per_epoch, self.global_batch)
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step (from 0)."""
+        return learning_rate(self.recipe, step, self.steps_per_epoch, self.global_batch)
 
     # --- what is scored, logged and kept -------------------------------------------------------------------------
 
@@ -311,15 +310,12 @@ class _Run:
 
     def _goes_on_longer(self, last: Checkpoint) -> bool:
         """Say whether the run now has more epochs than it had, and log what that changes."""
-        before, step = last.meta.training["identity"]["epochs"], self.state.position.step
-        if before == self.recipe.epochs:
+        before, now = last.meta.training["identity"]["epochs"], self.recipe.epochs
+        if before == now:
             return False
-        step = min(step, before * self.steps_per_epoch - 1)
-        old, new = self.rate(step, replace(self.recipe, epochs=before)), self.rate(step)
-        change = f"stays {new:.6g}" if old == new else f"changes from {old:.6g} to {new:.6g}"
-        _logger.info(
-            "%d epochs in place of %d: the learning rate at step %d %s", self.recipe.epochs, before, step + 1, change
-        )
+        old = replace(self.recipe, epochs=before)
+        change = changed_rate(old, self.recipe, self.state.position.step, self.steps_per_epoch, self.global_batch)
+        _logger.info("%d epochs in place of %d: %s", now, before, change)
         return True
 
 

@@ -56,3 +56,11 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch:
     done = (step - warmup) / max(1, total - warmup)
     share = 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done
     return peak * (recipe.final_lr_frac + (1 - recipe.final_lr_frac) * share)
+
+
+def changed_rate(old: Recipe, new: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> str:
+    """Say what other epochs do to the rate of a step (from 0), or of the last one that the old recipe has."""
+    step = min(step, old.epochs * steps_per_epoch - 1)
+    before, after = (learning_rate(recipe, step, steps_per_epoch, global_batch) for recipe in (old, new))
+    change = f"stays {after:.6g}" if before == after else f"changes from {before:.6g} to {after:.6g}"
+    return f"the learning rate at step {step + 1} {change}"

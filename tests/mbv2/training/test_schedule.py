@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from mbv2.recipe import Recipe
-from mbv2.training.schedule import describe_rate, learning_rate, peak_lr
+from mbv2.training.schedule import changed_rate, describe_rate, learning_rate, peak_lr
 
 STEPS = 10  # an epoch
 
@@ -61,3 +62,17 @@ def test_constant_stays() -> None:
 def test_rate_scales_with_the_global_batch_only_where_the_recipe_says_so() -> None:
     assert peak_lr(Recipe(lr=0.4, lr_batch_size=1024), 256) == pytest.approx(0.1)
     assert peak_lr(Recipe(lr=0.4), 256) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "said"),
+    [
+        ("constant", 5, "the learning rate at step 6 stays 1"),
+        ("step", 5, "the learning rate at step 6 stays 0.98"),
+        ("linear", 5, "the learning rate at step 6 changes from 0.5 to 0.75"),
+        ("linear", 10, "the learning rate at step 10 changes from 0.1 to 0.55"),  # finished: its last step
+    ],
+)
+def test_what_more_epochs_do_to_the_rate_is_said(schedule: str, step: int, said: str) -> None:
+    old = Recipe(epochs=2, lr=1, schedule=schedule, warmup_frac=0)
+    assert changed_rate(old, replace(old, epochs=4), step, 5, 1) == said
