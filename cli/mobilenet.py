@@ -118,6 +118,7 @@ def evaluate(
     Example: mbv2 eval --records records --checkpoint run/best.ckpt --json
     """
     from mbv2.outputs import check_outputs
+    from mbv2.runtime import runtime
     from mbv2.scoring.evaluate import evaluate_checkpoint
     from mbv2.scoring.score import write_per_class
     from mbv2.show.curves import draw_confusion
@@ -125,6 +126,8 @@ def evaluate(
     check_outputs(per_class, confusion)
     with stop_requested() as stop, progress_bar("eval") as progress:
         scores, classes = evaluate_checkpoint(records, checkpoint, stop=stop, progress=progress, **options)
+    if runtime().rank:
+        return  # under msrun the first process writes for all
     if per_class:
         write_per_class(per_class, scores, classes)
     if confusion:
