@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from imnet_prep.download.options import ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
+from imnet_prep.download.options import Columns, ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
 from imnet_prep.errors import DownloadError
 
 from .options import GROUP, JSON, KEEP_CLASSES, WORKERS, place
@@ -33,10 +33,16 @@ for _command in (verify, info, report, browse, bench, repair_index, adopt, resha
 
 
 @main.command()
-@click.option("--urls", multiple=True, required=True, type=Path, help="URL lists, plain or gzip; several may follow.")
+@click.option(
+    "--urls", multiple=True, required=True, type=Path,
+    help="URL lists: text, CSV, TSV, JSON lines or Parquet, also compressed; - is standard input. Several may follow.",
+)  # fmt: skip
 @click.argument("more_urls", nargs=-1, type=Path, metavar="[FILE]...")
 @click.option("--out", required=True, type=Path, help="The download folder. An interrupted download resumes here.")
 @click.option("--wnid", help="The class of lines that hold only a URL.")
+@click.option("--url-column", metavar="NAME", help="Column of the URLs in a table.  [default: url]")
+@click.option("--class-column", metavar="NAME", help="Column of the classes.  [default: wnid, label or class]")
+@click.option("--id-column", metavar="NAME", help="Column of the ids, which name the files.  [default: id]")
 @click.option("--wnids", type=Path, help="Keep only the classes in this file, one per line.")
 @click.option("--concurrency", default=POLITE.concurrency, help="Maximum number of fetches at a time.")
 @click.option("--per-host", default=POLITE.per_host, help="Maximum number of connections to one host.")
@@ -53,15 +59,17 @@ for _command in (verify, info, report, browse, bench, repair_index, adopt, resha
 @JSON
 @guard
 def download(
-    urls: tuple[Path, ...], more_urls: tuple[Path, ...], out: Path, wnid: str | None, wnids: Path | None,
+    urls: tuple[Path, ...], more_urls: tuple[Path, ...], out: Path, wnid: str | None, url_column: str | None,
+    class_column: str | None, id_column: str | None, wnids: Path | None,
     concurrency: int, per_host: int, rate_per_host: float, timeout_s: float, max_bytes: int, retries: int,
     max_failed: str, retry_failed: bool, short_side: int | None, quality: int, allow_private: bool,
     ignore_opt_out: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Download the images of URL lists to OUT/<class>/<id>.<ext> and account for every URL.
 
-    A line is "id<TAB>url", "id url", "wnid url", or just a URL with --wnid. To resume, run the same command again. Exit
-    codes: 0 done, 1 error, 3 more failures than --max-failed, 130 interrupted.
+    A line is "id<TAB>url", "id url", "wnid url", or just a URL with --wnid. A table has a column "url"; columns that
+    are not used are kept and reach the records. To resume, run the same command again. Exit codes: 0 done, 1 error, 3
+    more failures than --max-failed, 130 interrupted.
 
     Example: imnet-prep download --urls fall11_urls.txt --out images --wnids keep.txt --short-side 256
     """
@@ -73,7 +81,8 @@ def download(
     polite = PoliteOptions(concurrency=concurrency, per_host=per_host, rate_per_host=rate_per_host, retries=retries)
     content = ContentOptions(short_side=short_side, quality=quality)
     options = DownloadOptions(
-        urls=(*urls, *more_urls), out=out, wnid=wnid, wnids=wnids, max_failed_frac=_fraction(max_failed),
+        urls=(*urls, *more_urls), out=out, columns=Columns(url_column, class_column, id_column), wnid=wnid,
+        wnids=wnids, max_failed_frac=_fraction(max_failed),
         retry_failed=retry_failed, fetch=fetch, polite=polite, content=content,
     )  # fmt: skip
     with stop_requested() as stop, progress_bar("download") as progress:

@@ -23,6 +23,7 @@ from imnet_prep.download.urls import BadUrl, is_placeholder_url, join_redirect
 
 _DRAIN_BYTES = 65536  # a rest up to this size is read so that the connection can be used again
 _OPT_OUT = frozenset({"noai", "noimageai"})
+_GZIP = b"\x1f\x8b"
 _AGENT = "imnet-prep"  # our name in User-Agent and X-Robots-Tag
 _REASONS = {404: FailReason.GONE, 410: FailReason.GONE, 429: FailReason.RATE_LIMITED}
 _PASSING_4XX = frozenset({408, 421, 425, 429})  # "not now" or "not on this connection"
@@ -187,16 +188,21 @@ def unpack(data: bytes, encoding: str, limit: int) -> bytes | Failure:
     """Undo a ``Content-Encoding`` that was not asked for, without making more than ``limit`` bytes."""
     if encoding not in ("gzip", "x-gzip", "deflate"):
         return Failure(FailReason.NOT_AN_IMAGE, f"Content-Encoding {encoding[:40]!r}", 200)
-    if encoding != "deflate" and not data.startswith(b"\x1f\x8b"):
+    if encoding != "deflate" and not data.startswith(_GZIP):
         return data  # some servers label plain images as gzip
     for window in (31,) if encoding != "deflate" else (15, -15):
-        machine = zlib.decompressobj(window)
         with suppress(zlib.error):
-            out = machine.decompress(data, limit + 1)
-            if len(out) > limit:
-                return Failure(FailReason.TOO_LARGE, f"more than {limit} bytes decompressed", 200)
-            if not machine.eof:
-                return Failure(FailReason.TRUNCATED, "the compressed body ends early", 200, transient=True)
+            out, left = b"", data
+            while left:  # a gzip body may have several members
+                machine = zlib.decompressobj(window)
+                out += machine.decompress(left, limit + 1 - len(out))
+                if len(out) > limit:
+                    return Failure(FailReason.TOO_LARGE, f"more than {limit} bytes decompressed", 200)
+                if not machine.eof:
+                    return Failure(FailReason.TRUNCATED, "the compressed body ends early", 200, transient=True)
+                left = machine.unused_data
+                if not left.startswith(_GZIP):  # nothing, or padding
+                    break
             return out
     return Failure(FailReason.NOT_AN_IMAGE, "the compressed body is damaged", 200)
 

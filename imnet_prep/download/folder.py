@@ -17,9 +17,10 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.download.journal import DIGEST, PLACE, Journal, Outcome
+from imnet_prep.download.journal import DIGEST, JOURNAL_NAME, PLACE, Journal, Outcome
 from imnet_prep.download.messages import Task
 from imnet_prep.download.options import ContentOptions, FailReason
+from imnet_prep.download.urllist import OURS
 from imnet_prep.download.urls import host_of
 from imnet_prep.errors import DownloadError
 from imnet_prep.files import exclusive_lock, file_digest, sync
@@ -45,6 +46,7 @@ def opened(out: Path) -> Iterator[Journal]:
         DownloadError: It cannot be written, or another process uses it.
     """
     incoming = out / INCOMING
+    _refuse_foreign(out)
     with ExitStack() as held:
         try:
             incoming.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,28 @@ def opened(out: Path) -> Iterator[Journal]:
         except OSError as error:
             raise DownloadError(f"cannot write to {out}", got=error.strerror or str(error)) from error
         yield held.enter_context(closing(Journal(out)))
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder of files that no download made: an image would take the name of one of them.
+
+    Raises:
+        DownloadError: It has no journal, and a folder or a file of a name that is ours.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if (out / JOURNAL_NAME).exists():
+            return
+        with os.scandir(out) as entries:
+            taken = [
+                one.name for one in entries if one.name != INCOMING and (one.is_dir() or one.name.startswith(OURS))
+            ]
+        if taken:
+            raise DownloadError(
+                f"{out} holds what no download made",
+                expected="a new folder, or one with a journal.sqlite",
+                got=", ".join(sorted(taken)[:5]),
+                remedy="choose another --out",
+            )
 
 
 def _wait_for_workers(incoming: Path) -> None:
@@ -109,6 +133,22 @@ def recover(journal: Journal) -> None:
     for scratch in journal.folder.glob(".loading-*"):
         shutil.rmtree(scratch, ignore_errors=True)
     bury(journal)
+    if gone := journal.reset_missing(_short_of_files(journal)):
+        log.warning("%d images are no longer in %s, and will be fetched again", gone, journal.folder)
+
+
+def _short_of_files(journal: Journal) -> dict[str, set[str]]:
+    """Return the names of the files of each class that has fewer files than images."""
+    short: dict[str, set[str]] = {}
+    for wnid, count in journal.images_by_class():
+        try:
+            with os.scandir(journal.folder / wnid) as entries:
+                names = {entry.name for entry in entries}
+        except FileNotFoundError:
+            names = set()
+        if len(names) < count:
+            short[wnid] = names
+    return short
 
 
 def _is_whole(path: Path, outcome: Outcome) -> bool:

@@ -13,15 +13,20 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import astuple
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.download.journal import INDEXES, Journal
-from imnet_prep.download.urllist import Line, parse_line, read_blocks, readable
+from imnet_prep.download.options import BY_NAME, Columns
+from imnet_prep.download.tables import Table, read_table
+from imnet_prep.download.urllist import Line, line_of, opened_list, parse_line, read_blocks, readable
 from imnet_prep.download.urls import BadUrl, host_key, host_of, normalise_url
 from imnet_prep.errors import DownloadError
 from imnet_prep.files import file_digest
@@ -47,22 +52,24 @@ def take_in(
     wnid: str | None,
     wnids: frozenset[str] | None,
     progress: ProgressCallback | None,
+    columns: Columns = BY_NAME,
 ) -> None:
     """Read lists into the journal. A list that was read before, and has not changed, is only recognised.
 
     Args:
         journal: Where the rows go.
-        lists: Plain or gzip.
+        lists: Lines or tables, plain or compressed.
         wnid: Class of lines that name none.
         wnids: Classes to keep, or None for all.
         progress: Called with the lines read.
+        columns: Which columns of a table to take.
 
     Raises:
-        DownloadError: A list cannot be read; its rows are taken out again.
+        DownloadError: A list cannot be read, or none of its lines can be used; its rows are taken out again.
     """
     _drop_unfinished(journal)
     classes = hashlib.sha256("\n".join(sorted(wnids)).encode()).hexdigest() if wnids is not None else None
-    shape = json.dumps([wnid, classes])
+    shape = json.dumps([wnid, classes, *([astuple(columns)] if columns != BY_NAME else [])])
     for path in lists:
         with readable(path):
             stat = path.stat()
@@ -83,7 +90,7 @@ def take_in(
         log.info("reading %s", path)
         journal.db.execute("DROP INDEX IF EXISTS pending_by_host")  # a bulk load would write it at random places
         try:
-            _load(journal, path, (*place, *content), wnid, wnids, progress)
+            _load(journal, path, (*place, *content), wnid, wnids, progress, columns)
         except DownloadError:
             _drop_unfinished(journal)
             journal.db.executescript(INDEXES)
@@ -95,6 +102,7 @@ def _drop_unfinished(journal: Journal) -> None:
     """Take out a list whose load was cut short. None of its rows was ever fetched."""
     with journal.transaction():
         journal.db.execute("DELETE FROM urls WHERE row >= (SELECT min(first_row) FROM lists WHERE loaded = 0)")
+        journal.db.execute("DELETE FROM meta_of_urls WHERE row >= (SELECT min(first_row) FROM lists WHERE loaded = 0)")
         journal.db.execute("DELETE FROM bad_lines WHERE list IN (SELECT id FROM lists WHERE loaded = 0)")
         journal.db.execute("DELETE FROM lists WHERE loaded = 0")
 
@@ -106,6 +114,7 @@ def _load(
     wnid: str | None,
     wnids: frozenset[str] | None,
     progress: ProgressCallback | None,
+    columns: Columns,
 ) -> None:
     """Read one list."""
     db, lines, counts = journal.db, 0, Counter[str]()
@@ -116,24 +125,30 @@ def _load(
         key,
     ).fetchone()
     db.execute("PRAGMA synchronous = NORMAL")
+    held = ExitStack()
     try:
-        finder = RepeatFinder(journal.folder)
+        finder = held.enter_context(closing(RepeatFinder(journal.folder)))
         earlier = db.execute("SELECT row, name, url FROM urls ORDER BY row")
         while rows := earlier.fetchmany(_BATCH):
             finder.add(*zip(*rows, strict=True))
-        for first_line, block in read_blocks(path):
-            batch, bad, unwanted = _parse(block, first_row + first_line - 1, wnid, wnids)
+        for batch in _batches(path, first_row, wnid, wnids, columns):
             with journal.transaction():
-                db.executemany("INSERT INTO urls (row, wnid, name, url, host) VALUES (?, ?, ?, ?, ?)", batch)
-                db.executemany(f"INSERT INTO bad_lines VALUES ({number}, ? - {first_row} + 1, 'malformed', ?, ?)", bad)
-            finder.add([item[0] for item in batch], [item[2] for item in batch], [item[3] for item in batch])
-            lines = first_line + block.count(b"\n") - 1
-            counts.update(kept=len(batch), malformed=len(bad), unwanted=unwanted)
+                db.executemany("INSERT INTO urls (row, wnid, name, url, host) VALUES (?, ?, ?, ?, ?)", batch.rows)
+                db.executemany("INSERT INTO meta_of_urls VALUES (?, ?)", batch.meta)
+                db.executemany(
+                    f"INSERT INTO bad_lines VALUES ({number}, ? - {first_row} + 1, 'malformed', ?, ?)", batch.bad
+                )
+            finder.add([one[0] for one in batch.rows], [one[2] for one in batch.rows], [one[3] for one in batch.rows])
+            lines = batch.lines
+            counts.update(kept=len(batch.rows), malformed=len(batch.bad), unwanted=batch.unwanted)
             if progress:
                 progress(Progress(lines, None, unit="lines", counts=(("malformed", counts["malformed"]),)))
+        if not counts["kept"] and not counts["unwanted"]:
+            raise _useless(journal, path, number)
         repeated = finder.repeated(first_row)
         _list_repeats(journal, number, first_row, repeated)
     finally:
+        held.close()
         db.execute("PRAGMA synchronous = FULL")
     with journal.transaction():
         db.execute(
@@ -141,6 +156,66 @@ def _load(
             (lines, counts["malformed"], len(repeated), counts["unwanted"], number),
         )
         journal.count({"requested": counts["kept"] - len(repeated)})
+
+
+class _Batch(NamedTuple):
+    """Some lines of a list: how many have been read with them, their rows, the ``meta`` of rows, and the bad ones."""
+
+    lines: int
+    rows: list[tuple[int, str, str, str, int]]
+    meta: list[tuple[int, str]]
+    bad: list[tuple[int, str, str]]
+    unwanted: int
+
+
+def _batches(
+    path: Path, first_row: int, wnid: str | None, wnids: frozenset[str] | None, columns: Columns
+) -> Iterator[_Batch]:
+    """Read a list of lines, or a table."""
+    with opened_list(path) as file:
+        table = read_table(path, file, columns)
+        if table is not None:
+            log.info("%s is %s", path, table.described())
+            yield from _table_batches(table, first_row, wnid, wnids)
+            return
+    if columns != BY_NAME:
+        raise DownloadError(f"URL list {path} is no table", remedy="leave out --url-column and its like")
+    with opened_list(path) as file:
+        for first_line, block in read_blocks(file):
+            rows, bad, unwanted = _parse(block, first_row + first_line - 1, wnid, wnids)
+            yield _Batch(first_line + block.count(b"\n") - 1, rows, [], bad, unwanted)
+
+
+def _table_batches(table: Table, first_row: int, wnid: str | None, wnids: frozenset[str] | None) -> Iterator[_Batch]:
+    while found := list(islice(table.rows, _BATCH)):
+        wanted = [one for one in found if wnids is None or (one.class_name or wnid) in wnids]
+        batch = _Batch(found[-1].number, [], [], [], len(found) - len(wanted))
+        for one in wanted:
+            row = first_row + one.number - 1
+            try:
+                line = line_of(one.url, one.class_name, one.name, wnid)
+            except BadUrl as error:
+                batch.bad.append((row, str(error), _shown(" ".join(one[1:4]).encode("utf-8", "replace"))))
+                continue
+            batch.rows.append((row, *line, host_key(host_of(line.url))))
+            if one.meta:
+                batch.meta.append((row, json.dumps(one.meta, ensure_ascii=False)))
+        yield batch
+
+
+def _useless(journal: Journal, path: Path, number: int) -> DownloadError:
+    """Return the error for a list of which no line can be used."""
+    found = journal.db.execute(
+        "SELECT why, count(*), min(line), text FROM bad_lines WHERE list = ? GROUP BY why ORDER BY 2 DESC", (number,)
+    ).fetchone()
+    if found is None:
+        return DownloadError(f"URL list {path} is empty", expected='lines such as "n01440764 http://..."')
+    why, count, line, text = found
+    return DownloadError(
+        f"no line of URL list {path} can be used",
+        expected='"id<TAB>url", "id url", "wnid url", a URL alone with --wnid, or a table with a column url',
+        got=f"line {line}: {text[:80]!r}; {count} lines: {why}",
+    )
 
 
 def _parse(
@@ -193,7 +268,7 @@ def _list_repeats(journal: Journal, number: int, first_row: int, repeated: NDArr
 
 def _shown(raw: bytes) -> str:
     """Return a bad line for the listing: printable, bounded, and without credentials."""
-    raw = re.sub(rb"(//)[^/\s@]*@", rb"\1***@", raw[:_SHOWN_BYTES])
+    raw = re.sub(rb"(:/{0,2})\S*@", rb"\1***@", raw[:_SHOWN_BYTES])
     return raw.decode("utf-8", "backslashreplace").strip()
 
 
@@ -207,10 +282,19 @@ class RepeatFinder:
     def __init__(self, folder: Path) -> None:
         self._by_url, self._by_name = _Partitions(folder, "url"), _Partitions(folder, "name")
 
+    def close(self) -> None:
+        """Close the files, which deletes them."""
+        for partitions in (self._by_url, self._by_name):
+            partitions.close()
+
     def add(self, rows: Sequence[int], names: Sequence[str], urls: Sequence[str]) -> None:
         """Take rows, in ascending order."""
         pairs = np.empty(len(rows), _PAIR)
-        pairs["row"], pairs["name"], pairs["url"] = rows, [hash(name) for name in names], [hash(url) for url in urls]
+        pairs["row"], pairs["name"], pairs["url"] = (
+            rows,
+            [hash(name.lower()) for name in names],
+            [hash(url) for url in urls],
+        )
         self._by_url.write(pairs)
 
     def repeated(self, first_row: int) -> NDArray[np.int64]:
@@ -267,6 +351,10 @@ class _Partitions:
         bounds = np.searchsorted(part[order], np.arange(1, _PARTS, dtype=np.uint64))
         for file, piece in zip(self._files, np.split(pairs[order], bounds), strict=True):
             file.write(piece.tobytes())
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
     def read(self) -> Iterator[NDArray[Any]]:
         for file in self._files:

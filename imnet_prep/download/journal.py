@@ -8,7 +8,7 @@ import itertools
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS counts (key TEXT PRIMARY KEY, n INTEGER NOT NULL) WIT
 CREATE TABLE IF NOT EXISTS placeholders (sha256 BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS doomed (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
+_LATER = "CREATE TABLE IF NOT EXISTS meta_of_urls (row INTEGER PRIMARY KEY, json TEXT NOT NULL);"  # not in old journals
 INDEXES = (  # made one after the other, by an external sort each
     "CREATE INDEX IF NOT EXISTS pending_by_host ON urls (host) WHERE state = 0;"
     " CREATE INDEX IF NOT EXISTS by_digest ON urls (sha256) WHERE state = 1;"
@@ -55,6 +56,11 @@ _FINISH = (  # takes the fields of an Outcome, the digests as bytes
     f" time = :time_s WHERE row = :row AND state = 0 RETURNING {PLACE}"
 )
 
+_PENDING_AGAIN = (
+    "UPDATE urls SET state = 0, attempts = 0, status = NULL, final_url = NULL, bytes = NULL, sha256 = NULL,"
+    " reason = NULL, transient = NULL, detail = NULL, time = NULL"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -67,6 +73,7 @@ class Finished:
         status: HTTP status of the answer that held the image.
         sha256: Hex digest of the file. size_bytes: Its size. width, height: In pixels.
         source_sha256: Hex digest of the bytes as they came; differs from ``sha256`` only after ``--short-side``.
+        meta: What the list's other columns say, a JSON object as text, or empty.
     """
 
     path: str
@@ -80,6 +87,7 @@ class Finished:
     width: int
     height: int
     source_sha256: str
+    meta: str = ""
 
 
 class Outcome(NamedTuple):
@@ -143,9 +151,11 @@ def read_finished(folder: Path) -> Iterator[Finished]:
     with closing(_open_to_read(path)) as connection:
         try:
             _check_version(connection, path)
+            has_meta = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta_of_urls'").fetchone()
+            meta = "coalesce((SELECT json FROM meta_of_urls WHERE row = urls.row), '')" if has_meta else "''"
             rows = connection.execute(
                 f"SELECT {PLACE}, wnid, name, url, coalesce(final_url, url), status, {DIGEST},"
-                " coalesce(stored_bytes, bytes), width, height, lower(hex(sha256))"
+                f" coalesce(stored_bytes, bytes), width, height, lower(hex(sha256)), {meta}"
                 " FROM urls WHERE state = 1 ORDER BY row"
             )
             yield from itertools.starmap(Finished, rows)
@@ -176,7 +186,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> DownloadError:
-    return DownloadError(f"journal {path} cannot be used", got=str(error), remedy="move it away to start over")
+    return DownloadError(f"journal {path} cannot be used", got=str(error), remedy="start over in another folder")
 
 
 class Journal:
@@ -193,6 +203,7 @@ class Journal:
                 version = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT_VERSION}');"
                 self.db.executescript(f"BEGIN; {_SCHEMA} {version} {INDEXES} COMMIT;")
             _check_version(self.db, path)
+            self.db.executescript(_LATER)
         except sqlite3.DatabaseError as error:
             raise _damaged(path, error) from error
 
@@ -269,13 +280,25 @@ class Journal:
             self.count({f"failed:{reason}": changed})
         return changed
 
+    def images_by_class(self) -> list[tuple[str, int]]:
+        """Return (class, images)."""
+        return self.db.execute("SELECT wnid, count(*) FROM urls WHERE state = 1 GROUP BY wnid").fetchall()
+
+    def reset_missing(self, files: Mapping[str, Container[str]]) -> int:
+        """Make images of some classes pending again that are not among the files there, and return their number."""
+        if not files:
+            return 0
+        images = self.db.execute("SELECT row, bytes, wnid, name || '.' || ext FROM urls WHERE state = 1")
+        gone = [(row, size) for row, size, wnid, name in images if wnid in files and name not in files[wnid]]
+        with self.transaction():
+            self.db.executemany(f"{_PENDING_AGAIN} WHERE row = ?", [(row,) for row, _ in gone])
+            self.count({"ok": -len(gone), "bytes": -sum(size for _, size in gone)})
+        return len(gone)
+
     def reset_transient(self) -> int:
         """Make the transiently failed URLs pending again, with fresh attempts, and return their number."""
         failed = "state = 2 AND transient = 1"
         with self.transaction():
             reasons = f"SELECT 'failed:' || reason, -count(*) FROM urls WHERE {failed} GROUP BY reason"
             self.count(dict(self.db.execute(reasons)))
-            return self.db.execute(
-                "UPDATE urls SET state = 0, attempts = 0, status = NULL, final_url = NULL, bytes = NULL, sha256 = NULL,"
-                f" reason = NULL, transient = NULL, detail = NULL, time = NULL WHERE {failed}"
-            ).rowcount
+            return self.db.execute(f"{_PENDING_AGAIN} WHERE {failed}").rowcount

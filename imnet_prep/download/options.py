@@ -127,11 +127,30 @@ class ContentOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a list that is a table; None is found by its name, or not there.
+
+    Attributes:
+        url: Holds the URLs.
+        class_name: Holds the classes.
+        name: Holds the ids, which become file names.
+    """
+
+    url: str | None = None
+    class_name: str | None = None
+    name: str | None = None
+
+
+BY_NAME = Columns()
+
+
+@dataclass(frozen=True, slots=True)
 class DownloadOptions:
     """All options of ``imnet-prep download``.
 
     Attributes:
-        urls: URL lists, plain or gzip.
+        urls: URL lists: lines or tables, plain or compressed.
+        columns: Which columns of a table to take.
         out: The download folder.
         wnid: Class of lines that name none.
         wnids: A file whose lines each begin with a wnid. Lines of other classes are left out.
@@ -142,6 +161,7 @@ class DownloadOptions:
 
     urls: tuple[Path, ...]
     out: Path
+    columns: Columns = BY_NAME
     wnid: str | None = None
     wnids: Path | None = None
     max_failed_frac: float = 1.0  # dead URLs are normal

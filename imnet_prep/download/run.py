@@ -30,7 +30,7 @@ from imnet_prep.download.messages import Died, LaneDone, Ready, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.download.pool import Pool
 from imnet_prep.download.scheduler import Scheduler
-from imnet_prep.download.urllist import is_class_name, read_wnids
+from imnet_prep.download.urllist import is_class_name, lists_of, read_wnids
 from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback, Stop
@@ -83,7 +83,8 @@ def download(
     try:
         with opened(options.out) as journal:
             recover(journal)
-            take_in(journal, options.urls, options.wnid, wnids, progress)
+            with lists_of(options.urls, options.out) as lists:
+                take_in(journal, lists, options.wnid, wnids, progress, options.columns)
             if options.retry_failed:
                 log.info("%d failed URLs will be tried again", journal.reset_transient())
             verdict = _fetch(options, journal, progress, stop)
@@ -95,10 +96,16 @@ def download(
             verdict = verdict or _too_many(totals, options.max_failed_frac)
             return DownloadResult(totals, time.monotonic() - begun, write_listings(journal), verdict)
     except (sqlite3.Error, OSError) as error:
-        free = shutil.disk_usage(options.out).free
         raise DownloadError(
-            f"cannot go on in {options.out}", got=f"{error} ({free} bytes free)", remedy="mend that, and run it again"
+            f"cannot go on in {options.out}", got=f"{error} ({_free(options)})", remedy="mend that, and run it again"
         ) from error
+
+
+def _free(options: DownloadOptions) -> str:
+    try:
+        return f"{shutil.disk_usage(options.out).free} bytes are free"
+    except OSError:
+        return "the folder is gone"
 
 
 def _too_many(totals: Totals, allowed_frac: float, *, stopped: bool = False) -> BudgetError | None:
@@ -175,8 +182,7 @@ class _Run:
 
     def _verdict(self) -> ImnetError | None:
         if self.broken:
-            free = shutil.disk_usage(self.options.out).free
-            remedy = f"{free} bytes are free; free more and run the same command again"
+            remedy = f"{_free(self.options)}; free more and run the same command again"
             return DownloadError(f"cannot store images in {self.options.out}", got=self.broken, remedy=remedy)
         if self.stop():
             return Interrupted("interrupted; what was in hand is finished", remedy="run the same command to go on")
