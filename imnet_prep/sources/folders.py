@@ -1,5 +1,6 @@
 """Folders of images: class folders, flat labelled folders, downloads; one class in memory at a time."""
 
+import json
 import os
 import sqlite3
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ from imnet_prep.sources.base import (
     is_hidden,
     is_image_name,
     make_ref,
+    meta_text,
     printable,
 )
 from imnet_prep.sources.foreign import ENDINGS
@@ -215,7 +217,8 @@ class DownloadFolder(Source):
         try:
             for done in read_finished(self.path):
                 name = done.path.rpartition("/")[2]
-                row = _SEPARATOR.join((name, done.path, str(done.size_bytes), str(done.status), done.url))
+                meta = meta_text(json.loads(done.meta)) if done.meta else ""
+                row = _SEPARATOR.join((name, done.path, str(done.size_bytes), str(done.status), done.url, meta))
                 classes[done.wnid] += row.encode("utf-8", "surrogateescape") + b"\n"
         except DownloadError as error:
             raise SourceError(error.what, expected=error.expected, got=error.got, remedy=error.remedy) from error
@@ -228,11 +231,11 @@ class DownloadFolder(Source):
         for wnid in sorted(classes.keys() | folders.keys()):
             rows = classes[wnid].decode("utf-8", "surrogateescape").split("\n")[:-1]
             known = set[str]()
-            for name, path, size_bytes, status, url in sorted(row.split(_SEPARATOR) for row in rows):
+            for name, path, size_bytes, status, url, meta in sorted(row.split(_SEPARATOR) for row in rows):
                 known.add(path)
                 found = make_ref(self.split, wnid, name, str(self.path / path), 0, int(size_bytes))
                 code = int(status) if status.isdecimal() else None
-                yield replace(found, url=url, status=code) if isinstance(found, ImageRef) else found
+                yield replace(found, url=url, status=code, meta=meta) if isinstance(found, ImageRef) else found
             files = tree.images(folders[wnid], wnid) if wnid in folders else ()
             strangers += [name for file in files if (name := f"{wnid}/{file.name}") not in known]
         yield from (
