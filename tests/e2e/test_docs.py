@@ -21,9 +21,12 @@ from pathlib import Path
 import click
 import pytest
 
+from imnet_prep import catalog
 from imnet_prep.cli.prep import main
+from tests.imnet_prep.sources.test_webdataset import img2dataset
+from tests.imnet_prep.sources.test_zip import kaggle_zip
 from tests.mbv2.weights.test_convert import foreign, random_weights, write
-from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet
+from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet, tar_bytes
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -65,12 +68,30 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
+def make_webdatasets(root: Path) -> None:
+    """Make the tars that the guide to WebDataset names."""
+    names = [wnid for wnid, _ in catalog.synsets()][:2]
+    tars = {"imagenet-1k-wds/t-train-0000": 6, "imagenet-1k-wds/t-validation-00": 2, "my-tars/00000": 6}
+    for number, (tar, count) in enumerate(tars.items()):
+        samples = {}
+        for k in range(count):
+            key = f"{names[k % 2]}_{number}{k}"
+            samples |= {f"{key}.jpg": jpeg(k % 2, 10 * number + k), f"{key}.cls": str(k % 2).encode()}
+        (root / tar).parent.mkdir(exist_ok=True)
+        (root / f"{tar}.tar").write_bytes(tar_bytes(samples))
+    (root / "names.txt").write_text("cat\ndog\n", encoding="utf-8")
+    (root / "img2dataset-output").mkdir()
+    img2dataset(root / "img2dataset-output", 0, 1)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
     """A folder with every input that the pages name, and what README's commands make of them."""
     root = tmp_path_factory.mktemp("world")
     make_image_folder(root / "my-photos", 3, 28, [])
     make_imagenet(root, per_class=12, odd=False)
+    make_webdatasets(root)
+    (root / "imagenet-object-localization-challenge.zip").write_bytes(kaggle_zip(make_imagenet(root / "k", odd=False)))
     (root / "folder").mkdir()
     for name in ("photo.jpg", "folder/a.jpg"):
         (root / name).write_bytes(jpeg(1, 1))

@@ -18,7 +18,7 @@ from imnet_prep.sources import detect, merge, read
 from imnet_prep.sources import zip_directory as directory
 from imnet_prep.types import ImageRef, Reason, Rejected
 from tests.records import prep, run
-from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet
+from tests.synthetic import WNIDS, SyntheticImageNet, jpeg, make_image_folder, make_imagenet
 
 IMAGES = {f"{name}/{k}.jpg": jpeg(label, k, 20, 16) for label, name in enumerate(("cat", "dog")) for k in range(4)}
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
@@ -88,19 +88,28 @@ def test_a_zip_and_its_folder_give_the_same_shards(tmp_path: Path) -> None:
     assert len(manifest.sources[0]["sha256"]) == 64
 
 
+def kaggle_members(made: SyntheticImageNet) -> dict[str, bytes]:
+    """The files of Kaggle's archive, by name."""
+    stored, _ = contents(made.folder)
+    members = {}
+    for name, data in stored.items():
+        split, base = name.partition("/")[0], name.rpartition("/")[2]
+        members[f"ILSVRC/Data/CLS-LOC/{name if split == 'train' else f'{split}/{base}'}"] = data
+    lines = [f"ILSVRC2012_val_{number:08d},{wnid} 1 2 3 4" for number, wnid in made.val_labels.items()]
+    return {**members, "LOC_val_solution.csv": "\n".join(["ImageId,PredictionString", *lines]).encode()}
+
+
+def kaggle_zip(made: SyntheticImageNet) -> bytes:
+    """Kaggle's archive of a small ImageNet."""
+    return zip_bytes(kaggle_members(made))
+
+
 def test_kaggles_zip_finds_its_labels_inside_beside_or_among_the_sources(tmp_path: Path) -> None:
     made = make_imagenet(tmp_path / "official", 3, 2, odd=False)
     stored, _ = contents(made.folder)
-    top, names = "ILSVRC/Data/CLS-LOC", {"val": "ILSVRC2012_val", "test": "ILSVRC2012_test"}
-    members = {
-        f"{top}/{name if name.startswith('train') else split + '/' + base}": data
-        for name, data in stored.items()
-        for split, base in [(name.partition("/")[0], name.rpartition("/")[2])]
-    }
-    assert sum(names["val"] in name for name in members) == 9
-    lines = [f"ILSVRC2012_val_{number:08d},{wnid} 1 2 3 4" for number, wnid in made.val_labels.items()]
-    solution = "\n".join(["ImageId,PredictionString", *lines]).encode()
-    inside = put(tmp_path, zip_bytes({**members, "LOC_val_solution.csv": solution}, STORED), "k1.zip")
+    members = kaggle_members(made)
+    inside = put(tmp_path, zip_bytes(members, STORED), "k1.zip")
+    solution = members.pop("LOC_val_solution.csv")
     without = put(tmp_path, zip_bytes(members), "k2.zip")
     assert contents(inside) == (stored, {})
     assert detect([inside])[0].kind == "kaggle-zip"
