@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,19 @@ def make_fifo(path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("Windows has nothing like it")
     os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    """Make a socket, which no open can read."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has nothing like it")
+    here = os.getcwd()
+    os.chdir(path.parent)  # the path of a socket may have 107 bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(path.name)
+    finally:
+        os.chdir(here)
 
 
 def kill(pid: int) -> None:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from imnet_prep.cli.prep import main
 from imnet_prep.errors import SourceError
 from imnet_prep.sources import detect, merge
 from imnet_prep.types import ImageRef, Progress, Reason, Rejected
-from tests.imnet_prep.obstacles import make_fifo, no_hang, shared_folder, unprivileged
+from tests.imnet_prep.obstacles import make_fifo, make_socket, no_hang, shared_folder, unprivileged
 from tests.synthetic import jpeg, make_image_folder, make_imagenet, make_tiny_imagenet, tar_bytes
 
 
@@ -366,15 +365,8 @@ def test_many_folders_in_one_another_are_read_to_the_end(tmp_path: Path) -> None
 
 
 def _replacements() -> Iterator[Any]:
-    def bound(path: Path) -> None:
-        here = os.getcwd()
-        os.chdir(path.parent)  # the name of a socket may have 107 bytes
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.bind(path.name)
-        os.chdir(here)
-
     yield pytest.param(make_fifo, id="fifo")
-    yield pytest.param(bound, id="socket")
+    yield pytest.param(make_socket, id="socket")
     yield pytest.param(lambda path: path.symlink_to("/dev/zero"), id="device")
     yield pytest.param(lambda path: path.mkdir(), id="folder")
     yield pytest.param(lambda path: path.symlink_to("/nowhere"), id="nowhere")

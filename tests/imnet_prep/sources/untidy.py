@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import struct
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from tests.imnet_prep.obstacles import make_fifo
+from tests.imnet_prep.obstacles import make_fifo, make_socket
 from tests.synthetic import devkit_bytes, jpeg, tar_bytes
 
 _CLASSES = ("cat", "dog", "eel", "n01440764", "n01443537", "bus stop", "猫", "v1.0", "Cat")
@@ -195,14 +194,8 @@ class Untidy:
         folder = self._some_folder()
         if not os.path.lexists(folder / "pipe.jpg"):
             make_fifo(folder / "pipe.jpg")
-        with socket.socket(socket.AF_UNIX) as sock:
-            here = os.getcwd()
-            os.chdir(folder)  # the path of a socket may have 107 bytes
-            try:
-                if not os.path.lexists("socket.jpg"):
-                    sock.bind("socket.jpg")
-            finally:
-                os.chdir(here)
+        if not os.path.lexists(folder / "socket.jpg"):
+            make_socket(folder / "socket.jpg")
 
     def _empty(self) -> None:
         folder = self._some_folder()
