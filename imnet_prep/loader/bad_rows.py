@@ -76,5 +76,6 @@ class BadRows:
             f"split {self._split!r} has more bad records than may be skipped",
             expected=f"at most {self.most} of {self._images}",
             got=f"{len(found)}: {', '.join(names)}{more}",
-            remedy="restore the shards; `imnet-prep verify --level decode` lists what is damaged",
+            remedy="restore the shards (`imnet-prep verify --level decode` lists what is damaged), or allow more: "
+            "max_skipped=, or mbv2 train --on-bad-record N",
         )
