@@ -26,6 +26,7 @@ from imnet_prep.sources.classes import numbered_note
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.parquet_rows import BLOB, LISTED, START, extract, holds_images
 from imnet_prep.sources.staging import Place, Reading, Staged, Staging, fingerprint, shown, write
+from imnet_prep.sources.tree import has_image
 from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _FORMAT = 1  # of what is staged
@@ -351,6 +352,8 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
                 below.append((item, f"{within}{item.name}/", depth + 1))
         if depth < 2 and len(below) <= _MANY_FOLDERS:
             waiting += below
+    if files and not images and has_image(folder):
+        images.append("an image further down")
     if files and images and any(holds_images(path) for _, path in files[:1]):
         raise SourceError(
             f"{folder} holds Parquet files and images",

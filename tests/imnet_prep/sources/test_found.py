@@ -390,3 +390,17 @@ def test_files_replaced_after_they_were_listed_are_rejected_and_never_waited_for
         result = convert([root], tmp_path / "out", None, PlanOptions(), options, listed, lambda: False)
     split = result.manifest.splits["train"]
     assert (split.images, split.rejected) == (15, {"unreadable": 5})
+
+
+def test_a_parquet_file_beside_images_hides_none_of_them(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    root = make_image_folder(tmp_path / "x" / "photos", ["cat", "dog"], 1)
+    for table in ({"label": [1, 2]}, {"image": [jpeg(), jpeg(1)], "label": ["a", "b"]}):
+        parquet.write_table(pyarrow.table(table), tmp_path / "x" / "data.parquet")
+        if "image" in table:
+            with pytest.raises(SourceError, match="holds Parquet files and images"):
+                detect([tmp_path / "x"])
+        else:
+            assert found(tmp_path / "x") == found(root)
+            assert "not read (data.parquet)" in notes(tmp_path / "x")
