@@ -154,7 +154,8 @@ def score_batches(
         for observe in observers:
             observe(batch, logits)
         if progress:
-            progress(Progress(images, total, note=f"top-1 {correct1 / images:.4f}"))
+            done = min(total, images * runtime().ranks)  # ranks score as many images each, but for the last batch
+            progress(Progress(done, total, note=f"top-1 {correct1 / images:.4f}"))
     scores = reduce(Scores(images, correct1, correct5, loss / max(1, images), confusion))
     if not total - left_out() <= scores.images <= total:
         raise TrainError("evaluation did not see every image", expected=f"{total} images", got=f"{scores.images}")

@@ -213,6 +213,7 @@ class _Run:
                     self._tell(row)
             if self._stopping(result[0]):
                 self._save_last()
+                wait_for_all()  # msrun kills the others when a rank ends, and the first may still be writing
                 total = self.steps_per_epoch * self.recipe.epochs
                 remedy = "go on with --resume"
                 raise Interrupted(f"stopped after step {position.step} of {total}, saved", remedy=remedy)

@@ -56,9 +56,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def options(records: Path, out: Path, pretrained: Path, batch: int, *, resume: bool = False) -> RunOptions:
+WHOLE = replace(RECIPE, freeze="none", dropout=0, ema_decay=0.9, clip_norm=1, accumulate_steps=2, schedule="constant")
+
+
+def options(
+    records: Path, out: Path, pretrained: Path, batch: int, *, resume: bool = False, recipe: Recipe = RECIPE
+) -> RunOptions:
     """Return the run, for one process or as one of two."""
-    recipe = replace(RECIPE, batch_size=batch)
+    recipe = replace(recipe, batch_size=batch)
     return RunOptions(records, out, recipe, save_every=3, log_every=1, resume=resume, pretrained=pretrained)
 
 
@@ -74,12 +79,17 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_two_ranks(out: Path, *arguments: str | Path) -> int:
     """Run this module under msrun; give its exit code."""
+    return under_msrun(Path(f"{out}-log"), "-m", "tests.mbv2.training.test_ranks", out, *arguments)
+
+
+def under_msrun(log: Path, *arguments: str | Path) -> int:
+    """Run Python on two ranks; give msrun's exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     binaries = Path(sys.executable).parent
     command = [binaries / "msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
-    command += [f"--log_dir={out}-log", "python", "-m", "tests.mbv2.training.test_ranks", out, *arguments]
+    command += [f"--log_dir={log}", "python", *arguments]
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
     environment["MS_NODE_TIMEOUT"] = "10"  # seconds until msrun misses a rank that was killed; 30 by itself
     return subprocess.run(
@@ -146,11 +156,59 @@ def test_two_ranks_killed_stopped_and_resumed_end_in_the_same_bits(
     assert losses(two) == losses(out)
 
 
+@pytest.mark.slow
+def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
+    records: Path, start: Path, tmp_path: Path
+) -> None:
+    """Two ranks that add up two steps have the gradients of one that adds up four, BatchNorm's own batches included.
+
+    The moving statistics move once a step, so they are others.
+    """
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert on_two_ranks(two, records, start, "whole") == 0
+    run = options(records, one, start, GLOBAL_BATCH // 2, recipe=replace(WHOLE, accumulate_steps=4))
+    train(run)
+    pairs = np.array(losses(one)).reshape(-1, 2).mean(1)
+    np.testing.assert_allclose(losses(two), pairs, rtol=1e-4)
+    first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
+    assert first.keys() == second.keys()
+    compared = [name for name in first if "moving_" not in name and not name.startswith("accumulated.")]
+    assert len([name for name in compared if name.startswith("ema.")]) > 100
+    for name in compared:
+        assert np.abs(second[name] - first[name]).max() <= 1e-4 * max(1.0, float(np.abs(first[name]).max())), name
+
+
+@pytest.mark.slow
+def test_two_ranks_print_one_score(records: Path, two: Path, tmp_path: Path) -> None:
+    arguments = ["-m", "mbv2", "eval", "--records", records, "--checkpoint", two / "best.ckpt", "--json"]
+    assert under_msrun(tmp_path / "log", *arguments) == 0
+    printed = "".join((tmp_path / "log" / f"worker_{rank}.log").read_text() for rank in (0, 1))
+    scores = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert [score["images"] for score in scores] == [45]
+    assert scores[0]["top1"] == max(row.val_top1 or 0 for row in read_metrics(two))
+
+
+PRINT_EXIT = "import subprocess, sys; print('exit', subprocess.run([sys.executable, *sys.argv[1:]]).returncode)"
+
+
+@pytest.mark.slow
+def test_ranks_that_are_stopped_exit_with_130_each(records: Path, start: Path, tmp_path: Path) -> None:
+    """SIGINT to one of them, as msrun itself passes none on."""
+    run = ["-m", "tests.mbv2.training.test_ranks", tmp_path / "run", records, start, "SIGINT", "6"]
+    assert under_msrun(tmp_path / "log", "-c", PRINT_EXIT, *run) == 0
+    for rank in (0, 1):
+        printed = (tmp_path / "log" / f"worker_{rank}.log").read_text()
+        assert "Traceback" not in printed
+        assert printed.splitlines().count("error: stopped after step 7 of 10, saved; go on with --resume") == 1
+        assert printed.splitlines()[-1] == "exit 130"
+
+
 @guard
 def main() -> None:
-    """Train as one rank: OUT RECORDS PRETRAINED [SIGNAL STEP] [resume]; SIGINT goes to rank 1 alone."""
+    """Train as one rank: OUT RECORDS PRETRAINED [SIGNAL STEP] [resume] [whole]; SIGINT goes to rank 1 alone."""
     out, records, pretrained, *rest = sys.argv[1:]
     resume = "resume" in rest
+    recipe = WHOLE if "whole" in rest else RECIPE
     name, step = (rest[0], int(rest[1])) if len(rest) > 1 else ("SIGTERM", -1)
 
     def progress(state: Progress) -> None:
@@ -159,7 +217,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.Signals[name])
 
     with stop_requested() as stop:
-        run = options(Path(records), Path(out), Path(pretrained), GLOBAL_BATCH // 2, resume=resume)
+        run = options(Path(records), Path(out), Path(pretrained), GLOBAL_BATCH // 2, resume=resume, recipe=recipe)
         train(run, stop=stop, progress=progress)
 
 
