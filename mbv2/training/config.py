@@ -42,7 +42,7 @@ def write_config(options: RunOptions, data: RunData, learner: "Learner", identit
         "pretrained_weights_sha256": identity["pretrained"],
         "records_manifest_sha256": data.digest,
         "steps_per_epoch": data.train.steps_per_epoch,
-        "decode_threads": getattr(data.train, "workers", None),  # nothing follows from it
+        "decode_threads": data.loaders["train"].workers if data.loaders else None,  # changes nothing
         "computed_with": computed_with,
         "versions": versions(),
     }
