@@ -1,8 +1,8 @@
 """Recipes: by name, from a file, with overrides; anything unknown is refused with the choices."""
 
-from __future__ import annotations
-
 import dataclasses
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,31 @@ def test_assignment_without_equals_is_refused() -> None:
         parse_assignments(["epochs"])
 
 
-def test_every_field_is_documented() -> None:
+def documented(field: dataclasses.Field[Any]) -> str:
+    """Return the row of a field in the table of ``docs/recipes.md``, from its declaration and the class's docstring."""
     assert Recipe.__doc__ is not None
-    for field in dataclasses.fields(Recipe):
-        assert f"        {field.name}: " in Recipe.__doc__
+    found = re.search(rf"^ {{8}}{field.name}: ((?:.+\n)(?: {{12}}.+\n)*)", Recipe.__doc__, re.MULTILINE)
+    assert found is not None, f"{field.name} is not documented"
+    meaning = " ".join(found[1].split()).replace("``", "`")
+    values, default, limits = "", field.default, field.metadata
+    if "choices" in limits:
+        values = ", ".join(f"`{choice}`" for choice in limits["choices"])
+    elif "low" in limits:
+        opened = "below " if limits["end"] == ")" else ""
+        values = (
+            f"{limits['low']:g} to {opened}{limits['high']:g}"
+            if limits["high"] < math.inf
+            else f"{limits['low']:g} or more"
+        )
+    elif field.type is bool:
+        values, default = "`true`, `false`", str(default).lower()
+    return f"| `{field.name}` | {f'`{default}`' if default != '' else ''} | {values} | {meaning} |"
+
+
+def test_the_table_of_fields_is_the_recipe_s() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `") and line.count(" | ") == 3]
+    assert rows == [documented(field) for field in dataclasses.fields(Recipe)]
 
 
 @pytest.mark.parametrize("field", ["save_every", "log_every"])
