@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -41,14 +42,43 @@ def by_class(names: set[str]) -> Counter[str]:
     return Counter(name.split("/")[0] for name in names)
 
 
-def test_each_class_gives_about_the_fraction(tmp_path: Path) -> None:
-    sizes = {"a": 1000, "b": 1000, "c": 300}
-    got = members(plan(tmp_path, refs(sizes), 0.2))
-    held = by_class(got["val"])
-    assert not got["val"] & got["train"]
-    assert len(got["val"]) + len(got["train"]) == 2300
-    for name, images in sizes.items():
-        assert abs(held[name] - images / 5) < 4 * (images * 0.16) ** 0.5  # four standard deviations
+def test_each_class_of_numbered_images_gives_the_fraction(tmp_path: Path) -> None:
+    sizes = {"a": 1000, "b": 500, "c": 300, "d": 50, "e": 10, "n01440764": 24}
+    for seed, fraction in enumerate((0.05, 0.1, 0.2, 0.25, 0.5)):
+        got = members(plan(tmp_path, refs(sizes, start=seed * 100), fraction, seed=seed))
+        held = by_class(got["val"])
+        assert not got["val"] & got["train"]
+        assert len(got["val"]) + len(got["train"]) == sum(sizes.values())
+        assert all(abs(held[name] - images * fraction) <= 3 for name, images in sizes.items())
+
+
+def test_each_class_of_other_names_gives_about_the_fraction(tmp_path: Path) -> None:
+    words = [hashlib.sha256(f"{k}".encode()).hexdigest() for k in range(4000)]
+    for k, names in enumerate((words, ["".join(c for c in word if c.isalpha()) for word in words])):
+        items = [ImageRef("train", "a", f"a/{name}.jpg", f"/x/{name}", 0, 100) for name in names]
+        got = members(plan(tmp_path, items, 0.2, seed=k))
+        assert abs(len(got["val"]) - 800) < 4 * (4000 * 0.16) ** 0.5  # four standard deviations
+
+
+def test_names_of_every_kind_can_be_divided(tmp_path: Path) -> None:
+    names = [
+        "9" * 5000,
+        "0",
+        "٣",
+        "a.b/c.1.jpg",
+        "no suffix",
+        ".1",
+        "x.jp2",
+        "x1.jp2",
+        "猫 12.jpg",
+        "-1.jpg",
+        "1\u0085.jpg",
+    ]
+    items = [ImageRef("train", "a", f"a/{name}", f"/x/{k}", 0, 100) for k, name in enumerate(names)]
+    got = members(plan(tmp_path, items, 0.5))
+    assert got["val"] | got["train"] == {item.file_name for item in items}
+    first = {plan(tmp_path, items, 0.5, seed=seed).splits["val"].images for seed in range(20)}
+    assert len(first) > 3
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 0.5, 0.99])
@@ -94,6 +124,7 @@ def test_it_is_independent_of_the_order_of_the_shards(tmp_path: Path) -> None:
     order = [ref.file_name for ref in shard_refs(made.database, 1, 2001)]
     held = members(plan(tmp_path, items, 0.2))["val"]
     assert 150 < sum(name in held for name in order[:1000]) < 250
+    assert 150 < sum(int(name[2:-4]) % 2 for name in held) < 250
 
 
 def test_other_subsets_come_after_it(tmp_path: Path) -> None:
