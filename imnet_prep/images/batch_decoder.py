@@ -17,12 +17,12 @@ from PIL import Image
 
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.decode import PILLOW_FAULTS
+from imnet_prep.images.formats import MAX_PIXELS, refuse_bomb
 from imnet_prep.images.jpeg import jpeg_size
 from imnet_prep.images.native import MESSAGE_BYTES, decoder_status, function
 from imnet_prep.types import ImageFault, Reason
 
 SOI = b"\xff\xd8"  # how a JPEG begins
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, a quarter of 2**32 / 6
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -59,7 +59,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """Read width and height from the header of an image of any format that Pillow knows.
 
     Raises:
-        ImageFault: It is no image, or has more than :data:`MAX_PIXELS` pixels.
+        ImageFault: It is no image, or has more pixels than conversion takes.
     """
     size = jpeg_size(data)
     if size is None:
@@ -70,8 +70,7 @@ def image_size(data: bytes) -> tuple[int, int]:
                     size = picture.size
         except PILLOW_FAULTS as error:
             raise ImageFault(Reason.NOT_AN_IMAGE, f"no image header: {error}") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ImageFault(Reason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]} pixels, more than the {MAX_PIXELS} allowed")
+    refuse_bomb(*size, MAX_PIXELS)
     return size
 
 

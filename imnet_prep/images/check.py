@@ -15,7 +15,7 @@ from typing import Literal
 from imnet_prep.errors import PlanError
 from imnet_prep.images.decode import Pixels, decode_cmyk_jpeg, decode_jpeg, decode_other
 from imnet_prep.images.encode import encode_jpeg, orient, short_side_size, shrink, to_grey
-from imnet_prep.images.formats import MAX_JPEG_SIDE, refuse_bomb, sniff
+from imnet_prep.images.formats import MAX_JPEG_SIDE, MAX_PIXELS, refuse_bomb, sniff
 from imnet_prep.images.jpeg import JpegInfo, read_markers, without_oddities
 from imnet_prep.images.native import clean_end, decode_shrunk
 from imnet_prep.types import Change, ImageFault, RawImage, Reason, Rejected, Sample
@@ -34,13 +34,13 @@ class ValidateOptions:
     Attributes:
         short_side: Shrink larger images to this many pixels on the short side; None stores them as they are.
         quality: JPEG quality of shrunk images, 1 to 100. 90 costs about a quarter of the original's bytes at 256.
-        max_pixels: More pixels than these, by the header, are a bomb. ImageNet's largest image has 25 million or so.
+        max_pixels: More pixels than these, by the header, are a bomb.
         max_bytes: A stored image may have this many bytes at most, for a row must fit in a page.
     """
 
     short_side: int | None = None
     quality: int = 90
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
     max_bytes: int = 1 << 25
 
     def __post_init__(self) -> None:

@@ -53,6 +53,9 @@ def sniff(data: bytes) -> str:
     raise ImageFault(Reason.NOT_AN_IMAGE, f"looks like {looks}" if looks else f"begins with {data[:8].hex(' ')}")
 
 
+MAX_PIXELS = 100_000_000  # more by the header are a decompression bomb; ImageNet's largest image has about 25 million
+
+
 def refuse_bomb(width: int, height: int, max_pixels: int) -> None:
     """Raise an :class:`ImageFault` for more pixels than ``max_pixels``, or more on a side than a JPEG can hold."""
     if width * height > max_pixels:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.images.batch_decoder import MAX_PIXELS, SOI, Faults, NativeDecoder, PortableDecoder
+from imnet_prep.images.batch_decoder import SOI, Faults, NativeDecoder, PortableDecoder
+from imnet_prep.images.formats import MAX_PIXELS
 from imnet_prep.images.native import decoder_status
 from imnet_prep.loader.augment import MEAN_COLOUR, erase_boxes, eval_geometry, train_geometry
 from imnet_prep.loader.colour import augment_colours

@@ -105,6 +105,8 @@ bool Handle::Start(const Request& request) {
   if (request.size_bytes < 2 || request.data[0] != 0xFF || request.data[1] != 0xD8) return false;
   jpeg_mem_src(&info_, request.data, static_cast<unsigned long>(request.size_bytes));
   jpeg_read_header(&info_, TRUE);
+  // Such images the entropy decoder does not take, and starting to decompress them decodes them whole.
+  if (jpeg_has_multiple_scans(&info_) || info_.arith_code) return false;
   if (info_.data_precision != 8 || info_.num_components != request.channels || !imnet::KnownSampling(info_)) return false;
   if (info_.jpeg_color_space != (request.channels == 1 ? JCS_GRAYSCALE : JCS_YCbCr)) return false;
   info_.out_color_space = request.channels == 1 ? JCS_GRAYSCALE : JCS_EXT_BGR;

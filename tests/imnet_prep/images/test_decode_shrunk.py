@@ -94,6 +94,11 @@ def test_rare_samplings_are_left_to_opencv(name: str) -> None:
     assert not both(data, 24)
 
 
+def test_progressive_images_are_left_to_opencv() -> None:
+    assert not both(jpeg(progressive=True), 24)
+    assert not both(jpeg(progressive=True), 24, 2)
+
+
 def test_tables_of_one_image_do_not_serve_the_next() -> None:
     """libjpeg keeps tables between images; a file without its own must not be read with another's."""
     whole = jpeg(0, 0)

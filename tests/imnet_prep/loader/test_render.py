@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from imnet_prep.images.batch_decoder import MAX_PIXELS, PortableDecoder
+from imnet_prep.images.batch_decoder import PortableDecoder
+from imnet_prep.images.formats import MAX_PIXELS
 from imnet_prep.loader.options import EvalOptions, Options, TrainOptions
 from imnet_prep.loader.render import choose_decoder, render
 from tests.synthetic import encode, picture
