@@ -7,6 +7,7 @@ for the test's own server, one small epoch for training, one second for a benchm
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
 import shutil
@@ -23,9 +24,12 @@ import pytest
 
 from imnet_prep import catalog
 from imnet_prep.cli.prep import main
+from tests.imnet_prep.sources.parquets import Row, write_parquet
+from tests.imnet_prep.sources.test_parquet import hub_words
 from tests.imnet_prep.sources.test_webdataset import img2dataset
 from tests.imnet_prep.sources.test_zip import kaggle_zip
 from tests.mbv2.weights.test_convert import foreign, random_weights, write
+from tests.s3 import put, s3_server
 from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet, tar_bytes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,14 +88,37 @@ def make_webdatasets(root: Path) -> None:
     img2dataset(root / "img2dataset-output", 0, 1)
 
 
+def make_hub(root: Path) -> dict[str, bytes]:
+    """Make the Parquet files that the guide to Hugging Face names, and return them by path."""
+    train: list[Row] = [("", f"{WNIDS[k % 2]}_{k}_{WNIDS[k % 2]}.JPEG", jpeg(k % 2, k)) for k in range(24)]
+    val: list[Row] = [("", f"ILSVRC2012_val_0000000{k}_{WNIDS[k % 2]}.JPEG", jpeg(k % 2, 90 + k)) for k in range(4)]
+    for split, rows in (("train", train), ("validation", val)):
+        path = root / "imagenet-1k" / "data" / f"{split}-00000-of-00001.parquet"
+        write_parquet(path, rows, hub_words(), labels=[k % 2 for k in range(len(rows))])
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in (root / "imagenet-1k").rglob("*.parquet")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket() -> Iterator[str]:
+    """The address of an S3 server, which all commands use."""
+    with s3_server() as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, address: str, bucket: str) -> Path:
     """A folder with every input that the pages name, and what README's commands make of them."""
     root = tmp_path_factory.mktemp("world")
     make_image_folder(root / "my-photos", 3, 28, [])
     make_imagenet(root, per_class=12, odd=False)
     make_webdatasets(root)
+    photos = {path.relative_to(root).as_posix(): path.read_bytes() for path in (root / "my-photos").rglob("*.jpg")}
+    put(bucket, "my-bucket", {"photos.tar.gz": gzip.compress(tar_bytes(photos)), **make_hub(root)})
     (root / "imagenet-object-localization-challenge.zip").write_bytes(kaggle_zip(make_imagenet(root / "k", odd=False)))
+    for number in (0, 2, 6):  # the weights below have seven classes
+        folder = root / "imagenetv2-matched-frequency-format-val" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "0.jpeg").write_bytes(jpeg(number, number))
     (root / "folder").mkdir()
     for name in ("photo.jpg", "folder/a.jpg"):
         (root / name).write_bytes(jpeg(1, 1))
