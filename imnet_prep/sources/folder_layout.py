@@ -9,7 +9,7 @@ from pathlib import Path
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.sources.archives import Devkit, TarFolder
-from imnet_prep.sources.base import Source
+from imnet_prep.sources.base import Source, printable
 from imnet_prep.sources.folders import (
     ClassFolders,
     DownloadFolder,
@@ -88,7 +88,7 @@ def _folders(path: Path) -> list[Path]:
 
 def _tiny(path: Path, split: str) -> Source:
     parts: list[Part] = [ClassFolders("train", path / "train", below="images/")]
-    if (path / "val" / "images").is_dir():
+    if (path / "val" / "images").is_dir() and has_image(path / "val" / "images"):
         parts.append(_tiny_val(path / "val"))
     elif (path / "val").is_dir():
         parts.append(ClassFolders("val", path / "val"))
@@ -260,8 +260,7 @@ def _inside(path: Path, folder: Path, first: str, sources: list[Source]) -> list
         )
     for source in sources:
         if isinstance(source, FolderSource):
-            seen = (
-                f"{path.resolve().name}: everything is in {folder.name}, whose folders are taken as splits or classes"
-            )
+            name, only = printable(path.resolve().name), printable(folder.name)
+            seen = f"{name}: everything is in {only}, whose folders are taken as splits or classes"
             source.remarks += (seen, *archives_note(path))
     return sources

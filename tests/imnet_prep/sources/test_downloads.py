@@ -1,4 +1,4 @@
-"""A download folder gives what its journal lists as finished, and nothing else."""
+"""A download folder gives what its journal lists as finished, and names everything else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from imnet_prep.download.journal import FAILED, OK, PENDING, Journal
 from imnet_prep.errors import SourceError
 from imnet_prep.sources import detect, read
-from imnet_prep.types import ImageRef, RawImage
+from imnet_prep.types import ImageRef, RawImage, Reason, Rejected
 from tests.synthetic import jpeg
 
 
@@ -50,6 +50,22 @@ def test_finished_images_come_in_order_with_their_url(tmp_path: Path) -> None:
         assert ref.url == f"http://example.org/{ref.file_name[4:-4]}?a=1"
         assert (ref.status, ref.split) == (200, "train")
     assert source.info()["images"] == 3
+
+
+def test_images_that_the_journal_does_not_know_are_rejected_and_lost_ones_too(tmp_path: Path) -> None:
+    wanted = _download(tmp_path / "got")
+    for stray in ("top.jpg", "n02/deep/1.png", "cats/1.jpg"):
+        (tmp_path / "got" / stray).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "got" / stray).write_bytes(jpeg())
+    (tmp_path / "got" / ".incoming").mkdir(exist_ok=True)
+    (tmp_path / "got" / ".incoming" / "half.jpg").write_bytes(jpeg())
+    (tmp_path / "got" / "n02" / "a.jpg").unlink()
+    found = list(detect([tmp_path / "got"])[0].refs())
+    bad = {item.file_name: item.reason for item in found if isinstance(item, Rejected)}
+    assert bad == dict.fromkeys(["cats/1.jpg", "n01/stray.jpg", "n02/deep/1.png", "top.jpg"], Reason.UNLABELLED)
+    got = [read(item) for item in found if isinstance(item, ImageRef)]
+    assert [item.file_name for item in got if isinstance(item, Rejected)] == ["n02/a.jpg"]
+    assert len(got) == len(wanted)
 
 
 def test_the_split_can_be_named(tmp_path: Path) -> None:

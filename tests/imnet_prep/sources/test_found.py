@@ -198,6 +198,17 @@ def test_strays_in_tiny_imagenet(tmp_path: Path) -> None:
         found(root)
 
 
+def test_tiny_imagenet_with_class_folders_in_val(tmp_path: Path) -> None:
+    root = make_tiny_imagenet(tmp_path / "tiny", val_per_class=2)
+    wanted = len(found(root)[0])
+    for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+        name, wnid = line.split("\t")[:2]
+        (root / "val" / wnid).mkdir(exist_ok=True)
+        (root / "val" / "images" / name).rename(root / "val" / wnid / name)
+    good, bad = found(root)
+    assert (len(good), bad) == (wanted, {})
+
+
 def test_strays_in_a_flat_validation_folder(tmp_path: Path) -> None:
     made = make_imagenet(tmp_path / "tars", classes=2, odd=False)
     for number in made.val_labels:
