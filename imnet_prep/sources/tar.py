@@ -91,13 +91,14 @@ def walk(
         name, fault, resume = "", "", at + BLOCK
         if header == _ZERO:
             resume = _zeros_end(file, at, end)
-            if resume == end and not extra and _is_padding(end - at, end - first):
+            if resume == end and not extra and at > first and _is_padding(end - at, end - first):
                 return
             if not extra and _is_joint(file, at, resume, first, end):
                 at = first = resume
                 common = _Extra()
                 continue
-            fault = f"{resume - at} zero bytes" + (", more than end an archive" if resume == end else "")
+            more = ", and no member" if at == first else ", more than end an archive" if resume == end else ""
+            fault = f"{resume - at} zero bytes{more}"
         elif not is_header(header):
             fault = "no tar header"
         else:
