@@ -133,7 +133,7 @@ def _fraction(text: str) -> float:
 @click.option("--quality", default=90, help="JPEG quality with --short-side.")
 @click.option("--duplicates", default="keep", metavar="keep|reject", help="What to do with identical files.")
 @click.option("--max-rejected", default="1%", metavar="N|P%", help="Fail (exit 3) above this many rejections.")
-@click.option("--salvage", is_flag=True, help="Convert the rest of a damaged archive, and say what is skipped.")
+@click.option("--salvage", is_flag=True, help="Convert the rest of a damaged tar, and say what is skipped.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Start over if the plan differs; replace a finished folder at the end.")
 @click.option("--executor", default="local", metavar="local|dask", help="Where the work is done.")
