@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,27 @@ def call(name: str, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDA
         raise TrainError(_library().mbv2_last_error().decode())
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise an operator's own message where MindSpore, which ran it, says only that it failed.
+
+    Raises:
+        TrainError: An operator refused its inputs or ran out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        why = _library().mbv2_take_error().decode() if available() else ""
+        if not why:
+            raise
+        raise TrainError(f"operator {why}", remedy=f"{ENVIRONMENT}=standard does without these operators") from error
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.mbv2_last_error.restype = ctypes.c_char_p
+    library.mbv2_take_error.restype = ctypes.c_char_p
     library.mbv2_instruction_set.restype = ctypes.c_char_p
     wanted, chosen = os.environ.get(ISA_ENVIRONMENT), library.mbv2_instruction_set().decode()
     if wanted and wanted != chosen:

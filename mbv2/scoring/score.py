@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Progress, ProgressCallback
 from mbv2.data import AnyBatch, batch_inputs, fill_rows
+from mbv2.kernels import explained
 from mbv2.runtime import runtime
 from mbv2.training.ranks import sum_counts, sum_floats
 
@@ -177,7 +178,8 @@ def network_predict(net: Any) -> Predict:
     import mindspore as ms
 
     def predict(inputs: NDArray[Any]) -> NDArray[np.float32]:
-        outputs: NDArray[np.float32] = net(ms.Tensor(inputs)).asnumpy()
+        with explained():
+            outputs: NDArray[np.float32] = net(ms.Tensor(inputs)).asnumpy()
         return outputs
 
     return predict

@@ -1,5 +1,6 @@
 """The networks of a run and its compiled graphs: train on a batch, predict, and list what is saved."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import mindspore as ms
 import numpy as np
 
 from imnet_prep.types import Batch
-from mbv2.data import AnyBatch, batch_inputs
+from mbv2.data import AnyBatch, RunData, batch_inputs
 from mbv2.network.model import MobileNetV2
 from mbv2.runtime import runtime
-from mbv2.scoring.score import Predict, network_predict
+from mbv2.scoring.score import Predict, Scores, network_predict, score_batches, sum_over_ranks
 from mbv2.training.optimizer import step_controls
 from mbv2.training.options import RunOptions
+from mbv2.training.ranks import sum_floats
 from mbv2.training.step import ApplyAccumulated, Head, TrainStep, dropout_mask
 from mbv2.weights.checkpoint import AVERAGE_PREFIX, Checkpoint, Tensors, load_parameters, parameter_tensors
 from mbv2.weights.pretrained import load_pretrained, load_teacher, network_config
@@ -98,16 +100,31 @@ class Learner:
         return result, self._apply_accumulated(ms.Tensor(controls))
 
     def predict(self, *, live: bool = False) -> Predict:
-        """Return what evaluation runs: the averaged weights where there are any, or the live ones. It stays in
-        evaluation mode.
-        """
+        """Return what is scored: the averaged weights where there are any, or the live ones, in evaluation mode."""
         net = self.net if live or self.average is None else self.average
         net.set_train(False)
         return network_predict(Head(net) if self.head_only else net)
 
-    def resume_training(self) -> None:
-        """Leave evaluation mode."""
-        self.net.set_train(True)
+    def evaluate(self, data: RunData, *, live: bool, stop: Callable[[], bool]) -> Scores:
+        """Score the averaged weights or the live ones, see :meth:`predict`, on the validation split.
+
+        Raises:
+            Interrupted: ``stop`` said so.
+        """
+        assert data.val is not None
+        try:
+            return score_batches(
+                self.predict(live=live),
+                data.val.epoch(0),
+                classes=self.config.classes,
+                batch_size=self.recipe.batch_size,
+                total=data.val_images,
+                left_out=lambda: data.left_out(sum_floats),
+                reduce=sum_over_ranks,
+                stop=stop,
+            )
+        finally:
+            self.net.set_train(True)
 
     def state(self) -> list[Any]:
         """List every parameter of ``last.ckpt``."""

@@ -12,7 +12,8 @@ from typing import Any
 from imnet_prep.errors import TrainError
 from imnet_prep.types import Progress
 from mbv2.recipe import Recipe
-from mbv2.training.logs import StepRow, verdict
+from mbv2.scoring.score import Scores
+from mbv2.training.logs import EpochRow, StepRow, verdict
 from mbv2.training.state import Position
 
 _logger = logging.getLogger(__name__)
@@ -110,6 +111,20 @@ class StepResults:
             verdict=verdict(wait),
         )
 
+    def epoch_row(self, position: Position, lr: float, scores: Scores | None, live: Scores | None) -> EpochRow:
+        """Return the row of the epoch just finished, and begin to count the next one.
+
+        Args:
+            position: After the epoch.
+            lr: Of its last step.
+            scores: Of the averaged weights where there are any; None where the epoch was not scored.
+            live: Of the live weights, where they are scored too.
+        """
+        loss, pace = position.loss_sum / self.steps_per_epoch, self.epoch_pace
+        position.loss_sum, self.epoch_pace = 0.0, Pace()
+        speed = (pace.images_per_s, pace.data_wait_frac)
+        return EpochRow(position.epoch, position.step, lr, loss, *_cells(scores), *speed, *_cells(live))
+
     def progress(self, position: Position, lr: float) -> Progress:
         """Return where the run stands, in images of all ranks."""
         seen = position.epoch_step - len(self._unread)
@@ -118,3 +133,7 @@ class StepResults:
         note = f"{epoch}{loss}lr {lr:.4g}, waiting for data {self.epoch_pace.data_wait_frac:.1%}"
         total = self.steps_per_epoch * self.recipe.epochs
         return Progress(position.step * self.global_batch, total * self.global_batch, note=note)
+
+
+def _cells(scores: Scores | None) -> tuple[float | None, float | None, float | None]:
+    return (scores.loss, scores.top1, scores.top5) if scores else (None, None, None)

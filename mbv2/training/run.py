@@ -18,9 +18,10 @@ from imnet_prep.files import exclusive_lock
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import ProgressCallback
-from mbv2.data import AnyBatch, RunData, open_run_data
+from mbv2.data import RunData, open_run_data
+from mbv2.kernels import explained
 from mbv2.runtime import runtime, start_mindspore
-from mbv2.scoring.score import Scores, score_batches, sum_over_ranks
+from mbv2.scoring.score import Scores
 from mbv2.show.curves import draw_curves
 from mbv2.training.config import write_config
 from mbv2.training.features import feature_data
@@ -29,7 +30,7 @@ from mbv2.training.options import BEST, CURVES, LAST, LOCK, RunOptions, RunResul
 from mbv2.training.progress import Pace, StepResults
 from mbv2.training.ranks import sum_floats, wait_for_all
 from mbv2.training.schedule import changed_rate, describe_rate, learning_rate
-from mbv2.training.state import RunState, find_last, not_finite, saved_position
+from mbv2.training.state import Position, RunState, find_last, saved_position
 from mbv2.weights.checkpoint import Checkpoint, read_checkpoint
 
 Callback = Callable[[StepRow | EpochRow], None]
@@ -77,9 +78,12 @@ def train(
         last, identity = find_last(options, data, here.ranks)
         wait_for_all()  # no rank writes before all have looked
         if last is not None and saved_position(last).finished(options.recipe):
-            return _finished(options, last)
+            rows, skipped = read_metrics(options.out), [name for name, _ in read_skipped(options.out)]
+            return _result(options, saved_position(last), rows[-1] if rows else Pace(), skipped, already_done=True)
+        _check(options, data, here.ranks)
         gc.collect()  # a graph compiled while an earlier run's cells are collected is compiled a second time
-        return _Run(options, data, last, identity, stop, progress, callback).carry_out()
+        with explained():
+            return _Run(options, data, last, identity, stop, progress, callback).carry_out()
 
 
 @contextmanager
@@ -97,18 +101,27 @@ def _locked(out: Path) -> Iterator[None]:
         raise TrainError(f"cannot write in the run's folder {out}", got=str(error), remedy=remedy) from error
 
 
-def _finished(options: RunOptions, last: Checkpoint) -> RunResult:
-    rows, position = read_metrics(options.out), saved_position(last)
+def _check(options: RunOptions, data: RunData, ranks: int) -> None:
+    """Refuse what a recipe cannot know: the number of ranks, and whether there is a val split."""
+    if options.recipe.freeze == "backbone" and ranks > 1:
+        raise TrainError("freeze=backbone trains on one process", got=f"{ranks}", remedy="start without msrun")
+    if options.recipe.patience and data.val is None:
+        raise TrainError("patience counts evaluations", expected="records with a val split", got="none")
+
+
+def _result(
+    options: RunOptions, position: Position, pace: Pace | EpochRow, skipped: list[str], *, already_done: bool = False
+) -> RunResult:
     return RunResult(
         position.best_top1,
         position.best_top5,
         position.epoch,
-        rows[-1].images_per_s if rows else 0.0,
-        rows[-1].data_wait_frac if rows else 0.0,
+        pace.images_per_s,
+        pace.data_wait_frac,
         options.out / BEST,
-        already_done=True,
+        already_done=already_done,
         stopped_early=position.stopped_early(options.recipe),
-        skipped=tuple(name for name, _ in read_skipped(options.out)),
+        skipped=tuple(skipped),
     )
 
 
@@ -128,9 +141,6 @@ class _Run:
         from mbv2.training.learner import Learner
 
         recipe, here = options.recipe, runtime()
-        if recipe.freeze == "backbone" and here.ranks > 1:
-            remedy = "start without msrun"
-            raise TrainError("freeze=backbone trains on one process", got=f"{here.ranks}", remedy=remedy)
         self.options, self.recipe, self.last = options, recipe, last
         self.stop, self.progress, self.callback = stop, progress, callback
         self.ranks, self.writes = here.ranks, here.rank == 0
@@ -138,48 +148,31 @@ class _Run:
         start = read_checkpoint(options.pretrained) if options.pretrained else None
         if last is not None:
             start = last.without_state()
-        if recipe.patience and data.val is None:
-            raise TrainError("patience counts evaluations", expected="records with a val split", got="none")
         self.learner = Learner(options, data.classes, data.class_counts, start)
         if self.learner.head_only:
             data = feature_data(options, data, self.learner, stop=stop, progress=progress)
-        self.data = data
-        self.steps_per_epoch = data.train.steps_per_epoch
-        self.state = RunState(options, self.learner, identity, data, writes=self.writes, where=self.where)
-        self.results = StepResults(recipe, self.steps_per_epoch, here.ranks, self._not_finite)
+        self.data, self.steps_per_epoch = data, data.train.steps_per_epoch
+        self.state = RunState(options, self.learner, identity, data, writes=self.writes, rate=self.rate)
+        self.results = StepResults(recipe, self.steps_per_epoch, here.ranks, self.state.not_finite)
         self.log: RunLog | None = None
-
-    # --- the loop ------------------------------------------------------------------------------------------------
 
     def carry_out(self) -> RunResult:
         """Train to the run's end."""
-        state, out = self.state, self.options.out
-        if self.last is not None:
-            state.restore(self.last)
+        position, out = self.state.restore(self.last), self.options.out
         if self.writes:
             _logger.info(describe_rate(self.recipe, self.steps_per_epoch, self.global_batch))
-            write_config(self.options, self.data, self.learner, state.identity)
+            write_config(self.options, self.data, self.learner, self.state.identity)
             events, live = self.options.tensorboard, self.recipe.score_live
-            self.log = RunLog(out, state.position.epoch, state.position.step, events=events, live=live)
+            self.log = RunLog(out, position.epoch, position.step, events=events, live=live)
         try:
             if self.last is None or self._goes_on_longer(self.last):
-                state.save_last()
-            while not state.position.finished(self.recipe):
+                self.state.save_last()
+            while not position.finished(self.recipe):
                 self._epoch()
         finally:
             if self.log is not None:
                 self.log.close()
-        position, pace = state.position, self.results.run_pace
-        return RunResult(
-            position.best_top1,
-            position.best_top5,
-            position.epoch,
-            pace.images_per_s,
-            pace.data_wait_frac,
-            out / BEST,
-            stopped_early=position.stopped_early(self.recipe),
-            skipped=tuple(row.file_name for row in self.data.skipped),
-        )
+        return _result(self.options, position, self.results.run_pace, [row.file_name for row in self.data.skipped])
 
     def _epoch(self) -> None:
         position = self.state.position
@@ -191,14 +184,22 @@ class _Run:
         self.data.share_skipped(sum_floats)
         position.epoch, position.epoch_step = position.epoch + 1, 0
         self.state.keep(scores, scored=self.data.val is not None)
-        self._log_epoch(scores, live)
+        row = self.results.epoch_row(position, self.rate(position.step - 1), scores, live)
+        if self.log is not None:
+            self.log.add_epoch(row)
+            self.log.add_skipped(self.data.skipped, row.epoch - 1, row.step)
+            shape = f"width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
+            draw_curves(self.options.out / CURVES, read_metrics(self.options.out), f"{self.recipe.name}: {shape}")
+            self._tell(row)
         self._save_last()
 
     def _train_epoch(self) -> None:
         """Train the rest of the current epoch: nothing, where it was interrupted in its evaluation."""
         position, every = self.state.position, self.options.save_every
+        if position.epoch_step == self.steps_per_epoch:
+            return
         started = time.perf_counter()
-        for batch in self._batches():
+        for batch in self.data.train.epoch(position.epoch, position.epoch_step):
             waited = time.perf_counter()
             lr = self.rate(position.step)
             result = self.learner.train(batch, position.step, lr, stop=self.stop())
@@ -227,12 +228,6 @@ class _Run:
             got = f"{position.epoch_step}"
             raise TrainError("the loader ended early", expected=f"{self.steps_per_epoch} batches an epoch", got=got)
 
-    def _batches(self) -> Iterator[AnyBatch]:
-        position = self.state.position
-        if position.epoch_step == self.steps_per_epoch:
-            return iter(())
-        return self.data.train.epoch(position.epoch, position.epoch_step)
-
     def _stopping(self, result: Any) -> bool:
         """Say whether to leave after this step: with several ranks, as soon as one of them asked, and all together."""
         return self.stop() if self.ranks == 1 else bool(result.asnumpy()[2] > 0)
@@ -241,63 +236,21 @@ class _Run:
         """Return the learning rate of a step (from 0)."""
         return learning_rate(self.recipe, step, self.steps_per_epoch, self.global_batch)
 
-    # --- what is scored, logged and kept -------------------------------------------------------------------------
-
     def _due(self, epoch: int) -> bool:
         return self.data.val is not None and (epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs)
 
     def _evaluate(self, *, live: bool = False) -> Scores:
-        assert self.data.val is not None
         try:
-            return score_batches(
-                self.learner.predict(live=live),
-                self.data.val.epoch(0),
-                classes=self.learner.config.classes,
-                batch_size=self.recipe.batch_size,
-                total=self.data.val_images,
-                left_out=lambda: self.data.left_out(sum_floats),
-                reduce=sum_over_ranks,
-                stop=self.stop if self.ranks == 1 else lambda: False,
-            )
+            return self.learner.evaluate(self.data, live=live, stop=self.stop if self.ranks == 1 else lambda: False)
         except Interrupted as interrupted:
             self._save_last()
             what = f"stopped in the evaluation after step {self.state.position.step}, saved"
             raise Interrupted(what, remedy="go on with --resume") from interrupted
-        finally:
-            self.learner.resume_training()
 
     def _save_last(self) -> None:
         self.data.share_skipped(sum_floats)
         self.results.read_back(self.state.position)
         self.state.save_last()
-
-    def where(self, step: int) -> str:
-        """Name a finished step (from 1) and its learning rate, for errors."""
-        total = self.steps_per_epoch * self.recipe.epochs
-        return f"step {step} of {total} (learning rate {self.rate(max(0, step - 1)):.6g})"
-
-    def _not_finite(self, step: int, got: str) -> TrainError:
-        return not_finite(self.options.out, self.where(step), got)
-
-    def _log_epoch(self, scores: Scores | None, live: Scores | None) -> None:
-        position, pace = self.state.position, self.results.epoch_pace
-        row = EpochRow(
-            position.epoch,
-            position.step,
-            self.rate(position.step - 1),
-            position.loss_sum / self.steps_per_epoch,
-            *_cells(scores),
-            pace.images_per_s,
-            pace.data_wait_frac,
-            *_cells(live),
-        )
-        position.loss_sum, self.results.epoch_pace = 0.0, Pace()
-        if self.log is not None:
-            self.log.add_epoch(row)
-            self.log.add_skipped(self.data.skipped, row.epoch - 1, row.step)
-            shape = f"width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
-            draw_curves(self.options.out / CURVES, read_metrics(self.options.out), f"{self.recipe.name}: {shape}")
-            self._tell(row)
 
     def _tell(self, row: StepRow | EpochRow) -> None:
         """Call the caller's function, and save the run where it raises."""
@@ -318,7 +271,3 @@ class _Run:
         change = changed_rate(old, self.recipe, self.state.position.step, self.steps_per_epoch, self.global_batch)
         _logger.info("%d epochs in place of %d: %s", now, before, change)
         return True
-
-
-def _cells(scores: Scores | None) -> tuple[float | None, float | None, float | None]:
-    return (scores.loss, scores.top1, scores.top5) if scores else (None, None, None)

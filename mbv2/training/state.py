@@ -159,13 +159,6 @@ def _before_they_were_saved(last: Checkpoint, out: Path, want: dict[str, Any]) -
 # --- the checkpoints of a run ----------------------------------------------------------------------------------------
 
 
-def not_finite(out: Path, where: str, got: str) -> TrainError:
-    """Return the error of a run whose loss or weights are not finite; ``where`` names step and learning rate."""
-    remedy = f"{LAST} holds the last good state, step {read_checkpoint(out / LAST).meta.step}; "
-    remedy += "lower --lr or set clip_norm"
-    return TrainError(f"training broke down at {where}", expected="a finite loss", got=got, remedy=remedy)
-
-
 class RunState:
     """The position and the weights of a run, saved to its folder and restored from it.
 
@@ -175,7 +168,7 @@ class RunState:
         identity: From :func:`run_identity`.
         data: Its batches; the bad records that they skipped are part of the state.
         writes: Whether this process writes the folder: the first rank does.
-        where: Names a step of the run and its learning rate, for errors.
+        rate: The learning rate of a step (from 0), for errors.
     """
 
     def __init__(
@@ -186,23 +179,25 @@ class RunState:
         data: RunData,
         *,
         writes: bool,
-        where: Callable[[int], str],
+        rate: Callable[[int], float],
     ) -> None:
         self.options, self.learner, self.identity, self.data = options, learner, identity, data
-        self.writes, self.where = writes, where
+        self.writes, self.rate = writes, rate
         self.position = Position()
 
-    def restore(self, last: Checkpoint) -> None:
-        """Set every parameter and the position from a checkpoint.
+    def restore(self, last: Checkpoint | None) -> Position:
+        """Set every parameter and the position from a checkpoint, where there is one; return the position.
 
         Raises:
             CheckpointError: It is of another network or optimiser.
             PipelineError: The run had skipped more bad records than may be skipped now.
         """
-        load_parameters(self.learner.state(), last.tensors, str(last.path))
-        self.position = saved_position(last)
-        self.data.restore_skipped(last.meta.training.get("skipped", {}))
-        _logger.info("resuming after step %d", self.position.step)
+        if last is not None:
+            load_parameters(self.learner.state(), last.tensors, str(last.path))
+            self.position = saved_position(last)
+            self.data.restore_skipped(last.meta.training.get("skipped", {}))
+            _logger.info("resuming after step %d", self.position.step)
+        return self.position
 
     def save_last(self) -> None:
         """Write ``last.ckpt``: everything that going on needs."""
@@ -236,10 +231,18 @@ class RunState:
             for name in names:
                 self._save(name, self.learner.weights(), self._meta(metrics, {}))
 
+    def not_finite(self, step: int, got: str) -> TrainError:
+        """Return the error of a run whose loss or weights are not finite at a step (from 1)."""
+        total = self.data.train.steps_per_epoch * self.options.recipe.epochs
+        what = f"training broke down at step {step} of {total} (learning rate {self.rate(max(0, step - 1)):.6g})"
+        saved = read_checkpoint(self.options.out / LAST).meta.step
+        remedy = f"{LAST} holds the last good state, step {saved}; lower --lr or set clip_norm"
+        return TrainError(what, expected="a finite loss", got=got, remedy=remedy)
+
     def _save(self, name: str, tensors: Tensors, meta: Meta) -> None:
         for tensor, value in tensors.items():
             if not np.isfinite(value).all():
-                raise not_finite(self.options.out, self.where(self.position.step), f"{tensor} not finite after it")
+                raise self.not_finite(self.position.step, f"{tensor} not finite after it")
         save_checkpoint(self.options.out / name, tensors, meta)
 
     def _meta(self, metrics: dict[str, float], training: dict[str, Any]) -> Meta:

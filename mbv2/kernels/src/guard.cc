@@ -1,8 +1,10 @@
 #include "guard.h"
 
 #include <exception>
+#include <mutex>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "instruction_set.h"
 #include "pool.h"
@@ -11,6 +13,16 @@ namespace mbv2 {
 namespace {
 
 thread_local std::string last_error;
+
+// The same of any thread, for those who called an operator through MindSpore: it runs them on threads of its own.
+std::mutex any_mutex;
+std::string any_error;
+
+int keep(int code, std::string why) {
+  std::lock_guard<std::mutex> lock(any_mutex);
+  any_error = last_error = std::move(why);
+  return code;
+}
 
 }  // namespace
 
@@ -21,14 +33,11 @@ int guarded(void (*body)(Call&), const char* name, int n, void** data, int* ndim
     body(call);
     return 0;
   } catch (const Refused& refused) {
-    last_error = refused.what();
-    return 1;
+    return keep(1, refused.what());
   } catch (const std::bad_alloc&) {
-    last_error = std::string(name) + ": out of memory";
-    return 2;
+    return keep(2, std::string(name) + ": out of memory");
   } catch (const std::exception& error) {  // none may cross the C interface
-    last_error = std::string(name) + ": " + error.what();
-    return 3;
+    return keep(3, std::string(name) + ": " + error.what());
   }
 }
 
@@ -36,6 +45,14 @@ int guarded(void (*body)(Call&), const char* name, int n, void** data, int* ndim
 
 // Why the last call on this thread was refused.
 EXPORT const char* mbv2_last_error() { return mbv2::last_error.c_str(); }
+// Why the last call on any thread was refused, once: then it is empty again.
+EXPORT const char* mbv2_take_error() {
+  static thread_local std::string taken;
+  std::lock_guard<std::mutex> lock(mbv2::any_mutex);
+  taken = std::move(mbv2::any_error);
+  mbv2::any_error.clear();
+  return taken.c_str();
+}
 EXPORT const char* mbv2_instruction_set() { return mbv2::vector_code().name; }
 EXPORT int mbv2_threads() { return mbv2::Pool::instance().size(); }
 // Returns the number of threads, which is smaller than `count` where the system starts no more.

@@ -47,16 +47,27 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for split, count in (("train", 170), ("val", 45)):
         for number in range(count):
-            wnid = WNIDS[number % 3]
+            label = (0, 0, 0, 1, 1, 2)[number % 6]  # other class weights on each rank
+            wnid = WNIDS[label]
             path = folder / "images" / split / wnid / f"{wnid}_{number}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture(number % 3, number)).save(path, quality=90)
+            Image.fromarray(picture(label, number)).save(path, quality=90)
     out = folder / "records"
     convert([folder / "images"], out, None, PlanOptions(), ConvertOptions(workers=1), lambda _: None, lambda: False)
     return out
 
 
-WHOLE = replace(RECIPE, freeze="none", dropout=0, ema_decay=0.9, clip_norm=1, accumulate_steps=2, schedule="constant")
+WHOLE = replace(
+    RECIPE,
+    freeze="none",
+    dropout=0,
+    ema_decay=0.9,
+    clip_norm=1,
+    accumulate_steps=2,
+    schedule="constant",
+    class_weights="balanced",
+    backbone_lr_factor=0.5,
+)
 
 
 def options(
@@ -169,7 +180,7 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
     run = options(records, one, start, GLOBAL_BATCH // 2, recipe=replace(WHOLE, accumulate_steps=4))
     train(run)
     pairs = np.array(losses(one)).reshape(-1, 2).mean(1)
-    np.testing.assert_allclose(losses(two), pairs, rtol=1e-4)
+    np.testing.assert_allclose(losses(two), pairs, rtol=0.05)  # a logged loss is divided by its own step's weights
     first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
     assert first.keys() == second.keys()
     compared = [name for name in first if "moving_" not in name and not name.startswith("accumulated.")]
@@ -180,7 +191,16 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
 
 @pytest.mark.slow
 def test_two_ranks_print_one_score(records: Path, two: Path, tmp_path: Path) -> None:
-    arguments = ["-m", "mbv2", "eval", "--records", records, "--checkpoint", two / "best.ckpt", "--json"]
+    arguments: list[str | Path] = [
+        "-m",
+        "mbv2",
+        "eval",
+        "--records",
+        records,
+        "--checkpoint",
+        two / "best.ckpt",
+        "--json",
+    ]
     assert under_msrun(tmp_path / "log", *arguments) == 0
     printed = "".join((tmp_path / "log" / f"worker_{rank}.log").read_text() for rank in (0, 1))
     scores = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
@@ -194,7 +214,7 @@ PRINT_EXIT = "import subprocess, sys; print('exit', subprocess.run([sys.executab
 @pytest.mark.slow
 def test_ranks_that_are_stopped_exit_with_130_each(records: Path, start: Path, tmp_path: Path) -> None:
     """SIGINT to one of them, as msrun itself passes none on."""
-    run = ["-m", "tests.mbv2.training.test_ranks", tmp_path / "run", records, start, "SIGINT", "6"]
+    run: list[str | Path] = ["-m", "tests.mbv2.training.test_ranks", tmp_path / "run", records, start, "SIGINT", "6"]
     assert under_msrun(tmp_path / "log", "-c", PRINT_EXIT, *run) == 0
     for rank in (0, 1):
         printed = (tmp_path / "log" / f"worker_{rank}.log").read_text()
