@@ -8,7 +8,7 @@ name, so a cache is never stale.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,7 @@ def feature_data(
         return open_set("train", view, lambda: data.train_view(view), data.train_images)
 
     views = tuple(train_view(view) for view in range(1 + recipe.feature_views))
+    _check_views(views, recipe.batch_size)
     balanced = recipe.sampling == "balanced"
     train = FeatureSource(views, recipe.batch_size, training=True, seed=options.seed, balanced=balanced)
     val = None
@@ -94,6 +95,15 @@ def feature_data(
         val = FeatureSource((val_set,), recipe.batch_size, training=False)
     net.set_train(True)
     return replace(data, train=train, val=val)
+
+
+def _check_views(views: Sequence[FeatureSet], batch_size: int) -> None:
+    """Refuse views of different images, or of too few: bad ones were left out, and not each crop shows the damage."""
+    first, remedy = views[0].record_id, "restore the records; `imnet-prep verify --level decode` lists what is damaged"
+    if len(first) < batch_size:
+        raise TrainError("the good images do not fill one batch", got=f"{len(first)} of {batch_size}", remedy=remedy)
+    if not all(np.array_equal(first, view.record_id) for view in views):
+        raise TrainError("some images are bad in one augmented view and good in another", remedy=remedy)
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
@@ -149,9 +159,7 @@ def compute_features(
     done = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        features = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            partial[0], mode="w+", dtype=np.float32, shape=(images, length)
-        )
+        features = _open_array(partial[0], (images, length))
         for batch in batches:
             assert isinstance(batch, Batch)
             end = done + len(batch)
@@ -167,19 +175,26 @@ def compute_features(
         if not images - left_out() <= done <= images:
             raise TrainError("the loader gave another number of images", expected=f"{images}", got=f"{done}")
         features.flush()
-        np.save(partial[1], label[:done])
-        np.save(partial[2], ids[:done])
-        for source, target in zip(reversed(partial), reversed(paths), strict=True):
-            source.replace(target)  # the features last: their presence says that the cache is whole
+        _finish(partial, paths, label[:done], ids[:done])
     except OSError as error:
         raise TrainError(f"cannot keep features in {folder}", got=error.strerror or str(error)) from error
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
-    _logger.info("kept the features of %d images in %s", images, paths[0])
     loaded = load_features(folder, name, done)
     assert loaded is not None
     return loaded
+
+
+def _finish(partial: list[Path], paths: tuple[Path, ...], label: NDArray[np.int32], ids: NDArray[np.uint64]) -> None:
+    np.save(partial[1], label)
+    np.save(partial[2], ids)
+    for source, target in zip(reversed(partial), reversed(paths), strict=True):
+        source.replace(target)  # the features last: their presence says that the cache is whole
+
+
+def _open_array(path: Path, shape: tuple[int, int]) -> Any:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
 
 
 def _paths(folder: Path, name: str) -> tuple[Path, Path, Path]:

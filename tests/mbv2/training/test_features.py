@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Batch
 from mbv2.recipe import Recipe
-from mbv2.training.features import FeatureSet, FeatureSource, cache_key, compute_features, load_features
+from mbv2.training.features import FeatureSet, FeatureSource, _check_views, cache_key, compute_features, load_features
 from mbv2.training.options import RunOptions
 from mbv2.training.run import train
 from mbv2.weights.checkpoint import read_checkpoint
@@ -120,6 +120,15 @@ def test_views_are_drawn_by_epoch_and_stay_with_their_sample() -> None:
             drawn |= {int(value) for value in batch.features[:, 0] // 100}
             assert np.array_equal(batch.features[:, 0] % 100, batch.label)
     assert drawn == {0, 1}
+
+
+def test_views_of_different_images_are_refused() -> None:
+    _check_views((view(0), view(100)), 10)
+    other = FeatureSet(view(0).features[1:], view(0).label[1:], view(0).record_id[1:])
+    with pytest.raises(TrainError, match="bad in one augmented view"):
+        _check_views((view(0), other), 8)
+    with pytest.raises(TrainError, match="got 9 of 10"):
+        _check_views((other,), 10)
 
 
 def test_scoring_takes_every_row_in_order() -> None:
