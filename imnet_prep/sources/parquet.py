@@ -342,7 +342,7 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
         for item in sorted(here.iterdir()):
             if item.name.startswith((".", "_")):
                 continue
-            if item.name.endswith(".parquet"):
+            if item.name.endswith(".parquet") and item.is_file():
                 files.append((within + item.name, item))
             elif item.suffix == ".tar" and not within:
                 return []  # an img2dataset folder

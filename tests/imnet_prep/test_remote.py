@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from imnet_prep.errors import ImnetError, Interrupted, RemoteError, SourceError
 from imnet_prep.types import Progress
 from tests.imnet_prep.sources.parquets import rows_of, write_parquet
 from tests.s3 import KEY, SECRET, put, s3_server
-from tests.synthetic import make_image_folder, make_imagenet, tar_bytes
+from tests.synthetic import jpeg, make_image_folder, make_imagenet, tar_bytes
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -298,3 +299,40 @@ def test_a_source_without_library_is_refused_before_anything_is_written(tmp_path
     with pytest.raises((RemoteError, SourceError), match="gcsfs"):
         run(["gs://bucket/x.tar"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from imnet_prep.cli.prep import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def peak_kib(url: str, out: Path) -> int:
+    """Return the peak memory of the process that converts a source, its workers aside."""
+    command = [sys.executable, "-c", PEAK, "to-mindrecord", url, "--out", str(out), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [pytest.param(400, 2000, marks=pytest.mark.slow), pytest.param(5000, 100_000, marks=pytest.mark.long)],
+)
+@pytest.mark.timeout(1500)
+def test_memory_does_not_grow_with_the_images(tmp_path: Path, s3: str, few: int, many: int) -> None:
+    pictures = [jpeg(number, number, 24, 16) for number in range(50)]
+    peaks = []
+    for count in (few, many):
+        members = {f"c{k % 100:03d}/{k:06d}.jpg": pictures[k % 50] + b"%d" % k for k in range(count)}
+        put(s3, "many", {f"{count}.tar": tar_bytes(members)})
+        peaks.append(peak_kib(f"s3://many/{count}.tar", tmp_path / str(count)))
+    in_flight_kib = 2 * 4 * 8 << 10  # ranges, of which the smaller file has few
+    assert peaks[1] - peaks[0] < in_flight_kib, peaks

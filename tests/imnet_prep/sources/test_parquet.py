@@ -325,6 +325,11 @@ def test_splits_are_named_by_files_or_their_folders(tmp_path: Path) -> None:
     assert set(read_all(shards(tmp_path / "third", "photos.parquet"), "val").splits.values()) == {"val"}
 
 
+def test_a_folder_with_the_name_of_a_file_is_a_folder(tmp_path: Path) -> None:
+    folder = shards(tmp_path, "photos.parquet/part-00000-c000.snappy.parquet", "photos.parquet/_metadata.parquet")
+    assert len(read_all(folder).images) == len(read_all(folder / "photos.parquet").images) == 15
+
+
 def test_one_file_of_a_series_may_be_given(tmp_path: Path) -> None:
     folder = shards(tmp_path, "train-00001-of-00003.parquet")
     assert len(read_all(folder / "train-00001-of-00003.parquet").images) == 15

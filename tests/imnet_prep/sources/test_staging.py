@@ -9,6 +9,9 @@ import json
 import lzma
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +213,24 @@ def test_stopped_it_keeps_what_is_whole(tmp_path: Path) -> None:
     run(paths, tmp_path / "whole")
     first, second = ((tmp_path / name / "manifest.json").read_bytes() for name in ("out", "whole"))
     assert first == second
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_killed_while_it_is_brought_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    path, out = tmp_path / "x.tar.bz2", tmp_path / "out"
+    path.write_bytes(bz2.compress(tar_bytes(MEMBERS | {"noise.bin": os.urandom(4 << 20)})))
+    command = [sys.executable, "-m", "imnet_prep", "to-mindrecord", str(path), "--out", str(out), "--workers", "1"]
+    staged = tmp_path / "out.partial" / ".work" / "staged"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(staged.glob("*/x.tar")):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+    assert not list(staged.glob("*.json"))  # it was not whole
+    subprocess.run(command, check=True, capture_output=True)
+    run([path], tmp_path / "whole")
+    assert (out / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
     assert not (tmp_path / "out.partial").exists()
 
 
