@@ -97,7 +97,10 @@ class RunData:
 
     def skipped_state(self) -> dict[str, list[tuple[int, str]]]:
         """Return the same as what ``last.ckpt`` keeps: position and reason, by split."""
-        return {split: [(row.position, row.reason) for row in one.skipped] for split, one in self.loaders.items()}
+        return {
+            split: sorted((row.position, row.reason) for row in loader.skipped)  # ranks may meet them in another order
+            for split, loader in self.loaders.items()
+        }
 
     def restore_skipped(self, state: Mapping[str, Any]) -> None:
         """Count what an interrupted run had skipped.

@@ -18,6 +18,7 @@ import pytest
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.render import guard, stop_requested
+from imnet_prep.cpu import cpu_count
 from imnet_prep.loader.batches import Batches
 from imnet_prep.types import Progress
 from mbv2.data import open_run_data
@@ -30,6 +31,7 @@ from mbv2.training.ranks import sum_counts, sum_floats
 from mbv2.training.run import train
 from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
 from tests.mbv2.weights.test_convert import random_weights
+from tests.records import spoil_image
 from tests.synthetic import WNIDS, picture
 
 GLOBAL_BATCH, STEPS = 32, 10
@@ -41,7 +43,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps of training images an epoch, and 45 images to score: three batches of 16, the last one short."""
+    """Five steps of training images an epoch, three of them damaged, and 45 images to score in three batches of 16."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("data")
@@ -54,6 +56,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(picture(label, number)).save(path, quality=90)
     out = folder / "records"
     convert([folder / "images"], out, None, PlanOptions(), ConvertOptions(workers=1), lambda _: None, lambda: False)
+    for row in (3, 90, 91):
+        spoil_image(out, 0, row)
     return out
 
 
@@ -141,7 +145,10 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     train(options(records, one, start, GLOBAL_BATCH))
     assert len(losses(one)) == len(losses(two)) == STEPS
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
-    first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
+    last, last_of_two = read_checkpoint(one / "last.ckpt"), read_checkpoint(two / "last.ckpt")
+    assert len(last.meta.training["skipped"]["train"]) == 3
+    assert last_of_two.meta.training["skipped"] == last.meta.training["skipped"]
+    first, second = last.tensors, last_of_two.tensors
     for name, value in first.items():
         assert np.abs(second[name] - value).max() <= 1e-4 * max(1.0, float(np.abs(value).max())), name
     assert [row.val_top1 for row in read_metrics(one)] == [row.val_top1 for row in read_metrics(two)]
@@ -239,6 +246,7 @@ def main() -> None:
     with stop_requested() as stop:
         run = options(Path(records), Path(out), Path(pretrained), GLOBAL_BATCH // 2, resume=resume, recipe=recipe)
         train(run, stop=stop, progress=progress)
+    assert (runtime().local_ranks, runtime().threads) == (2, max(1, cpu_count() // 2))
 
 
 if __name__ == "__main__":
