@@ -39,9 +39,10 @@ def walk_whole(
     Raises:
         SourceError: It is damaged, and the source is not to be salvaged.
     """
-    before = "its beginning"
+    last: Member | None = None  # without damage
     for found in walk(file, start, end, suffix=suffix, search_bytes=None if source.salvage else _SEARCH_BYTES):
         if found.damage:
+            before = printable(last.name) if last else "its beginning"
             about = f"{printable(found.name)}: {found.damage}" if found.name else found.damage
             # Zeros at the end prove nothing in a tar of tars: every inner tar ends in them.
             if found.last and not source.salvage and (suffix or not ends_in_zeros(file)):
@@ -57,7 +58,7 @@ def walk_whole(
             if not (found.name or suffix):
                 continue
         else:
-            before = printable(found.name)
+            last = found
         yield found
 
 
@@ -221,15 +222,14 @@ class ClassTar(Source):
             if isinstance(found, Rejected):
                 yield found
                 continue
-            samples.add(found)
             *folders, base = found.parts
+            if samples.add(found, folders, base):
+                index.add(folders, base, found.offset, found.size_bytes)
+                continue
             if base == "val_annotations.txt":
                 data = file.read(min(found.size_bytes, _MAX_ANNOTATIONS), found.offset)
                 tiny = read_tiny_annotations(data, f"{self.path}: {printable(found.name)}")
-            if not is_image_name(base) or any(map(is_hidden, folders)):
-                yield from _other(found, self, ignored)
-            else:
-                index.add(folders, base, found.offset, found.size_bytes)
+            yield from _other(found, self, ignored)
         samples.end()
         if samples.are_there:
             self.kind = "webdataset"

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _CHUNK_BYTES = 8 << 20
 MAX_META_BYTES = 16 << 10  # of JSON per image: captions and EXIF pass, embeddings do not
 DIGEST_KEYS = ("size_bytes", "md5", "sha256")
 _LISTED = 10  # damaged stretches listed in a note
+_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _OPEN_ARCHIVES = 32  # file descriptors that a process keeps open
 Found = ImageRef | Rejected
 
@@ -259,7 +260,7 @@ def is_hidden(name: str) -> bool:
 
 def make_ref(
     split: str, class_name: str, name: str, path: str, offset: int, size_bytes: int, deflated_bytes: int = 0,
-    crc32: int = -1,
+    crc32: int = -1, *, url: str = "", status: int | None = None, meta: str = "",
 ) -> Found:  # fmt: skip
     """Return the reference to an image, or its rejection for an impossible name or size; a ``crc32`` of -1 is none."""
     file_name = f"{class_name}/{name}" if class_name else name
@@ -268,7 +269,9 @@ def make_ref(
     if size_bytes > MAX_SOURCE_BYTES:
         return Rejected(split, file_name, Reason.TOO_LARGE, f"{size_bytes} bytes, at most {MAX_SOURCE_BYTES} are read")
     known = None if crc32 < 0 else crc32
-    return ImageRef(split, class_name, file_name, path, offset, size_bytes, deflated_bytes=deflated_bytes, crc32=known)
+    return ImageRef(
+        split, class_name, file_name, path, offset, size_bytes, url, status, "", deflated_bytes, known, meta
+    )
 
 
 def meta_text(values: Mapping[str, Any]) -> str:
@@ -279,10 +282,15 @@ def meta_text(values: Mapping[str, Any]) -> str:
     Args:
         values: JSON values by name.
     """
+    kept_values = {key: value for key, value in values.items() if value is not None}
+    with suppress(ValueError, TypeError, RecursionError):
+        text = _JSON.encode(kept_values)
+        if text.isascii() and len(text) <= MAX_META_BYTES:  # nearly all
+            return text if kept_values else ""
     items: list[tuple[int, str, str]] = []
     for key, value in values.items():
         try:
-            text = json.dumps({key: value}, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            text = _JSON.encode({key: value})
         except (ValueError, TypeError, RecursionError):  # NaN, bytes, or nested without end: not for JSON
             continue
         if value is not None:
@@ -322,7 +330,12 @@ def _skipped_note(skipped: Sequence[tuple[str, int, int]], name: str) -> list[st
 
 def suffix_of(name: str) -> str:
     """Return the suffix as counted in notes: lower case, printable."""
-    return printable(suffix.lower()) if (suffix := os.path.splitext(name)[1]) else ""
+    return _shown_suffix(os.path.splitext(name)[1])
+
+
+@lru_cache(maxsize=256)
+def _shown_suffix(suffix: str) -> str:
+    return printable(suffix.lower()) if suffix else ""
 
 
 _archive = lru_cache(maxsize=_OPEN_ARCHIVES)(PlainFile)  # per process

@@ -7,26 +7,28 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryFile
+from typing import IO, Any, NamedTuple
 
 from imnet_prep import catalog
 from imnet_prep.errors import SourceError
-from imnet_prep.files import PlainFile, max_open_files
+from imnet_prep.files import PlainFile
 from imnet_prep.sources.base import Found, Source, is_hidden, is_image_name, make_ref, meta_text, printable, suffix_of
 from imnet_prep.sources.classes import IMAGENET, find_classes, names_of, numbered_note, read_classes
 from imnet_prep.sources.img2dataset import account
 from imnet_prep.sources.labels import WNID
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.tar import Member
-from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected, name_fault
+from imnet_prep.types import SPLITS, Reason, Rejected, name_fault
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # preferred, in this order, where a sample has several images
 _LABELS = {"cls": 4 << 10, "json": 1 << 20, "txt": 4 << 10}  # files of a label, and the bytes one may have
 _NAME_KEYS, _KEYS = ("wnid", "class_name"), ("label", "class", "cls")  # of the JSON; the first name a class for sure
+_CLASS_KEYS = {*_NAME_KEYS, *_KEYS}
 _FILE_KEYS = ("file_name", "filename")
+_ALONE = "no .cls, .json or .txt of its name beside it in the tar"
+_SEPARATOR = "\x1f"  # no URL holds it, and JSON escapes it
 _MAX_CLASS = 200  # characters; a longer text is a caption
 _SPLIT = re.compile(r"(?<![a-z])(" + "|".join(SPLIT_FOLDERS) + r")(?![a-z])")
 _FIELDS = 7
@@ -65,34 +67,51 @@ class Samples:
         self._paths: list[str] = []
         self._file: PlainFile | None = None
         self._split, self._key = "train", ""
-        self._open: list[tuple[_File, bool]] = []  # the files of the sample at hand, and whether each is an image
+        self._at_hand, self._labels = list[_File](), dict[str, _File]()  # the images and labels of one sample
         self._rows = defaultdict[tuple[str, Label], bytearray](bytearray)
         self._rejected = defaultdict[tuple[str, Reason, str], bytearray](bytearray)
         self._ignored = Counter[str]()
         self._sure = self._flat = self._deep = 0
-        self._as_imagenet, self._against_imagenet = 0, 0
+        self._as_imagenet, self._against_imagenet, self._imagenet = 0, 0, catalog.labels()
+        self._count = self._spooled = 0
+        self._spool: IO[bytes] | None = None  # what the JSON says beyond class and name: too much for the memory
 
     def begin(self, path: Path, file: PlainFile, split: str) -> None:
         """Begin a tar whose samples are of one split."""
         self._paths.append(str(path))
         self._file, self._split = file, split
 
-    def add(self, member: Member) -> None:
-        """Take a file of a tar, in the order of the tar."""
-        *folders, base = member.parts
+    def add(self, member: Member, folders: Sequence[str], base: str) -> bool:
+        """Take a file of a tar, in the order of the tar.
+
+        Args:
+            member: The file. folders: The parts of its name but the last. base: The last.
+
+        Returns:
+            Whether it is a visible image by its name.
+        """
         stem, _, suffix = base.partition(".")
-        suffix, is_image = suffix.lower() if suffix.lower() in _LABELS else suffix, is_image_name(base)
-        if (not is_image and suffix not in _LABELS) or any(map(is_hidden, (*folders, base))):
+        is_image = is_image_name(base)
+        if not is_image and (suffix := suffix.lower()) not in _LABELS:
             self._ignored[suffix_of(base)] += 1
-            return
-        if (key := "/".join((*folders, stem))) != self._key:
+            return False
+        if is_hidden(base) or any(map(is_hidden, folders)):
+            self._ignored[suffix_of(base)] += 1
+            return False
+        if (key := f"{'/'.join(folders)}/{stem}" if folders else stem) != self._key:
             self._close()
             self._key = key
-        self._open.append((_File(suffix, member.offset, member.size_bytes), is_image))
+        file = _File(suffix, member.offset, member.size_bytes)
+        if is_image:
+            self._at_hand.append(file)
+        else:
+            self._labels[suffix] = file
+        return is_image
 
     def end(self) -> None:
         """End a tar."""
         self._close()
+        self.images[self._paths[-1]], self._count = self._count, 0
         self._key = ""
 
     @property
@@ -117,50 +136,69 @@ class Samples:
 
     def _close(self) -> None:
         """Take the sample at hand."""
-        sample, self._open = self._open, []
-        images = sorted((file for file, is_image in sample if is_image), key=_preference)
-        labels = {file.suffix: file for file, is_image in sample if not is_image}
+        images, labels = self._at_hand, self._labels
+        self._at_hand, self._labels = [], {}
         if not images:
-            is_label = "cls" in labels
-            if "json" in labels:
-                values, fault = self._values(labels["json"])
-                is_label = is_label or (not fault and self._label(labels, values)[0] is not None)
-            if is_label:
-                self._reject(Reason.UNREADABLE, "a label, and no image beside it in the tar", self._key)
+            self._without_image(labels)
             return
-        self.images[self._paths[-1]] += 1
-        self._flat += bool(labels) and "/" not in self._key
-        self._deep += "/" in self._key
-        first, *others = images
-        for other in others:
-            self._reject(Reason.DUPLICATE_NAME, "a second image of its sample", f"{self._key}.{other.suffix}")
-        name = f"{self._key}.{first.suffix}"
-        if not labels:
-            if self._split == "test":
-                self._put(None, name, "", first, None)
-            else:
-                detail = "no .cls, .json or .txt of its name beside it in the tar"
-                self._reject(Reason.UNLABELLED, detail, name)
-            return
-        values, fault = self._values(labels.get("json"))
-        label, label_fault, is_sure = (None, "", False) if fault else self._label(labels, values)
-        self._sure += is_sure
-        if fault := fault or label_fault:
+        self._count += 1
+        if "/" in self._key:
+            self._deep += 1
+        elif labels:
+            self._flat += 1
+        if len(images) > 1:
+            images.sort(key=_preference)
+            for other in images[1:]:
+                self._reject(Reason.DUPLICATE_NAME, "a second image of its sample", f"{self._key}.{other.suffix}")
+        name = f"{self._key}.{images[0].suffix}"
+        if labels:
+            self._labelled(name, images[0], labels)
+        elif self._split == "test":
+            self._put(None, name, "", images[0], b"")
+        else:
+            self._reject(Reason.UNLABELLED, _ALONE, name)
+
+    def _without_image(self, labels: Mapping[str, _File]) -> None:
+        """Reject a label that has no image beside it; other texts are no part of the data."""
+        is_label = "cls" in labels
+        if not is_label and "json" in labels:
+            values, fault = parse_values(self._read(labels["json"]))
+            is_label = not fault and self._label(labels, values)[0] is not None
+        if is_label:
+            self._reject(Reason.UNREADABLE, "a label, and no image beside it in the tar", self._key)
+
+    def _labelled(self, name: str, image: _File, labels: Mapping[str, _File]) -> None:
+        """Take an image with files that may tell its label."""
+        info, values, fault = labels.get("json"), dict[str, Any](), ""
+        if info is not None:
+            values, fault = parse_values(self._read(info))
+        label: Label = None
+        if not fault:
+            label, fault, is_sure = self._label(labels, values)
+            self._sure += is_sure
+        if fault:
             self._reject(Reason.UNREADABLE, fault, name)
         elif label is None and self._split != "test":
             given = ", ".join(sorted(map(printable, values))[:8]) or "nothing"
             self._reject(Reason.UNLABELLED, f"no class in its sample, whose JSON has {given}", name)
         else:
             hint = next((value for key in _FILE_KEYS if isinstance(value := values.get(key), str)), "")
-            self._compare_imagenet(label, f"{self._key}/{hint}")
-            self._put(label, name, "" if name_fault(hint) else hint, first, labels.get("json"))
+            if not self._against_imagenet and isinstance(label, int):
+                self._compare_imagenet(label, f"{self._key}/{hint}")
+            if hint and name_fault(hint):
+                hint = ""
+            rest = _rest(values, label, hint, name) if values else b""
+            self._put(label, name, hint, image, rest)
 
-    def _put(self, label: Label, name: str, hint: str, image: _File, info: _File | None) -> None:
-        tar, (offset, size) = len(self._paths) - 1, image[1:]
-        place = (info.offset, info.size_bytes) if info else (0, 0)
+    def _put(self, label: Label, name: str, hint: str, image: _File, rest: bytes) -> None:
+        numbers = (len(self._paths) - 1, image.offset, image.size_bytes, self._spooled, len(rest))
         self._rows[self._split, label] += b"%b\x00%b\x00%d\x00%d\x00%d\x00%d\x00%d\x00" % (
-            name.encode("utf-8", "surrogateescape"), hint.encode(), tar, offset, size, *place,
+            name.encode("utf-8", "surrogateescape"), hint.encode(), *numbers,
         )  # fmt: skip
+        if rest:
+            self._spool = self._spool or TemporaryFile()  # noqa: SIM115 - it lives as long as the samples
+            self._spool.write(rest)
+            self._spooled += len(rest)
 
     def _reject(self, reason: Reason, detail: str, name: str) -> None:
         self._rejected[self._split, reason, detail] += name.encode("utf-8", "surrogateescape") + b"\x00"
@@ -169,31 +207,25 @@ class Samples:
         assert self._file is not None
         return self._file.read(file.size_bytes, file.offset) if file.size_bytes <= _LABELS[file.suffix] else b""
 
-    def _values(self, info: _File | None) -> tuple[dict[str, Any], str]:
-        """Return the JSON of a sample, and why it cannot be read, or an empty string."""
-        if info is None:
-            return {}, ""
-        return parse_values(self._read(info))
-
     def _label(self, labels: Mapping[str, _File], values: Mapping[str, Any]) -> tuple[Label, str, bool]:
         """Return the label of a sample, a contradiction in it (or an empty string), and whether it is one for sure."""
-        named = [text for key in _NAME_KEYS if (text := _class(values.get(key)))]
-        given = [_class(values.get(key)) for key in _KEYS]
+        given = [_class(values[key]) for key in _KEYS if key in values]
         if "cls" in labels:
             given.insert(0, _class(self._read(labels["cls"]).decode("utf-8", "replace").split("\x00")[0]))
         numbers = [number for number in given if isinstance(number, int)]
-        if len(set(numbers)) > 1:
+        if len(numbers) > 1 and len(set(numbers)) > 1:
             return None, f"its labels contradict each other: {' and '.join(map(str, sorted(set(numbers))))}", True
+        named = [text for key in _NAME_KEYS if key in values and (text := _class(values[key]))]
         found = [*named, *(text for text in given if isinstance(text, str)), *numbers]
         if not found and not labels.keys() & {"cls", "json"}:
             return _class(self._read(labels["txt"]).decode("utf-8", "replace")), "", False
         label = found[0] if found else None
         return (None if isinstance(label, int) and label < 0 else label), "", bool(found)
 
-    def _compare_imagenet(self, label: Label, name: str) -> None:
+    def _compare_imagenet(self, number: int, name: str) -> None:
         """Count whether a numbered class is ImageNet's, by the WordNet id in the name of the image."""
-        if isinstance(label, int) and (wnid := WNID.search(name)):
-            same = catalog.labels().get(wnid[0]) == label
+        if wnid := WNID.search(name):
+            same = self._imagenet.get(wnid[0]) == number
             self._as_imagenet += same
             self._against_imagenet += not same
 
@@ -231,28 +263,37 @@ class Samples:
         for (part, label), rows in self._rows.items():
             name = mapping[label] if isinstance(label, int) else label or ""
             classes[SPLITS.index(part), name.replace("/", "_")] += rows
-        opened = lru_cache(maxsize=max_open_files() // 2)(PlainFile)
         for place, class_name in sorted(classes):
             for row in _named(_rows_of(classes[place, class_name]), class_name, self._paths):
+                url, status, meta = "", None, ""
+                if row.rest_bytes and self._spool is not None:
+                    self._spool.seek(row.rest_offset)
+                    url, number, meta = self._spool.read(row.rest_bytes).decode().split(_SEPARATOR)
+                    status = int(number) if number else None
                 path = self._paths[row.tar]
-                found = make_ref(SPLITS[place], class_name, row.name, path, row.offset, row.size_bytes)
-                if row.json_bytes and isinstance(found, ImageRef):
-                    values, _ = parse_values(opened(path).read(row.json_bytes, row.json_offset))
-                    yield _with_values(found, values)
-                else:
-                    yield found
+                yield make_ref(
+                    SPLITS[place],
+                    class_name,
+                    row.name,
+                    path,
+                    row.offset,
+                    row.size_bytes,
+                    url=url,
+                    status=status,
+                    meta=meta,
+                )
 
 
 class _Row(NamedTuple):
-    """A sample: its name, the name that its JSON gives, its tar, and the places of its image and its JSON."""
+    """A sample: its name, the name that its JSON gives, its tar, and the places of its image and the rest."""
 
     name: str
     hint: str
     tar: int
     offset: int
     size_bytes: int
-    json_offset: int
-    json_bytes: int
+    rest_offset: int
+    rest_bytes: int
 
 
 def _rows_of(packed: bytearray) -> Iterator[_Row]:
@@ -276,34 +317,44 @@ def _named(rows: Iterable[_Row], class_name: str, paths: Sequence[str]) -> list[
 
 def _name(row: _Row, class_name: str) -> str:
     """Return the name of an image below its class: that in its JSON if it is the same file, else its key."""
-    prefix, base = f"{class_name}/" if class_name else "", row.hint.rpartition("/")[2]
-    if row.hint.startswith(prefix) and len(row.hint) > len(prefix) and (prefix or base == row.hint):
-        return row.hint.removeprefix(prefix)
-    if base and base.partition(".")[0] == row.name.rpartition("/")[2].partition(".")[0]:
-        return base
+    prefix = f"{class_name}/" if class_name else ""
+    if row.hint:
+        if row.hint.startswith(prefix) and len(row.hint) > len(prefix) and (prefix or "/" not in row.hint):
+            return row.hint.removeprefix(prefix)
+        if _is_same_file(row.hint, row.name):
+            return row.hint.rpartition("/")[2]
     return row.name.removeprefix(prefix)
 
 
-def _with_values(found: ImageRef, values: dict[str, Any]) -> ImageRef:
-    """Return a reference with what the JSON of its sample says beyond class and name."""
-    for key in (*_NAME_KEYS, *_KEYS):
-        if key in values and (_number(values[key]) is not None or _class(values[key]) == found.class_name):
+def _is_same_file(hint: str, name: str) -> bool:
+    """Return whether the base names of two paths are the same up to their first dots."""
+    return hint.rpartition("/")[2].partition(".")[0] == name.rpartition("/")[2].partition(".")[0] != ""
+
+
+def _rest(values: dict[str, Any], label: Label, hint: str, name: str) -> bytes:
+    """Return URL, status and all else that the JSON of a sample says beyond class and name, or nothing."""
+    for key in values.keys() & _CLASS_KEYS:
+        if _number(values[key]) is not None or _class(values[key]) == label:
             del values[key]
-    for key in _FILE_KEYS:
-        if values.get(key) in (found.file_name, found.file_name.rpartition("/")[2]):
-            del values[key]
+    if hint and (_is_same_file(hint, name) or hint.startswith(f"{label}/")):
+        for key in _FILE_KEYS:
+            if values.get(key) == hint:
+                del values[key]
     url, status = values.get("url"), values.get("status")
-    if isinstance(url, str) and not name_fault(url):
-        found = replace(found, url=values.pop("url"))
-    if type(status) is int:
-        found = replace(found, status=values.pop("status"))
-    return replace(found, meta=meta_text(values))
+    is_url, is_status = isinstance(url, str) and not name_fault(url), type(status) is int
+    if is_url:
+        del values["url"]
+    if is_status:
+        del values["status"]
+    meta = meta_text(values) if values else ""
+    parts = (str(url) if is_url else "", str(status) if is_status else "", meta)
+    return _SEPARATOR.join(parts).encode() if any(parts) else b""
 
 
 def parse_values(data: bytes) -> tuple[dict[str, Any], str]:
     """Parse the JSON object of a sample; return it, and why it is none, or an empty string."""
     try:
-        values = json.loads(data)
+        values = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         return {}, f"its JSON cannot be read: {error}"
     return (values, "") if isinstance(values, dict) else ({}, "its JSON is no object")

@@ -79,7 +79,8 @@ class WebDatasetFolder(Source):
                 if isinstance(found, Rejected):
                     yield found
                 else:
-                    samples.add(found)
+                    *folders, base = found.parts
+                    samples.add(found, folders, base)
             samples.end()
         if not samples.are_there:
             raise SourceError(
