@@ -170,6 +170,16 @@ def test_no_module_is_long() -> None:
     assert not {name for name, count in lines.items() if count > MAX_LINES}
 
 
+def test_mbv2_has_no_long_file_function_or_class() -> None:
+    for path in sorted((ROOT / "mbv2").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Recipe":  # a list of fields
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= (150 if isinstance(node, ast.ClassDef) else 60), (path.name, node.name, lines)
+
+
 @pytest.mark.parametrize("module", ["imnet_prep.cli.prep", "imnet_prep.cli.mobilenet"])
 def test_help_imports_nothing_heavy(module: str) -> None:
     script = (

@@ -19,7 +19,7 @@ from imnet_prep.show.pictures import Picture, picture_of
 from imnet_prep.types import ProgressCallback
 from mbv2.scoring.guesses import Guesses, best_guesses
 from mbv2.show.curves import epoch_points
-from mbv2.training.logs import LOG, EpochRow, read_metrics, verdict
+from mbv2.training.logs import LOG, EpochRow, read_metrics, read_skipped, verdict
 
 CONFIG = "config.json"
 MAX_POINTS = 400  # of a curve over steps
@@ -85,6 +85,7 @@ def write_run_report(run: Path, out: Path, options: RunReportOptions, progress: 
         epochs=rows,
         last=rows[-1] if rows else None,
         best=max((row for row in rows if row.val_top1 is not None), key=lambda row: row.val_top1 or 0.0, default=None),
+        skipped=read_skipped(run),
         charts=_charts(run, rows),
         speed=CurveChart("Images per second", (_curve(rows, "images per second", "images_per_s", 1),), low=0),
         verdict=verdict(rows[-1].data_wait_frac) if rows else "",
@@ -115,10 +116,12 @@ def _curve(rows: list[EpochRow], name: str, column: str, style: int) -> Curve:
 
 def _charts(run: Path, rows: list[EpochRow]) -> list[CurveChart]:
     losses = _curve(rows, "training", "train_loss", 1), _curve(rows, "validation", "val_loss", 2)
-    accuracies = _curve(rows, "top-1", "val_top1", 3), _curve(rows, "top-5", "val_top5", 4)
+    accuracies = [_curve(rows, "top-1", "val_top1", 3), _curve(rows, "top-5", "val_top5", 4)]
+    if any(row.live_top1 is not None for row in rows):
+        accuracies.append(_curve(rows, "top-1 of the live weights", "live_top1", 2))
     return [
         CurveChart("Loss", losses),
-        CurveChart("Accuracy", accuracies, low=0, high=1),
+        CurveChart("Accuracy", tuple(accuracies), low=0, high=1),
         CurveChart("Learning rate", (_curve(rows, "learning rate", "lr", 1),), low=0),
         CurveChart("Loss of single steps", (Curve("loss", 1, _step_losses(run)),), x_name="step"),
     ]

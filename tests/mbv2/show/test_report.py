@@ -11,11 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError, RecordsError, TrainError
+from imnet_prep.loader.bad_rows import SkippedRow
 from imnet_prep.types import Batch
 from mbv2.scoring.guesses import GuessCollector, best_guesses
 from mbv2.scoring.score import score_batches
 from mbv2.show.report import RunReportOptions, write_run_report
-from mbv2.training.logs import EpochRow, RunLog, StepRow
+from mbv2.training.logs import EpochRow, RunLog, StepRow, read_skipped
 from tests.chromium import Chromium, needs_chromium
 from tests.records import make_records, quiet
 from tests.synthetic import WNIDS
@@ -72,6 +73,23 @@ def test_logs_and_recipe_are_in_it_without_records(tmp_path: Path) -> None:
 def test_a_run_that_was_only_begun_is_reported(tmp_path: Path) -> None:
     write_run_report(make_run(tmp_path / "run", epochs=0), tmp_path / "r.html", RunReportOptions(), quiet)
     assert "No epoch is finished" in words(tmp_path / "r.html")
+
+
+def test_skipped_records_and_the_live_weights_are_in_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    bad = SkippedRow(3, f"{WNIDS[0]}/bad<1>.JPEG", "train-00000, row 3", "its SHA-256 is another")
+    log = RunLog(run, 3, 6, live=True)
+    for step in (4, 6):
+        log.add_skipped([bad], 1, step)
+    log.add_epoch(EpochRow(4, 8, 0.1, 1.0, 1.1, 0.5, 0.9, 81.5, 0.03, 1.2, 0.45, 0.9))
+    write_run_report(run, tmp_path / "r.html", RunReportOptions(), quiet)
+    said = words(tmp_path / "r.html")
+    assert "skipped records 1" in said
+    assert said.count(f"{WNIDS[0]}/bad&lt;1&gt;.JPEG its SHA-256 is another") == 1
+    assert "top-1 of the live weights" in said
+    again = RunLog(run, 3, 3)  # cut back before it was found
+    again.add_skipped([bad], 1, 4)
+    assert read_skipped(run) == [(bad.file_name, bad.reason)]
 
 
 def test_every_image_is_guessed_once_and_the_filling_is_left_out() -> None:
