@@ -96,19 +96,7 @@ def export_checkpoint(
         RecordsError: ``calibrate`` is not usable, or ``out`` lies in a records folder.
         Interrupted: ``stop`` said so.
     """
-    check_outputs(out)
-    if kind not in FORMATS:
-        raise TrainError("unknown --format", expected=f"one of {', '.join(FORMATS)}", got=repr(kind))
-    if kind == "onnx-int8" and calibrate is None:
-        raise TrainError(
-            "onnx-int8 needs images to choose its ranges by", remedy="give a records folder with --calibrate"
-        )
-    if kind == "mindir" and out.suffix != ".mindir":
-        raise TrainError(f"MindSpore reads back only files named .mindir, not {out.name}", remedy="name it so")
-    if check_images < 1:
-        raise TrainError("--check-images", expected="1 or more", got=f"{check_images}")
-    if calibrate is not None:
-        RecordsFolder.open(calibrate)  # a folder that is none is said before MindSpore is started
+    _check_request(kind, out, calibrate, check_images)
     start_mindspore()
     loaded = read_checkpoint(checkpoint)
     records = None if calibrate is None else open_evaluation(loaded, calibrate, split)
@@ -128,6 +116,22 @@ def export_checkpoint(
         records.score(predict, most=check_images, stop=stop, progress=progress) for predict in (plain, run)
     )
     return ExportResult(out, kind, out.stat().st_size, difference, before.images, before.correct1, after.correct1)
+
+
+def _check_request(kind: str, out: Path, calibrate: Path | None, check_images: int) -> None:
+    check_outputs(out)
+    if kind not in FORMATS:
+        raise TrainError("unknown --format", expected=f"one of {', '.join(FORMATS)}", got=repr(kind))
+    if kind == "onnx-int8" and calibrate is None:
+        raise TrainError(
+            "onnx-int8 needs images to choose its ranges by", remedy="give a records folder with --calibrate"
+        )
+    if kind == "mindir" and out.suffix != ".mindir":
+        raise TrainError(f"MindSpore reads back only files named .mindir, not {out.name}", remedy="name it so")
+    if check_images < 1:
+        raise TrainError("--check-images", expected="1 or more", got=f"{check_images}")
+    if calibrate is not None:
+        RecordsFolder.open(calibrate)  # a folder that is none is said before MindSpore is started
 
 
 def _compare(one: Run, two: Run, images: NDArray[np.uint8]) -> float:
