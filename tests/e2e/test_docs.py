@@ -24,6 +24,7 @@ import pytest
 
 from imnet_prep import catalog
 from imnet_prep.cli.prep import main
+from imnet_prep.sources.tar import BLOCK
 from tests.imnet_prep.sources.parquets import Row, write_parquet
 from tests.imnet_prep.sources.test_parquet import hub_words
 from tests.imnet_prep.sources.test_webdataset import img2dataset
@@ -113,6 +114,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, address: str, bucket: str) -
     make_imagenet(root, per_class=12, odd=False)
     make_webdatasets(root)
     photos = {path.relative_to(root).as_posix(): path.read_bytes() for path in (root / "my-photos").rglob("*.jpg")}
+    damaged = tar_bytes(photos)
+    header = damaged.index(b"ustar", BLOCK) - 257  # the second
+    (root / "damaged.tar").write_bytes(damaged[:header] + bytes(BLOCK) + damaged[header + BLOCK :])
     put(bucket, "my-bucket", {"photos.tar.gz": gzip.compress(tar_bytes(photos)), **make_hub(root)})
     (root / "imagenet-object-localization-challenge.zip").write_bytes(kaggle_zip(make_imagenet(root / "k", odd=False)))
     for number in (0, 2, 6):  # the weights below have seven classes
