@@ -19,7 +19,7 @@ from PIL import Image
 from imnet_prep import catalog
 from imnet_prep.build.convert import convert, dry_run
 from imnet_prep.build.options import ConvertOptions, PlanOptions
-from imnet_prep.errors import ImnetError, SourceError
+from imnet_prep.errors import ImnetError, Interrupted, SourceError
 from imnet_prep.sources import detect, merge, parquet_rows, read
 from imnet_prep.sources.parquet import class_name, is_imagenet
 from imnet_prep.sources.staging import Staging
@@ -441,3 +441,20 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(SourceError, match=r"pip install 'imnet-prep\[parquet\]'"):
         read_all(path)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_stopped_after_some_shards_it_goes_on_to_the_same_bytes(tmp_path: Path, what: str) -> None:
+    folder = shards(tmp_path, "train-00000-of-00001.parquet")
+    path = folder / "train-00000-of-00001.parquet" if what == "file" else folder
+    done = tmp_path / "out.partial" / ".work" / "done"
+
+    def convert_to(out: Path, stop: Callable[[], bool]) -> bytes:
+        convert([path], out, None, PlanOptions(shards=5), ConvertOptions(workers=1), quiet, stop)
+        return (out / "manifest.json").read_bytes()
+
+    with pytest.raises(Interrupted):
+        convert_to(tmp_path / "out", lambda: len(list(done.glob("*.json"))) > 0)
+    shutil.rmtree(tmp_path / "out.partial" / ".work" / "staged")  # even then
+    whole = convert_to(tmp_path / "whole", lambda: False)
+    assert convert_to(tmp_path / "out", lambda: False) == whole
