@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -207,11 +207,11 @@ class Results:
             self.journal.db.execute("BEGIN IMMEDIATE")
             self._due_at = time.monotonic() + _COMMIT_EVERY_S
 
-    def give_up(self, host: int, reason: FailReason, detail: str) -> None:
-        """Fail every pending URL of a host without asking for it."""
+    def give_up(self, host: int, reason: FailReason, detail: str, in_hand: Collection[int]) -> None:
+        """Fail every pending URL of a host without asking for it, but for the rows in hand."""
         log.info("%s (%s)", detail, reason)
         self.commit()
-        self.counts[reason] += self.journal.fail_host(host, reason, detail)
+        self.counts[reason] += self.journal.fail_host(host, reason, detail, in_hand)
 
     def due_s(self) -> float:
         """Return the seconds until the next commit is due, at most one."""

@@ -8,7 +8,7 @@ import itertools
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,7 @@ class Outcome(NamedTuple):
         detail: One line for the user.
         ext, size_bytes, sha256 (hex), width, height, flat: The image as it came.
         answered: Whether there was an HTTP answer (for the circuit breaker).
+        retry_after_s: The pause that the server asked for, or None.
         stored_bytes, stored_sha256: The file, if it was re-encoded; else None.
         temp: Name of the image's file in the incoming folder.
         time_s: Unix time of the end.
@@ -126,6 +127,7 @@ class Outcome(NamedTuple):
     temp: str = ""
     time_s: float = 0.0
     answered: bool = True
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,12 +271,12 @@ class Journal:
             "INSERT INTO counts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET n = n + excluded.n", counts.items()
         )
 
-    def fail_host(self, host: int, reason: FailReason, detail: str) -> int:
-        """Fail the pending URLs of a dead host, transiently, and return their number."""
+    def fail_host(self, host: int, reason: FailReason, detail: str, but: Collection[int]) -> int:
+        """Fail the pending URLs of a host, transiently, but for some rows; return their number."""
         with self.transaction():
             changed = self.db.execute(
                 "UPDATE urls SET state = 2, reason = ?, transient = 1, detail = ?, time = ?"
-                " WHERE state = 0 AND host = ?",
+                f" WHERE state = 0 AND host = ? AND row NOT IN ({', '.join(map(str, but))})",
                 (reason, detail, time.time(), host),
             ).rowcount
             self.count({f"failed:{reason}": changed})

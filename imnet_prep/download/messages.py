@@ -27,6 +27,7 @@ class Task(NamedTuple):
             final_url=self.url,
             detail=failure.detail,
             answered=failure.answered,
+            retry_after_s=failure.retry_after_s,
             time_s=time.time(),
         )
 

@@ -72,9 +72,12 @@ class PoliteOptions:
         rate_per_host: Most requests to one host in a second; 0 is no limit.
         retries: Further attempts after the first, for failures that may pass.
         backoff_s: First pause before a retry; it doubles, with jitter, up to ``max_backoff_s``.
-        max_retry_after_s: Longest ``Retry-After`` to wait for; beyond it, the host's URLs fail as rate_limited.
-        dead_after: Failures to get any HTTP answer, in a row, that open a host's circuit breaker.
-        dead_probes: Probes of an open breaker that must fail before the host is given up.
+        max_retry_after_s: Longest ``Retry-After`` to wait for. A host that asks for more, and has served nothing yet,
+            is given up; another one gets a last probe after this pause.
+        dead_after: Attempts in a row that a host did not serve, which open its circuit breaker; three times as many
+            where it has served before. Served is an image, or an answer that will not change (404, say).
+        dead_probes: Probes of an open breaker that must fail before the host is given up; twice as many where it has
+            served before.
         probe_pause_s: Pause before the first probe; it doubles.
     """
 
@@ -84,7 +87,7 @@ class PoliteOptions:
     retries: int = 3
     backoff_s: float = 0.5
     max_backoff_s: float = 30.0
-    max_retry_after_s: float = 600.0
+    max_retry_after_s: float = 120.0
     dead_after: int = 10
     dead_probes: int = 2
     probe_pause_s: float = 5.0

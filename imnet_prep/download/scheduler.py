@@ -23,6 +23,7 @@ _REFILL_BELOW, _REFILL = 64, 256  # URLs of a host held in memory
 _HOSTS_AT_WORK = 256  # hosts with work at hand; paused ones do not count
 _LANE_S = 0.5  # how long a lane should keep a thread
 _LANE_TASKS = 32
+_REFUSALS = 2  # of single URLs (a broken script) before they are the host's
 _CAP_UP_EVERY = 20  # good answers after which a host that said 429 gets a lane back
 
 
@@ -38,8 +39,9 @@ class Host:
         quota: Most lanes, by process. lanes: Lanes at work, by process. cap: Most lanes now, lowered by 429.
         queue: Tasks at hand. cursor: Last row read from the journal. more: Whether the journal may hold more.
         waiting: Tasks that wait for a retry. next_at: No lane before, by ``rate_per_host``.
-        streak: Attempts in a row without any HTTP answer. probes: Failed probes of the open breaker, -1 while closed.
-        task_s: Moving average of seconds a URL. served: Number of its latest lane.
+        streak: Attempts in a row that it did not serve. probes: Failed probes of the open breaker, -1 while closed.
+        has_served: Whether it ever served anything in this run.
+        task_s: Moving average of seconds a URL. turn: Number of its latest lane.
     """
 
     key: int
@@ -56,9 +58,10 @@ class Host:
     next_at: float = 0.0
     streak: int = 0
     probes: int = -1
+    has_served: bool = False
     good: int = 0
     task_s: float = 0.25
-    served: int = 0
+    turn: int = 0
 
     def free_at(self) -> float:
         """Return the time before which no lane may begin."""
@@ -84,27 +87,39 @@ class Host:
         """Let no request go out before a time, in any process."""
         self.pauses[self.slot] = max(self.pauses[self.slot], until)
 
-    def answered(self) -> None:
-        """Note an HTTP answer, which closes the circuit breaker."""
-        self.streak, self.probes = 0, -1
+    def served(self) -> None:
+        """Note an image, or an answer that will not change, which closes the circuit breaker."""
+        self.streak, self.probes, self.has_served = 0, -1, True
         self.good += 1
         if self.good % _CAP_UP_EVERY == 0:
             self.cap = min(self.cap + 1, self.options.per_host)
 
-    def unanswered(self, now: float) -> bool:
-        """Note an attempt without an HTTP answer, and return whether to give the host up.
+    def not_served(self, found: Outcome | Failure, now: float, *, is_probe: bool) -> bool:
+        """Note an attempt that the host did not serve, and return whether to give the host up.
 
-        Many such attempts in a row open the circuit breaker: the host is paused, then probed with single requests.
+        A host that asks for a pause, or refuses again and again (5xx), is paused, each time for longer. Many attempts
+        in a row that are not served open the circuit breaker: the host is paused, then probed with single requests. An
+        attempt that began before the pause is no probe.
         """
+        options, asked = self.options, found.retry_after_s or 0.0
+        last_probe = options.dead_probes * (2 if self.has_served else 1)
+        dead_after = options.dead_after * (3 if self.has_served else 1)
+        is_too_long = asked > options.max_retry_after_s
         self.streak += 1
-        if self.probes < 0:
-            opened = self.streak >= self.options.dead_after
-        else:  # an attempt that began before the pause is no probe
-            opened = self.lanes.total() <= 1 and self.pauses[self.slot] <= now
-        if opened:
+        if asked or found.status == 429:
+            self.cap, self.good = max(1, self.lanes.total() // 2), 0
+        if asked or found.status == 429 or ((found.status or 0) >= 500 and self.streak > _REFUSALS):
+            self.pause(now + max(min(asked, options.max_retry_after_s), options.backoff(self.streak - 1)))
+        if is_probe:
             self.probes += 1
-            self.pause(now + self.options.probe_pause_s * 2.0**self.probes)
-        return self.probes >= self.options.dead_probes
+        elif is_too_long:
+            self.probes = max(self.probes, last_probe - 1 if self.has_served else last_probe)
+        elif self.probes < 0 and self.streak >= dead_after:
+            self.probes = 0
+        else:
+            return False
+        self.pause(now + min(options.probe_pause_s * 2.0**self.probes, options.max_retry_after_s))
+        return self.probes >= last_probe
 
 
 class _OpenLane(NamedTuple):
@@ -112,6 +127,7 @@ class _OpenLane(NamedTuple):
     process: int
     begun: float
     tasks: tuple[Task, ...]
+    is_probe: bool
 
 
 class Scheduler:
@@ -165,7 +181,7 @@ class Scheduler:
         for process in sorted(range(len(self._free)), key=lambda one: -self._free[one]):
             while self._free[process] > 0 and len(self.lanes) < self._options.concurrency:
                 willing = (host for host in self._queued.values() if host.is_willing(process, now))
-                best = min(willing, key=lambda host: (host.lanes.total(), host.served), default=None)
+                best = min(willing, key=lambda host: (host.lanes.total(), host.turn), default=None)
                 if best is None:
                     break
                 yield process, self._open_lane(best, process, now)
@@ -184,25 +200,26 @@ class Scheduler:
         if self._options.rate_per_host:
             host.next_at = max(now, host.next_at) + 1.0 / self._options.rate_per_host
         host.lanes[process] += 1
-        host.served = number
+        host.turn = number
         self._free[process] -= 1
-        self.lanes[number] = _OpenLane(host, process, now, tasks)
+        self.lanes[number] = _OpenLane(host, process, now, tasks, host.probes >= 0)
         self._settle(host)
         return Lane(number, host.slot, tasks)
 
     def lane_done(self, done: LaneDone, now: float) -> None:
         """Take the results of a lane, and the tasks that it did not start."""
-        host = self.lanes[done.number].host
+        host, is_probe = self.lanes[done.number].host, self.lanes[done.number].is_probe
         for result in done.results:
             match result:
                 case Outcome():
-                    self._rows.remove(result.row)
+                    self._rows.discard(result.row)
                     self._results.add(result)
-                    self._judge(host, result, now)
+                    self._judge(host, result, now, is_probe)
                 case Retry(task, failure):
                     self._retry(host, task, failure, now)
+                    self._judge(host, failure, now, is_probe)
                 case Task():
-                    host.answered()
+                    host.served()
                     self._enqueue(result, host, now)
         if done.results:
             host.task_s += 0.3 * ((now - self.lanes[done.number].begun) / len(done.results) - host.task_s)
@@ -235,29 +252,24 @@ class Scheduler:
             self._refuse(host.key, task)
             return
         self._results.tried(task)
-        pause = failure.retry_after_s
-        if pause is None:
-            pause = self._options.backoff(task.attempts - 1)
-        else:
-            host.cap, host.good = max(1, host.lanes.total() // 2), 0
-            if pause > self._options.max_retry_after_s:
-                host.queue.append(task)
-                self._abandon(host, failure.reason, f"Retry-After {pause:.0f} s is longer than we wait")
-                return
-            host.pause(now + pause)
-        self._delay(task, host, now + pause)
-        self._judge(host, failure, now)
+        pause = max(failure.retry_after_s or 0.0, self._options.backoff(task.attempts - 1))
+        self._delay(task, host, now + min(pause, self._options.max_retry_after_s))
 
-    def _judge(self, host: Host, found: Outcome | Failure, now: float) -> None:
+    def _judge(self, host: Host, found: Outcome | Failure, now: float, is_probe: bool) -> None:
         """Tell a host's circuit breaker about an attempt."""
-        if found.answered:
-            host.answered()
-        elif host.unanswered(now) and host.key not in self._gone:
-            detail = f"host given up after {host.streak} attempts without an answer: {found.detail}"
-            self._abandon(host, found.reason or FailReason.CONNECT, detail)
+        if found.reason is FailReason.INTERNAL or host.key in self._gone:
+            return
+        if found.reason is None or (found.answered and not found.transient):
+            host.served()
+        elif host.not_served(found, now, is_probe=is_probe):
+            if (asked := found.retry_after_s or 0.0) > self._options.max_retry_after_s:
+                detail = f"host given up: Retry-After {asked:.0f} s is longer than we wait"
+            else:
+                detail = f"host given up after {host.streak} attempts that it did not serve: {found.detail}"
+            self._abandon(host, found.reason, detail)
 
     def _abandon(self, host: Host, reason: FailReason, detail: str) -> None:
-        """Fail all URLs of a host, at hand and in the journal, without asking for them."""
+        """Fail all URLs of a host without asking for them, but for those in a lane."""
         self._gone[host.key] = Failure(reason, detail, transient=True, answered=False)
         for task in (*host.queue, *(task for _, _, origin, task in self._delayed if origin is host)):
             self._refuse(host.key, task)
@@ -265,7 +277,8 @@ class Scheduler:
         heapq.heapify(self._delayed)
         host.queue.clear()
         host.more, host.waiting = False, 0
-        self._results.give_up(host.key, reason, detail)
+        in_hand = {task.row for lane in self.lanes.values() for task in lane.tasks}
+        self._results.give_up(host.key, reason, detail, in_hand)
         self._settle(host)
 
     def _refuse(self, key: int, task: Task) -> None:
@@ -284,7 +297,10 @@ class Scheduler:
             self._refuse(key, task)
         elif key in self.hosts or self._slots:
             host = self.hosts.get(key) or self._open(key)
-            host.queue.appendleft(task)
+            if host.streak:  # other URLs tell more of the host than one that failed
+                host.queue.append(task)
+            else:
+                host.queue.appendleft(task)
             self._settle(host)
         else:
             self._delay(task, origin, now + 1.0)

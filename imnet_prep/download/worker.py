@@ -138,14 +138,14 @@ class _Runner:
     def _failed(self, task: Task, failure: Failure, slot: int) -> Outcome | Retry:
         polite, pause = self.options.polite, failure.retry_after_s
         if pause is None and failure.status == 429:
-            pause = 4 * polite.backoff(task.attempts - 1)
+            pause = polite.backoff(0)
         if pause is not None:
-            # Every process sees this at once, before anything else is said.
+            # Every process sees this at once; the scheduler makes it longer for a host that goes on refusing.
             self.pauses[slot] = max(self.pauses[slot], time.monotonic() + min(pause, polite.max_retry_after_s))
         if failure.aborted:
             time.sleep(_LINGER_S)
         if failure.transient and task.attempts <= polite.retries:
-            return Retry(task, failure._replace(retry_after_s=pause))
+            return Retry(task, failure)
         return task.failed(failure)
 
     def _keep(self, task: Task, body: Body, sample: Sample, flat: bool) -> Outcome:

@@ -301,7 +301,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Seen]:
             urls=(write_list(folder / "list.txt", urls),),
             out=folder / "out",
             fetch=FetchOptions(timeout_s=TIMEOUT_S, max_bytes=MAX_BYTES, allow_private=True),
-            polite=PoliteOptions(per_host=24, retries=2, backoff_s=0.05),
+            polite=PoliteOptions(per_host=24, retries=2, backoff_s=0.05, dead_after=100),
         )
         begun = time.monotonic()
         result = download(options)

@@ -33,10 +33,9 @@ EXPECTED = [("cat", "http://a.com/1.jpg"), ("dog", "http://a.com/2.jpg?x=1,2"), 
 def as_csv(delimiter: str = ",") -> bytes:
     out = io.StringIO()
     rows = ROWS if delimiter == "," else [row | {"caption": row["caption"].replace("\n", " ")} for row in ROWS]
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    writer = csv.DictWriter(
-        out, list(ROWS[0]), delimiter=delimiter, quoting=quoting, quotechar=None if quoting else '"'
-    )
+    writer = csv.DictWriter(out, list(ROWS[0]))
+    if delimiter == "\t":
+        writer = csv.DictWriter(out, list(ROWS[0]), delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().encode()
@@ -207,8 +206,8 @@ def test_deleted_images_are_noticed_and_fetched_again(tmp_path: Path) -> None:
         (tmp_path / "list").write_text("".join(f"ab{n % 2} {server.url(f'/{n}.jpg')}\n" for n in range(8)))
         options = DownloadOptions((tmp_path / "list",), tmp_path / "out", fetch=FetchOptions(allow_private=True))
         assert download(options).totals.ok == 8
-        gone = [next(read_finished(tmp_path / "out")).path, sorted((tmp_path / "out" / "ab1").iterdir())[0]]
-        for path in gone:
+        images_there = [image.path for image in read_finished(tmp_path / "out")]
+        for path in images_there[:2]:
             (tmp_path / "out" / path).unlink()
         totals = download(options).totals
         assert (totals.ok, totals.pending, sum(server.hits.values())) == (8, 0, 10)
