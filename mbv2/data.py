@@ -238,7 +238,8 @@ def view_options(recipe: Recipe, view: int) -> Options:
     """Return how a view of the training images is made: view 0 as for evaluation, others augmented, none mixed."""
     if not view:
         return scoring_options(recipe)
-    return replace(train_options(recipe), mixup_alpha=0.0, cutmix_alpha=0.0, drop_last=False)
+    unmixed = replace(recipe, mixup_alpha=0.0, cutmix_alpha=0.0, mixup_prob=1.0, mixup_last_epoch=0)
+    return replace(train_options(unmixed), drop_last=False)
 
 
 def scoring_options(recipe: Recipe) -> EvalOptions:

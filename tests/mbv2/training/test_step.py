@@ -10,6 +10,7 @@ import pytest
 from mindspore import nn
 from numpy.typing import NDArray
 
+from mbv2.network.model import MobileNetV2, ModelConfig
 from mbv2.recipe import Recipe
 from mbv2.training.optimizer import step_controls
 from mbv2.training.step import ApplyAccumulated, TrainStep, dropout_mask
@@ -135,6 +136,14 @@ def test_steps_equal_the_definition(recipe: Recipe) -> None:
         np.testing.assert_allclose(net.bias.asnumpy(), weights[1], rtol=1e-4, atol=1e-6)
     if average is not None:
         np.testing.assert_allclose(average.weight.asnumpy(), averages[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_backbone_is_all_but_the_classifier() -> None:
+    net = MobileNetV2(ModelConfig(3, width=0.35), kernels="standard")
+    step = TrainStep(net, Recipe(backbone_lr_factor=0.1), 3)
+    rates = {weight.name: factor for weight, factor in zip(step.trained, step.optimizer.factors, strict=True)}
+    assert {name for name, factor in rates.items() if factor == 1} == {"classifier.weight", "classifier.bias"}
+    assert set(rates.values()) == {0.1, 1.0}
 
 
 @pytest.mark.slow
