@@ -124,7 +124,8 @@ class Samples:
         source.has_numbers = bool(self.numbers)
         if source.classes or not self.numbers:
             return source.classes
-        listed, names = find_classes(source.path if source.path.is_dir() else source.path.parent)
+        place = Path(source.staged.given) if source.staged else source.path
+        listed, names = find_classes(place if place.is_dir() else place.parent)
         if names:
             notes.append(f"{source.name}: its classes are named by {listed}")
         elif self._as_imagenet and not self._against_imagenet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -189,6 +190,15 @@ def test_numbers_are_named_by_a_list_beside_by_imagenet_or_by_themselves(tmp_pat
     assert "numbered as ImageNet's" in sources[0].notes[0]
     timm[f"{wnids[0]}_0.cls"] = 2
     assert all(name.startswith("train/1") for name in names(put(tmp_path, "timm.tar", dict(sorted(timm.items()))))[:1])
+
+
+def test_a_list_beside_a_compressed_tar_names_its_classes(tmp_path: Path) -> None:
+    path = put(tmp_path / "ds", "x.tar", {"1.jpg": A, "1.cls": 0, "2.jpg": B, "2.cls": 1})
+    (tmp_path / "ds" / "x.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "ds" / "classes.txt").write_text("cat\ndog\n")
+    manifest = run(tmp_path / "ds" / "x.tar.gz", tmp_path / "out").manifest
+    assert manifest.classes == ("cat", "dog")
+    assert (manifest.sources[0]["kind"], manifest.sources[0]["name"]) == ("webdataset", "x.tar.gz")
 
 
 def test_the_option_names_classes_and_is_in_the_manifest_when_used(tmp_path: Path) -> None:
