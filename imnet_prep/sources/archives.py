@@ -14,6 +14,7 @@ from imnet_prep.sources.labels import WNID, Labels, labelled, official_split, re
 from imnet_prep.sources.layout import Index
 from imnet_prep.sources.samples import Samples, is_sample, split_of
 from imnet_prep.sources.tar import FILE, FOLDER, Member, walk
+from imnet_prep.sources.tree import is_image
 from imnet_prep.types import Reason, Rejected
 
 _END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
@@ -177,7 +178,7 @@ class TarFolder(Source):
                 )
             elif path.name.lower().endswith(_ARCHIVES) and not is_hidden(path.name):
                 raise _archive_within(str(path))
-            elif is_image_name(path.name):
+            elif is_image(path):
                 yield Rejected(self.split, printable(path.name), Reason.UNLABELLED, "not in the tar of a class")
             else:
                 ignored[suffix_of(path.name)] += 1

@@ -14,7 +14,6 @@ from imnet_prep.sources.base import (
     Source,
     ignored_note,
     is_hidden,
-    is_image_name,
     make_ref,
     meta_text,
     printable,
@@ -26,8 +25,8 @@ from imnet_prep.sources.tree import (
     Entry,
     Tree,
     has_image,
-    hides_image,
     is_folder,
+    is_image,
     kind_of,
     listed,
     listing,
@@ -47,17 +46,19 @@ class ClassFolders:
     folder: Path
     below: str = ""
 
-    def walk(self, top: Path, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
-        """Yield the images, class by class; ``top`` is the folder of the source."""
-        tree, classes = Tree((top, self.folder), ignored), list[os.DirEntry[str]]()
+    def walk(self, tree: Tree, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
+        """Yield the images, class by class."""
+        classes = list[os.DirEntry[str]]()
         for entry in visible_folders(self.folder, ignored):
             if entry.is_symlink():
-                tree.claim(entry)
+                tree.claim(entry, f"{self.split}/{entry.name}")
             classes.append(entry)
         yield from self._loose({entry.name for entry in classes}, ignored)
         empty, deep = list[str](), dict[str, int]()
         for entry in classes:
-            files = sorted((file.name.removeprefix(self.below), file) for file in tree.images(entry, entry.name))
+            files = sorted(
+                (file.name.removeprefix(self.below), file) for file in tree.images(entry, f"{self.split}/{entry.name}")
+            )
             self._check_inside({name.partition("/")[0] for name, _ in files if "/" in name}, entry)
             if not files:
                 empty.append(entry.name)
@@ -97,7 +98,7 @@ class ClassFolders:
         for entry in listing(self.folder):
             if entry.name in classes or is_folder(entry):
                 continue
-            if is_image_name(entry.name) or hides_image(entry):
+            if is_image(entry):
                 yield _without_class(self.split, entry.name)
                 continue
             stem, dot, suffix = entry.name.rpartition(".")
@@ -118,9 +119,9 @@ class FlatFolder:
     folder: Path
     labels: Labels | None = None
 
-    def walk(self, top: Path, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
-        """Yield the images by class and name; ``top`` is the folder of the source."""
-        files = [(file.name, file) for file in Tree((top, self.folder), ignored).images(self.folder, "")]
+    def walk(self, tree: Tree, ignored: Counter[str], notes: list[str]) -> Iterator[Found]:
+        """Yield the images by class and name."""
+        files = [(file.name, file) for file in tree.images(self.folder, self.split)]
         if self.labels is not None:  # a number labels one image, not its namesakes in folders beside it
             yield from (_without_class(self.split, name, "in a folder inside it") for name, _ in files if "/" in name)
             files = [(name, file) for name, file in files if "/" not in name]
@@ -165,10 +166,11 @@ class FolderSource(Source):
     def _walk(self, notes: list[str], ignored: Counter[str]) -> Iterator[Found]:
         notes += (*self.remarks, *archives_note(self.path))
         yield from _beside(self.path, self._known, self._parts[0].split)
+        class_of = dict[str, str]()  # of folders outside, in all splits
         for part in self._parts:
             passed = Counter[str]()  # for a note per split
             label = self.name if part.folder == self.path else f"{self.name}/{part.folder.relative_to(self.path)}"
-            yield from part.walk(self.path, passed, notes)
+            yield from part.walk(Tree((self.path, part.folder), passed, class_of), passed, notes)
             notes += ignored_note(passed, printable(label))
 
 
@@ -194,7 +196,7 @@ def _beside(path: Path, parts: Sequence[Path], split: str) -> Iterator[Found]:
     above = {folder for part in parts for folder in part.parents if folder.is_relative_to(path)}
     for folder in sorted(above - set(parts)):
         for entry in listing(folder):
-            if (is_image_name(entry.name) and not is_folder(entry)) or hides_image(entry):
+            if is_image(entry):
                 yield _without_class(split, (folder / entry.name).relative_to(path).as_posix())
         for entry in visible_folders(folder, Counter()):
             inside = folder / entry.name
@@ -224,8 +226,7 @@ class DownloadFolder(Source):
             raise SourceError(error.what, expected=error.expected, got=error.got, remedy=error.remedy) from error
         except sqlite3.DatabaseError as error:
             raise SourceError(f"{self.path}: its journal.sqlite cannot be read", got=str(error)) from error
-        top = [entry for entry in listing(self.path) if is_image_name(entry.name) and not is_folder(entry)]
-        strangers = [entry.name for entry in top]
+        strangers = [entry.name for entry in listing(self.path) if is_image(entry)]
         folders = {entry.name: entry for entry in visible_folders(self.path, Counter())}
         tree = Tree((self.path,), Counter())
         for wnid in sorted(classes.keys() | folders.keys()):

@@ -37,23 +37,24 @@ class Tree:
     Args:
         tops: The folders whose images are found anyway.
         ignored: Counts what is passed over.
+        class_of: Receives the class of each folder outside the tree, by its real path.
     """
 
-    def __init__(self, tops: Sequence[Path], ignored: Counter[str]) -> None:
+    def __init__(self, tops: Sequence[Path], ignored: Counter[str], class_of: dict[str, str] | None = None) -> None:
         self._tops = [os.path.realpath(top) for top in tops]
         self._ignored = ignored
-        self._class_of: dict[str, str] = {}  # by real path of a folder outside the tree
+        self._class_of = {} if class_of is None else class_of
 
-    def claim(self, entry: os.DirEntry[str]) -> None:
-        """Reserve the target of a link for the class that is named like it.
+    def claim(self, entry: os.DirEntry[str], class_name: str) -> None:
+        """Reserve the target of a link for a class.
 
         Raises:
             SourceError: It is the folder of another class.
         """
         target = os.path.realpath(entry.path)
         inside = self._is_inside(target)
-        other = os.path.basename(target) if inside else self._class_of.setdefault(target, entry.name)
-        if inside or other != entry.name:
+        other = os.path.basename(target) if inside else self._class_of.setdefault(target, class_name)
+        if inside or other != class_name:
             raise _two_classes(entry, target, other)
 
     def images(self, top: Path | os.DirEntry[str], class_name: str) -> Iterator[Entry]:
@@ -124,13 +125,18 @@ def _entry(entry: os.DirEntry[str], name: str) -> Entry:
     return Entry(name, entry.path, state.st_size, "" if stat.S_ISREG(state.st_mode) else "not a regular file")
 
 
-def hides_image(entry: os.DirEntry[str]) -> bool:
+def is_image(entry: os.DirEntry[str] | Path) -> bool:
+    """Return whether a visible entry is an image by its name, or else by its content, and no folder."""
+    return (is_image_name(entry.name) and not is_folder(entry)) or hides_image(entry)
+
+
+def hides_image(entry: os.DirEntry[str] | Path) -> bool:
     """Return whether a visible file begins like an image, though its name has no suffix of one."""
     if is_hidden(entry.name) or entry.name.rpartition(".")[2].lower() in _NO_IMAGES:
         return False
     try:
         return (
-            entry.is_file() and sniff(PlainFile(entry.path).read(_MAGIC_BYTES, 0)) != "BMP"
+            entry.is_file() and sniff(PlainFile(os.fspath(entry)).read(_MAGIC_BYTES, 0)) != "BMP"
         )  # 2 letters prove nothing
     except (OSError, ImageFault):
         return False
@@ -149,7 +155,7 @@ def listing(folder: str | Path) -> list[os.DirEntry[str]]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str] | Path) -> bool:
     """Return whether an entry is a visible folder; links are followed."""
     try:
         return entry.is_dir() and not is_hidden(entry.name)
@@ -168,7 +174,7 @@ def has_image(folder: Path) -> bool:
 
 def first_image(folder: Path) -> str:
     """Return the name of the first image directly in a folder, or an empty string."""
-    return next((entry.name for entry in listing(folder) if is_image_name(entry.name) and not is_folder(entry)), "")
+    return next((entry.name for entry in listing(folder) if is_image(entry)), "")
 
 
 def visible_folders(folder: Path, ignored: Counter[str]) -> list[os.DirEntry[str]]:

@@ -301,6 +301,16 @@ def test_two_classes_of_the_same_images_are_an_error(tmp_path: Path, target: str
         found(root)
 
 
+def test_two_splits_of_the_same_images_are_an_error(tmp_path: Path) -> None:
+    image(tmp_path / "store" / "1.jpg")
+    root = make_image_folder(tmp_path / "x", ["dog"], 1)
+    for split in ("train", "val"):
+        (root / split / "cat").symlink_to(tmp_path / "store")
+    with pytest.raises(SourceError, match=r"val/cat leads to images of another class \(train/cat\)"):
+        found(root)
+    assert found(root, split="train")[0] == ["train:cat/1.jpg", "train:dog/dog_train_0.jpg"]
+
+
 def test_classes_may_be_links_into_a_hidden_store(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         image(tmp_path / "x" / ".store" / name / "sub" / "1.jpg")
