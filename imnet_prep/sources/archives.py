@@ -18,7 +18,7 @@ from imnet_prep.sources.tree import is_image
 from imnet_prep.types import Reason, Rejected
 
 _END_BYTES = 1024  # a tar ends in two blocks of zeros, at least
-_SEARCH_BYTES = 64 << 20  # looked through for the end of a damaged stretch, where it is only named
+_SEARCH_BYTES = 1 << 30  # looked through for the end of a damaged stretch, where it is only named
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
 _OFFICIAL_TRAIN = re.compile(r"(n\d{8})_\d+\.[A-Za-z]+")
 _MAX_ANNOTATIONS = 64 << 20  # bytes; Tiny-ImageNet's have half a MB
@@ -55,7 +55,7 @@ def walk_whole(
                     remedy="download or copy it again; --salvage converts the rest and says what is skipped",
                 )
             if not (suffix and source.salvage):
-                source.skip(f"{about}, after {before}", found.offset, found.size_bytes)
+                source.skip(path, f"{about}, after {before}", found.offset, found.size_bytes)
             if not (found.name or suffix):
                 continue
         else:

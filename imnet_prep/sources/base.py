@@ -124,10 +124,11 @@ class Source(ABC):
         """
         return sum(size for _, _, size in self._skipped) if self._skipped else None
 
-    def skip(self, damage: str, at: int, size_bytes: int) -> None:
+    def skip(self, path: Path, damage: str, at: int, size_bytes: int) -> None:
         """Leave out a damaged stretch of an archive.
 
         Args:
+            path: The archive.
             damage: What is wrong, and where.
             at: Its first byte.
             size_bytes: Its length, as far as it is known.
@@ -137,10 +138,11 @@ class Source(ABC):
         """
         if not self.salvage:
             raise SourceError(
-                f"{self.path} is damaged: bytes {at:,} to {at + size_bytes:,} cannot be read as files ({damage})",
+                f"{path} is damaged: bytes {at:,} to {at + size_bytes:,} cannot be read as files ({damage})",
                 remedy="download or copy it again; --salvage converts the rest and says what is skipped",
             )
-        self._skipped.append((damage, at, size_bytes))
+        where = "" if path == self.path else f"{printable(path.name)}: "
+        self._skipped.append((where + damage, at, size_bytes))
 
     def refs(self) -> Iterator[Found]:
         """Yield every image found, sorted by split, class and name; ``Rejected`` for those that cannot be read.
@@ -325,7 +327,8 @@ def _skipped_note(skipped: Sequence[tuple[str, int, int]], name: str) -> list[st
     total = sum(size for _, _, size in skipped)
     places = [f"{size:,} from byte {at:,} ({damage})" for damage, at, size in skipped[:_LISTED]]
     more = ", ..." if len(skipped) > _LISTED else ""
-    return [f"{name}: {total:,} damaged bytes skipped in {len(skipped)} places: {', '.join(places)}{more}"]
+    count = "1 place" if len(skipped) == 1 else f"{len(skipped)} places"
+    return [f"{name}: {total:,} damaged bytes skipped in {count}: {', '.join(places)}{more}"]
 
 
 def suffix_of(name: str) -> str:

@@ -121,7 +121,7 @@ def walk(
                 continue
         if fault:
             found = _next_header(file, resume, end, suffix, search_bytes)
-            stop = end if found is None else found
+            stop = found or min(end, resume + (end if search_bytes is None else search_bytes))
             yield Member(name, FILE, at, stop - at, fault, last=found is None)
             if found is None:
                 return

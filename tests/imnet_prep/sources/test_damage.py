@@ -81,8 +81,11 @@ def untold(damaged: Mapping[str, bytes], original: Mapping[str, bytes]) -> int:
     return 0 if None in dict(counts) else sum((before or 0) - (after or 0) for after, before in counts)
 
 
+SEEDS = [range(8), *(pytest.param(range(k, k + 124), marks=pytest.mark.long) for k in range(8, 1000, 124))]
+
+
 @pytest.mark.parametrize("form", MAKERS)
-@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 1000), marks=pytest.mark.long)], ids=["some", "all"])
+@pytest.mark.parametrize("seeds", SEEDS, ids=str)
 def test_damaged_archives_account_for_every_image(form: str, seeds: range, tmp_path: Path) -> None:
     untouched_images = kept = 0
     for seed in seeds:
@@ -113,3 +116,31 @@ def test_damaged_archives_account_for_every_image(form: str, seeds: range, tmp_p
         untouched_images += len(untouched)
         kept += len(there)
     assert kept >= 0.95 * untouched_images
+
+
+def test_the_damaged_tar_of_a_folder_is_named(tmp_path: Path) -> None:
+    archive = MAKERS["folder"](random.Random(0))
+    name = sorted(archive.files)[1]
+    data = archive.files[name]
+    header = list(places(data))[3][1]
+    (folder,) = archive.write(tmp_path / "tars", archive.files | {name: data[:header] + data[header + BLOCK :]})
+    assert f"{folder / name} is damaged: bytes {header:,} to " in outcome([folder]).error
+    (source,) = detect([folder], salvage=True)
+    list(source.refs())
+    assert f"({name}: no tar header, after " in source.notes[-1]
+
+
+def test_an_empty_class_tar_is_damage(tmp_path: Path) -> None:
+    archive = MAKERS["folder"](random.Random(0))
+    name = sorted(archive.files)[1]
+    (folder,) = archive.write(tmp_path / "tars", archive.files | {name: bytes(len(archive.files[name]))})
+    assert "zero bytes, and no member" in outcome([folder]).error
+
+
+def test_a_padded_archive_is_whole_and_a_longer_one_is_not(tmp_path: Path) -> None:
+    archive = MAKERS["class"](random.Random(0))
+    data = archive.files["x.tar"].rstrip(b"\x00")
+    data += bytes(-len(data) % BLOCK)
+    for blocks, is_whole in ((0, False), (1, True), (2, True), (64 - len(data) // BLOCK % 64 + 64, True), (401, False)):
+        paths = archive.write(tmp_path / str(blocks), {"x.tar": data + bytes(blocks * BLOCK)})
+        assert (not outcome(paths).error) == is_whole, blocks
