@@ -3,8 +3,6 @@
 Source: github.com/mindspore-ai/models, official/cv/MobileNet/mobilenetv2, ``default_config.yaml`` and ``train.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Refuse, before any work, an output file that cannot be written."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -5,8 +5,6 @@ runs the stem and block 0; the last runs the head and the pooling. Within one, n
 whoever reads a convolution's output normalises it while loading. Activations between operators are channels-last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

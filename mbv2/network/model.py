@@ -13,8 +13,6 @@ that a checkpoint moves between them::
 Block 0 has no `expand`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import mindspore as ms

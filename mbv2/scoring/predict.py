@@ -1,7 +1,5 @@
 """Classes of single images: any format that Pillow reads, with the preprocessing that the checkpoint names."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Pictures of a run, drawn with Pillow: ``curves.png`` (loss and accuracy by epoch) and a confusion matrix."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
