@@ -63,6 +63,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 WHOLE = replace(
     RECIPE,
+    epochs=1,
+    lr=0.001,
     freeze="none",
     dropout=0,
     ema_decay=0.9,
@@ -121,7 +123,8 @@ def two(records: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]  # others name skipped records
 
 
 def test_one_process_adds_up_to_itself() -> None:
@@ -188,12 +191,14 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
     train(run)
     pairs = np.array(losses(one)).reshape(-1, 2).mean(1)
     np.testing.assert_allclose(losses(two), pairs, rtol=0.05)  # a logged loss is divided by its own step's weights
+    before = read_checkpoint(start).tensors
     first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
     assert first.keys() == second.keys()
     compared = [name for name in first if "moving_" not in name and not name.startswith("accumulated.")]
     assert len([name for name in compared if name.startswith("ema.")]) > 100
-    for name in compared:
-        assert np.abs(second[name] - first[name]).max() <= 1e-4 * max(1.0, float(np.abs(first[name]).max())), name
+    for name in compared:  # two updates: BatchNorm over 16 rows magnifies rounding about a hundred times in each
+        change = first[name] - before.get(name.removeprefix("ema."), np.float32(0))
+        assert np.abs(second[name] - first[name]).max() <= 0.02 * np.abs(change).max(), name
 
 
 @pytest.mark.slow
