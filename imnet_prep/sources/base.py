@@ -308,7 +308,10 @@ def meta_text(values: Mapping[str, Any]) -> str:
 
 def printable(name: str) -> str:
     """Escape what a line of text cannot hold."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, from JSON
+        text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or "(no name)"
 
 

@@ -29,6 +29,7 @@ _CLASS_KEYS = {*_NAME_KEYS, *_KEYS}
 _FILE_KEYS = ("file_name", "filename")
 _ALONE = "no .cls, .json or .txt of its name beside it in the tar"
 _SEPARATOR = "\x1f"  # no URL holds it, and JSON escapes it
+_MAX_NUMBER = 10**9  # of a class
 _MAX_CLASS = 200  # characters; a longer text is a caption
 _SPLIT = re.compile(r"(?<![a-z])(" + "|".join(SPLIT_FOLDERS) + r")(?![a-z])")
 _FIELDS = 7
@@ -186,7 +187,7 @@ class Samples:
             hint = next((value for key in _FILE_KEYS if isinstance(value := values.get(key), str)), "")
             if not self._against_imagenet and isinstance(label, int):
                 self._compare_imagenet(label, f"{self._key}/{hint}")
-            if hint and name_fault(hint):
+            if hint and (name_fault(hint) or ".." in hint.split("/")):
                 hint = ""
             rest = _rest(values, label, hint, name) if values else b""
             self._put(label, name, hint, image, rest)
@@ -212,14 +213,14 @@ class Samples:
         """Return the label of a sample, a contradiction in it (or an empty string), and whether it is one for sure."""
         given = [_class(values[key]) for key in _KEYS if key in values]
         if "cls" in labels:
-            given.insert(0, _class(self._read(labels["cls"]).decode("utf-8", "replace").split("\x00")[0]))
+            given.insert(0, _class(_text(self._read(labels["cls"])).split("\x00")[0]))
         numbers = [number for number in given if isinstance(number, int)]
         if len(numbers) > 1 and len(set(numbers)) > 1:
             return None, f"its labels contradict each other: {' and '.join(map(str, sorted(set(numbers))))}", True
         named = [text for key in _NAME_KEYS if key in values and (text := _class(values[key]))]
         found = [*named, *(text for text in given if isinstance(text, str)), *numbers]
         if not found and not labels.keys() & {"cls", "json"}:
-            return _class(self._read(labels["txt"]).decode("utf-8", "replace")), "", False
+            return _class(_text(self._read(labels["txt"]))), "", False
         label = found[0] if found else None
         return (None if isinstance(label, int) and label < 0 else label), "", bool(found)
 
@@ -361,20 +362,26 @@ def parse_values(data: bytes) -> tuple[dict[str, Any], str]:
     return (values, "") if isinstance(values, dict) else ({}, "its JSON is no object")
 
 
+def _text(data: bytes) -> str:
+    """Return a text, or an empty one for bytes that are none."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
 def _class(value: object) -> Label:
     """Return the class that a value names or numbers, or None."""
     if (number := _number(value)) is not None:
         return number
     text = value.strip() if isinstance(value, str) else ""
-    return text if text and len(text) <= _MAX_CLASS and "\n" not in text else None
+    return text if text not in (".", "..") and len(text) <= _MAX_CLASS and not name_fault(text) else None
 
 
 def _number(value: object) -> int | None:
     """Return the number that a value is, also as text or as a whole fraction, or None."""
-    if type(value) is int:
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
+    if type(value) is int or (isinstance(value, float) and value.is_integer()):
+        return int(value) if abs(value) < _MAX_NUMBER else None
     text = value.strip() if isinstance(value, str) else ""
     digits = text.removeprefix("-")
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None

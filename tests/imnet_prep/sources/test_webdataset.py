@@ -108,6 +108,7 @@ def test_keys_in_folders_and_names_in_the_json(tmp_path: Path) -> None:
         {
             "cat/1.jpg": A, "cat/1.cls": "cat", "more/1.jpg": A, "more/1.cls": "cat",
             "k.jpg": B, "k.json": {"label": "dog", "filename": "photos/k.JPEG"},
+            "up.jpg": B, "up.json": {"label": "dog", "file_name": "dog/../../up.jpg"},
             "m.jpg": B, "m.json": {"label": "dog", "file_name": "dog/sub/Every.Dot.png"},
             "n.jpg": B, "n.json": {"label": "dog", "file_name": "elsewhere/other.png", "url": "http://a/b.jpg"},
             "my.photo.jpg": C, "my.cls": "owl",
@@ -117,7 +118,7 @@ def test_keys_in_folders_and_names_in_the_json(tmp_path: Path) -> None:
     assert not rejected
     assert list(stored) == [
         "train/cat/1.jpg", "train/cat/more/1.jpg", "train/dog/k.JPEG", "train/dog/n.jpg", "train/dog/sub/Every.Dot.png",
-        "train/owl/my.photo.jpg",
+        "train/dog/up.jpg", "train/owl/my.photo.jpg",
     ]  # fmt: skip
     assert stored["train/dog/n.jpg"].meta == '{"file_name":"elsewhere/other.png"}'
     assert stored["train/dog/n.jpg"].url == "http://a/b.jpg"
@@ -132,7 +133,7 @@ def test_what_is_no_whole_sample_is_rejected_by_name(tmp_path: Path) -> None:
             "ok.jpg": A, "ok.cls": 1, "none.jpg": B, "label.cls": 3, "info.json": {"label": 4}, "notes.txt": "hello",
             "two.png": A, "two.jpg": B, "two.cls": 1, "bad.jpg": A, "bad.json": "{", "list.jpg": A, "list.json": "[]",
             "minus.jpg": A, "minus.cls": -1, "no.jpg": A, "no.json": {"caption": "x"}, "both.jpg": A, "both.cls": 1,
-            "both.json": {"label": 2}, "long.jpg": A, "long.cls": "x" * 5000, ".hidden.jpg": A,
+            "both.json": {"label": 2}, "long.jpg": A, "long.cls": b"\xff\xfe", ".hidden.jpg": A,
         },
     )  # fmt: skip
     stored, rejected, sources = found_in(path, classes=CLASSES)
@@ -152,6 +153,26 @@ def test_what_is_no_whole_sample_is_rejected_by_name(tmp_path: Path) -> None:
         "long.jpg": ("unlabelled", "no class in its sample, whose JSON has nothing"),
     }
     assert sources[0].notes == ("x.tar: 1 other files ignored (.jpg 1)",)
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("[" * 100_000, "its JSON cannot be read"),
+        ('{"label": "\\ud800"}', "no class in its sample, whose JSON has label"),
+        ('{"\\ud800": 1}', "no class in its sample, whose JSON has \\ud800"),
+        ('{"label": "a\\u0000b"}', "no class"),
+        ('{"label": ".."}', "no class"),
+        ('{"label": 1e400}', "no class"),
+        ('{"label": [1]}', "no class"),
+        ('{"label": 99999999999999999999}', "no class"),
+    ],
+)
+def test_a_hostile_json_rejects_its_image(tmp_path: Path, text: str, detail: str) -> None:
+    path = put(tmp_path, "x.tar", {"1.jpg": A, "1.json": text, "2.jpg": B, "2.cls": "b"})
+    stored, rejected, _ = found_in(path)
+    assert list(stored) == ["train/b/2.jpg"]
+    assert [row.detail.startswith(detail) for row in rejected.values()] == [True], rejected
 
 
 def test_a_key_twice_is_rejected_in_one_tar_and_told_apart_in_two(tmp_path: Path) -> None:
