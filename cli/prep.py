@@ -52,18 +52,25 @@ for _command in (verify, info, report, browse, bench, repair_index, adopt, resha
 @click.option("--retries", default=POLITE.retries, help="Retries of failures that may be temporary.")
 @click.option("--max-failed", default="100%", metavar="P%", help="Fail (exit 3) above this share of failed URLs.")
 @click.option("--retry-failed", is_flag=True, help="Try the URLs that failed temporarily again.")
+@click.option("--part", metavar="I/N", help="Take the hosts of part I of N: one machine of several.  [default: all]")
+@click.option("--contact", default="", help="A mail address or URL in the User-Agent, for the owners of hosts.")
+@click.option("--min-side", default=CONTENT.min_side, help="Smallest side of an image, in pixels.")
+@click.option("--max-area", type=int, help="Largest image, in pixels.")
+@click.option("--max-aspect", type=float, help="Largest ratio of the sides.")
 @click.option("--short-side", type=int, help="Resize to this short side, in pixels, and store as JPEG.")
 @click.option("--quality", default=CONTENT.quality, help="JPEG quality with --short-side.")
 @click.option("--allow-private", is_flag=True, help="Allow private and loopback addresses, for your own servers.")
 @click.option("--ignore-opt-out", is_flag=True, help="Ignore X-Robots-Tag: noai and noimageai.")
+@click.option("--dry-run", is_flag=True, help="Read the lists, say what they hold, and write nothing.")
 @JSON
 @guard
 def download(
     urls: tuple[Path, ...], more_urls: tuple[Path, ...], out: Path, wnid: str | None, url_column: str | None,
     class_column: str | None, id_column: str | None, wnids: Path | None,
     concurrency: int, per_host: int, rate_per_host: float, timeout_s: float, max_bytes: int, retries: int,
-    max_failed: str, retry_failed: bool, short_side: int | None, quality: int, allow_private: bool,
-    ignore_opt_out: bool, as_json: bool,
+    max_failed: str, retry_failed: bool, part: str | None, contact: str, min_side: int, max_area: int | None,
+    max_aspect: float | None, short_side: int | None, quality: int, allow_private: bool, ignore_opt_out: bool,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Download the images of URL lists to OUT/<class>/<id>.<ext> and account for every URL.
 
@@ -74,20 +81,31 @@ def download(
     Example: imnet-prep download --urls fall11_urls.txt --out images --wnids keep.txt --short-side 256
     """
     from imnet_prep.download.run import download as run
+    from imnet_prep.download.run import dry_run as plan
 
     fetch = FetchOptions(
-        timeout_s=timeout_s, max_bytes=max_bytes, allow_private=allow_private, honour_opt_out=not ignore_opt_out
-    )
+        timeout_s=timeout_s, max_bytes=max_bytes, allow_private=allow_private, honour_opt_out=not ignore_opt_out,
+        contact=contact,
+    )  # fmt: skip
     polite = PoliteOptions(concurrency=concurrency, per_host=per_host, rate_per_host=rate_per_host, retries=retries)
-    content = ContentOptions(short_side=short_side, quality=quality)
+    content = ContentOptions(
+        min_side=min_side, max_area=max_area, max_aspect=max_aspect, short_side=short_side, quality=quality
+    )
     options = DownloadOptions(
         urls=(*urls, *more_urls), out=out, columns=Columns(url_column, class_column, id_column), wnid=wnid,
         wnids=wnids, max_failed_frac=_fraction(max_failed),
-        retry_failed=retry_failed, fetch=fetch, polite=polite, content=content,
+        retry_failed=retry_failed, part=_part(part), fetch=fetch, polite=polite, content=content,
     )  # fmt: skip
+    if dry_run:
+        with progress_bar("read lists") as progress:
+            found = plan(options, progress)
+        shown = found | {"largest_hosts": ", ".join(f"{one['host']} {one['urls']}" for one in found["largest_hosts"])}
+        show(found, as_json, [(name.replace("_", " "), str(value)) for name, value in shown.items()])
+        return
     with stop_requested() as stop, progress_bar("download") as progress:
         result = run(options, progress, stop)
     totals = asdict(result.totals)
+    elsewhere = {"elsewhere": totals.pop("elsewhere")} if part is not None else {}
     rows = [
         *((name, str(totals[name])) for name in ("requested", "ok")),
         *((f"  {reason}", str(count)) for reason, count in totals["failed"].items()),
@@ -96,9 +114,19 @@ def download(
         ("folder", str(out)),
         *((f"  failed at {host}", str(count)) for host, count in result.top_hosts),
     ]
-    show(totals | {"seconds": round(result.seconds, 3)}, as_json, rows)
+    show(totals | elsewhere | {"seconds": round(result.seconds, 3)}, as_json, rows)
     if result.verdict is not None:
         raise result.verdict
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """Read ``2/8``."""
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise DownloadError("--part is no part", expected="for example 2/8", got=repr(text))
+    return int(number), int(count)
 
 
 def _fraction(text: str) -> float:
@@ -149,9 +177,9 @@ def to_mindrecord(
     """Convert archives and folders to MindRecord shards with a manifest.
 
     SOURCE is an official ILSVRC2012 archive (train, val and devkit in any order), an extracted tree, Kaggle's layout,
-    Tiny-ImageNet, a folder with one folder per class (with or without train/ and val/ above), or a folder made by
-    `imnet-prep download`. Archives are read in place. Every image is decoded once. To resume, run the same command
-    again.
+    Tiny-ImageNet, a folder or archive with one folder per class (with or without train/ and val/ above), WebDataset
+    tars, Parquet files, a folder made by `imnet-prep download`, or the URL (s3://, https://) of an archive or of Parquet
+    files. Every image is decoded once. To resume, run the same command again.
 
     Example: imnet-prep to-mindrecord ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz
     --out records

@@ -3,6 +3,7 @@
 import numpy as np
 
 from imnet_prep.download.fetch import Body, Failure
+from imnet_prep.download.memory import pixels_of
 from imnet_prep.download.options import ContentOptions, FailReason
 from imnet_prep.images.check import ValidateOptions, validate
 from imnet_prep.images.decode import decode_jpeg
@@ -35,6 +36,11 @@ def judge(body: Body, options: ContentOptions) -> tuple[Sample, bool] | Failure:
         return Failure(_FAIL.get(sample.reason, FailReason.NOT_AN_IMAGE), sample.detail, body.status)
     if min(sample.width, sample.height) < options.min_side:
         return Failure(FailReason.PLACEHOLDER, f"tiny: {sample.width} x {sample.height} pixels", body.status)
+    if options.max_area is not None and (area := pixels_of(body.data)) > options.max_area:
+        return Failure(FailReason.UNWANTED_SIZE, f"{area} pixels", body.status)
+    short, long = sorted((sample.width, sample.height))
+    if options.max_aspect is not None and long > options.max_aspect * short:
+        return Failure(FailReason.UNWANTED_SIZE, f"sides of {sample.width} and {sample.height} pixels", body.status)
     one_colour, flat = _colours(sample)
     if one_colour:
         return Failure(FailReason.PLACEHOLDER, "an image of one colour", body.status)

@@ -76,7 +76,8 @@ class Fetcher:
     def __init__(self, options: FetchOptions, per_host: int, resolver: Resolver) -> None:
         self._options, self._adapter = options, SafeAdapter(options, resolver, per_host)
         ours, theirs = version("imnet-prep"), requests.__version__
-        agent = f"{_AGENT}/{ours} (research image list downloader) python-requests/{theirs}"
+        about = f"{options.contact}; " if options.contact else ""
+        agent = f"{_AGENT}/{ours} ({about}research image list downloader) python-requests/{theirs}"
         self._headers = CaseInsensitiveDict(
             {"User-Agent": agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
         )

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from imnet_prep.download.journal import INDEXES, Journal
+from imnet_prep.download.journal import ELSEWHERE, INDEXES, Journal
 from imnet_prep.download.options import BY_NAME, Columns
 from imnet_prep.download.tables import Table, read_table
 from imnet_prep.download.urllist import Line, line_of, opened_list, parse_line, read_blocks, readable
@@ -53,6 +53,7 @@ def take_in(
     wnids: frozenset[str] | None,
     progress: ProgressCallback | None,
     columns: Columns = BY_NAME,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Read lists into the journal. A list that was read before, and has not changed, is only recognised.
 
@@ -63,6 +64,7 @@ def take_in(
         wnids: Classes to keep, or None for all.
         progress: Called with the lines read.
         columns: Which columns of a table to take.
+        part: (I, N): leave the hosts that do not fall to part I of N to others.
 
     Raises:
         DownloadError: A list cannot be read, or none of its lines can be used; its rows are taken out again.
@@ -90,7 +92,7 @@ def take_in(
         log.info("reading %s", path)
         journal.db.execute("DROP INDEX IF EXISTS pending_by_host")  # a bulk load would write it at random places
         try:
-            _load(journal, path, (*place, *content), wnid, wnids, progress, columns)
+            _load(journal, path, (*place, *content), wnid, wnids, progress, columns, part)
         except DownloadError:
             _drop_unfinished(journal)
             journal.db.executescript(INDEXES)
@@ -115,6 +117,7 @@ def _load(
     wnids: frozenset[str] | None,
     progress: ProgressCallback | None,
     columns: Columns,
+    part: tuple[int, int] | None,
 ) -> None:
     """Read one list."""
     db, lines, counts = journal.db, 0, Counter[str]()
@@ -155,7 +158,13 @@ def _load(
             "UPDATE lists SET loaded = 1, lines = ?, malformed = ?, repeated = ?, unwanted = ? WHERE id = ?",
             (lines, counts["malformed"], len(repeated), counts["unwanted"], number),
         )
-        journal.count({"requested": counts["kept"] - len(repeated)})
+        elsewhere = 0
+        if part is not None:  # repeats have been found over all parts, as on one machine
+            elsewhere = db.execute(
+                f"UPDATE urls SET state = {ELSEWHERE} WHERE row >= ? AND host % ? != ?",
+                (first_row, part[1], part[0] - 1),
+            ).rowcount
+        journal.count({"requested": counts["kept"] - len(repeated) - elsewhere, "elsewhere": elsewhere})
 
 
 class _Batch(NamedTuple):

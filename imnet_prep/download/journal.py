@@ -19,7 +19,7 @@ from imnet_prep.errors import DownloadError
 
 JOURNAL_NAME = "journal.sqlite"
 FORMAT_VERSION = "1"
-PENDING, OK, FAILED = 0, 1, 2
+PENDING, OK, FAILED, ELSEWHERE = 0, 1, 2, 3  # the last is of another part of a divided list
 _CACHE_KIB = 48 * 1024
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -132,7 +132,10 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Counts of all URLs. ``requested == ok + sum(failed.values()) + pending`` always holds."""
+    """Counts of all URLs. ``requested == ok + sum(failed.values()) + pending`` always holds.
+
+    ``elsewhere`` are the URLs of other parts of a divided list.
+    """
 
     requested: int
     ok: int
@@ -141,6 +144,7 @@ class Totals:
     malformed: int
     repeated: int
     bytes: int
+    elsewhere: int = 0
 
 
 def read_finished(folder: Path) -> Iterator[Finished]:
@@ -213,6 +217,22 @@ class Journal:
         """Fold the WAL back and close."""
         self.db.close()
 
+    def belongs_to(self, part: tuple[int, int] | None) -> None:
+        """Note the part of a divided list that this folder takes.
+
+        Raises:
+            DownloadError: It takes another one.
+        """
+        asked = "/".join(map(str, part)) if part else "all"
+        begun = self.db.execute("SELECT value FROM meta WHERE key = 'part'").fetchone()
+        is_new = self.db.execute("SELECT 1 FROM lists").fetchone() is None
+        known = begun[0] if begun else asked if is_new else "all"
+        if known != asked:
+            what = f"{self.folder} takes another part of its lists"
+            raise DownloadError(what, expected=f"--part {known}", got=f"--part {asked}", remedy="choose another --out")
+        if not begun and part:
+            self.db.execute("INSERT INTO meta VALUES ('part', ?)", (asked,))
+
     def hosts_with_pending(self) -> list[tuple[int, int]]:
         """Return (host key, pending URLs), largest first: the longest queues start earliest."""
         return self.db.execute(
@@ -237,7 +257,16 @@ class Journal:
             "SELECT coalesce(sum(malformed), 0), coalesce(sum(repeated), 0) FROM lists WHERE loaded = 1"
         ).fetchone()
         pending = counts["requested"] - counts["ok"] - sum(failed.values())
-        return Totals(counts["requested"], counts["ok"], failed, pending, malformed, repeated, counts["bytes"])
+        return Totals(
+            counts["requested"],
+            counts["ok"],
+            failed,
+            pending,
+            malformed,
+            repeated,
+            counts["bytes"],
+            counts["elsewhere"],
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ class FailReason(enum.StrEnum):
     NOT_AN_IMAGE = "not_an_image"  # an answer that holds no decodable still image
     TRUNCATED = "truncated"  # the body or the image's data ends early
     PLACEHOLDER = "placeholder"  # a stand-in for a photograph that is gone
+    UNWANTED_SIZE = "unwanted_size"  # more pixels, or a longer side, than --max-area and --max-aspect allow
     OPTED_OUT = "opted_out"  # X-Robots-Tag: noai or noimageai
     INTERNAL = "internal"  # a fault of ours or of this machine
 
@@ -45,6 +46,7 @@ class FetchOptions:
         max_redirects: Most hops after the first.
         allow_private: Also connect to addresses that are not public.
         honour_opt_out: Obey ``X-Robots-Tag: noai`` and ``noimageai``.
+        contact: A mail address or URL in the User-Agent, where a host's owner can reach the user; may be empty.
     """
 
     timeout_s: float = 30.0
@@ -56,8 +58,11 @@ class FetchOptions:
     max_redirects: int = 8  # browsers take 20; a photograph host needs one or two
     allow_private: bool = False
     honour_opt_out: bool = True
+    contact: str = ""
 
     def __post_init__(self) -> None:
+        usable = self.contact.isascii() and self.contact.isprintable() and not set(self.contact) & set("()\\")
+        _check("--contact", usable and len(self.contact) <= 200, "a mail address or a URL", repr(self.contact))
         _check("--timeout-s", 0 < self.timeout_s < math.inf, "more than zero", self.timeout_s)
         _check("--max-bytes", self.max_bytes > 0, "more than zero", self.max_bytes)
 
@@ -112,6 +117,8 @@ class ContentOptions:
         repeats_flat: Number of URLs with the same bytes that makes a flat picture (a sign, an icon) a placeholder.
         repeats_photo: The same for a picture that looks like a photograph. Both are multiplied by the median number of
             URLs that a photograph has in this folder, as a list may name every photograph many times.
+        max_area: Images of more pixels are not wanted; None for the limit of every image.
+        max_aspect: Images with a side more than this many times the other are not wanted; None for no limit.
         short_side: Store as JPEG with this short side in pixels; None stores the bytes as they came.
         quality: JPEG quality of ``short_side``.
     """
@@ -119,6 +126,8 @@ class ContentOptions:
     min_side: int = 16
     repeats_flat: int = 5
     repeats_photo: int = 10
+    max_area: int | None = None
+    max_aspect: float | None = None
     short_side: int | None = None
     quality: int = 90
 
@@ -126,6 +135,9 @@ class ContentOptions:
         _check(
             "--short-side", self.short_side is None or 8 <= self.short_side <= 8192, "8 to 8192 pixels", self.short_side
         )
+        _check("--min-side", self.min_side >= 1, "1 or more pixels", self.min_side)
+        _check("--max-area", self.max_area is None or self.max_area >= 1, "1 or more pixels", self.max_area)
+        _check("--max-aspect", self.max_aspect is None or self.max_aspect >= 1, "1 or more", self.max_aspect)
         _check("--quality", 1 <= self.quality <= 100, "1 to 100", self.quality)
 
 
@@ -159,6 +171,7 @@ class DownloadOptions:
         wnids: A file whose lines each begin with a wnid. Lines of other classes are left out.
         max_failed_frac: Share of failed URLs among the finished ones above which the run fails, 0-1.
         retry_failed: First make the transiently failed URLs pending again.
+        part: (I, N): take the hosts that fall to part I of N, counted from 1; None takes all.
         processes: Worker processes; 0 is one per core.
     """
 
@@ -169,12 +182,15 @@ class DownloadOptions:
     wnids: Path | None = None
     max_failed_frac: float = 1.0  # dead URLs are normal
     retry_failed: bool = False
+    part: tuple[int, int] | None = None
     processes: int = 0
     fetch: FetchOptions = field(default_factory=FetchOptions)
     polite: PoliteOptions = field(default_factory=PoliteOptions)
     content: ContentOptions = field(default_factory=ContentOptions)
 
     def __post_init__(self) -> None:
+        fits = self.part is None or 1 <= self.part[0] <= self.part[1]
+        _check("--part", fits, "I/N with I from 1 to N", "/".join(map(str, self.part or ())))
         _check("--max-failed", 0 <= self.max_failed_frac <= 1, "a share from 0% to 100%", f"{self.max_failed_frac:.4g}")
 
     def process_count(self) -> int:

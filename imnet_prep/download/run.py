@@ -7,11 +7,14 @@ import logging
 import math
 import shutil
 import sqlite3
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from imnet_prep.download.fetch import Failure
 from imnet_prep.download.folder import (
@@ -31,6 +34,7 @@ from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.download.pool import Pool
 from imnet_prep.download.scheduler import Scheduler
 from imnet_prep.download.urllist import is_class_name, lists_of, read_wnids
+from imnet_prep.download.urls import host_of
 from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback, Stop
@@ -38,6 +42,8 @@ from imnet_prep.types import Progress, ProgressCallback, Stop
 log = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.2
 _JUDGE_AFTER = 1000  # finished URLs before --max-failed may stop a run early
+_USUAL_S = 0.3  # of a photograph from a far host, with the pauses between
+_LARGEST = 5
 _CRASHES = 2  # of a worker under the same URL, then the URL is internal
 
 
@@ -84,7 +90,8 @@ def download(
         with opened(options.out) as journal:
             recover(journal)
             with lists_of(options.urls, options.out) as lists:
-                take_in(journal, lists, options.wnid, wnids, progress, options.columns)
+                journal.belongs_to(options.part)
+                take_in(journal, lists, options.wnid, wnids, progress, options.columns, options.part)
             if options.retry_failed:
                 log.info("%d failed URLs will be tried again", journal.reset_transient())
             verdict = _fetch(options, journal, progress, stop)
@@ -99,6 +106,42 @@ def download(
         raise DownloadError(
             f"cannot go on in {options.out}", got=f"{error} ({_free(options)})", remedy="mend that, and run it again"
         ) from error
+
+
+def dry_run(options: DownloadOptions, progress: ProgressCallback | None = None) -> dict[str, Any]:
+    """Read the lists, and remove everything written.
+
+    Returns:
+        The object that ``--json`` prints: URLs, classes, hosts, the largest of them, repeated and malformed lines, and
+        the seconds that the download will take at least.
+
+    Raises:
+        DownloadError: A list is not usable.
+    """
+    wnids = read_wnids(options.wnids) if options.wnids else None
+    with tempfile.TemporaryDirectory(prefix="imnet-prep-") as folder, closing(Journal(Path(folder))) as journal:
+        with lists_of(options.urls, Path(folder)) as lists:
+            take_in(journal, lists, options.wnid, wnids, progress, options.columns, options.part)
+        totals, hosts = journal.totals(), journal.hosts_with_pending()
+        largest = [
+            {"host": host_of(journal.pending_of(key, 0, 1)[0][1]), "urls": count} for key, count in hosts[:_LARGEST]
+        ]
+        classes = journal.db.execute("SELECT count(DISTINCT wnid) FROM urls WHERE state = 0").fetchone()[0]
+    polite = options.polite
+    busiest = max((count for _, count in hosts), default=0)
+    seconds = max(totals.requested / polite.concurrency, busiest / polite.per_host) * _USUAL_S
+    if polite.rate_per_host:
+        seconds = max(seconds, busiest / polite.rate_per_host)
+    return {
+        "urls": totals.requested,
+        "classes": classes,
+        "hosts": len(hosts),
+        "largest_hosts": largest,
+        "repeated": totals.repeated,
+        "malformed": totals.malformed,
+        "elsewhere": totals.elsewhere,
+        "seconds_estimated": round(seconds),
+    }
 
 
 def _free(options: DownloadOptions) -> str:

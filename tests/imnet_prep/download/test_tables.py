@@ -9,17 +9,18 @@ import lzma
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from imnet_prep.download import DownloadOptions, FetchOptions, download, read_finished
+from imnet_prep.download import DownloadOptions, FetchOptions, Totals, download, read_finished
 from imnet_prep.download.ingest import take_in
 from imnet_prep.download.journal import Journal
 from imnet_prep.download.options import BY_NAME, Columns
 from imnet_prep.errors import DownloadError
 from imnet_prep.records.folder import RecordsFolder
-from tests.imnet_prep.download.servers import Server, images
+from tests.imnet_prep.download.servers import Server, images, picture
 from tests.records import prep_json
 
 ROWS = [
@@ -223,3 +224,55 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
         download(DownloadOptions((tmp_path / "list",), tmp_path / "out"))
     assert mine.read_bytes() == b"mine"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["n01440764"]
+
+
+def test_parts_take_each_host_once_and_are_together_what_one_machine_gets(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(Server(images)) for _ in range(12)]
+        lines = [f"ab{n % 3}_{n % 70}\t{servers[n % 12].url(f'/{n % 90}.jpg')}" for n in range(100)]
+        lines += ["ab0_500 nothing", f"x {servers[0].url('/0.jpg')}"]
+        (tmp_path / "list").write_text("\n".join(lines) + "\n")
+
+        def get(name: str, part: tuple[int, int] | None) -> tuple[Totals, set[tuple[str, str]]]:
+            fetch = FetchOptions(allow_private=True)
+            options = DownloadOptions((tmp_path / "list",), tmp_path / name, part=part, fetch=fetch)
+            totals = download(options).totals
+            return totals, {(image.path, image.url) for image in read_finished(tmp_path / name)}
+
+        whole, expected = get("whole", None)
+        parts = [get(f"part{number}", (number, 4)) for number in range(1, 5)]
+    assert sum(len(found) for _, found in parts) == len(expected) == whole.ok
+    assert set().union(*(found for _, found in parts)) == expected
+    for totals, found in parts:
+        assert totals.requested + totals.elsewhere == whole.requested
+        assert (totals.repeated, totals.malformed) == (whole.repeated, whole.malformed)
+        others = set().union(*(more for _, more in parts if more is not found))
+        assert not {url.split("/")[2] for _, url in found} & {url.split("/")[2] for _, url in others}
+    with pytest.raises(DownloadError, match="another part"):
+        get("part1", (2, 4))
+    with pytest.raises(DownloadError, match="another part"):
+        get("whole", (1, 4))
+
+
+def test_sizes_that_are_not_wanted_are_counted_and_the_contact_is_sent(tmp_path: Path) -> None:
+    sizes = {"/wide.jpg": (320, 90), "/large.jpg": (200, 200), "/fine.jpg": (150, 100), "/small.jpg": (90, 60)}
+    with Server(lambda x: x.answer(200, picture(1, size=sizes[x.path]))) as server:
+        (tmp_path / "list").write_text("".join(f"ab {server.url(path)}\n" for path in sizes))
+        limits = ["--min-side", "80", "--max-area", "30000", "--max-aspect", "3", "--contact", "me@example.org"]
+        result = prep_json(
+            "download", "--urls", tmp_path / "list", "--out", tmp_path / "out", "--allow-private", *limits
+        )
+        assert "imnet-prep/" in next(iter(server.user_agents))
+        assert "(me@example.org; " in next(iter(server.user_agents))
+    assert (result["ok"], result["failed"]) == (1, {"placeholder": 1, "unwanted_size": 2})
+
+
+def test_a_dry_run_reads_the_lists_and_writes_nothing(tmp_path: Path) -> None:
+    content = "".join(f"ab{n % 2} http://h{n % 3}.com/{n}\n" for n in range(30)) + "ab0 http://h0.com/0\nx\n"
+    (tmp_path / "list").write_text(content)
+    found = prep_json("download", "--urls", tmp_path / "list", "--out", tmp_path / "out", "--dry-run")
+    assert sorted(one["host"] for one in found.pop("largest_hosts")) == ["h0.com", "h1.com", "h2.com"]
+    assert found.pop("seconds_estimated") >= 0
+    counts = {"urls": 30, "classes": 2, "hosts": 3, "repeated": 1, "malformed": 1, "elsewhere": 0}
+    assert found == counts
+    assert not (tmp_path / "out").exists()
