@@ -162,12 +162,15 @@ class Untidy:
     def _dangling(self) -> None:
         folder = self._some_folder()
         for name in self._rng.sample(("gone.jpg", "gone", ".gone"), 2):
-            (folder / name).symlink_to("/nowhere/at/all")
-        (folder / "self.png").symlink_to("self.png")
+            if not os.path.lexists(folder / name):
+                (folder / name).symlink_to("/nowhere/at/all")
+        if not os.path.lexists(folder / "self.png"):
+            (folder / "self.png").symlink_to("self.png")
 
     def _loop(self) -> None:
         folder = self._some_folder()
-        (folder / "up").symlink_to(self._rng.choice([self.root, folder, self.root.parent]))
+        if not os.path.lexists(folder / "up"):
+            (folder / "up").symlink_to(self._rng.choice([self.root, folder, self.root.parent]))
 
     def _lattice(self) -> None:
         folders = self._folders()[:12]
