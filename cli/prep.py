@@ -105,7 +105,9 @@ def download(
     with stop_requested() as stop, progress_bar("download") as progress:
         result = run(options, progress, stop)
     totals = asdict(result.totals)
-    elsewhere = {"elsewhere": totals.pop("elsewhere")} if part is not None else {}
+    elsewhere = totals.pop("elsewhere")
+    if part is not None:
+        totals["elsewhere"] = elsewhere
     rows = [
         *((name, str(totals[name])) for name in ("requested", "ok")),
         *((f"  {reason}", str(count)) for reason, count in totals["failed"].items()),
@@ -114,7 +116,7 @@ def download(
         ("folder", str(out)),
         *((f"  failed at {host}", str(count)) for host, count in result.top_hosts),
     ]
-    show(totals | elsewhere | {"seconds": round(result.seconds, 3)}, as_json, rows)
+    show(totals | {"seconds": round(result.seconds, 3)}, as_json, rows)
     if result.verdict is not None:
         raise result.verdict
 
