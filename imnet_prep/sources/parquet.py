@@ -33,7 +33,7 @@ _FORMAT = 1  # of what is staged
 _NUMBERED = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})(-[0-9a-f]+)?\.parquet")
 _MANY_FOLDERS = 64  # more of them are classes
 _WNID_AT_END = re.compile(r"(.+)_(n\d{8})(\.\w+)")  # n01440764_10026_n01440764.JPEG, as in ILSVRC/imagenet-1k
-_WIDEST = 19  # digits of an int64
+_WIDEST = 20  # digits of a uint64
 _SAME_WORDS_FRAC = 0.98  # copies of ImageNet's list differ in a few words: "crane2" for the second crane
 _NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")
 
@@ -88,7 +88,7 @@ class ParquetSource(Source):
                 listed = _listed(folder / LISTED, number[shard.split])
                 yield from _insert(rows, (row_of(place, *row) for row in listed))
                 number[shard.split] += info["rows"]
-            width = len(str(rows.execute("SELECT CAST(MAX(class) AS INTEGER) FROM row").fetchone()[0] or 0))
+            width = len((rows.execute("SELECT MAX(class) FROM row").fetchone()[0] or "").lstrip("0")) or 1
             self.has_numbers = columns["kind"] == "number"
             unnamed = self.has_numbers and not names
             notes += self._notes(columns, wnids, unnamed, _make_unique(rows))
@@ -191,7 +191,8 @@ def is_imagenet(names: Sequence[str]) -> bool:
 
 def class_name(name: str) -> str:
     """Return a name that can be that of a folder."""
-    return _NOT_IN_A_NAME.sub("_", name.strip()) or "_"
+    text = _NOT_IN_A_NAME.sub("_", name.strip())
+    return text.replace(".", "_") if text in (".", "..") else text or "_"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -342,7 +343,7 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
         for item in sorted(here.iterdir()):
             if item.name.startswith((".", "_")):
                 continue
-            if item.name.endswith(".parquet") and item.is_file():
+            if item.name.endswith(".parquet") and not item.is_dir():
                 files.append((within + item.name, item))
             elif item.suffix == ".tar" and not within:
                 return []  # an img2dataset folder

@@ -188,6 +188,7 @@ def test_a_list_names_the_numbers(tmp_path: Path) -> None:
 
 def test_class_names_that_no_folder_can_have_are_changed(tmp_path: Path) -> None:
     assert class_name(" cat/dog\n") == "cat_dog"
+    assert [class_name(name) for name in ("..", ".", "", ".a")] == ["__", "_", "_", ".a"]
     got = read_all(write_parquet(tmp_path / "x.parquet", ROWS, ["a/b", "c", *WNIDS[:3]], labels=[0] * 15))
     assert {name.split("/")[0] for name in got.images} == {"a_b"}
     with pytest.raises(SourceError, match="two classes have the same name"):
@@ -328,6 +329,13 @@ def test_splits_are_named_by_files_or_their_folders(tmp_path: Path) -> None:
 def test_a_folder_with_the_name_of_a_file_is_a_folder(tmp_path: Path) -> None:
     folder = shards(tmp_path, "photos.parquet/part-00000-c000.snappy.parquet", "photos.parquet/_metadata.parquet")
     assert len(read_all(folder).images) == len(read_all(folder / "photos.parquet").images) == 15
+
+
+def test_a_link_to_nowhere_is_an_error(tmp_path: Path) -> None:
+    folder = shards(tmp_path, "train.parquet")
+    (folder / "validation.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match=r"validation\.parquet cannot be read"):
+        read_all(folder)
 
 
 def test_one_file_of_a_series_may_be_given(tmp_path: Path) -> None:
