@@ -153,7 +153,7 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     assert last_of_two.meta.training["skipped"] == last.meta.training["skipped"]
     first, second = last.tensors, last_of_two.tensors
     for name, value in first.items():
-        assert np.abs(second[name] - value).max() <= 1e-4 * max(1.0, float(np.abs(value).max())), name
+        assert np.abs(second[name] - value).max() <= 5e-4 * max(1.0, float(np.abs(value).max())), name
     assert [row.val_top1 for row in read_metrics(one)] == [row.val_top1 for row in read_metrics(two)]
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
 
@@ -196,9 +196,9 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
     assert first.keys() == second.keys()
     compared = [name for name in first if "moving_" not in name and not name.startswith("accumulated.")]
     assert len([name for name in compared if name.startswith("ema.")]) > 100
-    for name in compared:  # two updates: BatchNorm over 16 rows magnifies rounding about a hundred times in each
+    for name in compared:  # gradients of up to 0.1; some are 0 but for rounding, as BatchNorm follows
         change = first[name] - before.get(name.removeprefix("ema."), np.float32(0))
-        assert np.abs(second[name] - first[name]).max() <= 0.02 * np.abs(change).max(), name
+        assert np.abs(second[name] - first[name]).max() <= 0.02 * np.abs(change).max() + 1e-6, name
 
 
 @pytest.mark.slow
