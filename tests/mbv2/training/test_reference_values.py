@@ -1,6 +1,7 @@
 """Schedules, optimizers and losses against what PyTorch and timm gave (``tests/mbv2/reference_values``)."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from mindspore import nn
 
 from mbv2.recipe import Recipe
+from mbv2.runtime import start_mindspore
 from mbv2.training.optimizer import step_controls
 from mbv2.training.schedule import learning_rate
 from mbv2.training.step import ApplyAccumulated, TrainStep
+from tests.mbv2.training.test_ranks import under_msrun
 
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parents[1] / "reference_values" / "training.json").read_bytes())
 TRAININGS = REFERENCE["trainings"]
@@ -57,9 +60,9 @@ class LinearNet(nn.Cell):
         return self.classifier(pooled)
 
 
-def step_of(net: LinearNet, recipe: Recipe) -> TrainStep:
+def step_of(net: LinearNet, recipe: Recipe, ranks: int = 1) -> TrainStep:
     counts = REFERENCE["class_counts"]
-    return TrainStep(net, recipe, len(counts), class_counts=counts)
+    return TrainStep(net, recipe, len(counts), class_counts=counts, ranks=ranks)
 
 
 def tensors(batch: dict[str, Any], recipe: Recipe, rows: slice = slice(None)) -> list[ms.Tensor]:
@@ -108,3 +111,41 @@ def test_weighted_classes_accumulated_over_steps_equal_one_step_with_all_images(
     for first, second in zip(nets[0].get_parameters(), nets[1].get_parameters(), strict=True):
         np.testing.assert_allclose(first.asnumpy(), second.asnumpy(), rtol=1e-5, atol=1e-6)
     assert ("accumulated.image_weight" in parts.state()) == (not mixup_alpha)
+
+
+def accumulated(rank: int, ranks: int) -> list[np.ndarray[Any, Any]]:
+    """Return the weights after two updates of two steps, of which this rank takes its share of the rows."""
+    fields = {"class_weights": "balanced", "clip_norm": 0.3, "accumulate_steps": 2, **TRAININGS[2]["recipe"]}
+    recipe, net = Recipe(**fields), LinearNet()
+    step, share = step_of(net, recipe, ranks), len(REFERENCE["batches"][0]["label"]) // ranks
+    update = ApplyAccumulated(step)
+    for number, batch in enumerate(REFERENCE["batches"][:4]):
+        controls = ms.Tensor(step_controls(recipe, 0.1, number))
+        step(*tensors(batch, recipe, slice(rank * share, (rank + 1) * share)), controls)
+        if number % 2:
+            update(controls)
+    return [parameter.asnumpy() for parameter in net.get_parameters()]
+
+
+@pytest.mark.slow
+def test_weighted_classes_on_two_ranks_equal_one_with_all_images(tmp_path: Path) -> None:
+    out = tmp_path / "two.npz"
+    log = tmp_path / "log"
+    assert under_msrun(log, "-m", "tests.mbv2.training.test_reference_values", out) == 0, (
+        log / "worker_0.log"
+    ).read_text()[-2000:]
+    for one, two in zip(accumulated(0, 1), np.load(out).values(), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+
+
+def main() -> None:
+    """Train as one of two ranks; the first writes the weights."""
+    here = start_mindspore("CPU")
+    weights = accumulated(here.rank, here.ranks)
+    assert here.ranks == 2
+    if here.rank == 0:
+        np.savez(sys.argv[1], *weights)
+
+
+if __name__ == "__main__":
+    main()
