@@ -62,7 +62,8 @@ class Events:
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, Any]]:
-    """Yield each whole record and its event; a last one cut short by a crash is left out."""
+    """Yield each whole record and its event, up to one that is damaged or was cut short by a crash."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboardX.proto.event_pb2 import Event
 
     start = 0
@@ -70,5 +71,9 @@ def _records(data: bytes) -> Iterator[tuple[bytes, Any]]:
         end = start + _HEAD + int.from_bytes(data[start : start + 8], "little") + _TAIL
         if end > len(data):
             return
-        yield data[start:end], Event.FromString(data[start + _HEAD : end - _TAIL])
+        try:
+            event = Event.FromString(data[start + _HEAD : end - _TAIL])
+        except DecodeError:
+            return
+        yield data[start:end], event
         start = end
