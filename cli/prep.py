@@ -180,8 +180,8 @@ def to_mindrecord(
 
     SOURCE is an official ILSVRC2012 archive (train, val and devkit in any order), an extracted tree, Kaggle's layout,
     Tiny-ImageNet, a folder or archive with one folder per class (with or without train/ and val/ above), WebDataset
-    tars, Parquet files, a folder made by `imnet-prep download`, or the URL (s3://, https://) of an archive or of Parquet
-    files. Every image is decoded once. To resume, run the same command again.
+    tars, Parquet files, a folder made by `imnet-prep download`, or the URL (s3://, https://) of an archive or of
+    Parquet files. Every image is decoded once. To resume, run the same command again.
 
     Example: imnet-prep to-mindrecord ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz
     --out records

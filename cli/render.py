@@ -117,7 +117,7 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether a signal to stop was received; a second one stops at once."""
-    from imnet_prep.process_pool import STOP_SIGNALS
+    from imnet_prep.process_pool import stop_signals
 
     received: list[int] = []
 
@@ -128,9 +128,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         with suppress(OSError):  # the terminal may be gone
             click.echo("stopping: finishing the work in hand (press again to stop at once)", err=True)
 
-    under_nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    heard = [number for number in STOP_SIGNALS if not (under_nohup and number.name == "SIGHUP")]
-    previous = {number: signal.signal(number, note) for number in heard}
+    previous = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield lambda: bool(received)
     finally:

@@ -30,6 +30,11 @@ SMALL_BYTES = 64 << 20  # hashed before a second process has started
 _live: Any = None  # in a worker: images, bytes and bad ones of each task in hand, shared with the parent
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask a command to stop; under ``nohup``, a closed terminal does not."""
+    return [number for number in STOP_SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
+
+
 def begin_worker() -> None:
     """Prepare a spawned process for work: it ignores the signals, uses one thread, and dies with its parent."""
     for number in STOP_SIGNALS:

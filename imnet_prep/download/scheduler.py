@@ -41,6 +41,7 @@ class Host:
         waiting: Tasks that wait for a retry. next_at: No lane before, by ``rate_per_host``.
         streak: Attempts in a row that it did not serve. probes: Failed probes of the open breaker, -1 while closed.
         has_served: Whether it ever served anything in this run.
+        waiting_since: When the first attempt of the streak ended.
         task_s: Moving average of seconds a URL. turn: Number of its latest lane.
     """
 
@@ -59,6 +60,7 @@ class Host:
     streak: int = 0
     probes: int = -1
     has_served: bool = False
+    waiting_since: float = 0.0
     good: int = 0
     task_s: float = 0.25
     turn: int = 0
@@ -99,17 +101,22 @@ class Host:
 
         A host that asks for a pause, or refuses again and again (5xx), is paused, each time for longer. Many attempts
         in a row that are not served open the circuit breaker: the host is paused, then probed with single requests. An
-        attempt that began before the pause is no probe.
+        attempt that began before the pause is no probe. A host that serves nothing for longer than two of the longest
+        pauses, or four where it has served before, is given up as well.
         """
         options, asked = self.options, found.retry_after_s or 0.0
         last_probe = options.dead_probes * (2 if self.has_served else 1)
         dead_after = options.dead_after * (3 if self.has_served else 1)
         is_too_long = asked > options.max_retry_after_s
+        if self.streak == 0:
+            self.waiting_since = now
         self.streak += 1
         if asked or found.status == 429:
             self.cap, self.good = max(1, self.lanes.total() // 2), 0
         if asked or found.status == 429 or ((found.status or 0) >= 500 and self.streak > _REFUSALS):
             self.pause(now + max(min(asked, options.max_retry_after_s), options.backoff(self.streak - 1)))
+        if now - self.waiting_since > (4 if self.has_served else 2) * options.max_retry_after_s:
+            return True
         if is_probe:
             self.probes += 1
         elif is_too_long:
