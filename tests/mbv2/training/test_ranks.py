@@ -153,7 +153,8 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     assert last_of_two.meta.training["skipped"] == last.meta.training["skipped"]
     first, second = last.tensors, last_of_two.tensors
     for name, value in first.items():
-        assert np.abs(second[name] - value).max() <= 5e-4 * max(1.0, float(np.abs(value).max())), name
+        # A sum rounded in another order may pass ReLU6's threshold; another image would change gradients by about 0.1.
+        assert np.abs(second[name] - value).max() <= 2e-3 * max(1.0, float(np.abs(value).max())), name
     assert [row.val_top1 for row in read_metrics(one)] == [row.val_top1 for row in read_metrics(two)]
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
 
