@@ -93,6 +93,6 @@ def test_the_head_and_the_features_of_a_frozen_backbone_run_on_standard_operator
     pooled = network_predict(PooledFeatures(learner.net))(batch.image)
     assert pooled.shape == (ROWS, 1280)
     features = FeatureBatch(pooled, batch.label, batch.record_id)
-    learner.resume_training()
+    learner.net.set_train(True)
     assert np.isfinite(learner.train(features, 0, 0.05, stop=False)[0].asnumpy()).all()
     assert np.allclose(learner.predict(live=True)(pooled), learner.net(ms.Tensor(batch.image)).asnumpy(), atol=1e-4)
