@@ -4,8 +4,8 @@ Command::
 
     python -m benchmarks.download_faults --peer .venv-img2dataset
 
-Of 1,000 URLs half are good; the others answer 404, a page of HTML, a cut body, 503 twice and then the image, 429 once, the
-image after two seconds, 103 before the image, or a redirect to itself. Both tools have the same time limit,
+Of 1,000 URLs half are good; the others answer 404, a page of HTML, a cut body, 503 twice and then the image, 429 once,
+the image after two seconds, 103 before the image, or a redirect to itself. Both tools have the same time limit,
 number of retries and number of connections, and store the bytes as they came. Images are counted, and compared with
 what was served by SHA-256.
 """

@@ -13,7 +13,7 @@ from imnet_prep.sources.base import Found, Source, is_hidden, is_image_name, mak
 from imnet_prep.sources.labels import WNID, Labels, labelled, official_split, read_tiny_annotations
 from imnet_prep.sources.layout import Index
 from imnet_prep.sources.samples import Samples, is_sample, split_of
-from imnet_prep.sources.tar import FILE, FOLDER, Member, walk
+from imnet_prep.sources.tar import FILE, FOLDER, Member, loose_zeros, walk
 from imnet_prep.sources.tree import is_image
 from imnet_prep.types import Reason, Rejected
 
@@ -61,6 +61,10 @@ def walk_whole(
         else:
             last = found
         yield found
+    if start == 0 and end in (None, file.size_bytes) and last is not None and (zeros := loose_zeros(file, last)):
+        source.remark(
+            f"{printable(path.name)} ends in {zeros:,} zero bytes, more than tar writes: no image may be there"
+        )
 
 
 def ends_in_zeros(file: PlainFile) -> bool:

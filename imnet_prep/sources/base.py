@@ -58,6 +58,7 @@ class Source(ABC):
         self.salvage = False
         self.notes: tuple[str, ...] = ()
         self._skipped: list[tuple[str, int, int]] = []  # damage, and the stretch left out for it
+        self._remarks: list[str] = []
         self._walked, self._images, self._size_bytes = False, 0, 0
 
     @abstractmethod
@@ -144,6 +145,10 @@ class Source(ABC):
         where = "" if path == self.path else f"{printable(path.name)}: "
         self._skipped.append((where + damage, at, size_bytes))
 
+    def remark(self, note: str) -> None:
+        """Add a note for the user while the source is walked."""
+        self._remarks.append(note)
+
     def refs(self) -> Iterator[Found]:
         """Yield every image found, sorted by split, class and name; ``Rejected`` for those that cannot be read.
 
@@ -154,7 +159,7 @@ class Source(ABC):
             SourceError: The source is damaged or cannot be read.
         """
         notes, ignored, images, size_bytes = list[str](), Counter[str](), 0, 0
-        self._skipped = []
+        self._skipped, self._remarks = [], list[str]()
         try:
             with self._named():
                 for found in _unique(self._walk(notes, ignored)):
@@ -167,7 +172,12 @@ class Source(ABC):
                 raise
             raise self._unreadable(error) from error
         self._walked, self._images, self._size_bytes = True, images, size_bytes
-        self.notes = (*notes, *ignored_note(ignored, self.name), *_skipped_note(self._skipped, self.name))
+        self.notes = (
+            *notes,
+            *self._remarks,
+            *ignored_note(ignored, self.name),
+            *_skipped_note(self._skipped, self.name),
+        )
 
     def _named(self) -> AbstractContextManager[None]:
         return nullcontext() if self.staged is None else self.staged.named()

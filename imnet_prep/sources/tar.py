@@ -14,6 +14,7 @@ from imnet_prep.files import PlainFile
 BLOCK = 512
 _RECORD = 20 * BLOCK  # the usual one
 _RECORDS = (*range(BLOCK, _RECORD + 1, BLOCK), *(BLOCK << power for power in range(5, 14)))  # tar -b 1 to 8192
+_LOOSE_ZEROS = 64 * BLOCK  # some writers and tapes add them; less than a usual photograph
 _MAX_META_BYTES = 1 << 20  # a long name or pax header beyond a MiB is an attack
 _MAX_DIGITS = 19  # of a size: 63 bits
 _OCTAL_LIMIT = 8 << 30  # what 11 octal digits hold
@@ -91,7 +92,8 @@ def walk(
         name, fault, resume = "", "", at + BLOCK
         if header == _ZERO:
             resume = _zeros_end(file, at, end)
-            if resume == end and not extra and at > first and _is_padding(end - at, end - first):
+            is_loose = (start, end) == (0, file.size_bytes) and end - at <= _LOOSE_ZEROS
+            if resume == end and not extra and at > first and (is_loose or _is_padding(end - at, end - first)):
                 return
             if not extra and _is_joint(file, at, resume, first, end):
                 at = first = resume
@@ -154,6 +156,12 @@ def _octal(field: bytes) -> int | None:
 def _is_padding(zeros: int, size_bytes: int) -> bool:
     """Return whether an archive of a size may end in so many zeros: two blocks, and more to the end of a record."""
     return any(size_bytes % record == 0 and zeros < record + 2 * BLOCK for record in _RECORDS)
+
+
+def loose_zeros(file: PlainFile, last: Member) -> int:
+    """Return the zero bytes after the last member of an archive if they are more than tar writes, but accepted; or 0."""
+    zeros = file.size_bytes - last.offset - (last.size_bytes + BLOCK - 1) // BLOCK * BLOCK
+    return zeros if 0 < zeros <= _LOOSE_ZEROS and not _is_padding(zeros, file.size_bytes) else 0
 
 
 def _is_joint(file: PlainFile, at: int, after: int, first: int, end: int) -> bool:
