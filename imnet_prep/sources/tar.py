@@ -159,7 +159,7 @@ def _is_padding(zeros: int, size_bytes: int) -> bool:
 
 
 def loose_zeros(file: PlainFile, last: Member) -> int:
-    """Return the zero bytes after the last member of an archive if they are more than tar writes, but accepted; or 0."""
+    """Return the zero bytes after the last member if they are accepted, though more than tar writes, or 0."""
     zeros = file.size_bytes - last.offset - (last.size_bytes + BLOCK - 1) // BLOCK * BLOCK
     return zeros if 0 < zeros <= _LOOSE_ZEROS and not _is_padding(zeros, file.size_bytes) else 0
 

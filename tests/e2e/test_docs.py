@@ -78,7 +78,7 @@ def make_webdatasets(root: Path) -> None:
     names = [wnid for wnid, _ in catalog.synsets()][:2]
     tars = {"imagenet-1k-wds/t-train-0000": 6, "imagenet-1k-wds/t-validation-00": 2, "my-tars/00000": 6}
     for number, (tar, count) in enumerate(tars.items()):
-        samples = {}
+        samples: dict[str, bytes] = {}
         for k in range(count):
             key = f"{names[k % 2]}_{number}{k}"
             samples |= {f"{key}.jpg": jpeg(k % 2, 10 * number + k), f"{key}.cls": str(k % 2).encode()}
