@@ -97,6 +97,8 @@ def _locked(out: Path) -> Iterator[None]:
         remedy = "wait for it to end, or choose another --out"
         raise TrainError(f"another process is training in {out}", remedy=remedy) from error
     except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+            raise  # of the caller's function, or MindSpore's own
         remedy = f"mend that, then go on with --resume where {out / LAST} is there"
         raise TrainError(f"cannot write in the run's folder {out}", got=str(error), remedy=remedy) from error
 
