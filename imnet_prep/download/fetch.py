@@ -8,7 +8,7 @@ import http.client
 import ssl
 import time
 import zlib
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import urllib3
 from requests.structures import CaseInsensitiveDict
 
 from imnet_prep.download.addresses import AddressRefused, NameFailed, Resolver
+from imnet_prep.download.memory import Room
 from imnet_prep.download.net import BUDGET, SafeAdapter, TooSlow
 from imnet_prep.download.options import FailReason, FetchOptions
 from imnet_prep.download.urls import BadUrl, is_placeholder_url, join_redirect
@@ -24,6 +25,10 @@ from imnet_prep.download.urls import BadUrl, is_placeholder_url, join_redirect
 _DRAIN_BYTES = 65536  # a rest up to this size is read so that the connection can be used again
 _OPT_OUT = frozenset({"noai", "noimageai"})
 _GZIP = b"\x1f\x8b"
+_MAX_MEMBERS = 10_000  # of a gzip body; an empty one has 20 bytes
+_SLICE_BYTES = 1 << 16
+_USUAL_BYTES = 1 << 20  # of an answer, for which every thread has room
+_LARGE_BYTES = 64 << 20  # of larger answers that a process holds at a time; the same again once they are decompressed
 _AGENT = "imnet-prep"  # our name in User-Agent and X-Robots-Tag
 _REASONS = {404: FailReason.GONE, 410: FailReason.GONE, 429: FailReason.RATE_LIMITED}
 _PASSING_4XX = frozenset({408, 421, 425, 429})  # "not now" or "not on this connection"
@@ -75,6 +80,7 @@ class Fetcher:
 
     def __init__(self, options: FetchOptions, per_host: int, resolver: Resolver) -> None:
         self._options, self._adapter = options, SafeAdapter(options, resolver, per_host)
+        self._room, self._unpacked = Room(_LARGE_BYTES), Room(_LARGE_BYTES)
         ours, theirs = version("imnet-prep"), requests.__version__
         about = f"{options.contact}; " if options.contact else ""
         agent = f"{_AGENT}/{ours} ({about}research image list downloader) python-requests/{theirs}"
@@ -82,12 +88,14 @@ class Fetcher:
             {"User-Agent": agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
         )
 
-    def fetch(self, url: str, spent_s: float) -> Body | Hop | Failure:
+    def fetch(self, url: str, spent_s: float, held: ExitStack | None = None) -> Body | Hop | Failure:
         """Make one request and read its answer.
 
         Args:
             url: Normalised.
             spent_s: Seconds that earlier hops of this attempt took; they count against the total.
+            held: Takes the room in memory of a large answer, and is to be closed when the answer is no longer needed.
+                Without it, the room is free again at once.
         """
         if is_placeholder_url(url):
             return Failure(FailReason.PLACEHOLDER, "the host's placeholder, by its URL")
@@ -100,13 +108,14 @@ class Fetcher:
             response = self._adapter.send(request, stream=True, timeout=timeout)
             status = response.status_code
             try:
-                return self._answer(url, status, response.raw)
+                with ExitStack() as own:
+                    return self._answer(url, status, response.raw, held or own)
             finally:
                 _let_go(response.raw)
         except _NETWORK_ERRORS as error:
             return _failed(error, status)
 
-    def _answer(self, url: str, status: int, raw: Any) -> Body | Hop | Failure:
+    def _answer(self, url: str, status: int, raw: Any, held: ExitStack) -> Body | Hop | Failure:
         if 300 <= status < 400:
             return _redirect(url, status, raw.get_redirect_location())
         if status >= 400:
@@ -121,14 +130,19 @@ class Fetcher:
             return Failure(FailReason.NOT_AN_IMAGE, f"HTTP {status} holds no image", status)
         if self._options.honour_opt_out and opted_out(raw.headers.getlist("X-Robots-Tag")):
             return Failure(FailReason.OPTED_OUT, "X-Robots-Tag", status)
-        return self._read(status, raw)
+        return self._read(status, raw, held)
 
-    def _read(self, status: int, raw: Any) -> Body | Failure:
+    def _read(self, status: int, raw: Any, held: ExitStack) -> Body | Failure:
         limit, declared = self._options.max_bytes, raw.length_remaining
         if declared is not None and declared > limit:
             return Failure(FailReason.TOO_LARGE, f"{declared} bytes declared", status, aborted=True)
         BUDGET.body()
-        data = raw.read(limit + 1 if declared is None else declared, decode_content=False)
+        if declared is None:
+            data = self._read_on(raw, held)
+        else:
+            if declared > _USUAL_BYTES:
+                self._wait(declared, held)
+            data = raw.read(declared, decode_content=False)
         if len(data) > limit:
             return Failure(FailReason.TOO_LARGE, f"more than {limit} bytes", status, aborted=True)
         if declared is not None and len(data) < declared:
@@ -136,8 +150,29 @@ class Fetcher:
                 FailReason.TRUNCATED, f"the body ended after {len(data)} of {declared} bytes", status, transient=True
             )
         encoding = raw.headers.get("Content-Encoding", "").strip().lower()
-        unpacked = data if encoding in ("", "identity") else unpack(data, encoding, limit)
+        if encoding in ("", "identity"):
+            return Body(status, data)
+        held.enter_context(self._unpacked.hold(limit))
+        unpacked = unpack(data, encoding, limit)
         return unpacked if isinstance(unpacked, Failure) else Body(status, unpacked)
+
+    def _read_on(self, raw: Any, held: ExitStack) -> bytes:
+        """Read a body of unknown length, and at most one byte more than the limit. A million chunks are soon joined."""
+        data, limit, has_room = bytearray(), self._options.max_bytes, False
+        while piece := raw.read(min(_SLICE_BYTES, limit + 1 - len(data)), decode_content=False):
+            data += piece
+            if len(data) > limit:
+                break
+            if len(data) > _USUAL_BYTES and not has_room:
+                self._wait(2 * limit, held)  # the last copy is made while this one is there
+                has_room = True
+        return bytes(data)
+
+    def _wait(self, count: int, held: ExitStack) -> None:
+        """Wait for room for a large answer; the time is not counted against the attempt."""
+        begun = time.monotonic()
+        held.enter_context(self._room.hold(count))
+        BUDGET.extend(time.monotonic() - begun)
 
 
 def _let_go(raw: Any) -> None:
@@ -193,19 +228,26 @@ def unpack(data: bytes, encoding: str, limit: int) -> bytes | Failure:
         return data  # some servers label plain images as gzip
     for window in (31,) if encoding != "deflate" else (15, -15):
         with suppress(zlib.error):
-            out, left = b"", data
-            while left:  # a gzip body may have several members
-                machine = zlib.decompressobj(window)
-                out += machine.decompress(left, limit + 1 - len(out))
-                if len(out) > limit:
-                    return Failure(FailReason.TOO_LARGE, f"more than {limit} bytes decompressed", 200)
-                if not machine.eof:
-                    return Failure(FailReason.TRUNCATED, "the compressed body ends early", 200, transient=True)
-                left = machine.unused_data
-                if not left.startswith(_GZIP):  # nothing, or padding
-                    break
-            return out
+            return _inflate(data, window, limit)
     return Failure(FailReason.NOT_AN_IMAGE, "the compressed body is damaged", 200)
+
+
+def _inflate(data: bytes, window: int, limit: int) -> bytes | Failure:
+    """Decompress a body of one or, of gzip, several members, in time linear in its length."""
+    out, at = bytearray(), 0
+    for _ in range(_MAX_MEMBERS):
+        machine = zlib.decompressobj(window)
+        while not machine.eof:
+            piece = data[at : at + _SLICE_BYTES]
+            if not piece:
+                return Failure(FailReason.TRUNCATED, "the compressed body ends early", 200, transient=True)
+            out += machine.decompress(piece, limit + 1 - len(out))
+            if len(out) > limit:
+                return Failure(FailReason.TOO_LARGE, f"more than {limit} bytes decompressed", 200)
+            at += len(piece) - len(machine.unused_data)
+        if not data.startswith(_GZIP, at):  # the end, or padding
+            return bytes(out)
+    return Failure(FailReason.TOO_LARGE, f"more than {_MAX_MEMBERS} gzip members", 200)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

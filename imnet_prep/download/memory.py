@@ -1,4 +1,7 @@
-"""Bound the memory of all decodes at a time: a picture of a few hundred kilobytes may be 100 million pixels."""
+"""Bound the memory of all answers and decodes at a time.
+
+A picture of a few hundred kilobytes may be 100 million pixels, and every thread may get the largest answer at once.
+"""
 
 import io
 import threading
@@ -20,6 +23,28 @@ _LOCK_NAME = "large-image.lock"  # held by the process that decodes an image of 
 _POLL_S = 0.05
 
 
+class Room:
+    """Something of which a process may hold so much at a time."""
+
+    def __init__(self, size: int) -> None:
+        self._turn, self._changed = threading.Lock(), threading.Condition()
+        self._size = self._free = size
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        """Wait until so much is free, and hold it; what is larger than all holds all. Nobody overtakes who waits."""
+        count = min(count, self._size)
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: count <= self._free)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
 class PixelBudget:
     """Let a process decode images of so many pixels at a time, and all processes one larger image at a time.
 
@@ -29,8 +54,7 @@ class PixelBudget:
 
     def __init__(self, folder: Path) -> None:
         self._lock_path = folder / _LOCK_NAME
-        self._changed = threading.Condition()
-        self._pixels = 0
+        self._room = Room(_PIXELS_AT_A_TIME)
         self._one = threading.Lock()
 
     @contextmanager
@@ -39,16 +63,9 @@ class PixelBudget:
         if pixels > _PIXELS_AT_A_TIME:
             with self._one, self._alone():
                 yield
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: self._pixels + pixels <= _PIXELS_AT_A_TIME)
-            self._pixels += pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._pixels -= pixels
-                self._changed.notify_all()
+        else:
+            with self._room.hold(pixels):
+                yield
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -53,6 +53,11 @@ class Budget(threading.local):
         """Note that the headers have arrived. The minimum speed holds from here on."""
         self.body_started, self.received = time.monotonic(), 0
 
+    def extend(self, seconds: float) -> None:
+        """Let the exchange end later: we did not read meanwhile."""
+        self.deadline += seconds
+        self.body_started += seconds
+
     def left(self) -> float:
         """Return the seconds left.
 

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -86,7 +87,8 @@ class _Runner:
                 with (self.options.out / INCOMING / name).open("ab", buffering=0) as spool:
                     while left and self.pauses[lane.host_slot] <= time.monotonic():
                         self.rows[self.place] = left[0].row
-                        result = self._result(left[0], lane.host_slot)
+                        with ExitStack() as held:
+                            result = self._result(left[0], lane.host_slot, held)
                         if isinstance(result, Outcome):
                             spool.write(json.dumps(result._asdict()).encode() + b"\n")
                         results.append(result)
@@ -107,14 +109,14 @@ class _Runner:
             except OSError:
                 os._exit(1)  # it is gone
 
-    def _result(self, task: Task, slot: int) -> Outcome | Retry | Task:
-        """Fetch a task.
+    def _result(self, task: Task, slot: int, held: ExitStack) -> Outcome | Retry | Task:
+        """Fetch a task. ``held`` takes the room in memory of its answer.
 
         Raises:
             OSError: The image cannot be stored.
         """
         begun = time.monotonic()
-        found = self._attempt(task)
+        found = self._attempt(task, held)
         if isinstance(found, Hop):
             if task.hops < self.options.fetch.max_redirects:
                 return task._replace(url=found.url, hops=task.hops + 1, spent_s=task.spent_s + time.monotonic() - begun)
@@ -122,10 +124,10 @@ class _Runner:
         task = task._replace(attempts=task.attempts + 1)
         return self._failed(task, found, slot) if isinstance(found, Failure) else self._keep(task, *found)
 
-    def _attempt(self, task: Task) -> Hop | Failure | tuple[Body, Sample, bool]:
+    def _attempt(self, task: Task, held: ExitStack) -> Hop | Failure | tuple[Body, Sample, bool]:
         """Make one request and check the answer. A fault of ours costs one URL, is counted and is seen."""
         try:
-            found = self.fetcher.fetch(task.url, task.spent_s)
+            found = self.fetcher.fetch(task.url, task.spent_s, held)
             if not isinstance(found, Body):
                 return found
             with self.budget.hold(pixels_of(found.data)):

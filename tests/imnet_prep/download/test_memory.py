@@ -1,17 +1,24 @@
 """The decodes of a download hold so many pixels at a time, over all threads and processes."""
 
+import gzip
 import io
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from imnet_prep.download import FailReason, FetchOptions, fetch
+from imnet_prep.download.addresses import Resolver
+from imnet_prep.download.fetch import Body, Failure, Fetcher, unpack
 from imnet_prep.download.memory import PixelBudget, pixels_of
 from tests import synthetic
+from tests.imnet_prep.download.servers import Exchange, Server
 
 LARGE = 30_000_000
 
@@ -67,3 +74,42 @@ def test_pixels_are_counted_by_the_header() -> None:
     assert pixels_of(synthetic.png_header_bomb()) == 0  # Pillow refuses it
     assert pixels_of(synthetic.many_scans(640, 48, 1)) == 640 * 48
     assert pixels_of(b"<html>") == pixels_of(b"") == pixels_of(b"\xff\xd8\xff") == 0
+
+
+def _large(x: Exchange) -> None:
+    if "chunked" in x.path:
+        x.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"100000\r\n%s\r\n" % bytes(1 << 20) * 3)
+        x.raw(b"0\r\n\r\n")
+    else:
+        x.answer(200, bytes(3 << 20))
+
+
+@pytest.mark.parametrize("path", ["/declared", "/chunked"])
+def test_a_large_answer_waits_for_room_and_its_time_does_not_run(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_LARGE_BYTES", 5 << 20)
+    found: list[object] = []
+    with Server(_large) as server:
+        fetcher = Fetcher(FetchOptions(allow_private=True, timeout_s=1), 4, Resolver())
+
+        def second() -> None:
+            found.append(fetcher.fetch(server.url(path), 0))
+
+        with ExitStack() as held:
+            first = fetcher.fetch(server.url(path), 0, held)
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join(1.5)
+            assert found == []
+        thread.join(30)
+    for one in (first, *found):
+        assert isinstance(one, Body)
+        assert len(one.data) == 3 << 20
+    assert len(found) == 1
+
+
+def test_a_million_gzip_members_are_refused_soon() -> None:
+    found = unpack(gzip.compress(b"") * 1_000_000, "gzip", 20 << 20)
+    assert isinstance(found, Failure)
+    assert found.reason is FailReason.TOO_LARGE
+    parts = [bytes([part]) * 100_000 for part in range(40)]
+    assert unpack(b"".join(map(gzip.compress, parts)) + bytes(8), "gzip", 20 << 20) == b"".join(parts)
