@@ -13,10 +13,12 @@ from imnet_prep.errors import IntegrityError
 from imnet_prep.images.formats import sniff
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.record_list import RecordLine
+from imnet_prep.sources.samples import CLASS_KEYS, class_of
 from imnet_prep.types import ImageFault
 
 CLASS_NAMES = "classnames.txt"  # beside the tars, in label order
 FORMATS = ("imagefolder", "webdataset")
+_NAMING = {*CLASS_KEYS, "file_name"}
 _TAR_BYTES, _TAR_IMAGES = 512 << 20, 10_000  # of a tar: the usual sizes
 
 
@@ -106,14 +108,17 @@ class Tars(Writer):
             self._tar = self._opened.enter_context(tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT))
             self._number, self._images, self._bytes = self._number + 1, 0, 0
         is_labelled = 0 <= line.label < len(self._classes)
+        name = self._classes[line.label] if is_labelled else ""
         known = {
-            "class": self._classes[line.label] if is_labelled else None,
+            "class": name if name and class_of(name) == name else None,  # "7" would be read as a label
             "label": line.label if is_labelled else None,
             "file_name": line.file_name,
             "url": line.url or None,
             "status": line.status,
         }
-        values = (line.meta or {}) | {key: value for key, value in known.items() if value is not None}
+        # Of the source, and not what this image is called here: a reader must not take them for it.
+        meta = {f"source_{key}" if key in _NAMING else key: value for key, value in (line.meta or {}).items()}
+        values = meta | {key: value for key, value in known.items() if value is not None}
         files = {_suffix(image): image, "json": json.dumps(values, sort_keys=True, ensure_ascii=False).encode()}
         if is_labelled:
             files["cls"] = str(line.label).encode()

@@ -25,7 +25,7 @@ from imnet_prep.types import SPLITS, Reason, Rejected, name_fault
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # preferred, in this order, where a sample has several images
 _LABELS = {"cls": 4 << 10, "json": 1 << 20, "txt": 4 << 10}  # files of a label, and the bytes one may have
 _NAME_KEYS, _KEYS = ("wnid", "class_name"), ("label", "class", "cls")  # of the JSON; the first name a class for sure
-_CLASS_KEYS = {*_NAME_KEYS, *_KEYS}
+CLASS_KEYS = {*_NAME_KEYS, *_KEYS}
 _FILE_KEYS = ("file_name", "filename")
 _ALONE = "no .cls, .json or .txt of its name beside it in the tar"
 _SEPARATOR = "\x1f"  # no URL holds it, and JSON escapes it
@@ -211,16 +211,16 @@ class Samples:
 
     def _label(self, labels: Mapping[str, _File], values: Mapping[str, Any]) -> tuple[Label, str, bool]:
         """Return the label of a sample, a contradiction in it (or an empty string), and whether it is one for sure."""
-        given = [_class(values[key]) for key in _KEYS if key in values]
+        given = [class_of(values[key]) for key in _KEYS if key in values]
         if "cls" in labels:
-            given.insert(0, _class(_text(self._read(labels["cls"])).split("\x00")[0]))
+            given.insert(0, class_of(_text(self._read(labels["cls"])).split("\x00")[0]))
         numbers = [number for number in given if isinstance(number, int)]
         if len(numbers) > 1 and len(set(numbers)) > 1:
             return None, f"its labels contradict each other: {' and '.join(map(str, sorted(set(numbers))))}", True
-        named = [text for key in _NAME_KEYS if key in values and (text := _class(values[key]))]
+        named = [text for key in _NAME_KEYS if key in values and (text := class_of(values[key]))]
         found = [*named, *(text for text in given if isinstance(text, str)), *numbers]
         if not found and not labels.keys() & {"cls", "json"}:
-            return _class(_text(self._read(labels["txt"]))), "", False
+            return class_of(_text(self._read(labels["txt"]))), "", False
         label = found[0] if found else None
         return (None if isinstance(label, int) and label < 0 else label), "", bool(found)
 
@@ -335,8 +335,8 @@ def _is_same_file(hint: str, name: str) -> bool:
 
 def _rest(values: dict[str, Any], label: Label, hint: str, name: str) -> bytes:
     """Return URL, status and all else that the JSON of a sample says beyond class and name, or nothing."""
-    for key in values.keys() & _CLASS_KEYS:
-        if _number(values[key]) is not None or _class(values[key]) == label:
+    for key in values.keys() & CLASS_KEYS:
+        if _number(values[key]) is not None or class_of(values[key]) == label:
             del values[key]
     if hint and (_is_same_file(hint, name) or hint.startswith(f"{label}/")):
         for key in _FILE_KEYS:
@@ -370,8 +370,8 @@ def _text(data: bytes) -> str:
         return ""
 
 
-def _class(value: object) -> Label:
-    """Return the class that a value names or numbers, or None."""
+def class_of(value: object) -> Label:
+    """Return the class that a value in a sample names or numbers, or None."""
     if (number := _number(value)) is not None:
         return number
     text = value.strip() if isinstance(value, str) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -98,6 +99,36 @@ def test_what_the_source_said_of_an_image_is_in_the_json_and_comes_back(tmp_path
     way_back(tmp_path / "records", tmp_path / "out", "webdataset")
     manifest = run(tmp_path / "out", tmp_path / "again").manifest
     assert manifest.splits == RecordsFolder.open(tmp_path / "records").manifest.splits  # with the same records.jsonl.gz
+
+
+def test_what_could_be_taken_for_the_class_does_not_change_it_on_the_way_back(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, words in enumerate(("tench", "shark", "hen")):
+            said = {"wnid": f"n0000000{number}", "class_name": words, "cls": words, "file_name": "same.jpg"}
+            for name, data in ((f"k{number}.jpg", jpeg(1, number)), (f"k{number}.json", json.dumps(said).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    first = run(tmp_path / "a.tar", tmp_path / "records").manifest
+    result = way_back(tmp_path / "records", tmp_path / "out", "webdataset")
+    second = run(tmp_path / "out", tmp_path / "again").manifest
+    assert first.classes == second.classes == ("n00000000", "n00000001", "n00000002")
+    assert result.proof == proof(tmp_path / "again", tmp_path / "r")
+    said = next(iter(RecordsFolder.open(tmp_path / "again").lines("train"))).meta or {}
+    assert {key: said.get(key) for key in ("source_cls", "source_file_name")} == {
+        "source_cls": said["source_class_name"], "source_file_name": "same.jpg"
+    }  # fmt: skip
+    assert way_back(tmp_path / "again", tmp_path / "out2", "webdataset").proof == result.proof
+
+
+def test_classes_that_are_called_by_numbers_come_back(tmp_path: Path) -> None:
+    for name in ("10", "2", "7", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "0.jpg").write_bytes(jpeg(1, len(name)))
+    run(tmp_path / "photos", tmp_path / "records")
+    result = way_back(tmp_path / "records", tmp_path / "out", "webdataset")
+    run(tmp_path / "out", tmp_path / "again")
+    assert result.proof == proof(tmp_path / "again", tmp_path / "r")
 
 
 def test_images_without_labels_are_exported(tmp_path: Path) -> None:
