@@ -35,7 +35,8 @@ def read_classes(given: str) -> tuple[str, ...]:
     try:
         with open_plain(path) as file:
             text = file.read(_MAX_LIST_BYTES).decode("utf-8-sig")
-        names = _from_json(json.loads(text)) if path.suffix.lower() == ".json" else _from_lines(text)
+        is_json = path.suffix.lower() == ".json" or _looks_like_json(text)
+        names = _from_json(json.loads(text)) if is_json else _from_lines(text)
     except (OSError, ValueError, RecursionError) as error:
         got = getattr(error, "strerror", None) or str(error)
         raise SourceError(
@@ -44,11 +45,24 @@ def read_classes(given: str) -> tuple[str, ...]:
             got=got,
         ) from error
     twice = [name for name, count in Counter(names).items() if count > 1]
-    faulty = [f"{fault} ({number})" for number, name in enumerate(names) if (fault := name_fault(name))]
+    faulty = [f"{fault} ({number})" for number, name in enumerate(names) if (fault := _fault(name))]
     if not names or twice or faulty:
         got = ", ".join([*faulty, *twice][:5]) or "no name"
         raise SourceError(f"{path}: is not a list of class names", expected="each name once, in label order", got=got)
     return tuple(names)
+
+
+def _fault(name: str) -> str:
+    """Return why a name cannot be that of a class, or an empty string."""
+    return f"{name} is no name" if name in (".", "..") else name_fault(name)
+
+
+def _looks_like_json(text: str) -> bool:
+    """Return whether a text without the suffix is a JSON list or object all the same, and not lines of names."""
+    try:
+        return text.lstrip()[:1] in ("[", "{") and isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _from_lines(text: str) -> list[str]:
