@@ -51,7 +51,9 @@ for _command in (verify, info, report, browse, bench, repair_index, adopt, resha
 @click.option("--max-bytes", default=FETCH.max_bytes, help="Largest response, also after decompression.")
 @click.option("--retries", default=POLITE.retries, help="Retries of failures that may be temporary.")
 @click.option("--max-failed", default="100%", metavar="P%", help="Fail (exit 3) above this share of failed URLs.")
-@click.option("--retry-failed", is_flag=True, help="Try the URLs that failed temporarily again.")
+@click.option(
+    "--retry-failed", is_flag=True, help="Try again what failed temporarily, or by a limit that is lifted now."
+)
 @click.option("--part", metavar="I/N", help="Take the hosts of part I of N: one machine of several.  [default: all]")
 @click.option("--contact", default="", help="A mail address or URL in the User-Agent, for the owners of hosts.")
 @click.option("--min-side", default=CONTENT.min_side, help="Smallest side of an image, in pixels.")
@@ -110,6 +112,7 @@ def download(
         totals["elsewhere"] = elsewhere
     rows = [
         *((name, str(totals[name])) for name in ("requested", "ok")),
+        ("failed", str(sum(totals["failed"].values()))),
         *((f"  {reason}", str(count)) for reason, count in totals["failed"].items()),
         *((name, str(totals[name])) for name in ("pending", "malformed", "repeated", "bytes")),
         ("seconds", f"{result.seconds:.1f}"),

@@ -132,5 +132,5 @@ def allowed(addresses: tuple[Address, ...], allow_private: bool) -> tuple[Addres
     kept = addresses if allow_private else tuple(one for one in addresses if is_public(one.ip))
     if not kept:
         shown = ", ".join(one.ip for one in addresses[:3]) or "nothing"
-        raise AddressRefused(f"{shown} is not a public address")
+        raise AddressRefused(f"{shown} is not a public address (--allow-private)")
     return kept

@@ -8,7 +8,7 @@ import itertools
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,10 +326,11 @@ class Journal:
             self.count({"ok": -len(gone), "bytes": -sum(size for _, size in gone)})
         return len(gone)
 
-    def reset_transient(self) -> int:
-        """Make the transiently failed URLs pending again, with fresh attempts, and return their number."""
-        failed = "state = 2 AND transient = 1"
+    def reset_failed(self, lifted: Iterable[FailReason] = ()) -> int:
+        """Make the URLs pending again that failed transiently or for a lifted reason, and return their number."""
+        reasons = ", ".join(f"'{reason.value}'" for reason in lifted)
+        failed = f"state = 2 AND (transient = 1 OR reason IN ({reasons}))"
         with self.transaction():
-            reasons = f"SELECT 'failed:' || reason, -count(*) FROM urls WHERE {failed} GROUP BY reason"
-            self.count(dict(self.db.execute(reasons)))
+            counts = f"SELECT 'failed:' || reason, -count(*) FROM urls WHERE {failed} GROUP BY reason"
+            self.count(dict(self.db.execute(counts)))
             return self.db.execute(f"{_PENDING_AGAIN} WHERE {failed}").rowcount

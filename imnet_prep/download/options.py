@@ -170,7 +170,7 @@ class DownloadOptions:
         wnid: Class of lines that name none.
         wnids: A file whose lines each begin with a wnid. Lines of other classes are left out.
         max_failed_frac: Share of failed URLs among the finished ones above which the run fails, 0-1.
-        retry_failed: First make the transiently failed URLs pending again.
+        retry_failed: First make the URLs pending again that failed transiently, or for one of the ``lifted`` reasons.
         part: (I, N): take the hosts that fall to part I of N, counted from 1; None takes all.
         processes: Worker processes; 0 is one per core.
     """
@@ -192,6 +192,15 @@ class DownloadOptions:
         fits = self.part is None or 1 <= self.part[0] <= self.part[1]
         _check("--part", fits, "I/N with I from 1 to N", "/".join(map(str, self.part or ())))
         _check("--max-failed", 0 <= self.max_failed_frac <= 1, "a share from 0% to 100%", f"{self.max_failed_frac:.4g}")
+
+    def lifted(self) -> list[FailReason]:
+        """Return the reasons for which no URL can fail with these options."""
+        content = self.content
+        return [
+            *([FailReason.ADDRESS_REFUSED] if self.fetch.allow_private else []),
+            *([] if self.fetch.honour_opt_out else [FailReason.OPTED_OUT]),
+            *([FailReason.UNWANTED_SIZE] if content.max_area is None and content.max_aspect is None else []),
+        ]
 
     def process_count(self) -> int:
         """Return the number of worker processes."""

@@ -93,7 +93,7 @@ def download(
                 journal.belongs_to(options.part)
                 take_in(journal, lists, options.wnid, wnids, progress, options.columns, options.part)
             if options.retry_failed:
-                log.info("%d failed URLs will be tried again", journal.reset_transient())
+                log.info("%d failed URLs will be tried again", journal.reset_failed(options.lifted()))
             verdict = _fetch(options, journal, progress, stop)
             if journal.totals().pending == 0:
                 if count := retract_repeats(journal, options.content):

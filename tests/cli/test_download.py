@@ -45,7 +45,7 @@ def test_without_json_people_get_a_table(tmp_path: Path) -> None:
             "--urls", write_list(tmp_path / "list", [server.url("/x")]), "--out", tmp_path / "out", "--allow-private"
         )
     assert done.exit_code == 0
-    assert "gone" in done.stdout
+    assert [line.split() for line in done.stdout.splitlines()[2:4]] == [["failed", "1"], ["gone", "1"]]
     assert f"failed at 127.0.0.1:{server.port}" in done.stdout
 
 

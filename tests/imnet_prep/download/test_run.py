@@ -196,6 +196,24 @@ def test_only_passing_failures_are_tried_again_and_only_when_asked(tmp_path: Pat
         assert server.hits - before == Counter({"/1": 1})
 
 
+def test_what_a_limit_refused_is_tried_again_once_it_is_lifted(tmp_path: Path) -> None:
+    def route(exchange: Exchange) -> None:
+        exchange.answer(200, picture(1), **({"X_Robots_Tag": "noai"} if exchange.path == "/kept-out" else {}))
+
+    with Server(route) as server:
+        lists, out = write_list(tmp_path / "list", [server.url("/kept-out"), server.url("/wide")]), tmp_path / "out"
+        assert _download(lists, out, fetch=FetchOptions()).totals.failed == {"address_refused": 2}
+        detail = json.loads((out / "failures.jsonl").read_text().splitlines()[0])["detail"]
+        assert detail == "127.0.0.1 is not a public address (--allow-private)"
+        narrow = ContentOptions(max_area=100)
+        refused = _download(lists, out, retry_failed=True, content=narrow)
+        assert refused.totals.failed == {"opted_out": 1, "unwanted_size": 1}
+        assert _download(lists, out, retry_failed=True, content=narrow).totals == refused.totals
+        assert server.hits == {"/kept-out": 1, "/wide": 1}
+        ignoring = FetchOptions(allow_private=True, honour_opt_out=False)
+        assert _download(lists, out, retry_failed=True, fetch=ignoring).totals.ok == 2
+
+
 def test_the_same_bytes_from_many_urls_are_a_placeholder(tmp_path: Path) -> None:
     sign = Image.new("RGB", (200, 120), "white")
     sign.paste("black", (40, 50, 160, 70))
