@@ -84,8 +84,7 @@ class _SourcesJob(Job):
             if plan is not None and plan.digest == begun["plan"]:
                 return plan
         plan = make_plan(merge(self._sources), workdir.work / PLAN_FRESH, self._options, progress)
-        if options.classes is not None and not any(source.has_numbers for source in self._sources):
-            raise SourceError("--classes is for sources that number their classes", got="none", remedy="leave it out")
+        _check_numbers(self._sources, options)
         staging.forget_others()
         return plan
 
@@ -138,6 +137,23 @@ def _file_state(path: Path) -> list[Any] | None:
     return None if path.is_dir() else [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
 
 
+def _check_numbers(sources: Sequence[Source], options: PlanOptions) -> None:
+    """Check that sources that number their classes number the same ones, once all images were listed.
+
+    Raises:
+        SourceError: Class 7 is ``7`` in one and ``07`` in another; ``--classes`` is given, and none numbers them.
+    """
+    if options.classes is not None and not any(source.has_numbers for source in sources):
+        raise SourceError("--classes is for sources that number their classes", got="none", remedy="leave it out")
+    widths = {source.digits: source.name for source in sources if source.digits}
+    if len(widths) > 1:
+        raise SourceError(
+            f"{' and '.join(widths.values())} number their classes with {' and '.join(map(str, widths))} digits",
+            expected="the same names: 7 in one would be another class than 07 in another",
+            remedy="give the names of all in label order (--classes FILE), or one folder that holds all files",
+        )
+
+
 def dry_run(
     paths: Sequence[Path | str],
     out: Path,
@@ -163,6 +179,7 @@ def dry_run(
         staging = Staging(Path(folder) / STAGED, interruptible(progress, stop))
         sources = detect(paths, split, staging, plan_options.class_names(), salvage=plan_options.salvage)
         plan = make_plan(merge(sources), Path(folder) / "plan", plan_options, interruptible(progress, stop))
+        _check_numbers(sources, plan_options)
         seconds = _estimate_seconds(plan) / process_count(options.workers)
     return {
         "sources": [

@@ -43,6 +43,7 @@ class Source(ABC):
         staged: What was given, for one that was staged.
         classes: Names in label order for classes that the source only numbers, or empty.
         has_numbers: It numbers its classes; known once :meth:`refs` has ended.
+        digits: Of the numbers that are names of its classes, or 0; known once :meth:`refs` has ended.
         salvage: Whether damaged stretches of an archive are left out; else they are errors.
         notes: Messages for the user (files ignored, val images missing); complete once :meth:`refs` has ended.
     """
@@ -54,7 +55,7 @@ class Source(ABC):
         self.name = path.name or path.resolve().name
         self.staged: Staged | None = None
         self.classes: Sequence[str] = ()
-        self.has_numbers = False
+        self.has_numbers, self.digits = False, 0
         self.salvage = False
         self.notes: tuple[str, ...] = ()
         self._skipped: list[tuple[str, int, int]] = []  # damage, and the stretch left out for it

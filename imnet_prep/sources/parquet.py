@@ -91,6 +91,7 @@ class ParquetSource(Source):
             width = len((rows.execute("SELECT MAX(class) FROM row").fetchone()[0] or "").lstrip("0")) or 1
             self.has_numbers = columns["kind"] == "number"
             unnamed = self.has_numbers and not names
+            self.digits = width if unnamed else 0
             notes += self._notes(columns, wnids, unnamed, _make_unique(rows))
             paths = [str(folder / BLOB) for _, folder, _ in brought]
             order = "SELECT split, class, name, path, offset, size, meta FROM row ORDER BY split, class, name, number"

@@ -134,6 +134,7 @@ class Samples:
             return read_classes(IMAGENET)
         else:
             notes.append(numbered_note(source.name))
+            source.digits = len(str(max(self.numbers)))
         return names
 
     def _close(self) -> None:

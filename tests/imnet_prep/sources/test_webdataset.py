@@ -222,6 +222,19 @@ def test_a_list_beside_a_compressed_tar_names_its_classes(tmp_path: Path) -> Non
     assert (manifest.sources[0]["kind"], manifest.sources[0]["name"]) == ("webdataset", "x.tar.gz")
 
 
+def test_sources_that_would_call_one_number_by_two_names_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a.tar", {"1.jpg": A, "1.cls": 1, "2.jpg": B, "2.cls": 7})
+    put(tmp_path, "b.tar", {"3.jpg": C, "3.cls": 7, "4.jpg": B, "4.cls": 11})
+    (tmp_path / "names.txt").write_text("".join(f"class {number}\n" for number in range(12)))
+    sources = [tmp_path / "a.tar", tmp_path / "b.tar"]
+    for more in ([], ["--dry-run"]):
+        result = prep("to-mindrecord", *sources, "--out", tmp_path / "out", *more)
+        assert (result.returncode, "with 1 and 2 digits" in result.stderr) == (1, True)
+    assert run(sources, tmp_path / "out", classes=str(tmp_path / "names.txt")).manifest.classes == (
+        "class 1", "class 11", "class 7",
+    )  # fmt: skip
+
+
 def test_the_option_names_classes_and_is_in_the_manifest_when_used(tmp_path: Path) -> None:
     put(tmp_path / "ds", "train-0.tar", {"1.jpg": A, "1.cls": 0, "2.jpg": B, "2.cls": 2})
     (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in CLASSES))
