@@ -104,7 +104,8 @@ def read(file: RemoteFile) -> Iterator[bytes]:
         yield part
     system.invalidate_cache()
     now = look_up(file.url)
-    if now is None or (now.size_bytes, now.version) != (file.size_bytes, file.version) or now.size_bytes != done:
+    wrong = file.size_bytes not in (None, done)  # some web servers do not say a size
+    if wrong or now is None or (now.size_bytes, now.version) != (file.size_bytes, file.version):
         raise RemoteError(
             f"{shown(file.url)}: changed while it was read, or was not read whole",
             expected=f"{file.size_bytes} bytes, version {file.version or 'unknown'}",
@@ -196,6 +197,8 @@ def _repeated(url: str, action: Callable[[], _T]) -> _T:
     for wait_s in WAITS_S:
         try:
             return action()
+        except ValueError:  # of fsspec, for a URL that means nothing
+            break
         except _failures() as error:
             if not _may_pass(url, error):
                 break

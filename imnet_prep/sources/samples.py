@@ -99,7 +99,7 @@ class Samples:
         if is_hidden(base) or any(map(is_hidden, folders)):
             self._ignored[suffix_of(base)] += 1
             return False
-        if (key := f"{'/'.join(folders)}/{stem}" if folders else stem) != self._key:
+        if (key := f"{'/'.join(folders)}/{stem}" if folders else stem) != self._key or self._is_next(suffix):
             self._close()
             self._key = key
         file = _File(suffix, member.offset, member.size_bytes)
@@ -108,6 +108,10 @@ class Samples:
         else:
             self._labels[suffix] = file
         return is_image
+
+    def _is_next(self, suffix: str) -> bool:
+        """Return whether a file is of another sample with the key of the one at hand, which has such a file."""
+        return suffix in self._labels or (bool(self._labels) and any(suffix == file.suffix for file in self._at_hand))
 
     def end(self) -> None:
         """End a tar."""

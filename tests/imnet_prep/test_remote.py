@@ -98,13 +98,14 @@ def test_memory_and_file_are_urls_too(tmp_path: Path) -> None:
         ("s3://no-such-bucket/x", "does not exist"),
         ("gs://bucket/x", "pip install .* gcsfs"),
         ("what://x/y", "cannot be opened"),
+        ("s3://", "cannot be opened"),
         ("http://127.0.0.1:1/x.tar", "does not exist or may not be read"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(s3: str, url: str, message: str) -> None:
     put(s3, "plain", {})
     with pytest.raises(RemoteError, match=message):
-        content(url)
+        content(url) if url != "s3://" else remote.list_files(url)
 
 
 def test_what_is_secret_in_a_url_is_never_shown(s3: str) -> None:
@@ -147,10 +148,27 @@ class Web(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_HEAD(self) -> None:
-        self.answer(b"", length=len(BIG))
+        if "endless" in self.path:
+            self.chunks(b"")
+        else:
+            self.answer(b"", length=len(BIG))
+
+    def chunks(self, data: bytes) -> None:
+        """Answer without saying how much will come."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for start in range(0, len(data), 1 << 20):
+            part = data[start : start + (1 << 20)]
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+        if data:
+            self.wfile.write(b"0\r\n\r\n")
 
     def do_GET(self) -> None:
         span = self.headers.get("Range")
+        if "endless" in self.path:
+            self.chunks(BIG)
+            return
         if span is None or "whole" in self.path:
             self.answer(BIG)
             return
@@ -190,7 +208,7 @@ def web() -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize("how", ["good", "whole", "lost", "busy"])
+@pytest.mark.parametrize("how", ["good", "whole", "lost", "busy", "endless"])
 def test_a_web_server_is_read_however_it_answers(how: str) -> None:
     with web() as address:
         assert content(f"{address}/{how}/x.tar?token=1") == BIG

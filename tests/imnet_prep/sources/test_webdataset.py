@@ -184,7 +184,18 @@ def test_a_key_twice_is_rejected_in_one_tar_and_told_apart_in_two(tmp_path: Path
     out = tmp_path / "twice.tar"
     out.write_bytes(tar_bytes({"1.jpg": A, "1.cls": b"0", "./1.jpg": B, "./1.cls": b"0"}))
     stored, rejected, _ = found_in(out, classes=CLASSES)
-    assert (list(stored), list(rejected)) == (["train/cat/1.jpg"], ["train/1.jpg"])
+    assert (list(stored), list(rejected)) == (["train/cat/1.jpg"], ["train/cat/1.jpg"])
+
+
+def test_a_key_twice_in_a_row_gives_no_image_the_label_of_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "twice.tar"
+    path.write_bytes(tar_bytes({"1.jpg": A, "1.cls": b"0", "./1.jpg": B, "./1.cls": b"1"}))
+    assert names(path, classes=CLASSES) == ["train/cat/1.jpg", "train/dog/1.jpg"]
+    path.write_bytes(tar_bytes({"1.cls": b"0", "1.jpg": A, "./1.cls": b"1", "./1.jpg": B}))
+    assert names(path, classes=CLASSES) == ["train/cat/1.jpg", "train/dog/1.jpg"]
+    path.write_bytes(tar_bytes({"1.cls": b"0", "1.jpg": A, "./1.cls": b"1"}))
+    stored, rejected, _ = found_in(path, classes=CLASSES)
+    assert (list(stored), list(rejected)) == (["train/cat/1.jpg"], ["train/1"])
 
 
 # --- names of classes ------------------------------------------------------------------------------------------------
