@@ -170,8 +170,8 @@ class Recipe:
         for one in dataclasses.fields(self):
             value, limits = getattr(self, one.name), one.metadata
             if "choices" in limits and value not in limits["choices"]:
-                choices = ", ".join(limits["choices"])
-                raise RecipeError(f"recipe field {one.name}", expected=f"one of {choices}", got=value)
+                choices = f"one of {', '.join(limits['choices'])}"
+                raise RecipeError(f"recipe field {one.name}", expected=choices, got=repr(value))
             if "low" in limits and not _inside(value, **limits):
                 expected = f"[{limits['low']:g}, {limits['high']:g}{limits['end']}"
                 raise RecipeError(f"recipe field {one.name} is out of range", expected=expected, got=f"{value!r}")
@@ -188,15 +188,15 @@ class Recipe:
             yield "warmup_epochs", f"less than epochs ({self.epochs})"
         if self.distill_from and self.freeze == "backbone":
             yield "distill_from", "none with freeze=backbone: it needs images, and the head trains on cached features"
-        if self.trivialaugment and self.randaugment_ops:
-            yield "trivialaugment", "false with randaugment_ops: an image takes one or the other"
-        adamw, mixes = self.optimizer == "adamw", self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        adamw, images = self.optimizer == "adamw", self.freeze != "backbone"
+        mixes, augments = images and self.mixup_alpha + self.cutmix_alpha > 0, images or self.feature_views > 0
         for names, effective, needed in (
             (("momentum", "rms_decay"), not adamw, "another optimizer: adamw takes beta1 and beta2"),
             (("beta1", "beta2"), adamw, "optimizer=adamw: others take momentum and rms_decay"),
             (("score_live",), self.ema_decay > 0, "ema_decay over 0: else only the live weights are scored"),
-            (("backbone_lr_factor",), self.freeze != "backbone", "a freeze that trains the backbone"),
-            (("mixup_prob", "mixup_last_epoch"), mixes, "mixup_alpha or cutmix_alpha over 0"),
+            (("backbone_lr_factor",), images, "a freeze that trains the backbone"),
+            (("mixup_prob", "mixup_last_epoch"), mixes, "mixup_alpha or cutmix_alpha over 0, and images to train on"),
+            (("trivialaugment",), augments and not self.randaugment_ops, "randaugment_ops=0, and images to augment"),
         ):
             for name in names:
                 if not effective and getattr(self, name) != _DEFAULTS[name]:

@@ -89,6 +89,8 @@ def test_crop_range_must_not_be_empty() -> None:
         ({"score_live": True}, "ema_decay"),
         ({"freeze": "backbone", "backbone_lr_factor": 0.1}, "freeze"),
         ({"trivialaugment": True, "randaugment_ops": 2}, "randaugment_ops"),
+        ({"freeze": "backbone", "trivialaugment": True}, "images to augment"),
+        ({"freeze": "backbone", "cutmix_alpha": 1, "mixup_last_epoch": 5}, "images"),
         ({"epochs": 5, "warmup_epochs": 5}, "epochs"),
     ],
 )
