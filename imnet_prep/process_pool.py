@@ -4,6 +4,7 @@ Workers are spawned on every system: the threads of OpenCV and MindSpore do not 
 of the terminal to the parent, and die with it.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,6 +30,7 @@ MAX_PROCESSES = 30 if sys.platform == "win32" else 1000  # Windows waits for 63 
 POLL_S = 0.2
 SMALL_BYTES = 64 << 20  # hashed before a second process has started
 _live: Any = None  # in a worker: images, bytes and bad ones of each task in hand, shared with the parent
+_M_MMAP_THRESHOLD, _LARGE_BUFFER_BYTES = -3, 4 << 20  # malloc.h
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -43,6 +46,15 @@ def begin_worker() -> None:
     import cv2
 
     cv2.setNumThreads(1)  # the processes share the cores already
+
+
+def return_large_buffers() -> None:
+    """Let a process of many threads return each buffer of over 4 MiB to the system as soon as it is free.
+
+    By default, glibc keeps buffers of up to 32 MiB once it has seen such a one, in a heap of each thread: 2 GiB.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BUFFER_BYTES)
 
 
 def _die_with_parent() -> None:

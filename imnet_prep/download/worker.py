@@ -26,7 +26,7 @@ from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.files import exclusive_lock
 from imnet_prep.images.formats import sniff
-from imnet_prep.process_pool import begin_worker
+from imnet_prep.process_pool import begin_worker, return_large_buffers
 from imnet_prep.types import Sample
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def worker_main(options: DownloadOptions, threads: int, parent: Connection, paus
         index: This worker's number.
     """
     begin_worker()
+    return_large_buffers()
     with exclusive_lock(options.out / INCOMING / WORKER_LOCK.format(index)):
         work: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         fetcher = Fetcher(options.fetch, options.polite.per_host, Resolver())

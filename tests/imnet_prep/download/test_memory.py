@@ -113,3 +113,19 @@ def test_a_million_gzip_members_are_refused_soon() -> None:
     assert found.reason is FailReason.TOO_LARGE
     parts = [bytes([part]) * 100_000 for part in range(40)]
     assert unpack(b"".join(map(gzip.compress, parts)) + bytes(8), "gzip", 20 << 20) == b"".join(parts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_keep_no_large_buffers() -> None:
+    code = (
+        "import re, threading; from pathlib import Path\n"
+        "from imnet_prep.process_pool import return_large_buffers; return_large_buffers()\n"
+        "def use(ready):\n"
+        "    for _ in range(3): b'x' * (20 << 20)\n"
+        "    ready.wait()\n"
+        "ready = threading.Barrier(13); lock = threading.Lock()\n"
+        "for _ in range(12): threading.Thread(target=use, args=(ready,), daemon=True).start()\n"
+        "ready.wait(); print(re.search(r'VmRSS:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(found.stdout) < 150_000  # KiB; 12 times 20 MiB without it
