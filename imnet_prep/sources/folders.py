@@ -180,9 +180,9 @@ def data_files(folder: Path) -> list[str]:
     return [name for name in files if name.lower().endswith(_ARCHIVES) and "devkit" not in name]
 
 
-def archives_note(folder: Path) -> list[str]:
-    """Return a note that names the archives and data files directly in a folder; nothing without any."""
-    names = data_files(folder)
+def archives_note(folder: Path, known: str = "\0") -> list[str]:
+    """Return a note that names the archives and data files in a folder that do not end in ``known``, if any."""
+    names = [name for name in data_files(folder) if not name.lower().endswith(known)]
     name = printable(folder.resolve().name)
     return [f"{name}: data files beside the images are not read ({listed(names)})"] if names else []
 

@@ -8,6 +8,7 @@ Source: https://huggingface.co/docs/datasets/about_dataset_features (the struct 
 """
 
 import json
+import os
 import re
 import sqlite3
 from collections import Counter, defaultdict, deque
@@ -23,6 +24,7 @@ from imnet_prep.errors import SourceError
 from imnet_prep.remote import RemoteFile
 from imnet_prep.sources.base import Found, Source, is_image_name, make_ref, printable
 from imnet_prep.sources.classes import numbered_note
+from imnet_prep.sources.folders import archives_note
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.parquet_rows import BLOB, LISTED, START, extract, holds_images
 from imnet_prep.sources.staging import Place, Reading, Staged, Staging, fingerprint, shown, write
@@ -93,6 +95,7 @@ class ParquetSource(Source):
             unnamed = self.has_numbers and not names
             self.digits = width if unnamed else 0
             notes += self._notes(columns, wnids, unnamed, _make_unique(rows))
+            notes += archives_note(Path(self._given), ".parquet") if Path(self._given).is_dir() else []
             paths = [str(folder / BLOB) for _, folder, _ in brought]
             order = "SELECT split, class, name, path, offset, size, meta FROM row ORDER BY split, class, name, number"
             for split, class_name, name, path, offset, size, meta in rows.execute(order):
@@ -334,7 +337,7 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
     """Return the Parquet files of a folder, within it and up to two folders deep; none if it holds archives.
 
     Raises:
-        SourceError: It holds images as well.
+        SourceError: It holds images as well, or Parquet files further down.
     """
     files, images = list[tuple[str, Path]](), list[str]()
     waiting = deque([(folder, "", 0)])
@@ -344,7 +347,7 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
         for item in sorted(here.iterdir()):
             if item.name.startswith((".", "_")):
                 continue
-            if item.name.endswith(".parquet") and not item.is_dir():
+            if item.name.lower().endswith(".parquet") and not item.is_dir():
                 files.append((within + item.name, item))
             elif item.suffix == ".tar" and not within:
                 return []  # an img2dataset folder
@@ -363,4 +366,21 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
             got=f"{files[0][0]} and {images[0]}",
             remedy="give the folder of the Parquet files, or move them away",
         )
+    if files and not images and (lost := _further_down(folder, {path for _, path in files})):
+        raise SourceError(
+            f"{folder} holds Parquet files, and others further down",
+            expected="all of them at most two folders down",
+            got=lost,
+            remedy="give the folder of one configuration of the data set, or move the others away",
+        )
     return [] if images else files
+
+
+def _further_down(folder: Path, known: set[Path]) -> str:
+    """Return a Parquet file below a folder that is not known, or an empty string."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        for name in names:
+            if name.lower().endswith(".parquet") and not name.startswith((".", "_")) and Path(here, name) not in known:
+                return printable(str(Path(here, name).relative_to(folder)))
+    return ""

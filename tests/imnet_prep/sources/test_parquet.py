@@ -353,6 +353,18 @@ def test_parquet_beside_images_is_not_guessed(tmp_path: Path) -> None:
     assert len(read_all(photos).images) == 4
 
 
+def test_what_else_is_in_the_folder_is_not_passed_over(tmp_path: Path) -> None:
+    folder = shards(tmp_path, "a/train-1.parquet", "a/train-2.PARQUET")
+    assert len(read_all(folder).images) == 30
+    (folder / "more.tar.gz").write_bytes(b"x")
+    (source,) = detect([folder], None, Staging(tmp_path / "staged"))
+    assert len(list(source.refs())) == 30
+    assert any("more.tar.gz" in note for note in source.notes)
+    shutil.copytree(folder / "a", folder / "b" / "c" / "d")
+    with pytest.raises(SourceError, match=r"others further down; .* got b/c/d/train-[12]"):
+        read_all(folder)
+
+
 def test_files_with_other_class_names_are_not_mixed(tmp_path: Path) -> None:
     write_parquet(tmp_path / "hub" / "train-00000-of-00002.parquet", ROWS)
     write_parquet(tmp_path / "hub" / "train-00001-of-00002.parquet", ROWS, [*reversed(WNIDS[:3])])
