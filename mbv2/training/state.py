@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mbv2.training.learner import Learner  # it imports MindSpore
 
 DESCRIPTIVE = ("name", "command", "source", "expected_top1")  # fields of a recipe that change nothing
+INPUT = ("mean", "std")  # what a network makes of an image before its weights
 _logger = logging.getLogger(__name__)
 
 
@@ -69,7 +70,9 @@ def run_identity(options: RunOptions, data: RunData, ranks: int, origin: str = "
     if options.pretrained is not None:
         origin = read_checkpoint(options.pretrained).digest()
     if options.recipe.distill_from:
-        recipe["distill_from"] = read_checkpoint(Path(options.recipe.distill_from)).digest()
+        teacher = read_checkpoint(Path(options.recipe.distill_from))
+        recipe["distill_from"] = teacher.digest()
+        recipe["teacher"] = {name: teacher.meta.model[name] for name in (*INPUT, "padding", "bn_eps")}
     return {
         "seed": options.seed,
         "records": data.digest,
@@ -99,7 +102,11 @@ def find_last(options: RunOptions, data: RunData, ranks: int) -> tuple[Checkpoin
     have = stored_fields({**_before_they_were_saved(last, options.out, want), **saved})
     if options.resume and want["epochs"] > have["epochs"]:
         have["epochs"] = want["epochs"]  # the run goes on longer than it was meant to
-    _refuse_another(options.out, want, have)
+    given: dict[str, Any] = {}
+    if options.pretrained is not None:  # its weights are part of the identity
+        model = read_checkpoint(options.pretrained).meta.model
+        given = {f"pretrained {name}": model[name] for name in INPUT}
+    _refuse_another(options.out, {**want, **given}, have)
     position = saved_position(last)
     if not position.finished(options.recipe) and not options.resume:
         raise TrainError(
@@ -128,9 +135,9 @@ def _refuse_another(out: Path, want: dict[str, Any], have: dict[str, Any]) -> No
     differing = [name for name in want if have.get(name) != want[name]]
     if not differing:
         return
-    name = differing[0]
+    name = next((name for name in differing if name != "steps_per_epoch"), differing[0])  # which follows from others
     remedy = "choose another --out"
-    if name in ("ranks", "steps_per_epoch"):
+    if set(differing) <= {"ranks", "steps_per_epoch"}:
         remedy = f"start as many processes as before (msrun --worker_num), or {remedy}"
     raise TrainError(
         f"{out} holds another run: {', '.join(differing)} differ",
@@ -141,7 +148,9 @@ def _refuse_another(out: Path, want: dict[str, Any], have: dict[str, Any]) -> No
 
 
 def _before_they_were_saved(last: Checkpoint, out: Path, want: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier version did not save: the fields of the run's network, ranks and steps an epoch.
+    """Return what the identity lacks, in all runs or in those of an earlier version.
+
+    This is: the fields of the run's network, ranks, steps an epoch, and what a teacher's network is beside its weights.
 
     Its steps an epoch follow from its position or stand in ``config.json``. Another number of ranks shows in them.
     """
@@ -153,7 +162,8 @@ def _before_they_were_saved(last: Checkpoint, out: Path, want: dict[str, Any]) -
         with suppress(OSError, ValueError, KeyError):
             steps = json.loads((out / CONFIG).read_text(encoding="utf-8"))["steps_per_epoch"]
     model = {name: last.meta.model[name] for name in MODEL_FIELDS}
-    return {**model, "ranks": want["ranks"], "steps_per_epoch": steps}
+    model |= {f"pretrained {name}": last.meta.model[name] for name in INPUT}
+    return {**model, "ranks": want["ranks"], "steps_per_epoch": steps, "teacher": want.get("teacher")}
 
 
 # --- the checkpoints of a run ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from imnet_prep.files import exclusive_lock
 from imnet_prep.types import Progress
 from mbv2.network.model import ModelConfig
 from mbv2.training.logs import RunLog
-from mbv2.training.options import BEST, CONFIG, LAST, LOCK, stored_run
+from mbv2.training.options import BEST, CONFIG, LAST, LOCK, RunOptions, stored_run
 from mbv2.training.run import train
 from mbv2.training.state import find_last, run_identity
 from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
@@ -34,10 +34,11 @@ def leave_run(
     without: tuple[str, ...] = (),
     position: Mapping[str, object] = MappingProxyType({}),
     model: Mapping[str, object] = MappingProxyType({}),
+    run: RunOptions | None = None,
 ) -> None:
     """Write the files of a run that was stopped in mid-epoch; ``without`` are fields that it does not save."""
     out.mkdir()
-    identity = run_identity(options(out), memory_data(batch=BATCH), ranks)
+    identity = run_identity(run or options(out), memory_data(batch=BATCH), ranks)
     identity = {name: value for name, value in identity.items() if name not in without}
     training = {"identity": identity, "position": MIDDLE | dict(position)}
     config = asdict(ModelConfig(classes=3, width=0.35)) | dict(model)
@@ -90,6 +91,25 @@ def test_a_run_that_did_not_save_its_network_s_fields_has_its_weights(tmp_path: 
     assert stored == (replace(RECIPE, padding="same", bn_eps=1e-3), 3)
     again = replace(options(tmp_path / "run", resume=True), recipe=stored[0])
     assert find_last(again, memory_data(batch=BATCH), 1)[0] is not None
+
+
+@pytest.mark.parametrize("name", ["teacher", "start"])
+def test_the_same_weights_for_other_images_make_another_run(name: str, tmp_path: Path) -> None:
+    def write(path: Path, **changes: object) -> Path:
+        model = asdict(ModelConfig(classes=3, width=0.35)) | changes
+        save_checkpoint(path, {"weight": np.ones(1, np.float32)}, Meta(model, (), 32, 0.875))
+        return path
+
+    teacher, start, out = write(tmp_path / "teacher"), write(tmp_path / "start"), tmp_path / "run"
+    recipe = replace(RECIPE, distill_from=str(teacher))
+    run = replace(options(out, resume=True), recipe=recipe, pretrained=start)
+    leave_run(out, run=run)
+    leave_run(tmp_path / "old", without=("teacher",), run=run)
+    for folder in (out, tmp_path / "old"):
+        assert find_last(replace(run, out=folder), memory_data(batch=BATCH), 1)[0] is not None
+    write(tmp_path / name, std=(0.5, 0.5, 0.5))
+    with pytest.raises(TrainError, match=r"holds another run: (teacher|pretrained std) differ"):
+        find_last(run, memory_data(batch=BATCH), 1)
 
 
 def test_a_lost_best_checkpoint_is_named(tmp_path: Path) -> None:
