@@ -37,6 +37,14 @@ Callback = Callable[[StepRow | EpochRow], None]
 _logger = logging.getLogger(__name__)
 
 
+class _CallersError(Exception):
+    """Keeps an error of the caller's function apart from those of the run: both may be an OSError."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def train(
     options: RunOptions,
     *,
@@ -93,12 +101,14 @@ def _locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(out / LOCK):
             yield
+    except _CallersError as raised:
+        raise raised.error from None
     except BlockingIOError as error:
         remedy = "wait for it to end, or choose another --out"
         raise TrainError(f"another process is training in {out}", remedy=remedy) from error
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
-            raise  # of the caller's function, or MindSpore's own
+            raise  # MindSpore's own
         remedy = f"mend that, then go on with --resume where {out / LAST} is there"
         raise TrainError(f"cannot write in the run's folder {out}", got=str(error), remedy=remedy) from error
 
@@ -259,10 +269,10 @@ class _Run:
         if self.callback is not None:
             try:
                 self.callback(row)
-            except Exception:
+            except Exception as error:
                 self.results.read_back(self.state.position)
                 self.state.save_last()
-                raise
+                raise _CallersError(error) from error
 
     def _goes_on_longer(self, last: Checkpoint) -> bool:
         """Say whether the run now has more epochs than it had, and log what that changes."""
