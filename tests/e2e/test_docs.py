@@ -129,6 +129,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, address: str, bucket: str) -
     lines = [f"{WNIDS[number % 2]}_{number}\t{address}/{number}.jpg" for number in range(8)]
     for name in ("urls.txt", "fall11_urls.txt"):
         (root / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = [f"{address}/{number}.jpg,species_{number % 2},a caption" for number in range(8)]
+    (root / "photos.csv").write_text("\n".join(["link,species,caption", *table]), "utf-8")
     (root / "keep.txt").write_text("\n".join(WNIDS[:2]) + "\n", encoding="utf-8")
     write(root / "mobilenetv2_100.safetensors", foreign(random_weights(0.35), "timm"))
     for command in commands(ROOT / "README.md"):
