@@ -347,4 +347,4 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         raise RecipeError(where, expected="true or false" if kind is bool else kind.__name__, got=repr(value)) from None
     if isinstance(value, dict | list):
         raise RecipeError(where, expected="one value", got=type(value).__name__)
-    return str(value)
+    return "" if value is None else str(value)  # a YAML key without a value

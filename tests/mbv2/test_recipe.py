@@ -73,6 +73,11 @@ def test_bad_value_names_its_field(field: str, value: object) -> None:
         override(Recipe(), {field: value})
 
 
+def test_a_text_without_a_value_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("distill_from:\nsource: ~\n")
+    assert load_recipe(str(tmp_path / "mine.yaml")) == Recipe()
+
+
 def test_crop_range_must_not_be_empty() -> None:
     with pytest.raises(RecipeError, match="crop_max"):
         override(Recipe(), {"crop_min": 0.9, "crop_max": 0.5})
