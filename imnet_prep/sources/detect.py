@@ -27,7 +27,8 @@ from imnet_prep.sources.zip import ClassZip
 from imnet_prep.types import SPLITS
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_REMOTE_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip", ".csv", ".txt", ".json", ".parquet")
+_REMOTE_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
+_REMOTE_ENDINGS = (*_REMOTE_ARCHIVES, ".csv", ".txt", ".json", ".parquet")
 
 
 def detect(
@@ -138,13 +139,22 @@ def _remote(url: str, split: str, labelled: bool, staging: Staging) -> list[Sour
         shards = shards_of(parquet, given, split, one=file is not None)
         staging.folder.mkdir(parents=True, exist_ok=True)
         return [ParquetSource(staging.folder, given, shards, split, staging)]
-    archives = {name: place for name, place in files.items() if "/" not in name and name.endswith(_REMOTE_ENDINGS)}
+    archives = {
+        name: place for name, place in files.items() if "/" not in name and name.lower().endswith(_REMOTE_ENDINGS)
+    }
     if not archives or any(map(is_image_name, files)):
         raise SourceError(
             f"{given} is a folder without Parquet files or archives",
             expected="these; single images are not read from a URL",
             got=", ".join(sorted(files)[:5]) or "nothing",
             remedy="pack them into a tar, or copy the folder and give that",
+        )
+    if further := sorted(name for name in files if "/" in name and name.lower().endswith(_REMOTE_ARCHIVES)):
+        raise SourceError(
+            f"{given} is a folder of archives, and others further down",
+            expected="all of them in the folder itself",
+            got=", ".join(further[:5]),
+            remedy="give each folder as a source of its own",
         )
     folder = staging.bring_all(base_name(url) or "source", archives)
     return folder_sources(folder, split, labelled, partial(_file, staging=staging))

@@ -1,6 +1,7 @@
 """A folder of WebDataset tars, such as ``imagenet1k-train-0000.tar`` and its siblings."""
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from imnet_prep.sources.samples import Samples, split_of
 from imnet_prep.types import Rejected
 
 _INFO = "_info.json"  # of timm: the tars of each split, and their numbers of samples
+_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _NUMBER = re.compile(r"(.*?)(\d+)")
 
 
@@ -22,7 +24,7 @@ def tars_in(folder: Path) -> list[tuple[Path, str]]:
     """Return the tars in a folder and in folders named after splits, with the split that their names tell (or '').
 
     Raises:
-        SourceError: Some tell their split and others do not.
+        SourceError: Some tell their split and others do not; there are archives that would be passed over.
         OSError: A folder cannot be read.
     """
     tars: list[tuple[Path, str]] = []
@@ -31,6 +33,12 @@ def tars_in(folder: Path) -> list[tuple[Path, str]]:
             tars.append((item, split_of(item.stem)))
         elif item.is_dir() and (split := SPLIT_FOLDERS.get(item.name.lower())):
             tars += ((tar, split) for tar in sorted(item.iterdir()) if _is_tar(tar))
+    if tars and (lost := _passed_over(folder, {tar for tar, _ in tars})):
+        raise SourceError(
+            f"{folder}: {printable(lost)} would be passed over",
+            expected="uncompressed tars in the folder itself, or in train/, val/ and test/",
+            remedy="unpack it, give it or its folder as another source, or move it away",
+        )
     silent = [tar.name for tar, split in tars if not split]
     if silent and len(silent) < len(tars):
         telling = next(tar.name for tar, split in tars if split)
@@ -40,6 +48,16 @@ def tars_in(folder: Path) -> list[tuple[Path, str]]:
             remedy="rename it, or give the tars of each split in a folder of their own",
         )
     return tars
+
+
+def _passed_over(folder: Path, known: set[Path]) -> str:
+    """Return the path of an archive in or below a folder that is not among its tars, or an empty string."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted(names):
+            if name.lower().endswith(_ARCHIVES) and not is_hidden(name) and (path := Path(here, name)) not in known:
+                return str(path.relative_to(folder))
+    return ""
 
 
 def _is_tar(path: Path) -> bool:

@@ -14,6 +14,7 @@ from imnet_prep import catalog
 from imnet_prep.errors import SourceError
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.sources import Found, Source, detect, merge
+from imnet_prep.sources.staging import Staging
 from imnet_prep.types import ImageRef, Reason, Rejected
 from tests.records import prep, prep_json, run
 from tests.synthetic import jpeg, make_image_folder, tar_bytes
@@ -294,6 +295,16 @@ def test_a_name_without_a_split_among_others_is_not_guessed(tmp_path: Path) -> N
         detect([tmp_path])
     with pytest.raises(SourceError, match="by its name"):
         found_in(tmp_path / "train-0.tar", split="val")
+
+
+@pytest.mark.parametrize("name", ["more/b.tar", "train/more/b.tar", "b.tar.gz", "B.TAR", "b.zip"])
+def test_no_archive_beside_the_tars_is_passed_over(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "ds", "a.tar", {"1.jpg": A, "1.cls": 0})
+    put((tmp_path / "ds" / name).parent, Path(name).name, {"2.jpg": A, "2.cls": 0})
+    with pytest.raises(SourceError, match=f"{name} would be passed over"):
+        found_in(tmp_path / "ds")
+    with pytest.raises(SourceError, match=r"passed over|further down"):
+        detect([f"file://{tmp_path}/ds"], None, Staging(tmp_path / "staged"))
 
 
 def test_a_test_split_needs_no_labels(tmp_path: Path) -> None:
