@@ -147,14 +147,19 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     one = tmp_path / "one"
     train(options(records, one, start, GLOBAL_BATCH))
     assert len(losses(one)) == len(losses(two)) == STEPS
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
+    # Sums of gradients are rounded in another order, which ReLU6 and the next steps make more of. Measured: losses 3e-6,
+    # weights 5e-6 of their largest, momentum 5e-4 (2e-6, 4e-6, 9e-5 without damaged records). With three other images
+    # among the 160 of an epoch: 0.9, 0.75 and 2.6.
+    np.testing.assert_allclose(losses(two)[: STEPS // 2], losses(one)[: STEPS // 2], rtol=2e-6)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=3e-5)
     last, last_of_two = read_checkpoint(one / "last.ckpt"), read_checkpoint(two / "last.ckpt")
     assert len(last.meta.training["skipped"]["train"]) == 3
     assert last_of_two.meta.training["skipped"] == last.meta.training["skipped"]
     first, second = last.tensors, last_of_two.tensors
     for name, value in first.items():
-        # A sum rounded in another order may pass ReLU6's threshold; another image would change gradients by about 0.1.
-        assert np.abs(second[name] - value).max() <= 2e-3 * max(1.0, float(np.abs(value).max())), name
+        largest = float(np.abs(value).max())
+        within = 2e-3 * max(1.0, largest) if name.startswith("momentum.") else 5e-5 * largest
+        assert np.abs(second[name] - value).max() <= within, name
     assert [row.val_top1 for row in read_metrics(one)] == [row.val_top1 for row in read_metrics(two)]
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
 
