@@ -147,7 +147,7 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     one = tmp_path / "one"
     train(options(records, one, start, GLOBAL_BATCH))
     assert len(losses(one)) == len(losses(two)) == STEPS
-    # Sums of gradients are rounded in another order, which ReLU6 and the next steps make more of. Measured: losses 3e-6,
+    # Sums of gradients are rounded in another order, which ReLU6 and later steps make more of. Measured: losses 3e-6,
     # weights 5e-6 of their largest, momentum 5e-4 (2e-6, 4e-6, 9e-5 without damaged records). With three other images
     # among the 160 of an epoch: 0.9, 0.75 and 2.6.
     np.testing.assert_allclose(losses(two)[: STEPS // 2], losses(one)[: STEPS // 2], rtol=2e-6)
