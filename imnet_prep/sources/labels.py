@@ -176,11 +176,15 @@ def kaggle_labels(data: bytes, origin: str) -> Labels:
     Raises:
         SourceError: It is not that.
     """
-    labels = {}
-    for row in csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline="")):
-        match = re.fullmatch(r"ILSVRC2012_val_(\d{8})(\.[A-Za-z]+)?", row[0].strip()) if row else None
-        if match and len(row) > 1 and (tokens := row[1].split()):
-            labels[str(int(match[1]))] = tokens[0]
+    rows: list[tuple[str, str]] = []
+    try:
+        for row in csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline="")):
+            match = re.fullmatch(r"ILSVRC2012_val_(\d{8})(\.[A-Za-z]+)?", row[0].strip()) if row else None
+            if match and len(row) > 1 and (tokens := row[1].split()):
+                rows.append((str(int(match[1])), tokens[0]))
+    except csv.Error as error:
+        raise SourceError(f"{origin} is damaged", got=str(error), remedy="download it again") from error
+    labels = _consistent(rows, origin)
     if not labels:
         raise SourceError(f"{origin} is not Kaggle's {KAGGLE_SOLUTION}", expected="ILSVRC2012_val_... rows", got="none")
     return Labels(KAGGLE_SOLUTION, labels, numbered=True)
@@ -193,7 +197,30 @@ def read_tiny_annotations(data: bytes, origin: str) -> Labels:
         SourceError: It has no such line.
     """
     rows = (line.split("\t") for line in data.decode("utf-8", "replace").splitlines())
-    labels = {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2 and row[0].strip() and row[1].strip()}
+    named = ((row[0].strip(), row[1].strip()) for row in rows if len(row) >= 2)
+    labels = _consistent(((name, wnid) for name, wnid in named if name and wnid), origin)
     if not labels:
         raise SourceError(f"{origin} holds no labels", expected="name<TAB>wnid lines")
     return Labels("val_annotations.txt", labels, numbered=False)
+
+
+def _consistent(rows: Iterable[tuple[str, str]], origin: str) -> dict[str, str]:
+    """Return the class of each image.
+
+    Raises:
+        SourceError: An image has two classes, or a class is called as no folder can be.
+    """
+    labels = dict[str, str]()
+    for name, class_name in rows:
+        if "/" in class_name or class_name in (".", ".."):
+            raise SourceError(
+                f"{origin} has a class that is no name", got=printable(class_name), remedy="download it again"
+            )
+        if (other := labels.setdefault(name, class_name)) != class_name:
+            raise SourceError(
+                f"{origin} gives one image two classes",
+                expected="one for each",
+                got=printable(f"{other} and {class_name} for {name}"),
+                remedy="download it again",
+            )
+    return labels
