@@ -34,6 +34,7 @@ from imnet_prep.types import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
 _BATCH = 50_000  # rows an insert
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PARTS = 64  # partitions of the hash space: 14.2 M rows make 5 MB each
 _SHOWN_BYTES = 500  # of a bad line, kept for the listing
 # The common line in four groups. Any other line, in the fifth, goes through parse_line. A test compares the two ways.
@@ -208,7 +209,8 @@ def _table_batches(table: Table, first_row: int, wnid: str | None, wnids: frozen
                 continue
             batch.rows.append((row, *line, host_key(host_of(line.url))))
             if one.meta:
-                batch.meta.append((row, json.dumps(one.meta, ensure_ascii=False)))
+                text = json.dumps(one.meta, ensure_ascii=False)  # bytes that are not UTF-8 become U+FFFD
+                batch.meta.append((row, _SURROGATE.sub("\ufffd", text)))
         yield batch
 
 

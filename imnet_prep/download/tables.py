@@ -6,6 +6,7 @@ The other columns, such as a caption, are kept with each row.
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -17,6 +18,7 @@ from imnet_prep.errors import DownloadError
 
 MAX_CELL_BYTES = 1 << 20  # a longer one ends the list: an open quotation mark takes in the rest of the file
 _GUESSES = {"url": ("url", "image_url"), "class": ("wnid", "label", "class"), "id": ("id", "image_id")}
+_LONE_SURROGATE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes that are not UTF-8
 _PARQUET_ROWS = 10_000
 
 
@@ -140,9 +142,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _text(value: Any) -> str:
+    """Return a value as text; a lone surrogate, which JSON can write, is no character."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    return "" if value is None else str(value).strip()
+    return "" if value is None else _LONE_SURROGATE.sub("\ufffd", str(value).strip())
 
 
 def _row(number: int, values: Mapping[str, Any], chosen: Columns) -> Row:
@@ -154,12 +157,18 @@ def _row(number: int, values: Mapping[str, Any], chosen: Columns) -> Row:
 
 def _separated(path: Path, file: IO[bytes], delimiter: str, columns: Columns) -> Table:
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)  # an open quotation mark hides lines
     csv.field_size_limit(MAX_CELL_BYTES)
     form = "CSV" if delimiter == "," else "TSV"
-    first = next(reader, [])
+    try:
+        first = next(reader, [])
+    except csv.Error as error:
+        raise _damaged(path, form, reader.line_num, error) from error
     numbers = [name for name in (columns.url, columns.class_name, columns.name) if name is not None]
-    if numbers and all(name.isascii() and name.isdigit() for name in numbers) and not set(numbers) & set(first):
+    is_header = not any(re.match(r"https?://", cell.strip(), re.IGNORECASE) for cell in first)
+    in_header = is_header and bool(set(numbers) & set(first))
+    if numbers and all(name.isascii() and name.isdigit() for name in numbers) and not in_header:
         names: list[str] = [str(place + 1) for place in range(len(first))]
         records: Iterable[tuple[int, list[str]]] = enumerate(chain([first], reader), 1)
     else:
@@ -172,11 +181,14 @@ def _separated(path: Path, file: IO[bytes], delimiter: str, columns: Columns) ->
                 if cells:
                     yield _row(number, dict(zip(names, cells, strict=False)), chosen)
         except csv.Error as error:
-            raise DownloadError(
-                f"URL list {path} is a damaged {form}", got=f"line {reader.line_num}: {error}"
-            ) from error
+            raise _damaged(path, form, reader.line_num, error) from error
 
     return Table(form, tuple(names), chosen, rows())
+
+
+def _damaged(path: Path, form: str, line: int, error: csv.Error) -> DownloadError:
+    remedy = 'close quotation marks, and double those inside of a cell ("")'
+    return DownloadError(f"URL list {path} is a damaged {form}", got=f"line {line}: {error}", remedy=remedy)
 
 
 def _json_lines(path: Path, file: IO[bytes], columns: Columns) -> Table:
@@ -188,7 +200,7 @@ def _json_lines(path: Path, file: IO[bytes], columns: Columns) -> Table:
             if not line.strip():
                 continue
             try:
-                found = json.loads(line)
+                found = json.loads(line, parse_constant=lambda _: None)  # NaN is not JSON
             except (ValueError, RecursionError):
                 found = None
             yield number, found if isinstance(found, dict) else {}
@@ -232,4 +244,6 @@ def _parquet(path: Path, columns: Columns) -> Table:
 
 def _plain(value: Any) -> Any:
     """Return a value that JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):  # how pandas writes a missing value
+        return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)

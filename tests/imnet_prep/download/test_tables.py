@@ -276,3 +276,42 @@ def test_a_dry_run_reads_the_lists_and_writes_nothing(tmp_path: Path) -> None:
     counts = {"urls": 30, "classes": 2, "hosts": 3, "repeated": 1, "malformed": 1, "elsewhere": 0}
     assert found == counts
     assert not (tmp_path / "out").exists()
+
+
+def taken_in(path: Path, text: bytes, columns: Columns = BY_NAME) -> list[tuple[str, str, str | None]]:
+    """Return (class, URL, meta) of each row that a list brings to a journal."""
+    path.write_bytes(text)
+    folder = path.with_name("journal")
+    folder.mkdir()
+    journal = Journal(folder)
+    take_in(journal, (path,), None, None, None, columns)
+    query = "SELECT wnid, url, json FROM urls LEFT JOIN meta_of_urls USING (row) ORDER BY row"
+    return journal.db.execute(query).fetchall()
+
+
+def test_captions_that_are_not_utf_8_are_kept_as_well_as_may_be(tmp_path: Path) -> None:
+    text = "url,label,caption\nhttp://a.com/1.jpg,cat,caf\xe9\n".encode("latin-1")
+    assert taken_in(tmp_path / "a.csv", text) == [("cat", "http://a.com/1.jpg", '{"caption": "caf\ufffd"}')]
+
+
+def test_json_lines_with_lone_surrogates_and_nan(tmp_path: Path) -> None:
+    lines = (
+        b'{"url": "http://a.com/1", "label": "cat", "caption": "\\ud800", "score": NaN}\n'
+        b'{"url": "http://a.com/\\ud800", "label": "cat"}\n{"url": "http://a.com/2", "label": "\\udcff"}\n'
+    )
+    assert taken_in(tmp_path / "a.jsonl", lines) == [
+        ("cat", "http://a.com/1", '{"caption": "\ufffd"}'),
+        ("cat", "http://a.com/%EF%BF%BD", None),
+    ]
+
+
+def test_a_class_that_is_a_number_is_no_header(tmp_path: Path) -> None:
+    rows = taken_in(tmp_path / "a.csv", b"1,http://a.com/1\n2,http://a.com/2\n", Columns(url="2", class_name="1"))
+    assert rows == [("1", "http://a.com/1", None), ("2", "http://a.com/2", None)]
+
+
+@pytest.mark.parametrize("text", [b'a,cat,"open\nhttp://a.com/2,dog,b\n', b'a,cat,"open\nb,dog,"x"\n'])
+def test_an_open_quotation_mark_hides_no_line(text: bytes, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="damaged CSV") as caught:
+        taken_in(tmp_path / "a.csv", b"url,label,caption\n" + text)
+    assert "close quotation marks" in str(caught.value)
