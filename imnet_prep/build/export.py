@@ -18,6 +18,7 @@ from typing import Any
 
 from imnet_prep.build.export_formats import FORMATS, ClassFolders, Names, Tars, Writer
 from imnet_prep.build.reshard import MultisetHash
+from imnet_prep.build.workdir import refuse_url
 from imnet_prep.errors import IntegrityError, Interrupted, PlanError
 from imnet_prep.files import exclusive_lock, flush_all, write_atomically
 from imnet_prep.records.folder import RecordsFolder
@@ -99,6 +100,7 @@ def export(
     if not splits:
         have = ", ".join(folder.manifest.splits)
         raise PlanError(f"{records}: has no {split} split", expected=have, got=str(split))
+    refuse_url(out)
     target = out.absolute()
     partial, lock, journal = (
         target.with_name(target.name + ending) for ending in (".partial", ".partial.lock", ".partial.publish")

@@ -7,6 +7,7 @@ a manifest is whole. It is renamed by the protocol of :mod:`imnet_prep.records.p
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -71,13 +72,27 @@ class Workdir:
         return None if manifest is None else {"plan": manifest.plan, "inputs": None}
 
 
+def refuse_url(out: Path) -> None:
+    """Raise an error if a folder to write is a URL: nothing is written there, and ``s3:`` would be made a folder.
+
+    Raises:
+        PlanError: It is.
+    """
+    if re.fullmatch(r"[a-z][a-z0-9+.-]+:", out.parts[0] if out.parts else "") and not Path(out.parts[0]).exists():
+        raise PlanError(
+            f"{out}: cannot be a URL", expected="a folder on this machine", remedy="write there, and copy the result"
+        )
+
+
 def check_out(out: Path, sources: Sequence[Path], *, force: bool) -> Workdir:
     """Check that a folder may be created or replaced at ``out``, and return its paths; nothing is written.
 
     Raises:
-        PlanError: It or a folder needed beside it is a source, holds one, or holds files that no conversion made.
+        PlanError: It or a folder needed beside it is a source, holds one, or holds files that no conversion made; it is
+            a URL.
         RecordsError: It is inside another records folder.
     """
+    refuse_url(out)
     try:
         target = out.resolve()
         if not target.name:

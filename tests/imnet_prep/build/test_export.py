@@ -223,6 +223,14 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(records: Path, t
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
+def test_a_url_is_no_folder_to_write(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda: way_back(records, Path("s3://bucket/out")), lambda: run(records, Path("s3://bucket/out"))):
+        with pytest.raises(PlanError, match="cannot be a URL"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_folder_may_be_taken(records: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert way_back(records, tmp_path / "out").images["val"] == 6
