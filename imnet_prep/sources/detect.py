@@ -129,16 +129,18 @@ def _staged(place: Path | RemoteFile, split: str, staging: Staging) -> Source:
 def _remote(url: str, split: str, labelled: bool, staging: Staging) -> list[Source]:
     """Recognize what is behind a URL: a file, or a folder of Parquet files or of archives."""
     file = look_up(url)
-    if file is not None and not file.name.endswith(".parquet"):
+    if file is not None and not file.name.lower().endswith(".parquet"):
         return [_staged(file, split, staging)]
     files = {file.name: file} if file is not None else list_files(url)
     files = {name: place for name, place in files.items() if not any(map(is_hidden, name.split("/")))}
     given = shown(url)
-    parquet = [(name, place) for name, place in files.items() if name.endswith(".parquet")]
+    parquet = [(name, place) for name, place in files.items() if name.lower().endswith(".parquet")]
     if parquet and not any("/" not in name and name.endswith(".tar") for name in files):  # else they describe the tars
         shards = shards_of(parquet, given, split, one=file is not None)
         staging.folder.mkdir(parents=True, exist_ok=True)
-        return [ParquetSource(staging.folder, given, shards, split, staging)]
+        source = ParquetSource(staging.folder, given, shards, split, staging)
+        source.beside = sorted(name for name in files if name.lower().endswith(_REMOTE_ARCHIVES))
+        return [source]
     archives = {
         name: place for name, place in files.items() if "/" not in name and name.lower().endswith(_REMOTE_ENDINGS)
     }

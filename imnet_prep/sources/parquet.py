@@ -28,7 +28,7 @@ from imnet_prep.sources.folders import archives_note
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.parquet_rows import BLOB, LISTED, START, extract, holds_images
 from imnet_prep.sources.staging import Place, Reading, Staged, Staging, fingerprint, shown, write
-from imnet_prep.sources.tree import has_image
+from imnet_prep.sources.tree import has_image, listed
 from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _FORMAT = 1  # of what is staged
@@ -71,6 +71,7 @@ class ParquetSource(Source):
         super().__init__(path, "parquet", split)
         self.name = printable(remote.base_name(given) if remote.is_url(given) else self.name)
         self._given, self._staging = given, staging
+        self.beside: Sequence[str] = ()  # archives in the same folder behind a URL, for a note
         self._is_file = shown(shards[0].place) == given
         self._brought = [(shard, *self._bring(shard)) for shard in shards]
 
@@ -87,8 +88,8 @@ class ParquetSource(Source):
             number = Counter[str]()
             for place, (shard, folder, info) in enumerate(brought):
                 row_of = partial(_row, shard.split, names, wnids, columns["label"])
-                listed = _listed(folder / LISTED, number[shard.split])
-                yield from _insert(rows, (row_of(place, *row) for row in listed))
+                lines = _listed(folder / LISTED, number[shard.split])
+                yield from _insert(rows, (row_of(place, *row) for row in lines))
                 number[shard.split] += info["rows"]
             width = len((rows.execute("SELECT MAX(class) FROM row").fetchone()[0] or "").lstrip("0")) or 1
             self.has_numbers = columns["kind"] == "number"
@@ -96,6 +97,7 @@ class ParquetSource(Source):
             self.digits = width if unnamed else 0
             notes += self._notes(columns, wnids, unnamed, _make_unique(rows))
             notes += archives_note(Path(self._given), ".parquet") if Path(self._given).is_dir() else []
+            notes += [f"{self.name}: archives beside are not read ({listed(self.beside)})"] if self.beside else []
             paths = [str(folder / BLOB) for _, folder, _ in brought]
             order = "SELECT split, class, name, path, offset, size, meta FROM row ORDER BY split, class, name, number"
             for split, class_name, name, path, offset, size, meta in rows.execute(order):

@@ -357,9 +357,10 @@ def test_what_else_is_in_the_folder_is_not_passed_over(tmp_path: Path) -> None:
     folder = shards(tmp_path, "a/train-1.parquet", "a/train-2.PARQUET")
     assert len(read_all(folder).images) == 30
     (folder / "more.tar.gz").write_bytes(b"x")
-    (source,) = detect([folder], None, Staging(tmp_path / "staged"))
-    assert len(list(source.refs())) == 30
-    assert any("more.tar.gz" in note for note in source.notes)
+    for given in (folder, f"file://{folder}"):
+        (source,) = detect([given], None, Staging(tmp_path / "staged"))
+        assert len(list(source.refs())) == 30
+        assert any("more.tar.gz" in note for note in source.notes)
     shutil.copytree(folder / "a", folder / "b" / "c" / "d")
     with pytest.raises(SourceError, match=r"others further down; .* got b/c/d/train-[12]"):
         read_all(folder)
