@@ -21,6 +21,7 @@ from imnet_prep.download.memory import Room
 from imnet_prep.download.net import BUDGET, SafeAdapter, TooSlow
 from imnet_prep.download.options import FailReason, FetchOptions
 from imnet_prep.download.urls import BadUrl, is_placeholder_url, join_redirect
+from imnet_prep.types import Stop
 
 _DRAIN_BYTES = 65536  # a rest up to this size is read so that the connection can be used again
 _OPT_OUT = frozenset({"noai", "noimageai"})
@@ -76,11 +77,12 @@ class Fetcher:
         options: Limits of a request.
         per_host: Most idle connections to keep to one host.
         resolver: Looks up the addresses of hosts.
+        stop: Called while an answer waits for room; once it returns true, :meth:`fetch` raises ``Stopped``.
     """
 
-    def __init__(self, options: FetchOptions, per_host: int, resolver: Resolver) -> None:
+    def __init__(self, options: FetchOptions, per_host: int, resolver: Resolver, stop: Stop = lambda: False) -> None:
         self._options, self._adapter = options, SafeAdapter(options, resolver, per_host)
-        self._room, self._unpacked = Room(_LARGE_BYTES), Room(_LARGE_BYTES)
+        self._room, self._unpacked = Room(_LARGE_BYTES, stop), Room(_LARGE_BYTES, stop)
         ours, theirs = version("imnet-prep"), requests.__version__
         about = f"{options.contact}; " if options.contact else ""
         agent = f"{_AGENT}/{ours} ({about}research image list downloader) python-requests/{theirs}"

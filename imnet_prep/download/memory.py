@@ -16,17 +16,27 @@ from imnet_prep.files import exclusive_lock
 from imnet_prep.images.decode import PILLOW_FAULTS
 from imnet_prep.images.formats import sniff
 from imnet_prep.images.jpeg import jpeg_size
-from imnet_prep.types import ImageFault
+from imnet_prep.types import ImageFault, Stop
 
 _PIXELS_AT_A_TIME = 24_000_000  # in a process; a decode takes 3 to 8 bytes a pixel
 _LOCK_NAME = "large-image.lock"  # held by the process that decodes an image of more pixels
 _POLL_S = 0.05
 
 
-class Room:
-    """Something of which a process may hold so much at a time."""
+class Stopped(Exception):
+    """The run ends before the room was free."""
 
-    def __init__(self, size: int) -> None:
+
+class Room:
+    """Something of which a process may hold so much at a time.
+
+    Args:
+        size: How much.
+        stop: Called while somebody waits; once it returns true, waiting raises :class:`Stopped`.
+    """
+
+    def __init__(self, size: int, stop: Stop = lambda: False) -> None:
+        self._stop = stop
         self._turn, self._changed = threading.Lock(), threading.Condition()
         self._size = self._free = size
 
@@ -34,8 +44,10 @@ class Room:
     def hold(self, count: int) -> Iterator[None]:
         """Wait until so much is free, and hold it; what is larger than all holds all. Nobody overtakes who waits."""
         count = min(count, self._size)
-        with self._turn, self._changed:
-            self._changed.wait_for(lambda: count <= self._free)
+        with turn(self._turn, self._stop), self._changed:
+            while not self._changed.wait_for(lambda: count <= self._free, _POLL_S):
+                if self._stop():
+                    raise Stopped
             self._free -= count
         try:
             yield
@@ -45,23 +57,41 @@ class Room:
                 self._changed.notify_all()
 
 
+@contextmanager
+def turn(lock: threading.Lock, stop: Stop) -> Iterator[None]:
+    """Hold a lock.
+
+    Raises:
+        Stopped: The run ends before it was free.
+    """
+    while not lock.acquire(timeout=_POLL_S):
+        if stop():
+            raise Stopped
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class PixelBudget:
     """Let a process decode images of so many pixels at a time, and all processes one larger image at a time.
 
     Args:
         folder: Where the lock file of larger images lies.
+        stop: As of :class:`Room`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stop: Stop = lambda: False) -> None:
+        self._stop = stop
         self._lock_path = folder / _LOCK_NAME
-        self._room = Room(_PIXELS_AT_A_TIME)
+        self._room = Room(_PIXELS_AT_A_TIME, stop)
         self._one = threading.Lock()
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
         """Wait until an image of so many pixels may be decoded, and hold its part of the budget."""
         if pixels > _PIXELS_AT_A_TIME:
-            with self._one, self._alone():
+            with turn(self._one, self._stop), self._alone():
                 yield
         else:
             with self._room.hold(pixels):
@@ -76,6 +106,8 @@ class PixelBudget:
                     held.enter_context(exclusive_lock(self._lock_path))
                     break
                 except BlockingIOError:
+                    if self._stop():
+                        raise Stopped from None
                     time.sleep(_POLL_S)
             yield
 

@@ -157,8 +157,12 @@ def _row(number: int, values: Mapping[str, Any], chosen: Columns) -> Row:
 
 def _separated(path: Path, file: IO[bytes], delimiter: str, columns: Columns) -> Table:
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)  # an open quotation mark hides lines
+    reader = csv.reader(
+        text,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
+        strict=True,  # an open quotation mark would hide lines
+    )
     csv.field_size_limit(MAX_CELL_BYTES)
     form = "CSV" if delimiter == "," else "TSV"
     try:

@@ -6,6 +6,7 @@ of all processes therefore loses only what was in flight.
 
 import json
 import logging
+import math
 import os
 import queue
 import threading
@@ -21,7 +22,7 @@ from imnet_prep.download.content import judge
 from imnet_prep.download.fetch import Body, Failure, Fetcher, Hop
 from imnet_prep.download.folder import INCOMING, WORKER_LOCK
 from imnet_prep.download.journal import Outcome
-from imnet_prep.download.memory import PixelBudget, pixels_of
+from imnet_prep.download.memory import PixelBudget, Stopped, pixels_of
 from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.files import exclusive_lock
@@ -49,8 +50,12 @@ def worker_main(options: DownloadOptions, threads: int, parent: Connection, paus
     return_large_buffers()
     with exclusive_lock(options.out / INCOMING / WORKER_LOCK.format(index)):
         work: queue.SimpleQueue[Lane] = queue.SimpleQueue()
-        fetcher = Fetcher(options.fetch, options.polite.per_host, Resolver())
-        budget = PixelBudget(options.out / INCOMING)
+
+        def stop() -> bool:
+            return math.isinf(pauses[0])  # as all are, once the run ends
+
+        fetcher = Fetcher(options.fetch, options.polite.per_host, Resolver(), stop)
+        budget = PixelBudget(options.out / INCOMING, stop)
         lock = threading.Lock()
         for place in range(index * threads, (index + 1) * threads):
             runner = _Runner(options, fetcher, budget, parent, lock, pauses, rows, place)
@@ -97,6 +102,8 @@ class _Runner:
                         end = result.failure if isinstance(result, Retry) else result
                         if not isinstance(end, Task) and not end.answered:
                             break  # leave the host to the scheduler
+            except Stopped:
+                pass  # the URL in hand goes back
             except OSError as error:
                 broken = error.strerror or str(error)
             self.rows[self.place] = 0
@@ -115,6 +122,7 @@ class _Runner:
 
         Raises:
             OSError: The image cannot be stored.
+            Stopped: The run ends while its answer waits for room in memory.
         """
         begun = time.monotonic()
         found = self._attempt(task, held)
@@ -134,6 +142,8 @@ class _Runner:
             with self.budget.hold(pixels_of(found.data)):
                 judged = judge(found, self.options.content)
             return judged if isinstance(judged, Failure) else (found, *judged)
+        except Stopped:
+            raise
         except Exception as error:
             log.exception("internal fault")
             return Failure(FailReason.INTERNAL, f"{type(error).__name__}: {error}", transient=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from imnet_prep.download import FailReason, FetchOptions, fetch
 from imnet_prep.download.addresses import Resolver
 from imnet_prep.download.fetch import Body, Failure, Fetcher, unpack
-from imnet_prep.download.memory import PixelBudget, pixels_of
+from imnet_prep.download.memory import PixelBudget, Room, Stopped, pixels_of
 from tests import synthetic
 from tests.imnet_prep.download.servers import Exchange, Server
 
@@ -65,6 +65,31 @@ def test_a_large_image_is_alone_over_all_processes_and_a_dead_one_frees_it(tmp_p
         assert entered.wait(10)
         thread.join()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_for_room_is_sent_home_when_the_run_stops(tmp_path: Path) -> None:
+    stopped = threading.Event()
+    budget, other = PixelBudget(tmp_path, stopped.is_set), PixelBudget(tmp_path, stopped.is_set)
+    room = Room(10, stopped.is_set)
+    waits = [(budget, LARGE), (other, LARGE), (budget, 9_000_000), (room, 1), (room, 2)]
+    ends: list[str] = []
+
+    def wait(place: PixelBudget | Room, count: int) -> None:
+        try:
+            with place.hold(count):
+                ends.append("held")
+        except Stopped:
+            ends.append("stopped")
+
+    threads = [threading.Thread(target=wait, args=one) for one in waits]
+    with budget.hold(LARGE), budget.hold(20_000_000), room.hold(12):
+        for thread in threads:
+            thread.start()
+        assert ends == []
+        stopped.set()
+        for thread in threads:
+            thread.join(30)
+    assert ends == ["stopped"] * 5
 
 
 def test_pixels_are_counted_by_the_header() -> None:
