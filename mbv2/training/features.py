@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import Interrupted, TrainError
+from imnet_prep.files import exclusive_lock
 from imnet_prep.loader.order import balanced_order
 from imnet_prep.types import Batch, Progress, ProgressCallback
 from mbv2.data import AnyBatch, FeatureBatch, RunData, fill_rows, view_options
@@ -150,40 +152,52 @@ def compute_features(
         progress: Called after each batch.
 
     Raises:
-        TrainError: The disk does not take it, or another number of images came.
+        TrainError: The disk does not take it, another run is computing it, or another number of images came.
         Interrupted: ``stop`` said so.
     """
     paths = _paths(folder, name)
     partial = [path.with_name(f"partial-{path.name}") for path in paths]
     label, ids = np.empty(images, np.int32), np.empty(images, np.uint64)
     done = 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        features = _open_array(partial[0], (images, length))
-        for batch in batches:
-            assert isinstance(batch, Batch)
-            end = done + len(batch)
-            if end > images:
-                break
-            features[done:end] = pooled(batch.image)
-            label[done:end], ids[done:end] = batch.label, batch.record_id
-            done = end
-            if stop():
-                raise Interrupted("stopped while computing features", got=f"{done} of {images} images")
-            if progress:
-                progress(Progress(done, images, note=f"features of the {name.partition('-')[0]} split"))
-        if not images - left_out() <= done <= images:
-            raise TrainError("the loader gave another number of images", expected=f"{images}", got=f"{done}")
-        features.flush()
-        _finish(partial, paths, label[:done], ids[:done])
-    except OSError as error:
-        raise TrainError(f"cannot keep features in {folder}", got=error.strerror or str(error)) from error
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+    with _alone(folder, name):
+        try:
+            features = _open_array(partial[0], (images, length))
+            for batch in batches:
+                assert isinstance(batch, Batch)
+                end = done + len(batch)
+                if end > images:
+                    break
+                features[done:end] = pooled(batch.image)
+                label[done:end], ids[done:end] = batch.label, batch.record_id
+                done = end
+                if stop():
+                    raise Interrupted("stopped while computing features", got=f"{done} of {images} images")
+                if progress:
+                    progress(Progress(done, images, note=f"features of the {name.partition('-')[0]} split"))
+            if not images - left_out() <= done <= images:
+                raise TrainError("the loader gave another number of images", expected=f"{images}", got=f"{done}")
+            features.flush()
+            _finish(partial, paths, label[:done], ids[:done])
+        finally:
+            for path in partial:
+                path.unlink(missing_ok=True)
     loaded = load_features(folder, name, done)
     assert loaded is not None
     return loaded
+
+
+@contextmanager
+def _alone(folder: Path, name: str) -> Iterator[None]:
+    """Make the folder, and keep other runs that share it from computing the same features at once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(folder / f".{name}.lock"):
+            yield
+    except BlockingIOError as error:
+        what = f"another run is computing the same features in {folder}"
+        raise TrainError(what, remedy="wait until it has, or choose another --features") from error
+    except OSError as error:
+        raise TrainError(f"cannot keep features in {folder}", got=error.strerror or str(error)) from error
 
 
 def _finish(partial: list[Path], paths: tuple[Path, ...], label: NDArray[np.int32], ids: NDArray[np.uint64]) -> None:

@@ -64,6 +64,20 @@ def test_another_number_of_images_is_an_error(tmp_path: Path, images: int) -> No
         compute(tmp_path, images=images)
 
 
+def test_two_runs_that_share_a_folder_do_not_write_one_cache_at_once(tmp_path: Path) -> None:
+    def meanwhile() -> bool:
+        with pytest.raises(TrainError, match="another run is computing the same features"):
+            compute(tmp_path)
+        return False
+
+    found = compute_features(
+        tmp_path, "train-0-x", pooled, batches(10), images=10, left_out=lambda: 0, length=LENGTH, stop=meanwhile,
+        progress=None,
+    )  # fmt: skip
+    assert np.array_equal(found.features, compute(tmp_path / "alone").features)
+    assert not list(tmp_path.glob("partial-*"))
+
+
 def test_a_cache_without_the_bad_images_is_made_again(tmp_path: Path) -> None:
     made = compute(tmp_path, 8, images=10, left_out=2)
     assert made.features.shape == (8, LENGTH)
