@@ -338,7 +338,7 @@ class Batches:
         return PipelineError(
             f"{self._reader.where(position)}: the record is bad",
             got=why,
-            remedy='restore the shard, or skip such records with on_error="skip"',
+            remedy='restore the shard, or skip such records with on_error="skip" (mbv2 train: --on-bad-record skip)',
         )
 
     def _replace_bad_rows(self, batch: _Pending) -> None:

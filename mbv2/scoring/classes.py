@@ -45,13 +45,15 @@ def checkpoint_labels(meta: Meta, classes: tuple[str, ...], where: Path) -> tupl
         return np.array(labels, np.int32), meta.class_names or tuple(map(str, range(count)))
     if not numbers and count == len(classes):
         return np.arange(count, dtype=np.int32), classes
-    if count < len(classes) or not numbers:
+    if not numbers:
         remedy = "use records of its own classes, or fine-tune with --pretrained"
         expected, got = f"the records' {len(classes)} classes", f"{count}"
         raise CheckpointError(f"{where} is for another class count", expected=expected, got=got, remedy=remedy)
     unknown = [name for name in classes if name not in numbers]
-    expected, got = "only classes of the checkpoint in the records", f"{unknown[0]!r}, and {len(unknown) - 1} more"
-    raise CheckpointError(f"{where} is for other classes", expected=expected, got=got)
+    expected = f"only classes of the checkpoint, which has {count}, in the records"
+    got = f"{unknown[0]!r}" + (f", and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+    remedy = "use records of its own classes (imnet-prep reshard --keep-classes), or fine-tune with --pretrained"
+    raise CheckpointError(f"{where} is for other classes", expected=expected, got=got, remedy=remedy)
 
 
 class SubsetTally:

@@ -135,7 +135,7 @@ def _refuse_another(out: Path, want: dict[str, Any], have: dict[str, Any]) -> No
     differing = [name for name in want if have.get(name) != want[name]]
     if not differing:
         return
-    name = next((name for name in differing if name != "steps_per_epoch"), differing[0])  # which follows from others
+    name = next((name for name in differing if name != "steps_per_epoch"), differing[0])  # that follows from others
     remedy = "choose another --out"
     if set(differing) <= {"ranks", "steps_per_epoch"}:
         remedy = f"start as many processes as before (msrun --worker_num), or {remedy}"

@@ -63,7 +63,7 @@ def test_a_checkpoint_without_names_has_the_records_order() -> None:
 @pytest.mark.parametrize(
     ("ours", "classes", "told"),
     [
-        (meta(3, ("a", "b", "c")), ("a", "b", "c", "d"), "another class count.*expected the records' 4 classes; got 3"),
+        (meta(3, ("a", "b", "c")), ("a", "b", "c", "d"), "other classes.*checkpoint, which has 3, .*got 'd'; use"),
         (meta(3, ("a", "b", "c")), ("a", "x", "y"), "other classes.*got 'x', and 1 more"),
         (meta(3), ("a", "b"), "another class count"),
         (meta(3, ("a", "b", "c")), ("0", "1"), "other classes.*got '0'"),  # numbers mean nothing there

@@ -74,6 +74,15 @@ def test_ranks_of_a_run_that_did_not_save_them_show_in_its_steps(config: bool, t
         find_last(options(tmp_path / "run", resume=True), halved, 2)
 
 
+def test_another_batch_size_is_not_called_another_number_of_processes(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run")
+    given = options(tmp_path / "run", resume=True)
+    given = replace(given, recipe=replace(given.recipe, batch_size=2 * BATCH))
+    with pytest.raises(TrainError, match=r"steps_per_epoch, batch_size differ; expected batch_size \d+ ") as caught:
+        find_last(given, memory_data(batch=2 * BATCH), 1)
+    assert "--worker_num" not in str(caught.value)
+
+
 def test_a_field_that_an_earlier_version_did_not_save_has_its_default(tmp_path: Path) -> None:
     leave_run(tmp_path / "run", without=("schedule", "clip_norm"))  # the run's clip_norm is not the default
     with pytest.raises(TrainError, match=r"holds another run: clip_norm differ"):
