@@ -34,6 +34,7 @@ OLD_WORKERS_LOCK = "users.lock"  # shared by the workers of earlier versions
 _COMMIT_EVERY_S = 0.25
 FAILURES_NAME = "failures.jsonl"
 BAD_LINES_NAME = "bad_lines.jsonl"
+_ENDINGS = (".jpg", ".png", ".gif", ".webp", ".bmp", ".tif")  # of the images
 _TOP = 5  # hosts named with their failures
 _STRAGGLERS_S = 20.0  # how long the workers of a killed run may take to notice
 
@@ -143,7 +144,7 @@ def _short_of_files(journal: Journal) -> dict[str, set[str]]:
     for wnid, count in journal.images_by_class():
         try:
             with os.scandir(journal.folder / wnid) as entries:
-                names = {entry.name for entry in entries}
+                names = {entry.name for entry in entries if entry.name.endswith(_ENDINGS)}  # not Thumbs.db
         except FileNotFoundError:
             names = set()
         if len(names) < count:

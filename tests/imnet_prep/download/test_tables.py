@@ -210,6 +210,7 @@ def test_deleted_images_are_noticed_and_fetched_again(tmp_path: Path) -> None:
         images_there = [image.path for image in read_finished(tmp_path / "out")]
         for path in images_there[:2]:
             (tmp_path / "out" / path).unlink()
+            (tmp_path / "out" / path).with_name("Thumbs.db").touch()
         totals = download(options).totals
         assert (totals.ok, totals.pending, sum(server.hits.values())) == (8, 0, 10)
     assert all((tmp_path / "out" / image.path).is_file() for image in read_finished(tmp_path / "out"))
