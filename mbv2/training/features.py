@@ -114,7 +114,7 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 
 def load_features(folder: Path, name: str, images: int) -> FeatureSet | None:
-    """Open a cache; give None where there is none, or one of fewer images: those that were bad may have been mended."""
+    """Open a cache; return None if it is missing, or has fewer images, as bad ones may be mended now."""
     paths = _paths(folder, name)
     if not all(path.exists() for path in paths):
         return None

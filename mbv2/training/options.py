@@ -1,4 +1,4 @@
-"""What a run is told, what it gives back, and what its folder says that it is."""
+"""The options and the result of a run, and the run that a folder holds."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the steps of a run gave: fetched a few steps later, checked, timed, and put into rows.
+"""The results of the steps of a run: read back a few steps later, checked, timed, and put into rows.
 
 A step's result is read back only where it is needed, as reading it waits for the step to end.
 """

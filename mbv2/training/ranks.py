@@ -47,5 +47,5 @@ def sum_counts(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def wait_for_all() -> None:
-    """Come back once every rank has called it."""
+    """Wait until every rank has called it."""
     sum_floats(np.zeros(1, np.float32))

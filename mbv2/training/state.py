@@ -1,4 +1,4 @@
-"""What makes a run the run that it is, where it stands, and the checkpoints in its folder."""
+"""The identity of a run, its position, and the checkpoints in its folder."""
 
 import json
 import logging

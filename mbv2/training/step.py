@@ -203,7 +203,7 @@ class TrainStep(nn.Cell):
         return done
 
     def update_accumulated(self, controls: Any) -> Any:
-        """Update the weights from the mean of the gradients added up; give their norm."""
+        """Update the weights from the mean of the gradients added up; return its norm."""
         share = 1.0 / self.accumulate_steps
         if self.loss.divides:
             share = 1.0 / self.accumulated_weight
@@ -212,7 +212,7 @@ class TrainStep(nn.Cell):
         return ops.depend(norm, done)
 
     def update(self, gradients: Any, controls: Any) -> Any:
-        """Clip, change the weights and average them; give the norm, and what the updates give."""
+        """Clip, change the weights and average them; return the norm and the updates' values."""
         norm = ops.zeros_like(controls[0])
         if self.clip_norm > 0:
             norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
@@ -241,7 +241,7 @@ class ApplyAccumulated(nn.Cell):
         self.step = step
 
     def construct(self, controls: Any) -> Any:
-        """Update the weights; give the float32 norm of the mean gradient, 0 where it is not clipped."""
+        """Update the weights; return the float32 norm of the mean gradient, 0 where it is not clipped."""
         return self.step.update_accumulated(controls)
 
 
