@@ -80,7 +80,11 @@ class Host:
     def next_tasks(self) -> tuple[Task, ...]:
         """Take the tasks for one lane from the queue."""
         count = 1
-        if not self.options.rate_per_host and self.probes < 0:
+        if self.probes >= 0:  # a URL that failed before tells less of the host
+            probe = min(self.queue, key=lambda task: task.attempts)
+            self.queue.remove(probe)
+            return (probe,)
+        if not self.options.rate_per_host:
             fair = -(-len(self.queue) // max(1, self.cap))  # the last URLs are shared among the lanes
             count = max(1, min(_LANE_TASKS, int(_LANE_S / max(self.task_s, 1e-3)), fair))
         return tuple(self.queue.popleft() for _ in range(count))

@@ -100,7 +100,7 @@ class _Runner:
                         results.append(result)
                         left.popleft()
                         end = result.failure if isinstance(result, Retry) else result
-                        if not isinstance(end, Task) and not end.answered:
+                        if not isinstance(end, Task) and (end.transient or not end.answered):
                             break  # leave the host to the scheduler
             except Stopped:
                 pass  # the URL in hand goes back
