@@ -17,6 +17,7 @@ from imnet_prep.errors import BudgetError, ImnetError, Interrupted, SourceError
 from imnet_prep.files import file_digest
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.types import Progress
+from tests.imnet_prep.obstacles import make_fifo
 from tests.imnet_prep.sources.accounting import check_accounted
 from tests.records import digests, run
 from tests.synthetic import WNIDS, jpeg, tar_bytes
@@ -82,7 +83,7 @@ def test_an_archive_replaced_by_a_fifo_is_an_error(
 ) -> None:
     def replace() -> None:
         archive.unlink()
-        os.mkfifo(archive)
+        make_fifo(archive)
 
     with pytest.raises(kind):
         converted(archive, tmp_path / "records", once(unit, replace))

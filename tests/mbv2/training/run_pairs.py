@@ -5,7 +5,6 @@ Usage: python -m tests.mbv2.training.run_pairs RUN.json [KILL_STEP]: without a s
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from imnet_prep.types import Progress
 from mbv2.recipe import recipe_from_fields
 from mbv2.training.options import RunOptions
 from mbv2.training.run import train
+from tests.imnet_prep.obstacles import kill
 
 
 def run_options(document: dict[str, Any], out: Path, *, resume: bool = False) -> RunOptions:
@@ -36,7 +36,7 @@ def main() -> None:
         nonlocal begun
         begun = begun or "epoch" in state.note  # not while features are computed
         if begun and state.done == kill_after * batch:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill(os.getpid())
 
     train(options, progress=progress)
 
