@@ -40,6 +40,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[StepR
     return out, rows
 
 
+@pytest.mark.long
 def test_a_run_that_broke_off_and_goes_on_longer_ends_in_the_same_bits(
     straight: tuple[Path, list[StepRow | EpochRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -96,6 +97,7 @@ def test_the_function_is_called_with_what_the_logs_hold(straight: tuple[Path, li
     assert [row.step for row in rows] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_elsewhere_says_so(
     straight: tuple[Path, list[StepRow | EpochRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
