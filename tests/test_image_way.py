@@ -57,8 +57,10 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         patch.setattr(executors, "run_task", traced)
         options = PlanOptions(shards=1), ConvertOptions(workers=1)
         convert(sorted(folder.glob("ILSVRC*")), folder / "records", None, *options, lambda _: None, lambda: False)
-    batches = open_batches(folder / "records", "train", TrainOptions(batch_size=4, image_size=32))
-    with passed(ways["batch"]):
+    with (
+        open_batches(folder / "records", "train", TrainOptions(batch_size=4, image_size=32)) as batches,
+        passed(ways["batch"]),
+    ):
         assert sum(batch.label.size for batch in batches) > 4
     return ways
 
@@ -84,4 +86,4 @@ def test_every_module_is_described() -> None:
             room = package if package != "imnet_prep" else inner[0] if inner else "Below"
             if not path.name.startswith("__"):
                 rooms.setdefault(room, set()).add(path.name)
-    assert {room: set(re.findall(r"`(\w+\.py)`", table)) for room, table in tables.items()} == rooms
+    assert {room: set(re.findall(r"`(?:\w+/)*(\w+\.py)`", table)) for room, table in tables.items()} == rooms

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 from imnet_prep.download.options import BY_NAME, Columns
 from imnet_prep.errors import DownloadError
 
-MAX_CELL_BYTES = 1 << 20  # a longer one ends the list: an open quotation mark takes in the rest of the file
+MAX_LINE_BYTES = 1 << 20  # of JSON lines; the cells of a CSV have 128 KiB at most, by Python's csv
 _GUESSES = {"url": ("url", "image_url"), "class": ("wnid", "label", "class"), "id": ("id", "image_id")}
 _LONE_SURROGATE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes that are not UTF-8
 _PARQUET_ROWS = 10_000
@@ -163,7 +163,6 @@ def _separated(path: Path, file: IO[bytes], delimiter: str, columns: Columns) ->
         quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
         strict=True,  # an open quotation mark would hide lines
     )
-    csv.field_size_limit(MAX_CELL_BYTES)
     form = "CSV" if delimiter == "," else "TSV"
     try:
         first = next(reader, [])
@@ -197,7 +196,7 @@ def _damaged(path: Path, form: str, line: int, error: csv.Error) -> DownloadErro
 
 def _json_lines(path: Path, file: IO[bytes], columns: Columns) -> Table:
     """Take the columns from the first objects."""
-    lines = enumerate(iter(lambda: file.readline(MAX_CELL_BYTES), b""), 1)
+    lines = enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1)
 
     def objects() -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in lines:

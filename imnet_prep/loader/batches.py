@@ -234,7 +234,8 @@ class Batches:
             while ahead:
                 self._check_open()
                 batch = ahead[0].result()
-                self._bad.add(ahead.popleft().bad)  # here, so that it does not depend on how far the threads are
+                if bad := ahead.popleft().bad:
+                    self._bad.add(bad)  # here, so that it does not depend on how far the threads are
                 ahead.extend(islice(queue, 1))
                 if len(batch):  # evaluation may have skipped every row
                     yield batch

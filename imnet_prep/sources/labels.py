@@ -178,7 +178,7 @@ def kaggle_labels(data: bytes, origin: str) -> Labels:
     """
     rows: list[tuple[str, str]] = []
     try:
-        for row in csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline="")):
+        for row in csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline=""), strict=True):
             match = re.fullmatch(r"ILSVRC2012_val_(\d{8})(\.[A-Za-z]+)?", row[0].strip()) if row else None
             if match and len(row) > 1 and (tokens := row[1].split()):
                 rows.append((str(int(match[1])), tokens[0]))

@@ -119,10 +119,3 @@ def test_a_thousand_urls_of_storming_hosts_end_within_ten_minutes(tmp_path: Path
     assert result.totals.pending == 0
     assert result.seconds < 600, hits
     assert max(hits.values()) <= MOST, hits
-
-
-def test_a_probe_is_a_url_that_was_not_asked_for_before(tmp_path: Path) -> None:
-    """Forty URLs fail for good; the last one of the list is fine, and found by a probe at the latest."""
-    with Server(lambda x: images(x) if x.path == "/40" else x.answer(500)) as server:
-        result = run(tmp_path, [server.url(f"/{number}") for number in range(41)])
-    assert result.totals.ok == 1

@@ -51,7 +51,7 @@ def test_sizes_have_decimal_units() -> None:
 
 def test_every_template_is_beside_the_code() -> None:
     """A template that only compiles when it is used would fail at its user."""
-    for package in ("imnet_prep.show", "mbv2"):
+    for package in ("imnet_prep.show", "mbv2.show"):
         environment = _environment(package)
         names = [name for name in environment.list_templates() if name.endswith(".html")]
         assert "base.html" in names

@@ -177,13 +177,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found | {TEACHER: str(folder / "start.ckpt")}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [2])  # with the C++ operators: others take minutes to compile
-def test_a_sample_of_rows_resumes(number: int, places: dict[str, str], tmp_path: Path) -> None:
-    check_row(ROWS[number], places, tmp_path)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", range(len(ROWS)))

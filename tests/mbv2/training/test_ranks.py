@@ -164,6 +164,7 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_killed_stopped_and_resumed_end_in_the_same_bits(
     records: Path, start: Path, two: Path, tmp_path: Path
@@ -183,6 +184,7 @@ def test_two_ranks_killed_stopped_and_resumed_end_in_the_same_bits(
     assert losses(two) == losses(out)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
     records: Path, start: Path, tmp_path: Path
@@ -229,6 +231,7 @@ def test_two_ranks_print_one_score(records: Path, two: Path, tmp_path: Path) -> 
 PRINT_EXIT = "import subprocess, sys; print('exit', subprocess.run([sys.executable, *sys.argv[1:]]).returncode)"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ranks_that_are_stopped_exit_with_130_each(records: Path, start: Path, tmp_path: Path) -> None:
     """SIGINT to one of them, as msrun itself passes none on."""
