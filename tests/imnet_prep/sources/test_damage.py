@@ -7,6 +7,7 @@ import random
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,14 @@ def untold(damaged: Mapping[str, bytes], original: Mapping[str, bytes]) -> int:
     return 0 if None in dict(counts) else sum((before or 0) - (after or 0) for after, before in counts)
 
 
+def check_lost(images: Mapping[Name, bytes], found: Outcome, allowed: int, about: str) -> None:
+    """Check that no image is lost but those that nothing tells of, and what the zeros have room for that a note names."""
+    missing = lost(images, found.stored, found.rejected)
+    rooms = sorted(BLOCK + -(-len(images[key]) // BLOCK) * BLOCK for key in missing)
+    hidden = sum(total <= 64 * BLOCK for total in accumulate(rooms)) if found.loose else 0
+    assert len(missing) <= max(allowed, hidden), f"{about}: {missing[:3]}"
+
+
 SEEDS = [range(8), *(pytest.param(range(k, k + 124), marks=pytest.mark.long) for k in range(8, 1000, 124))]
 
 
@@ -98,17 +107,15 @@ def test_damaged_archives_account_for_every_image(form: str, seeds: range, tmp_p
         strict = outcome(paths)
         assert "\n" not in strict.error
         allowed = untold(files, archive.files)
-        if not strict.error and not strict.loose:
-            missing = lost(archive.images, strict.stored, strict.rejected)
-            assert len(missing) <= allowed, f"seed {seed}: {done}: {missing[:3]}"
+        if not strict.error:
+            check_lost(archive.images, strict, allowed, f"seed {seed}: {done}")
         salvaged = outcome(paths, salvage=True)
         untouched = archive.images.keys() - touched
         if salvaged.error:
             assert not untouched, f"seed {seed}: {done}: {salvaged.error}"
             continue
-        if not salvaged.skipped and not salvaged.loose:
-            missing = lost(archive.images, salvaged.stored, salvaged.rejected)
-            assert len(missing) <= allowed, f"seed {seed}: {done}: {missing[:3]}"
+        if not salvaged.skipped:
+            check_lost(archive.images, salvaged, allowed, f"seed {seed}: {done}")
         there = {
             key for key in untouched if salvaged.stored.get(key) == hashlib.sha256(archive.images[key]).hexdigest()
         }
