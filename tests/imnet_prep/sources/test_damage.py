@@ -85,7 +85,7 @@ def untold(damaged: Mapping[str, bytes], original: Mapping[str, bytes]) -> int:
 
 
 def check_lost(images: Mapping[Name, bytes], found: Outcome, allowed: int, about: str) -> None:
-    """Check that no image is lost but those that nothing tells of, and what the zeros have room for that a note names."""
+    """Check that no image is lost but those that nothing tells of, and those that the zeros of a note have room for."""
     missing = lost(images, found.stored, found.rejected)
     rooms = sorted(BLOCK + -(-len(images[key]) // BLOCK) * BLOCK for key in missing)
     hidden = sum(total <= 64 * BLOCK for total in accumulate(rooms)) if found.loose else 0
