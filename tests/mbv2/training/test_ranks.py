@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,7 +44,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps of training images an epoch, three of them damaged, and 45 images to score in three batches of 16."""
+    """Five steps of training images an epoch, and 45 images to score: three batches of 16, the last one short."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("data")
@@ -56,6 +57,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(picture(label, number)).save(path, quality=90)
     out = folder / "records"
     convert([folder / "images"], out, None, PlanOptions(), ConvertOptions(workers=1), lambda _: None, lambda: False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def damaged(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same records, three of them damaged."""
+    out = tmp_path_factory.mktemp("damaged") / "records"
+    shutil.copytree(records, out)
     for row in (3, 90, 91):
         spoil_image(out, 0, row)
     return out
@@ -147,18 +156,14 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     one = tmp_path / "one"
     train(options(records, one, start, GLOBAL_BATCH))
     assert len(losses(one)) == len(losses(two)) == STEPS
-    # Sums of gradients are rounded in another order, which ReLU6 and later steps make more of. Measured: losses 3e-6,
-    # weights 5e-6 of their largest, momentum 5e-4 (2e-6, 4e-6, 9e-5 without damaged records). With three other images
-    # among the 160 of an epoch: 0.9, 0.75 and 2.6.
+    # Sums of gradients are rounded in another order, which ReLU6 and later steps make more of. Measured: losses 2e-6,
+    # weights 4e-6 of their largest, momentum 9e-5. With three other images among the 160 of an epoch: 0.9, 0.75, 2.6.
     np.testing.assert_allclose(losses(two)[: STEPS // 2], losses(one)[: STEPS // 2], rtol=2e-6)
     np.testing.assert_allclose(losses(two), losses(one), rtol=3e-5)
-    last, last_of_two = read_checkpoint(one / "last.ckpt"), read_checkpoint(two / "last.ckpt")
-    assert len(last.meta.training["skipped"]["train"]) == 3
-    assert last_of_two.meta.training["skipped"] == last.meta.training["skipped"]
-    first, second = last.tensors, last_of_two.tensors
+    first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
     for name, value in first.items():
         largest = float(np.abs(value).max())
-        within = 2e-3 * max(1.0, largest) if name.startswith("momentum.") else 5e-5 * largest
+        within = 1e-4 * max(1.0, largest) if name.startswith("momentum.") else 5e-5 * largest
         assert np.abs(second[name] - value).max() <= within, name
     assert [row.val_top1 for row in read_metrics(one)] == [row.val_top1 for row in read_metrics(two)]
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
@@ -166,16 +171,23 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_two_ranks_killed_stopped_and_resumed_end_in_the_same_bits(
-    records: Path, start: Path, two: Path, tmp_path: Path
-) -> None:
-    """Killed at step 4 after the save at 3; then one rank alone gets SIGINT, and both stop after the step."""
-    out = tmp_path / "run"
-    assert on_two_ranks(out, records, start, "SIGKILL", "4") != 0
+def test_two_ranks_killed_stopped_and_resumed_end_in_the_same_bits(damaged: Path, start: Path, tmp_path: Path) -> None:
+    """Killed at step 4 after the save at 3; then one rank alone gets SIGINT, and both stop after the step.
+
+    What they skip is what one process with twice the batch skips.
+    """
+    out, two, single = tmp_path / "run", tmp_path / "two", tmp_path / "one"
+    assert on_two_ranks(two, damaged, start) == 0
+    assert on_two_ranks(out, damaged, start, "SIGKILL", "4") != 0
     assert read_checkpoint(out / "last.ckpt").meta.step == 3
-    assert on_two_ranks(out, records, start, "SIGINT", "6", "resume") != 0
+    assert on_two_ranks(out, damaged, start, "SIGINT", "6", "resume") != 0
     assert read_checkpoint(out / "last.ckpt").meta.step == 7
-    assert on_two_ranks(out, records, start, "resume") == 0
+    assert on_two_ranks(out, damaged, start, "resume") == 0
+    train(options(damaged, single, start, GLOBAL_BATCH))
+    np.testing.assert_allclose(losses(two), losses(single), rtol=3e-5)
+    skipped = read_checkpoint(single / "last.ckpt").meta.training["skipped"]
+    assert len(skipped["train"]) == 3
+    assert read_checkpoint(two / "last.ckpt").meta.training["skipped"] == skipped
     one, again = read_checkpoint(two / "last.ckpt"), read_checkpoint(out / "last.ckpt")
     assert one.meta == again.meta
     assert one.tensors.keys() == again.tensors.keys()
