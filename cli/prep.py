@@ -1,12 +1,13 @@
 """``imnet-prep``: download, convert and check."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from imnet_prep.download.options import Columns, ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
-from imnet_prep.errors import DownloadError
+from imnet_prep.errors import DownloadError, ImnetError
 
 from .options import GROUP, JSON, KEEP_CLASSES, WORKERS, place
 from .records import adopt, bench, browse, export, info, repair_index, report, reshard, verify
@@ -221,3 +222,22 @@ def demo(out: Path, epochs: int | None) -> None:
         result = run_demo(out, epochs, progress_bar, stop)
     show({}, False, result.rows)
     show(result.to_json(), True)
+
+
+@main.command()
+@JSON
+@guard
+def doctor(as_json: bool) -> None:
+    """Examine this machine: libraries, C++ parts, cores, memory, disk; say what is missing and what mends it.
+
+    A few images are downloaded from a server on this machine, converted and verified in the current folder; nothing is
+    left there. Exit 1 if downloads, conversion or verification do not work.
+
+    Example: imnet-prep doctor
+    """
+    from imnet_prep.cli.doctor import examine
+
+    report = examine(Path.cwd())
+    show(report.to_json(), as_json, report.rows())
+    if not report.ok:
+        sys.exit(ImnetError.exit_code)

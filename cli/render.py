@@ -20,6 +20,8 @@ from imnet_prep.types import Progress, ProgressCallback
 
 P = ParamSpec("P")
 T = TypeVar("T")
+OWN_PACKAGES = ("imnet_prep", "mbv2")
+INSTALL_MINDSPORE = "pip install imnet-prep, in an environment of its own (docs/install.md)"
 LOG_EVERY_S = 10.0  # between progress lines where stderr is not a terminal
 
 
@@ -38,6 +40,9 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
         except ImnetError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except ImportError as error:
+            click.echo(f"error: {_missing(error)}", err=True)
+            sys.exit(ImnetError.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(Interrupted.exit_code)
@@ -45,6 +50,19 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
             sys.exit(1)
 
     return wrapped
+
+
+def _missing(error: ImportError) -> str:
+    """Say which library is missing or broken, in one line."""
+    name = (error.name or "").split(".")[0]
+    if name in OWN_PACKAGES:
+        raise error  # our own mistake
+    got = " ".join(str(error).split())
+    if not isinstance(error, ModuleNotFoundError):
+        return f"a library cannot be imported; got {got}; `imnet-prep doctor` says which one, and what mends it"
+    if name == "mindspore":
+        return f"this command needs MindSpore, which is not installed; {INSTALL_MINDSPORE}"
+    return f"this command needs {name}, which is not installed; `imnet-prep doctor` says what installs it"
 
 
 @contextmanager

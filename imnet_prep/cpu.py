@@ -1,4 +1,4 @@
-"""Count the cores that this process may use, and find the versions of installed libraries."""
+"""Count the cores and the memory that this process may use, and find the versions of installed libraries."""
 
 import importlib
 import importlib.metadata
@@ -9,6 +9,7 @@ from pathlib import Path
 
 OPENCV = tuple(f"opencv-{name}" for name in ("python-headless", "python", "contrib-python-headless", "contrib-python"))
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<quota us> <period us>" or "max <period us>" (cgroup v2)
+_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")  # "<bytes>" or "max" (cgroup v2)
 
 
 def cpu_count() -> int:
@@ -50,6 +51,23 @@ def _affinity(process: int) -> int:
         ctypes.windll.kernel32.GetProcessAffinityMask(this_process, ctypes.byref(mine), ctypes.byref(all_cores))
         return mine.value.bit_count()  # 0 also where the process runs on several groups of 64 cores
     return 0
+
+
+def memory_bytes() -> int:
+    """Return the memory of the machine, or of the container if that is less, in bytes; 0 where it is not known."""
+    total = 0
+    if sys.platform == "win32":
+        import ctypes
+
+        kilobytes = ctypes.c_ulonglong()
+        if ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes)):
+            total = kilobytes.value * 1024
+    else:
+        with suppress(OSError, ValueError):
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):
+        return min(int(_CGROUP_MEMORY.read_text(encoding="ascii")), total or sys.maxsize)
+    return total
 
 
 def library_versions(*names: str) -> dict[str, str]:

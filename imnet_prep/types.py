@@ -9,10 +9,11 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # no command needs it to start
+    import numpy as np
+    from numpy.typing import NDArray
 
 SPLITS = ("train", "val", "test")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -204,11 +205,11 @@ class Batch:
         mix_weight: float32 (N,), the share of ``label`` (1 - share is ``mix_label``'s), else None.
     """
 
-    image: NDArray[np.uint8]
-    label: NDArray[np.int32]
-    record_id: NDArray[np.uint64]
-    mix_label: NDArray[np.int32] | None = None
-    mix_weight: NDArray[np.float32] | None = None
+    image: "NDArray[np.uint8]"
+    label: "NDArray[np.int32]"
+    record_id: "NDArray[np.uint64]"
+    mix_label: "NDArray[np.int32] | None" = None
+    mix_weight: "NDArray[np.float32] | None" = None
 
     def __len__(self) -> int:
         return len(self.label)

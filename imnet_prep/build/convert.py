@@ -19,6 +19,7 @@ from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, STAGED, Workdir, check
 from imnet_prep.errors import SourceError
 from imnet_prep.files import write_atomically
 from imnet_prep.images.check import validate
+from imnet_prep.images.in_use import SLOWER_CONVERSION, describe_decoder
 from imnet_prep.process_pool import process_count
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.publish import remove
@@ -58,14 +59,16 @@ def convert(
         BudgetError: More images were rejected than ``options.max_rejected``.
         Interrupted: ``stop`` returned True; finished shards are kept.
     """
-    return run_job(_SourcesJob(paths, split, plan_options), out, options, progress, stop)
+    return run_job(_SourcesJob(paths, split, plan_options, options), out, options, progress, stop)
 
 
 class _SourcesJob(Job):
     """The conversion of archives and folders."""
 
-    def __init__(self, paths: Sequence[Path | str], split: str | None, options: PlanOptions) -> None:
-        self.paths, self._given, self._split, self._options = local_paths(paths), paths, split, options
+    def __init__(
+        self, paths: Sequence[Path | str], split: str | None, options: PlanOptions, how: ConvertOptions
+    ) -> None:
+        self.paths, self._given, self._split, self._options, self._how = local_paths(paths), paths, split, options, how
         self._sources: list[Source] = []
         self._states: dict[Path, list[Any] | None] = {}  # of the archives, before any is read
         self._key: str | None = None  # what the plan depends on; None with a folder, which is listed again
@@ -90,6 +93,10 @@ class _SourcesJob(Job):
 
     def describe(self, workdir: Workdir, progress: ProgressCallback) -> dict[str, Any]:
         """Describe the sources; the digests of an archive are kept until it changes."""
+        work = f"processes: at most {process_count(self._how.workers)}"
+        if self._how.scheduler is not None:
+            work = f"here; the work is done by the Dask workers of {self._how.scheduler}"
+        LOG.info("%s; %s", describe_decoder(SLOWER_CONVERSION), work)
         known: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             known = json.loads((workdir.work / DIGESTS).read_bytes())

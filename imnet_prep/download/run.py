@@ -36,6 +36,7 @@ from imnet_prep.download.scheduler import Scheduler
 from imnet_prep.download.urllist import is_class_name, lists_of, read_wnids
 from imnet_prep.download.urls import host_of
 from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted
+from imnet_prep.images.in_use import SLOWER_DOWNLOAD, describe_decoder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback, Stop
 
@@ -174,6 +175,9 @@ def _fetch(
     if not pending:
         return None
     with closing(Pool(options)) as pool:
+        log.info(
+            "%s; processes: %d, threads in each: %d", describe_decoder(SLOWER_DOWNLOAD), pool.processes, pool.threads
+        )
         verdict = _Run(options, journal, progress, stop, pool, pending).loop()
     for spool in (journal.folder / INCOMING).glob("spool-*"):  # after an error the next run takes over what is in them
         spool.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Render images: from stored bytes to the pixels that training, evaluation and the browser page show."""
 
-import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,8 +12,6 @@ from imnet_prep.loader.augment import MEAN_COLOUR, erase_boxes, eval_geometry, t
 from imnet_prep.loader.colour import augment_colours
 from imnet_prep.loader.options import Options, TrainOptions
 
-_logger = logging.getLogger(__name__)
-
 
 def choose_decoder(native: str) -> PortableDecoder:
     """Return the C++ decoder (``on``), the portable one (``off``), or the faster one that is built (``auto``).
@@ -22,11 +19,8 @@ def choose_decoder(native: str) -> PortableDecoder:
     Raises:
         PipelineError: ``on`` where the C++ decoder is not built or does not load.
     """
-    built, text = decoder_status()
-    if native == "on" or (native == "auto" and built):
+    if native == "on" or (native == "auto" and decoder_status()[0]):
         return NativeDecoder()
-    if native == "auto":
-        _logger.info("%s; decoding with OpenCV", text)
     return PortableDecoder()
 
 

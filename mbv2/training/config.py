@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imnet_prep.files import write_atomically
+from imnet_prep.images.in_use import SLOWER_BATCHES, describe_decoder
 from imnet_prep.images.native import decoder_status
 from mbv2 import kernels
 from mbv2.data import RunData
@@ -17,6 +18,7 @@ from mbv2.training.options import CONFIG, RunOptions
 if TYPE_CHECKING:
     from mbv2.training.learner import Learner  # it imports MindSpore
 
+SLOWER_STEPS = "4 to 30 times"  # without the C++ operators, by processor: docs/kernels.md
 _logger = logging.getLogger(__name__)
 
 
@@ -47,6 +49,23 @@ def write_config(options: RunOptions, data: RunData, learner: "Learner", identit
         "versions": versions(),
     }
     write_atomically(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+
+
+def log_what_computes(options: RunOptions, data: RunData) -> None:
+    """Log which operators and which decoder are in use, on how many threads; without the C++ ones also why."""
+    here = runtime()
+    threads = f"{here.threads} threads" + (f" in each of {here.ranks} ranks" if here.ranks > 1 else "")
+    if here.device_target != "CPU":
+        operators = f"MindSpore's operators on {here.device_target}"
+    elif options.kernels == "standard":
+        operators = f"standard operators, as asked ({threads})"
+    elif kernels.available():
+        operators = f"C++ operators ({kernels.instruction_set()}, {threads})"
+    else:
+        operators = f"{kernels.describe()}, {SLOWER_STEPS} slower ({threads})"
+    _logger.info(operators)
+    if data.loaders:
+        _logger.info("%s; threads: %d", describe_decoder(SLOWER_BATCHES), data.loaders["train"].workers)
 
 
 def _warn_of_others(path: Path, now: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from mbv2.kernels import explained
 from mbv2.runtime import runtime, start_mindspore
 from mbv2.scoring.score import Scores
 from mbv2.show.curves import draw_curves
-from mbv2.training.config import write_config
+from mbv2.training.config import log_what_computes, write_config
 from mbv2.training.features import feature_data
 from mbv2.training.logs import EpochRow, RunLog, StepRow, read_metrics, read_skipped
 from mbv2.training.options import BEST, CURVES, LAST, LOCK, RunOptions, RunResult
@@ -89,6 +89,8 @@ def train(
             rows, skipped = read_metrics(options.out), [name for name, _ in read_skipped(options.out)]
             return _result(options, saved_position(last), rows[-1] if rows else Pace(), skipped, already_done=True)
         _check(options, data, here.ranks)
+        if here.rank == 0:
+            log_what_computes(options, data)
         gc.collect()  # a graph compiled while an earlier run's cells are collected is compiled a second time
         with explained():
             return _Run(options, data, last, identity, stop, progress, callback).carry_out()
