@@ -8,7 +8,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,6 +21,8 @@ MAX_LINE_BYTES = 1 << 20  # of JSON lines; the cells of a CSV have 128 KiB at mo
 _GUESSES = {"url": ("url", "image_url"), "class": ("wnid", "label", "class"), "id": ("id", "image_id")}
 _LONE_SURROGATE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes that are not UTF-8
 _PARQUET_ROWS = 10_000
+_QUOTED = re.compile(r'"((?:[^"]|"")*+)"(?:(\t)(.*)|[\r\n]*\Z)', re.DOTALL)
+_CELL_LINES = 100  # of a cell in quotation marks, in a TSV
 
 
 class Row(NamedTuple):
@@ -77,6 +80,9 @@ def read_table(path: Path, file: IO[bytes], columns: Columns) -> Table | None:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     named = columns != BY_NAME
     if text.startswith(b"{"):
+        if not text.partition(b"\n")[0][1:].strip():  # such as the notes that img2dataset writes beside an image
+            what = f"URL list {path} is a JSON object over several lines"
+            raise DownloadError(what, expected="an object per line", remedy="write each on one line (jq -c .)")
         return _json_lines(path, _again(start, file), columns)
     if text.startswith(b"[") and not text.startswith((b"[http", b"[HTTP")):
         remedy = "write one object per line (jq -c '.[]')"
@@ -157,41 +163,77 @@ def _row(number: int, values: Mapping[str, Any], chosen: Columns) -> Row:
 
 def _separated(path: Path, file: IO[bytes], delimiter: str, columns: Columns) -> Table:
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    reader = csv.reader(
-        text,
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
-        strict=True,  # an open quotation mark would hide lines
-    )
     form = "CSV" if delimiter == "," else "TSV"
-    try:
-        first = next(reader, [])
-    except csv.Error as error:
-        raise _damaged(path, form, reader.line_num, error) from error
+    reader = _comma_separated(path, text) if delimiter == "," else _tab_separated(text)
+    first = next(reader, [])
+    names = [cell.strip() or str(place) for place, cell in enumerate(first, 1)]  # pandas does not name its index
     numbers = [name for name in (columns.url, columns.class_name, columns.name) if name is not None]
     is_header = not any(re.match(r"https?://", cell.strip(), re.IGNORECASE) for cell in first)
-    in_header = is_header and bool(set(numbers) & set(first))
+    in_header = is_header and bool(set(numbers) & set(names))
+    records: Iterable[tuple[int, list[str]]] = enumerate(reader, 2)
     if numbers and all(name.isascii() and name.isdigit() for name in numbers) and not in_header:
-        names: list[str] = [str(place + 1) for place in range(len(first))]
-        records: Iterable[tuple[int, list[str]]] = enumerate(chain([first], reader), 1)
-    else:
-        names, records = [name.strip() for name in first], enumerate(reader, 2)
+        names, records = [str(place + 1) for place in range(len(first))], enumerate(chain([first], reader), 1)
     chosen = _choose(path, form, names, columns)
-
-    def rows() -> Iterator[Row]:
-        try:
-            for number, cells in records:
-                if cells:
-                    yield _row(number, dict(zip(names, cells, strict=False)), chosen)
-        except csv.Error as error:
-            raise _damaged(path, form, reader.line_num, error) from error
-
-    return Table(form, tuple(names), chosen, rows())
+    rows = (_row(number, dict(zip(names, cells, strict=False)), chosen) for number, cells in records if cells)
+    return Table(form, tuple(names), chosen, rows)
 
 
-def _damaged(path: Path, form: str, line: int, error: csv.Error) -> DownloadError:
-    remedy = 'close quotation marks, and double those inside of a cell ("")'
-    return DownloadError(f"URL list {path} is a damaged {form}", got=f"line {line}: {error}", remedy=remedy)
+def _comma_separated(path: Path, text: io.TextIOWrapper) -> Iterator[list[str]]:
+    reader = csv.reader(text, strict=True)  # an open quotation mark would hide lines
+    try:
+        yield from reader
+    except csv.Error as error:
+        got, remedy = (
+            f"line {reader.line_num}: {error}",
+            'close quotation marks, and double those inside of a cell ("")',
+        )
+        raise DownloadError(f"URL list {path} is a damaged CSV", got=got, remedy=remedy) from error
+
+
+def _tab_separated(text: io.TextIOWrapper) -> Iterator[list[str]]:
+    """Split lines at tabs. A cell may be in quotation marks, as pandas writes one with line ends or marks inside.
+
+    Other programs write captions as they are. A mark that begins no such cell is therefore a character like any other,
+    and what is in marks may have line ends or tabs, but not both: it hides no line that has a URL.
+    """
+    ahead: deque[str] = deque()
+
+    def read() -> str:
+        return ahead.popleft() if ahead else text.readline(MAX_LINE_BYTES)
+
+    while line := read():
+        cells: list[str] = []
+        rest: str | None = line if line.strip("\r\n") else None
+        while rest is not None:
+            quoted = _quoted_cell(rest, read, ahead) if rest.startswith('"') else None
+            if quoted is None:
+                cell, tab, after = rest.partition("\t")
+                cells.append(cell if tab else cell.rstrip("\r\n"))
+            else:
+                cell, tab, after = quoted
+                cells.append(cell)
+            rest = after if tab else None
+        yield cells
+
+
+def _quoted_cell(rest: str, read: Callable[[], str], ahead: deque[str]) -> tuple[str, str, str] | None:
+    """Return a cell in quotation marks that begins here, the tab after it and the rest; None for any other cell.
+
+    Args:
+        rest: The rest of a line.
+        read: Returns the next line, which such a cell may go on in.
+        ahead: Takes the lines back that are not of the cell.
+    """
+    lines = [rest]
+    while sum(line.count('"') for line in lines) % 2 and "\t" not in lines[-1] and len(lines) < _CELL_LINES:
+        if not (line := read()):
+            break
+        lines.append(line)
+    found = _QUOTED.match("".join(lines))
+    if found is None or (len(lines) > 1 and "\t" in found[1]):
+        ahead.extendleft(reversed(lines[1:]))
+        return None
+    return found[1].replace('""', '"'), found[2] or "", found[3] or ""
 
 
 def _json_lines(path: Path, file: IO[bytes], columns: Columns) -> Table:
@@ -227,10 +269,10 @@ def _parquet(path: Path, columns: Columns) -> Table:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DownloadError(f"URL list {path} is damaged Parquet", got=str(error)[:200]) from error
-    names = [
-        field.name for field in file.schema_arrow if not pa.types.is_nested(field.type) or field.name == columns.url
-    ]
-    chosen = _choose(path, "Parquet", names, columns)
+    fields = [one for one in file.schema_arrow if not pa.types.is_nested(one.type) or one.name == columns.url]
+    chosen = _choose(path, "Parquet", [one.name for one in fields], columns)
+    taken = (chosen.url, chosen.class_name, chosen.name)
+    names = [one.name for one in fields if one.name in taken or not _is_binary(pa, one.type)]
 
     def rows() -> Iterator[Row]:
         number = 0
@@ -245,8 +287,15 @@ def _parquet(path: Path, columns: Columns) -> Table:
     return Table("Parquet", tuple(names), chosen, rows())
 
 
+def _is_binary(pa: Any, kind: Any) -> bool:
+    """Return whether a column holds bytes, such as the images themselves, which are no words about them."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
 def _plain(value: Any) -> Any:
     """Return a value that JSON can hold."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     if isinstance(value, float) and not math.isfinite(value):  # how pandas writes a missing value
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
