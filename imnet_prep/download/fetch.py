@@ -17,7 +17,7 @@ import urllib3
 from requests.structures import CaseInsensitiveDict
 
 from imnet_prep.download.addresses import AddressRefused, NameFailed, Resolver
-from imnet_prep.download.memory import Room
+from imnet_prep.download.memory import Patience, Room
 from imnet_prep.download.net import BUDGET, SafeAdapter, TooSlow
 from imnet_prep.download.options import FailReason, FetchOptions
 from imnet_prep.download.urls import BadUrl, is_placeholder_url, join_redirect
@@ -77,12 +77,14 @@ class Fetcher:
         options: Limits of a request.
         per_host: Most idle connections to keep to one host.
         resolver: Looks up the addresses of hosts.
-        stop: Called while an answer waits for room; once it returns true, :meth:`fetch` raises ``Stopped``.
+        stop: Called while an answer waits for room; once it returns true, :meth:`fetch` raises ``Stopped``. An answer
+            that waits for longer than an attempt may take raises ``NoRoom``.
     """
 
     def __init__(self, options: FetchOptions, per_host: int, resolver: Resolver, stop: Stop = lambda: False) -> None:
         self._options, self._adapter = options, SafeAdapter(options, resolver, per_host)
-        self._room, self._unpacked = Room(_LARGE_BYTES, stop), Room(_LARGE_BYTES, stop)
+        patience = Patience(options.timeout_s, stop)
+        self._room, self._unpacked = Room(_LARGE_BYTES, patience), Room(_LARGE_BYTES, patience)
         ours, theirs = version("imnet-prep"), requests.__version__
         about = f"{options.contact}; " if options.contact else ""
         agent = f"{_AGENT}/{ours} ({about}research image list downloader) python-requests/{theirs}"
@@ -180,7 +182,8 @@ class Fetcher:
 def _let_go(raw: Any) -> None:
     """Read the rest of an answer if it is short, which returns the connection to its pool; otherwise close it."""
     with suppress(*_NETWORK_ERRORS):
-        if raw.chunked or (raw.length_remaining or _DRAIN_BYTES + 1) <= _DRAIN_BYTES:
+        rest = raw.length_remaining  # None is not known, 0 still is to be read to its end
+        if raw.chunked or (rest is not None and rest <= _DRAIN_BYTES):
             raw.read(_DRAIN_BYTES, decode_content=False)
     raw.close()
 

@@ -4,10 +4,12 @@ A picture of a few hundred kilobytes may be 100 million pixels, and every thread
 """
 
 import io
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -27,27 +29,58 @@ class Stopped(Exception):
     """The run ends before the room was free."""
 
 
+class NoRoom(Exception):
+    """The room was not free in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait for room.
+
+    Attributes:
+        wait_s: Longest wait, in seconds.
+        stop: Called meanwhile; once it returns true, waiting ends.
+    """
+
+    wait_s: float = math.inf
+    stop: Stop = lambda: False
+
+    def waits(self) -> Callable[[], None]:
+        """Begin to wait. The function returned is to be called now and then.
+
+        It raises :class:`Stopped` once the run ends, and :class:`NoRoom` once the wait has lasted too long.
+        """
+        until = time.monotonic() + self.wait_s
+
+        def check() -> None:
+            if self.stop():
+                raise Stopped
+            if time.monotonic() > until:
+                raise NoRoom(f"no memory was free for {self.wait_s:.0f} s")
+
+        return check
+
+
 class Room:
     """Something of which a process may hold so much at a time.
 
     Args:
         size: How much.
-        stop: Called while somebody waits; once it returns true, waiting raises :class:`Stopped`.
+        patience: How long to wait for it.
     """
 
-    def __init__(self, size: int, stop: Stop = lambda: False) -> None:
-        self._stop = stop
+    def __init__(self, size: int, patience: Patience = Patience()) -> None:
+        self._patience = patience
         self._turn, self._changed = threading.Lock(), threading.Condition()
         self._size = self._free = size
 
     @contextmanager
     def hold(self, count: int) -> Iterator[None]:
         """Wait until so much is free, and hold it; what is larger than all holds all. Nobody overtakes who waits."""
-        count = min(count, self._size)
-        with turn(self._turn, self._stop), self._changed:
+        count, check = min(count, self._size), self._patience.waits()
+        with turn(self._turn, check), self._changed:
             while not self._changed.wait_for(lambda: count <= self._free, _POLL_S):
-                if self._stop():
-                    raise Stopped
+                check()
             self._free -= count
         try:
             yield
@@ -58,15 +91,10 @@ class Room:
 
 
 @contextmanager
-def turn(lock: threading.Lock, stop: Stop) -> Iterator[None]:
-    """Hold a lock.
-
-    Raises:
-        Stopped: The run ends before it was free.
-    """
+def turn(lock: threading.Lock, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock; ``check`` is called while another holds it, and may raise."""
     while not lock.acquire(timeout=_POLL_S):
-        if stop():
-            raise Stopped
+        check()
     try:
         yield
     finally:
@@ -78,27 +106,28 @@ class PixelBudget:
 
     Args:
         folder: Where the lock file of larger images lies.
-        stop: As of :class:`Room`.
+        patience: How long to wait.
     """
 
-    def __init__(self, folder: Path, stop: Stop = lambda: False) -> None:
-        self._stop = stop
+    def __init__(self, folder: Path, patience: Patience = Patience()) -> None:
+        self._patience = patience
         self._lock_path = folder / _LOCK_NAME
-        self._room = Room(_PIXELS_AT_A_TIME, stop)
+        self._room = Room(_PIXELS_AT_A_TIME, patience)
         self._one = threading.Lock()
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
         """Wait until an image of so many pixels may be decoded, and hold its part of the budget."""
         if pixels > _PIXELS_AT_A_TIME:
-            with turn(self._one, self._stop), self._alone():
+            check = self._patience.waits()
+            with turn(self._one, check), self._alone(check):
                 yield
         else:
             with self._room.hold(pixels):
                 yield
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, check: Callable[[], None]) -> Iterator[None]:
         """Hold the lock of all processes; the system frees it if this one dies."""
         with ExitStack() as held:
             while True:
@@ -106,8 +135,7 @@ class PixelBudget:
                     held.enter_context(exclusive_lock(self._lock_path))
                     break
                 except BlockingIOError:
-                    if self._stop():
-                        raise Stopped from None
+                    check()
                     time.sleep(_POLL_S)
             yield
 

@@ -22,7 +22,7 @@ from imnet_prep.download.content import judge
 from imnet_prep.download.fetch import Body, Failure, Fetcher, Hop
 from imnet_prep.download.folder import INCOMING, WORKER_LOCK
 from imnet_prep.download.journal import Outcome
-from imnet_prep.download.memory import PixelBudget, Stopped, pixels_of
+from imnet_prep.download.memory import NoRoom, Patience, PixelBudget, Stopped, pixels_of
 from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.files import exclusive_lock
@@ -55,7 +55,7 @@ def worker_main(options: DownloadOptions, threads: int, parent: Connection, paus
             return math.isinf(pauses[0])  # as all are, once the run ends
 
         fetcher = Fetcher(options.fetch, options.polite.per_host, Resolver(), stop)
-        budget = PixelBudget(options.out / INCOMING, stop)
+        budget = PixelBudget(options.out / INCOMING, Patience(options.fetch.timeout_s, stop))
         lock = threading.Lock()
         for place in range(index * threads, (index + 1) * threads):
             runner = _Runner(options, fetcher, budget, parent, lock, pauses, rows, place)
@@ -125,7 +125,10 @@ class _Runner:
             Stopped: The run ends while its answer waits for room in memory.
         """
         begun = time.monotonic()
-        found = self._attempt(task, held)
+        try:
+            found = self._attempt(task, held)
+        except NoRoom as error:  # ours, not the host's; it is tried again later, and this was no attempt
+            return Retry(task, Failure(FailReason.INTERNAL, str(error), transient=True))
         if isinstance(found, Hop):
             if task.hops < self.options.fetch.max_redirects:
                 return task._replace(url=found.url, hops=task.hops + 1, spent_s=task.spent_s + time.monotonic() - begun)
@@ -142,7 +145,7 @@ class _Runner:
             with self.budget.hold(pixels_of(found.data)):
                 judged = judge(found, self.options.content)
             return judged if isinstance(judged, Failure) else (found, *judged)
-        except Stopped:
+        except (Stopped, NoRoom):
             raise
         except Exception as error:
             log.exception("internal fault")

@@ -2,23 +2,33 @@
 
 import gzip
 import io
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from imnet_prep.download import FailReason, FetchOptions, fetch
+from imnet_prep.download import (
+    JOURNAL_NAME,
+    DownloadOptions,
+    FailReason,
+    FetchOptions,
+    PoliteOptions,
+    download,
+    fetch,
+)
 from imnet_prep.download.addresses import Resolver
 from imnet_prep.download.fetch import Body, Failure, Fetcher, unpack
-from imnet_prep.download.memory import PixelBudget, Room, Stopped, pixels_of
+from imnet_prep.download.folder import INCOMING
+from imnet_prep.download.memory import NoRoom, Patience, PixelBudget, Room, Stopped, pixels_of
 from tests import synthetic
-from tests.imnet_prep.download.servers import Exchange, Server
+from tests.imnet_prep.download.servers import Exchange, Server, images, write_list
 
 LARGE = 30_000_000
 
@@ -69,8 +79,8 @@ def test_a_large_image_is_alone_over_all_processes_and_a_dead_one_frees_it(tmp_p
 
 def test_who_waits_for_room_is_sent_home_when_the_run_stops(tmp_path: Path) -> None:
     stopped = threading.Event()
-    budget, other = PixelBudget(tmp_path, stopped.is_set), PixelBudget(tmp_path, stopped.is_set)
-    room = Room(10, stopped.is_set)
+    patience = Patience(stop=stopped.is_set)
+    budget, other, room = PixelBudget(tmp_path, patience), PixelBudget(tmp_path, patience), Room(10, patience)
     waits = [(budget, LARGE), (other, LARGE), (budget, 9_000_000), (room, 1), (room, 2)]
     ends: list[str] = []
 
@@ -90,6 +100,46 @@ def test_who_waits_for_room_is_sent_home_when_the_run_stops(tmp_path: Path) -> N
         for thread in threads:
             thread.join(30)
     assert ends == ["stopped"] * 5
+
+
+def test_who_waits_too_long_is_told_so(tmp_path: Path) -> None:
+    patience = Patience(0.1)
+    budget, other, room = PixelBudget(tmp_path, patience), PixelBudget(tmp_path, patience), Room(10, patience)
+    with budget.hold(LARGE), budget.hold(20_000_000), room.hold(12):
+        waits: list[tuple[PixelBudget | Room, int]] = [(budget, LARGE), (other, LARGE), (budget, 9_000_000), (room, 1)]
+        for place, count in waits:
+            with pytest.raises(NoRoom, match="no memory was free"), place.hold(count):
+                pass
+    with budget.hold(LARGE), other.hold(9_000_000), room.hold(1):
+        pass
+
+
+def large_png() -> bytes:
+    """Draw 26 million pixels, more than a process decodes at a time."""
+    ramp, out = np.arange(5100) // 20, io.BytesIO()
+    Image.fromarray((ramp[:, None] ^ ramp).astype(np.uint8)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+@pytest.mark.slow
+def test_a_large_image_that_waits_too_long_is_asked_for_again_and_costs_no_attempt(tmp_path: Path) -> None:
+    large, out, ends = large_png(), tmp_path / "out", []
+    (out / INCOMING).mkdir(parents=True)
+    with Server(lambda x: x.answer(200, large) if "large" in x.path else images(x)) as server:
+        lists = write_list(tmp_path / "list", [server.url("/large"), *(server.url(f"/{n}") for n in range(8))])
+        options = DownloadOptions(
+            (lists,), out, fetch=FetchOptions(allow_private=True, timeout_s=1), polite=PoliteOptions(retries=0)
+        )
+        thread = threading.Thread(target=lambda: ends.append(download(options)))
+        with PixelBudget(out / INCOMING).hold(LARGE):
+            thread.start()
+            while server.hits["/large"] < 3 or sum(server.hits.values()) < 11:
+                assert thread.is_alive()
+                time.sleep(0.02)
+        thread.join()
+    assert (ends[0].totals.ok, ends[0].totals.failed) == (9, {})
+    with closing(sqlite3.connect(out / JOURNAL_NAME)) as journal:
+        assert journal.execute("SELECT DISTINCT attempts FROM urls").fetchall() == [(1,)]
 
 
 def test_pixels_are_counted_by_the_header() -> None:
@@ -114,10 +164,10 @@ def test_a_large_answer_waits_for_room_and_its_time_does_not_run(path: str, monk
     monkeypatch.setattr(fetch, "_LARGE_BYTES", 5 << 20)
     found: list[object] = []
     with Server(_large) as server:
-        fetcher = Fetcher(FetchOptions(allow_private=True, timeout_s=1), 4, Resolver())
+        fetcher = Fetcher(FetchOptions(allow_private=True, timeout_s=10), 4, Resolver())
 
         def second() -> None:
-            found.append(fetcher.fetch(server.url(path), 0))
+            found.append(fetcher.fetch(server.url(path), 9))
 
         with ExitStack() as held:
             first = fetcher.fetch(server.url(path), 0, held)
@@ -130,6 +180,17 @@ def test_a_large_answer_waits_for_room_and_its_time_does_not_run(path: str, monk
         assert isinstance(one, Body)
         assert len(one.data) == 3 << 20
     assert len(found) == 1
+
+
+def test_a_large_answer_that_waits_too_long_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_LARGE_BYTES", 5 << 20)
+    with Server(_large) as server, ExitStack() as held:
+        fetcher = Fetcher(FetchOptions(allow_private=True, timeout_s=0.5), 4, Resolver())
+        assert isinstance(fetcher.fetch(server.url("/declared"), 0, held), Body)
+        with pytest.raises(NoRoom):
+            fetcher.fetch(server.url("/declared"), 0)
+        held.close()
+        assert isinstance(fetcher.fetch(server.url("/declared"), 0), Body)
 
 
 def test_a_million_gzip_members_are_refused_soon() -> None:

@@ -273,6 +273,12 @@ def test_interruption_finishes_what_is_in_hand(tmp_path: Path) -> None:
         assert max(server.hits.values()) == 1
 
 
+def test_an_answer_without_a_body_keeps_its_connection(tmp_path: Path) -> None:
+    with Server(lambda exchange: exchange.answer(404)) as server:
+        _download(write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(60)]), tmp_path / "out")
+        assert server.connections <= 4
+
+
 def test_too_many_failures_are_a_failed_run(tmp_path: Path) -> None:
     with Server(lambda exchange: exchange.answer(404)) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(30)])
