@@ -23,6 +23,8 @@ WORKERS = click.option(
 THREADS = click.option(
     "--workers", type=int, metavar="N", show_default="the cores, shared among ranks", help="Decode threads."
 )
+EXECUTOR = click.option("--executor", default="local", metavar="local|dask", help="Where the work is done.")
+SCHEDULER = click.option("--scheduler", metavar="ADDR", help="Address of the Dask scheduler.")
 KEEP_CLASSES = click.option("--keep-classes", type=Path, metavar="FILE", help="Keep only these classes, one per line.")
 REPLACE = click.option("--force", is_flag=True, help="Replace OUT even if it is not a report.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")

@@ -9,7 +9,7 @@ import click
 from imnet_prep.download.options import Columns, ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
 from imnet_prep.errors import DownloadError, ImnetError
 
-from .options import GROUP, JSON, KEEP_CLASSES, WORKERS, place
+from .options import EXECUTOR, GROUP, JSON, KEEP_CLASSES, SCHEDULER, WORKERS, place
 from .records import adopt, bench, browse, export, info, repair_index, report, reshard, verify
 from .render import guard, progress_bar, show, stop_requested
 
@@ -65,6 +65,8 @@ for _command in (verify, info, report, browse, bench, repair_index, adopt, resha
 @click.option("--allow-private", is_flag=True, help="Allow private and loopback addresses, for your own servers.")
 @click.option("--ignore-opt-out", is_flag=True, help="Ignore X-Robots-Tag: noai and noimageai.")
 @click.option("--dry-run", is_flag=True, help="Read the lists, say what they hold, and write nothing.")
+@EXECUTOR
+@SCHEDULER
 @JSON
 @guard
 def download(
@@ -73,13 +75,14 @@ def download(
     concurrency: int, per_host: int, rate_per_host: float, timeout_s: float, max_bytes: int, retries: int,
     max_failed: str, retry_failed: bool, part: str | None, contact: str, min_side: int, max_area: int | None,
     max_aspect: float | None, short_side: int | None, quality: int, allow_private: bool, ignore_opt_out: bool,
-    dry_run: bool, as_json: bool,
+    dry_run: bool, executor: str, scheduler: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Download the images of URL lists to OUT/<class>/<id>.<ext> and account for every URL.
 
     A line is "id<TAB>url", "id url", "wnid url", or just a URL with --wnid. A table has a column "url"; columns that
-    are not used are kept and reach the records. To resume, run the same command again. Exit codes: 0 done, 1 error, 3
-    more failures than --max-failed, 130 interrupted.
+    are not used are kept and reach the records. To resume, run the same command again. With --executor dask, each
+    worker takes some of the hosts, in OUT/part-I-of-N. Exit codes: 0 done, 1 error, 3 more failures than --max-failed,
+    130 interrupted.
 
     Example: imnet-prep download --urls fall11_urls.txt --out images --wnids keep.txt --short-side 256
     """
@@ -96,8 +99,8 @@ def download(
     )
     options = DownloadOptions(
         urls=(*urls, *more_urls), out=out, columns=Columns(url_column, class_column, id_column), wnid=wnid,
-        wnids=wnids, max_failed_frac=_fraction(max_failed),
-        retry_failed=retry_failed, part=_part(part), fetch=fetch, polite=polite, content=content,
+        wnids=wnids, max_failed_frac=_fraction(max_failed), retry_failed=retry_failed, part=_part(part),
+        executor=executor, scheduler=scheduler, fetch=fetch, polite=polite, content=content,
     )  # fmt: skip
     if dry_run:
         with progress_bar("read lists") as progress:
@@ -170,8 +173,8 @@ def _fraction(text: str) -> float:
 @click.option("--salvage", is_flag=True, help="Convert the rest of a damaged tar, and say what is skipped.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Start over if the plan differs; replace a finished folder at the end.")
-@click.option("--executor", default="local", metavar="local|dask", help="Where the work is done.")
-@click.option("--scheduler", metavar="ADDR", help="Address of the Dask scheduler.")
+@EXECUTOR
+@SCHEDULER
 @JSON
 @guard
 def to_mindrecord(

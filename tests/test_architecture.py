@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("imnet_prep", "mbv2", "cli")
 LADDER = (  # each imports only from its own line and from those above it
     ("types", "errors", "catalog"),
-    ("files", "cpu", "process_pool", "remote"),
+    ("files", "cpu", "process_pool", "cluster", "remote"),
     ("images",),
     ("records",),
     ("download",),

@@ -1,14 +1,11 @@
 """Run the shard tasks in a pool of processes here, or on Dask workers of machines that share the folder."""
 
 from collections.abc import Generator, Sequence
-from concurrent.futures import CancelledError
 
 from imnet_prep.build.shard_task import ShardResult, ShardTask, run_task
-from imnet_prep.errors import PlanError
+from imnet_prep.cluster import connected
 from imnet_prep.process_pool import Advance, drive, process_count, run_processes
 from imnet_prep.types import Stop
-
-CONNECT_S = 20
 
 
 def run(
@@ -45,28 +42,10 @@ def _run_uncounted(task: ShardTask, slot: int) -> ShardResult:
 def _run_dask(
     tasks: Sequence[ShardTask], scheduler: str, report: Advance, stop: Stop
 ) -> Generator[ShardResult, None, None]:
-    try:
-        from distributed import Client, KilledWorker
-    except ImportError as error:
-        raise PlanError("--executor dask: Dask is not installed", remedy="pip install 'imnet-prep[dask]'") from error
-    try:
-        client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise PlanError(
-            f"--scheduler {scheduler}: cannot be reached", got=str(error) or f"no answer in {CONNECT_S} s"
-        ) from error
-    again = "run the same command again: finished shards are kept"
-    with client:
-        width = sum(client.nthreads().values())
-        if not width:
-            raise PlanError(f"--scheduler {scheduler}: has no workers", remedy="start `dask worker` processes")
-        pool, images, rejected = client.get_executor(pure=False), 0, 0
-        try:
-            for result in drive(pool, _run_uncounted, [0] * (3 * width), iter(tasks), lambda *_: None, stop):
-                images, rejected = images + result.images, rejected + len(result.rejected)
-                report(images + rejected, 0, rejected)
-                yield result
-        except KilledWorker as error:
-            raise PlanError("Dask workers died repeatedly on one shard", got=str(error), remedy=again) from error
-        except CancelledError as error:
-            raise PlanError(f"--scheduler {scheduler}: was lost", got=str(error), remedy=again) from error
+    with connected(scheduler, "shard", "run the same command again: finished shards are kept") as client:
+        width, images, rejected = sum(client.nthreads().values()), 0, 0
+        pool = client.get_executor(pure=False)
+        for result in drive(pool, _run_uncounted, [0] * (3 * width), iter(tasks), lambda *_: None, stop):
+            images, rejected = images + result.images, rejected + len(result.rejected)
+            report(images + rejected, 0, rejected)
+            yield result

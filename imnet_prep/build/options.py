@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imnet_prep.cluster import check_executor
 from imnet_prep.errors import PlanError
 from imnet_prep.images.check import ValidateOptions
 from imnet_prep.process_pool import process_count
@@ -15,7 +16,6 @@ from imnet_prep.types import name_fault
 
 LABEL_SPACES = ("found", "imagenet1k")
 DUPLICATES = ("keep", "reject")
-EXECUTORS = ("local", "dask")
 _BUDGET = re.compile(r"\d+|\d+(\.\d+)?%")
 
 
@@ -127,10 +127,7 @@ class ConvertOptions:
             raise PlanError(
                 "--max-rejected is not a budget", expected="a number or a share as 1%", got=self.max_rejected
             )
-        if self.executor not in EXECUTORS:
-            raise PlanError("unknown --executor", expected=" or ".join(EXECUTORS), got=self.executor)
-        if (self.executor == "dask") != (self.scheduler is not None):
-            raise PlanError("--executor dask and --scheduler go together", expected="both, or neither")
+        check_executor(self.executor, self.scheduler)
 
     def allowed(self, found: int) -> float:
         """Return how many of ``found`` images may be rejected."""

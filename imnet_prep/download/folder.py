@@ -84,16 +84,29 @@ def _refuse_foreign(out: Path) -> None:
 
 def _wait_for_workers(incoming: Path) -> None:
     """Wait for the workers of a killed run, which die with it but may be inside a write."""
-    until = time.monotonic() + _STRAGGLERS_S
     locks = [*incoming.glob(WORKER_LOCK.format("*")), *incoming.glob(OLD_WORKERS_LOCK)]
+    _wait_for(locks, f"workers of an earlier run still use {incoming.parent}", "stop them")
+
+
+def wait_for_run(out: Path) -> None:
+    """Wait for a run that was killed a moment ago.
+
+    Raises:
+        DownloadError: It goes on.
+    """
+    locks = list((out / INCOMING).glob(LOCK_NAME))
+    _wait_for(locks, f"{out} is in use by another download", "wait for it, or stop it")
+
+
+def _wait_for(locks: list[Path], what: str, remedy: str) -> None:
+    until = time.monotonic() + _STRAGGLERS_S
     while locks:
         try:
             with exclusive_lock(locks[-1]):
                 locks.pop()
         except BlockingIOError:
             if time.monotonic() > until:
-                what = f"workers of an earlier run still use {incoming.parent}"
-                raise DownloadError(what, remedy="stop them") from None
+                raise DownloadError(what, remedy=remedy) from None
             time.sleep(0.05)
 
 

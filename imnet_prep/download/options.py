@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imnet_prep.cluster import check_executor
 from imnet_prep.errors import DownloadError
 from imnet_prep.process_pool import process_count
 
@@ -173,6 +174,8 @@ class DownloadOptions:
         retry_failed: First make the URLs pending again that failed transiently, or for one of the ``lifted`` reasons.
         part: (I, N): take the hosts that fall to part I of N, counted from 1; None takes all.
         processes: Worker processes; 0 is one per core.
+        executor: ``local``, or ``dask``: divide the hosts among Dask workers, each with a folder of its own in ``out``.
+        scheduler: Address of the Dask scheduler.
     """
 
     urls: tuple[Path, ...]
@@ -184,11 +187,14 @@ class DownloadOptions:
     retry_failed: bool = False
     part: tuple[int, int] | None = None
     processes: int = 0
+    executor: str = "local"
+    scheduler: str | None = None
     fetch: FetchOptions = field(default_factory=FetchOptions)
     polite: PoliteOptions = field(default_factory=PoliteOptions)
     content: ContentOptions = field(default_factory=ContentOptions)
 
     def __post_init__(self) -> None:
+        check_executor(self.executor, self.scheduler)
         fits = self.part is None or 1 <= self.part[0] <= self.part[1]
         _check("--part", fits, "I/N with I from 1 to N", "/".join(map(str, self.part or ())))
         _check("--max-failed", 0 <= self.max_failed_frac <= 1, "a share from 0% to 100%", f"{self.max_failed_frac:.4g}")

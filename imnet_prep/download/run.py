@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +27,31 @@ from imnet_prep.download.folder import (
     write_listings,
 )
 from imnet_prep.download.ingest import take_in
-from imnet_prep.download.journal import Journal, Totals
+from imnet_prep.download.journal import Journal
 from imnet_prep.download.messages import Died, LaneDone, Ready, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
+from imnet_prep.download.parts import download_parts
 from imnet_prep.download.pool import Pool
+from imnet_prep.download.result import DownloadResult, is_hopeless, too_many
 from imnet_prep.download.scheduler import Scheduler
 from imnet_prep.download.urllist import is_class_name, lists_of, read_wnids
 from imnet_prep.download.urls import host_of
-from imnet_prep.errors import BudgetError, DownloadError, ImnetError, Interrupted
+from imnet_prep.errors import DownloadError, ImnetError, Interrupted
 from imnet_prep.images.in_use import SLOWER_DOWNLOAD, describe_decoder
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Progress, ProgressCallback, Stop
 
 log = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.2
-_JUDGE_AFTER = 1000  # finished URLs before --max-failed may stop a run early
 _USUAL_S = 0.3  # of a photograph from a far host, with the pauses between
 _LARGEST = 5
 _CRASHES = 2  # of a worker under the same URL, then the URL is internal
 
 
-@dataclass(frozen=True, slots=True)
-class DownloadResult:
-    """How a run ended.
-
-    Attributes:
-        totals: Where all URLs of the folder stand.
-        seconds: Duration of this run.
-        top_hosts: (host, failures) of the hosts with the most failed URLs.
-        verdict: The error to raise once the result is shown (interrupted, or too many failures), or None.
-    """
-
-    totals: Totals
-    seconds: float
-    top_hosts: tuple[tuple[str, int], ...]
-    verdict: ImnetError | None = None
-
-
 def download(
     options: DownloadOptions, progress: ProgressCallback | None = None, stop: Stop = lambda: False
 ) -> DownloadResult:
-    """Fetch every URL of the lists, or resume a run that was cut short.
+    """Fetch every URL of the lists, here or on Dask workers, or resume a run that was cut short.
 
     Args:
         options: The lists, the folder and the limits.
@@ -80,8 +63,11 @@ def download(
 
     Raises:
         DownloadError: A list, the folder or the disk is not usable.
+        PlanError: The Dask cluster cannot be used, or was lost.
         RecordsError: The folder is a records folder, or lies in one.
     """
+    if options.scheduler is not None:
+        return download_parts(options, options.scheduler, progress, stop)
     begun = time.monotonic()
     refuse_inside_records(options.out / INCOMING)
     if options.wnid is not None and not is_class_name(options.wnid):
@@ -101,7 +87,7 @@ def download(
                     log.info("%d images were placeholders by repetition", count)
                 bury(journal)
             totals = journal.totals()
-            verdict = verdict or _too_many(totals, options.max_failed_frac)
+            verdict = verdict or too_many(totals, options.max_failed_frac)
             return DownloadResult(totals, time.monotonic() - begun, write_listings(journal), verdict)
     except (sqlite3.Error, OSError) as error:
         raise DownloadError(
@@ -150,21 +136,6 @@ def _free(options: DownloadOptions) -> str:
         return f"{shutil.disk_usage(options.out).free} bytes are free"
     except OSError:
         return "the folder is gone"
-
-
-def _too_many(totals: Totals, allowed_frac: float, *, stopped: bool = False) -> BudgetError | None:
-    """Return the verdict on more failures than allowed, or None."""
-    failed = sum(totals.failed.values())
-    share = failed / max(1, totals.ok + failed)
-    if share <= allowed_frac:
-        return None
-    mostly = ", ".join(f"{count} {reason}" for reason, count in Counter(totals.failed).most_common(3))
-    return BudgetError(
-        f"{'stopped: ' if stopped else ''}{failed} of {totals.ok + failed} URLs failed, mostly {mostly}",
-        expected=f"at most {allowed_frac:.0%} (--max-failed)",
-        got=f"{share:.1%}",
-        remedy="see failures.jsonl" if not stopped else "the rest is pending; raise --max-failed to go on",
-    )
 
 
 def _fetch(
@@ -234,9 +205,8 @@ class _Run:
         if self.stop():
             return Interrupted("interrupted; what was in hand is finished", remedy="run the same command to go on")
         limit, counts = self.options.max_failed_frac, self.results.counts
-        finished = counts.total()
-        if limit < 1 and _JUDGE_AFTER <= finished < self.total and 1 - counts["ok"] / finished > limit:
-            return _too_many(self.results.journal.totals(), limit, stopped=True)
+        if is_hopeless(counts["ok"], counts.total(), self.total, limit):
+            return too_many(self.results.journal.totals(), limit, stopped=True)
         return None
 
     def _take(self, message: LaneDone | Ready | Died, now: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from imnet_prep import cluster
 from imnet_prep.build import executors
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.errors import ImnetError, Interrupted, PlanError
 from imnet_prep.types import Progress
+from tests.dask_cluster import Cluster
 from tests.imnet_prep.obstacles import kill
 from tests.records import digests, names, quiet, run
 from tests.synthetic import make_image_folder
@@ -120,72 +121,32 @@ def test_leaving_kills_the_workers_at_once(source: Path, tmp_path: Path) -> None
     assert children() == set()
 
 
-class Cluster:
-    """A Dask scheduler and two worker processes on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        log = (folder / "log").open("wb")
-        python = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
-        file = folder / "scheduler.json"
-        self.processes = [
-            subprocess.Popen([*python, "--port", "0", "--no-dashboard", "--host", "127.0.0.1", "--scheduler-file",
-                              str(file)], stdout=log, stderr=log)
-        ]  # fmt: skip
-        for _ in range(300):
-            if file.exists():
-                break
-            time.sleep(0.1)
-        for number in range(2):
-            self.processes.append(
-                subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file),
-                                  "--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory",
-                                  str(folder / f"w{number}")], stdout=log, stderr=log)
-            )  # fmt: skip
-        import json
-
-        self.address = str(json.loads(file.read_text())["address"])
-
-    def wait_for_workers(self) -> None:
-        from distributed import Client
-
-        with Client(self.address, set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=60)
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+def two_workers(tmp_path: Path) -> Iterator[Cluster]:
     pytest.importorskip("distributed")
-    folder = tmp_path / "dask"
-    folder.mkdir()
-    with closing(Cluster(folder)) as running:
-        running.wait_for_workers()
+    with closing(Cluster(tmp_path / "dask", [[], []])) as running:
         yield running
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_dask_gives_the_same_bytes_also_when_a_worker_is_killed_half_way(
-    source: Path, expected: dict[str, str], tmp_path: Path, cluster: Cluster
+    source: Path, expected: dict[str, str], tmp_path: Path, two_workers: Cluster
 ) -> None:
     def kill(state: Progress) -> None:
-        if state.unit == "images" and state.done >= 40 and cluster.processes[1].poll() is None:
-            cluster.processes[1].kill()
+        if state.unit == "images" and state.done >= 40 and two_workers.workers[0].poll() is None:
+            two_workers.workers[0].kill()
 
-    options = ConvertOptions(executor="dask", scheduler=cluster.address)
+    options = ConvertOptions(executor="dask", scheduler=two_workers.address)
     convert([source], tmp_path / "records", None, PlanOptions(shards=6), options, kill, lambda: False)
-    assert cluster.processes[1].poll() is not None
+    assert two_workers.workers[0].poll() is not None
     assert digests(tmp_path / "records") == expected
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_dask_that_cannot_be_reached_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
-    monkeypatch.setattr(executors, "CONNECT_S", 1)
+    monkeypatch.setattr(cluster, "CONNECT_S", 1)
     options = ConvertOptions(executor="dask", scheduler="tcp://127.0.0.1:9")
     with pytest.raises(ImnetError, match="cannot be reached"):
         convert([source], tmp_path / "records", None, PlanOptions(), options, quiet, lambda: False)

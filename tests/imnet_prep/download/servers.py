@@ -72,6 +72,7 @@ class Server:
         route: Answers an exchange.
         tls: Speak TLS with the self-signed certificate of ``data``.
         hits: Requests by path. log: (time.monotonic, path). open_now, open_most: Connections.
+        peers: Connections by the address that they came from.
     """
 
     route: Route
@@ -83,6 +84,7 @@ class Server:
     open_now: int = 0
     open_most: int = 0
     connections: int = 0
+    peers: Counter[str] = field(default_factory=Counter)
     port: int = 0
     host_headers: set[str] = field(default_factory=set)
     user_agents: set[str] = field(default_factory=set)
@@ -120,15 +122,16 @@ class Server:
     def _accept(self) -> None:
         while not self._closing:
             try:
-                sock, _ = self._listener.accept()
+                sock, peer = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+            threading.Thread(target=self._serve, args=(sock, peer[0]), daemon=True).start()
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, peer: str) -> None:
         with self._lock:
             self._socks.add(sock)
             self.connections += 1
+            self.peers[peer] += 1
             self.open_now += 1
             self.open_most = max(self.open_most, self.open_now)
         try:

@@ -1,0 +1,78 @@
+"""A real Dask scheduler and workers, each a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+_DASK = "distributed.cli.dask_"
+
+
+class Cluster:
+    """A scheduler, and workers of one thread each.
+
+    Args:
+        folder: Takes the scheduler's file, the workers' folders and the log.
+        workers: Of each worker, the words before its command, such as those that enter a network namespace.
+        around: The words before the scheduler's command.
+        host: The scheduler's address.
+        options: Of the workers.
+
+    Attributes:
+        address: The scheduler's.
+        workers: Their processes. Without a nanny, which is the default here, these do the work.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        workers: Sequence[Sequence[str]],
+        *,
+        around: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        options: Sequence[str] = ("--no-nanny",),
+    ) -> None:
+        folder.mkdir()
+        file, self.log = folder / "scheduler.json", folder / "log"
+        self._output = self.log.open("wb")
+        place = ["--port", "0", "--no-dashboard", "--host", host, "--scheduler-file", str(file)]
+        self._scheduler = self._start([*around, sys.executable, "-m", f"{_DASK}scheduler", *place])
+        self.workers: list[subprocess.Popen[bytes]] = []
+        try:
+            self.address = str(self._wait_for(file)["address"])
+            for number, before in enumerate(workers):
+                command = [*before, sys.executable, "-m", f"{_DASK}worker", self.address, "--nthreads", "1"]
+                place = ["--no-dashboard", "--local-directory", str(folder / f"worker-{number}")]
+                self.workers.append(self._start([*command, *place, *options]))
+            count = f"from distributed import Client; Client({self.address!r}).wait_for_workers({len(workers)}, 60)"
+            subprocess.run([*around, sys.executable, "-c", count], check=True, capture_output=True, timeout=90)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output)
+
+    def _wait_for(self, file: Path) -> dict[str, object]:
+        for _ in range(600):
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            except (FileNotFoundError, ValueError):
+                time.sleep(0.1)
+        raise TimeoutError(self.log.read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in (*self.workers, self._scheduler):
+            process.terminate()  # a nanny ends its worker
+        for process in (*self.workers, self._scheduler):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._output.close()
