@@ -1,6 +1,7 @@
 # Each target sets up .venv by itself. PYTHON picks the interpreter (3.11 is tested).
 PYTHON ?= python3.11
 VENV   := .venv
+LIGHT  := .venv-light
 BIN    := $(VENV)/bin
 # A file's tests share fixtures, so they stay in one process; the slowest files begin (tests/conftest.py).
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
@@ -8,7 +9,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.cc mbv2/kernels/*.h mbv2/kernels/*/*.cc mbv2/kernels/*/*.h mbv2/kernels/*/*.inl \
           imnet_prep/images/native/CMakeLists.txt imnet_prep/images/native/*.cc imnet_prep/images/native/*.h)
 
-.PHONY: demo test test-fast test-long check bench sanitize venv clean
+.PHONY: demo test test-fast test-light test-long check bench sanitize venv clean
 
 venv: $(VENV)/.installed
 
@@ -26,6 +27,19 @@ test: venv
 # Leaves out what takes more than a few seconds: under two minutes.
 test-fast: venv
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not long'
+
+# What needs no MindSpore, in an environment without it: NumPy 2, the newest OpenCV. Where PyTorch is installed in it, its
+# test runs as well.
+test-light: $(LIGHT)/.installed
+	$(LIGHT)/bin/python -c 'from importlib.util import find_spec; assert find_spec("mindspore") is None'
+	$(LIGHT)/bin/python -m pytest $(PARALLEL) -m 'light and not long'
+
+$(LIGHT)/.installed: requirements-light.txt pyproject.toml $(NATIVE)
+	test -x $(LIGHT)/bin/python || $(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/python -m pip install --quiet --requirement requirements-light.txt \
+	  pytest pytest-timeout pytest-xdist flask pyarrow webdataset
+	$(LIGHT)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 # Interrupts each command at every place where it changes a file: about half an hour.
 test-long: venv
@@ -58,4 +72,4 @@ sanitize:
 	done
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-img2dataset build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LIGHT) .venv-peers .venv-img2dataset build .mypy_cache .ruff_cache .pytest_cache

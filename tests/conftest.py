@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+HERE = Path(__file__).parent
+SHARED_DATA = HERE.parent.parent / "shared" / "data"
+WITH_MINDSPORE = ("mbv2", "e2e", "cli/test_demo.py", "cli/test_mobilenet.py")
+"""What needs MindSpore; every other test has the mark ``light``."""
+
+if find_spec("mindspore") is None:
+    collect_ignore = list(WITH_MINDSPORE)
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +23,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not there")
     return SHARED_DATA
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what needs no MindSpore."""
+    if not any(item.path.is_relative_to(HERE / name) for name in WITH_MINDSPORE):
+        item.add_marker("light")
 
 
 @pytest.hookimpl(trylast=True)

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from imnet_prep.cli.records import bench as command
 from imnet_prep.errors import PipelineError
-from imnet_prep.loader.batches import StageTimes
 from imnet_prep.loader.bench import BenchOptions, bench, limit_sentence
+from imnet_prep.types import StageTimes
 from tests.records import Entry, write_folder
 from tests.synthetic import encode
 
@@ -120,6 +120,7 @@ def test_the_command_line_imports_neither_mindspore_nor_opencv_for_help() -> Non
 
 @pytest.mark.slow
 def test_a_stock_model_trains_on_our_dataset(records: Path) -> None:
+    pytest.importorskip("mindspore")
     # In a process of its own: MindSpore compiles from source files and remembers its settings.
     example = [sys.executable, str(ROOT / "examples" / "stock_model.py"), str(records)]
     options = ["--epochs", "6", "--batch-size", "16", "--image-size", "32"]

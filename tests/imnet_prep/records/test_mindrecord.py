@@ -40,7 +40,7 @@ def write(path: Path, data: list[Row], layout: Layout) -> Path:
 
 
 def write_by_mindspore(path: Path, data: list[Row], layout: Layout) -> Path:
-    from mindspore.mindrecord import FileWriter
+    FileWriter = pytest.importorskip("mindspore.mindrecord").FileWriter
 
     writer = FileWriter(str(path), 1)
     writer.set_header_size(layout.header_size)
@@ -96,7 +96,7 @@ def as_tuple(row: Row) -> tuple[bytes, int, str]:
 
 
 def test_mindspore_reads_all_shards(shards: tuple[list[Path], list[Row]]) -> None:
-    import mindspore.dataset as ds
+    ds = pytest.importorskip("mindspore.dataset")
 
     paths, data = shards
     dataset = ds.MindDataset([str(path) for path in paths], shuffle=False)
@@ -105,7 +105,7 @@ def test_mindspore_reads_all_shards(shards: tuple[list[Path], list[Row]]) -> Non
 
 
 def test_mindspore_deals_shards_to_ranks(shards: tuple[list[Path], list[Row]]) -> None:
-    import mindspore.dataset as ds
+    ds = pytest.importorskip("mindspore.dataset")
 
     paths, data = shards
     seen = []
@@ -116,7 +116,7 @@ def test_mindspore_deals_shards_to_ranks(shards: tuple[list[Path], list[Row]]) -
 
 
 def test_mindspore_samples_by_label_as_from_its_own_files(tmp_path: Path) -> None:
-    import mindspore.dataset as ds
+    ds = pytest.importorskip("mindspore.dataset")
 
     data, layout = rows(60, 10, 3000), Layout(1 << 14, 1 << 15)
     found = []
@@ -128,7 +128,7 @@ def test_mindspore_samples_by_label_as_from_its_own_files(tmp_path: Path) -> Non
 
 
 def test_mindspore_filereader_reads_a_shard(shards: tuple[list[Path], list[Row]]) -> None:
-    from mindspore.mindrecord import FileReader
+    FileReader = pytest.importorskip("mindspore.mindrecord").FileReader
 
     paths, data = shards
     reader = FileReader(str(paths[0]))
