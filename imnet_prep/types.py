@@ -8,7 +8,7 @@ import enum
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:  # no command needs it to start
@@ -213,6 +213,23 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.label)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds of worker time since the split was opened, all threads together, and the images they made."""
+
+    read_s: float = 0.0
+    check_s: float = 0.0
+    decode_s: float = 0.0
+    augment_s: float = 0.0
+    images: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, one.name) - getattr(other, one.name) for one in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,15 @@ batch; decoding releases the GIL. At most ``prefetch`` batches are being made or
 ``(prefetch + 2) * batch_size * image_size**2 * 3`` bytes and the compressed bytes of ``workers`` chunks.
 """
 
+import math
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -38,26 +40,9 @@ from imnet_prep.loader.random_numbers import MAX_EPOCH
 from imnet_prep.loader.render import choose_decoder, render
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.table import RowReader
-from imnet_prep.types import Batch
+from imnet_prep.types import Batch, StageTimes
 
 CHUNK_ROWS = 32  # 10 to 30 ms of decoding, beside which the work per chunk in Python is small
-
-
-@dataclass(frozen=True, slots=True)
-class StageTimes:
-    """Seconds of worker time since the split was opened, all threads together, and the images they made."""
-
-    read_s: float = 0.0
-    check_s: float = 0.0
-    decode_s: float = 0.0
-    augment_s: float = 0.0
-    images: int = 0
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
-
-    def __sub__(self, other: Self) -> Self:
-        return type(self)(*(getattr(self, one.name) - getattr(other, one.name) for one in fields(self)))
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +73,25 @@ class _Pending:
         """Wait for every chunk; raise the first error in row order."""
         results = [chunk.result() for chunk in self.chunks]
         return next(batch for batch in results if batch is not None)
+
+
+class _Buffers:
+    """Memory of batches, used again once neither an array nor a view of it is held: new pages cost 4 % of the time."""
+
+    def __init__(self, size_bytes: int, most: int) -> None:
+        self._size_bytes = size_bytes
+        self._free: deque[bytearray] = deque(maxlen=most)
+
+    def array(self, *shape: int) -> NDArray[np.uint8]:
+        """Return an undefined uint8 array."""
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = bytearray(self._size_bytes)
+        # As a bytearray is no array, this one is the base of all views, and lives as long as they do.
+        flat = np.frombuffer(block, np.uint8, math.prod(shape))
+        weakref.finalize(flat, self._free.append, block).atexit = False
+        return flat.reshape(shape)
 
 
 class Batches:
@@ -130,6 +134,7 @@ class Batches:
             )
         self.workers = loading.workers or max(1, cpu_count() // loading.local_ranks)
         self.prefetch = loading.prefetch or self._choose_prefetch()
+        self._buffers = _Buffers(self.batch_bytes, self.prefetch + 2)
         self.times = StageTimes()
         most = loading.max_skipped
         if most is None:
@@ -146,9 +151,8 @@ class Batches:
 
     def _choose_prefetch(self) -> int:
         """Return as many batches as keep the threads busy, within the memory of this machine's ranks."""
-        batch_bytes = self.options.batch_size * self.options.image_size**2 * 3
         busy = -(-self.workers * CHUNK_ROWS // self.options.batch_size) + 1
-        return max(2, min(busy, AHEAD_BYTES // (self.loading.local_ranks * batch_bytes)))
+        return max(2, min(busy, AHEAD_BYTES // (self.loading.local_ranks * self.batch_bytes)))
 
     @property
     def skipped(self) -> tuple[SkippedRow, ...]:
@@ -167,9 +171,14 @@ class Batches:
         self._bad.add(found)
 
     @property
+    def batch_bytes(self) -> int:
+        """The size of the images of a batch."""
+        return self.options.batch_size * self.options.image_size**2 * 3
+
+    @property
     def memory_bytes(self) -> int:
         """The bound on decoded images held here: those made ahead, one with the caller, one being mixed."""
-        return (self.prefetch + 2) * self.options.batch_size * self.options.image_size**2 * 3
+        return (self.prefetch + 2) * self.batch_bytes
 
     def why_bad(self, position: int) -> str:
         """Read a record that another rank found bad, and return why it is."""
@@ -249,7 +258,7 @@ class Batches:
         places = np.arange(span.start, span.stop)
         self._reader.will_need(order.positions[span])
         starts, side = range(0, len(places), CHUNK_ROWS), self.options.image_size
-        image = np.empty((len(places), side, side, 3), dtype=np.uint8)
+        image = self._buffers.array(len(places), side, side, 3)
         batch = _Pending(epoch, order, places, image, len(starts))
         batch.chunks = [self._pool.submit(self._make_chunk, batch, start) for start in starts]
         return batch

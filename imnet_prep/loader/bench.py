@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from imnet_prep.cpu import cpu_count
 from imnet_prep.errors import PipelineError
-from imnet_prep.types import Progress, ProgressCallback
+from imnet_prep.types import Progress, ProgressCallback, StageTimes
 
 if TYPE_CHECKING:
-    from imnet_prep.loader.batches import Batches, StageTimes
+    from imnet_prep.loader.batches import Batches
 
 MODES = ("train", "eval")
 WINDOWS = 5  # parts of the measured time; their median counts
@@ -151,7 +151,7 @@ def _measure(batches: "Batches", options: BenchOptions, progress: ProgressCallba
     )
 
 
-def limit_sentence(times: "StageTimes", wall_s: float, cores_used_frac: float, workers: int, cores: int) -> str:
+def limit_sentence(times: StageTimes, wall_s: float, cores_used_frac: float, workers: int, cores: int) -> str:
     """Say what limits the rate.
 
     Args:

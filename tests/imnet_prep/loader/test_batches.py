@@ -324,3 +324,16 @@ def test_a_library_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytes
     assert "does not load" in why
     broken.unlink()
     assert "not built" in load.__wrapped__()[1]
+
+
+def test_the_memory_of_a_batch_is_used_again_once_no_view_of_it_is_held(records: Path) -> None:
+    with open_batches(records, "train", TrainOptions(8, 32), workers=2, prefetch=1) as batches:
+        kept = [(batch.image[1:3, ::2].reshape(-1), batch.image.copy()) for batch in batches]
+        again = [batch.image for batch in batches.epoch(0)]
+        for (view, image), second in zip(kept, again, strict=True):
+            np.testing.assert_array_equal(view, image[1:3, ::2].reshape(-1))
+            np.testing.assert_array_equal(second, image)
+            assert not np.shares_memory(view, second)
+        address = {image.ctypes.data for image in again}
+        del kept, again, view, image, second
+        assert next(batches.epoch(0)).image.ctypes.data in address
