@@ -162,10 +162,9 @@ def decode_other(data: bytes, kind: str, max_pixels: int) -> tuple[Pixels, list[
         upright: Image.Image = image
         if orientation != 1 and _orientation(image)[0] != 1:  # Pillow turns a TIFF by itself while loading
             upright = ImageOps.exif_transpose(upright)
-        if image.has_transparency_data:
-            over = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        return bgr(_eight_bit(upright, deep=deep)), [change for change, is_so in seen.items() if is_so]
+        over_white = image.has_transparency_data
+        pixels = bgr(upright if over_white else _eight_bit(upright, deep=deep), over_white=over_white)
+        return pixels, [change for change, is_so in seen.items() if is_so]
 
 
 def _orientation(image: Image.Image) -> tuple[int, bool]:
@@ -187,12 +186,15 @@ def _eight_bit(image: Image.Image, *, deep: bool) -> Image.Image:
     return image
 
 
-def bgr(image: Image.Image) -> Pixels:
-    """Return Pillow's image as pixels, uint8 (H, W, 3)."""
+def bgr(image: Image.Image, *, over_white: bool = False) -> Pixels:
+    """Return Pillow's image as pixels, uint8 (H, W, 3); ``over_white`` composes its transparency over white."""
     width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
-    rows = max(1, _BAND_PIXELS // width)  # at a time, or a large image would be held four times
+    rows = max(1, _BAND_PIXELS // width)  # at a time, or a large image would be held five times
     for top in range(0, height, rows):
         band = image if rows >= height else image.crop((0, top, width, min(height, top + rows)))
+        if over_white:
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
         pixels[top : top + rows] = np.asarray(band.convert("RGB"))[:, :, ::-1]
     return pixels

@@ -22,7 +22,7 @@ from PIL import Image
 
 from imnet_prep.errors import PlanError
 from imnet_prep.images.check import ValidateOptions, examine, validate
-from imnet_prep.images.decode import decode_jpeg
+from imnet_prep.images.decode import bgr, decode_jpeg
 from imnet_prep.images.encode import orient, short_side_size, shrink
 from imnet_prep.images.stderr import captured_stderr
 from imnet_prep.types import Change, ImageFault, ImageRef, RawImage, Reason, Rejected, Sample
@@ -131,6 +131,20 @@ def test_transparency_is_composed_over_white() -> None:
     seen = rgb(kept(encode(clear, "PNG")).image)
     assert seen[:, :20].min() > 245
     assert distance(seen[:, 30:], np.broadcast_to(np.array([10, 20, 30], np.uint8), (40, 18, 3))) < 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_transparency_of_a_large_image_is_composed_in_bands_as_at_once(mode: str) -> None:
+    rng = np.random.default_rng(7)
+    image = Image.fromarray(rng.integers(0, 256, (1100, 1500, 4), np.uint8))
+    image = image.convert("RGB").quantize(64) if mode in ("P", "PA") else image
+    image = image.convert(mode) if image.mode != mode else image
+    if mode in ("P", "L", "RGB"):
+        image.info["transparency"] = {"P": bytes(range(64)), "L": 17, "RGB": image.getpixel((3, 5))}[mode]
+    assert image.has_transparency_data
+    over = image.convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    assert np.array_equal(bgr(image, over_white=True), np.asarray(whole)[:, :, ::-1])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
