@@ -15,12 +15,14 @@ from pathlib import Path
 from PIL import Image
 
 from imnet_prep.files import exclusive_lock
+from imnet_prep.images.check import decide, read_header
 from imnet_prep.images.decode import PILLOW_FAULTS
-from imnet_prep.images.formats import sniff
+from imnet_prep.images.formats import MAX_PIXELS, sniff
 from imnet_prep.images.jpeg import jpeg_size
 from imnet_prep.types import ImageFault, Stop
 
 _PIXELS_AT_A_TIME = 24_000_000  # in a process; a decode takes 3 to 8 bytes a pixel
+_REDUCED = 8  # each side of a large JPEG that is looked at or shrunk
 _LOCK_NAME = "large-image.lock"  # held by the process that decodes an image of more pixels
 _POLL_S = 0.05
 
@@ -150,3 +152,26 @@ def pixels_of(data: bytes) -> int:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             return image.width * image.height
     return 0
+
+
+def pixels_held(data: bytes, short_side: int | None) -> int:
+    """Return how many pixels the check of an image decodes at a time.
+
+    A second look at a large JPEG tells whether it is read as a stream, as most are: then it need not wait for others.
+
+    Args:
+        data: The image.
+        short_side: As of :class:`~imnet_prep.download.options.ContentOptions`.
+    """
+    pixels = pixels_of(data)
+    if pixels > MAX_PIXELS:
+        return 0  # it is refused before anything is decoded
+    if pixels > _PIXELS_AT_A_TIME:
+        with suppress(ImageFault):
+            _, info = read_header(data, MAX_PIXELS, scan=True)
+            if info is not None and info.clean:
+                action = decide(info, short_side)
+                is_small = short_side is not None and min(info.width, info.height) >= _REDUCED * short_side
+                if action == "keep" or (action == "encode" and is_small):
+                    return pixels // _REDUCED**2
+    return pixels

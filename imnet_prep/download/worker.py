@@ -22,7 +22,7 @@ from imnet_prep.download.content import judge
 from imnet_prep.download.fetch import Body, Failure, Fetcher, Hop
 from imnet_prep.download.folder import INCOMING, WORKER_LOCK
 from imnet_prep.download.journal import Outcome
-from imnet_prep.download.memory import NoRoom, Patience, PixelBudget, Stopped, pixels_of
+from imnet_prep.download.memory import NoRoom, Patience, PixelBudget, Stopped, pixels_held
 from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.files import exclusive_lock
@@ -142,7 +142,7 @@ class _Runner:
             found = self.fetcher.fetch(task.url, task.spent_s, held)
             if not isinstance(found, Body):
                 return found
-            with self.budget.hold(pixels_of(found.data)):
+            with self.budget.hold(pixels_held(found.data, self.options.content.short_side)):
                 judged = judge(found, self.options.content)
             return judged if isinstance(judged, Failure) else (found, *judged)
         except (Stopped, NoRoom):

@@ -26,9 +26,10 @@ from imnet_prep.download import (
 from imnet_prep.download.addresses import Resolver
 from imnet_prep.download.fetch import Body, Failure, Fetcher, unpack
 from imnet_prep.download.folder import INCOMING
-from imnet_prep.download.memory import NoRoom, Patience, PixelBudget, Room, Stopped, pixels_of
+from imnet_prep.download.memory import NoRoom, Patience, PixelBudget, Room, Stopped, pixels_held, pixels_of
+from imnet_prep.images.native import decoder_status
 from tests import synthetic
-from tests.imnet_prep.download.servers import Exchange, Server, images, write_list
+from tests.imnet_prep.download.servers import Exchange, Server, images, picture, write_list
 
 LARGE = 30_000_000
 
@@ -114,16 +115,16 @@ def test_who_waits_too_long_is_told_so(tmp_path: Path) -> None:
         pass
 
 
-def large_png() -> bytes:
+def drawn(kind: str, **options: object) -> bytes:
     """Draw 26 million pixels, more than a process decodes at a time."""
     ramp, out = np.arange(5100) // 20, io.BytesIO()
-    Image.fromarray((ramp[:, None] ^ ramp).astype(np.uint8)).save(out, "PNG", compress_level=1)
+    Image.fromarray((ramp[:, None] ^ ramp).astype(np.uint8)).save(out, kind, **options)
     return out.getvalue()
 
 
 @pytest.mark.slow
 def test_a_large_image_that_waits_too_long_is_asked_for_again_and_costs_no_attempt(tmp_path: Path) -> None:
-    large, out, ends = large_png(), tmp_path / "out", []
+    large, out, ends = drawn("PNG", compress_level=1), tmp_path / "out", []
     (out / INCOMING).mkdir(parents=True)
     with Server(lambda x: x.answer(200, large) if "large" in x.path else images(x)) as server:
         lists = write_list(tmp_path / "list", [server.url("/large"), *(server.url(f"/{n}") for n in range(8))])
@@ -149,6 +150,21 @@ def test_pixels_are_counted_by_the_header() -> None:
     assert pixels_of(synthetic.png_header_bomb()) == 0  # Pillow refuses it
     assert pixels_of(synthetic.many_scans(640, 48, 1)) == 640 * 48
     assert pixels_of(b"<html>") == pixels_of(b"") == pixels_of(b"\xff\xd8\xff") == 0
+
+
+def test_a_large_jpeg_that_is_read_as_a_stream_waits_for_no_other() -> None:
+    if not decoder_status()[0]:
+        pytest.skip("no C++ library")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain = drawn("JPEG")
+    assert pixels_held(plain, None) < 1_000_000
+    assert pixels_held(plain, 256) < 1_000_000
+    assert pixels_held(plain, 2000) == 5100**2
+    for data in (drawn("JPEG", progressive=True), drawn("JPEG", exif=turned), plain[:-9], drawn("PNG")):
+        assert pixels_held(data, None) == 5100**2
+    assert pixels_held(plain.replace(b"\x13\xec\x13\xec", b"\xff\x00\xff\x00", 1), None) == 0  # a bomb, refused
+    assert pixels_held(picture(1), None) == 96 * 72
 
 
 def _large(x: Exchange) -> None:
