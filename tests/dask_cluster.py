@@ -37,6 +37,7 @@ class Cluster:
         options: Sequence[str] = ("--no-nanny",),
     ) -> None:
         folder.mkdir()
+        self._has_nannies = "--no-nanny" not in options
         file, self.log = folder / "scheduler.json", folder / "log"
         self._output = self.log.open("wb")
         place = ["--port", "0", "--no-dashboard", "--host", host, "--scheduler-file", str(file)]
@@ -68,7 +69,10 @@ class Cluster:
     def close(self) -> None:
         """End all processes."""
         for process in (*self.workers, self._scheduler):
-            process.terminate()  # a nanny ends its worker
+            if self._has_nannies:
+                process.terminate()  # a nanny ends its worker
+            else:
+                process.kill()
         for process in (*self.workers, self._scheduler):
             try:
                 process.wait(20)

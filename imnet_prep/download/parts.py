@@ -56,6 +56,7 @@ def download_parts(
 
     Raises:
         DownloadError: The lists or the folder are not usable, or a part failed; then the others were stopped.
+        Interrupted: It was stopped, and all workers are gone.
         PlanError: The cluster cannot be used, or was lost.
     """
     begun, name = time.monotonic(), f"imnet-prep-download-{uuid.uuid4().hex}"
@@ -89,8 +90,8 @@ def download_parts(
                 if not watched.stopping and (stop() or watched.is_in_vain()):
                     watched.stopping = True
                     stopped.set()
-                if watched.stopping and not client.nthreads():
-                    break  # nobody is left to finish anything
+                if watched.stopping and waiting and not client.nthreads():
+                    raise Interrupted("interrupted; no Dask worker is left to say how far it got", remedy=_AGAIN)
                 time.sleep(_POLL_S)
         finally:
             with suppress(OSError, RuntimeError, ValueError):  # the scheduler may be gone

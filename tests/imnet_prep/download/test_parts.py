@@ -124,6 +124,7 @@ def test_parts_on_dask_workers_are_together_what_one_machine_gets(tmp_path: Path
     assert {url for _, url in found} == {image.url for image in read_finished(tmp_path / "whole")}
 
 
+@pytest.mark.long
 def test_failures_are_judged_over_all_parts(tmp_path: Path, cluster: Cluster) -> None:
     """The hosts of one part serve, those of the other do not: half of all URLs fail, and all of one part's."""
     with hosts(8) as servers:
@@ -143,6 +144,7 @@ def test_failures_are_judged_over_all_parts(tmp_path: Path, cluster: Cluster) ->
     assert f"{sum(totals.failed.values())} of {totals.requested} URLs failed, mostly" in str(verdict)
 
 
+@pytest.mark.long
 def test_parts_that_go_nowhere_are_stopped_early(tmp_path: Path, cluster: Cluster) -> None:
     def gone(exchange: Exchange) -> None:
         time.sleep(0.03)
@@ -176,6 +178,7 @@ def test_what_cannot_be_divided_is_one_line(tmp_path: Path, cluster: Cluster) ->
         get(missing, tmp_path / "several", cluster)
 
 
+@pytest.mark.long
 def test_parts_that_were_begun_stay_as_they_are_with_other_workers(tmp_path: Path, cluster: Cluster) -> None:
     with hosts(4) as servers:
         lines = write_lines(tmp_path / "list", [server.url("") for server in servers], 6)
@@ -240,6 +243,26 @@ def test_the_part_of_a_killed_worker_is_taken_up_by_another(tmp_path: Path) -> N
     assert len(parts) == 2
     assert images_of(parts).total() == 324
     assert not [path for part in parts for path in (part / ".incoming").iterdir()]
+
+
+@pytest.mark.long
+def test_a_killed_process_of_a_part_is_one_line_that_names_it(tmp_path: Path) -> None:
+    with closing(Cluster(tmp_path / "dask", [[], []])) as two, hosts(6, slowly) as servers:
+        lines = write_lines(tmp_path / "list", [server.url("") for server in servers], 60)
+
+        def kill_one() -> None:
+            while sum(sum(server.hits.values()) for server in servers) < 60:
+                time.sleep(0.02)
+            words = ["pgrep", "-P", str(two.workers[0].pid), "-f", "part_process"]
+            kill(int(subprocess.run(words, check=True, capture_output=True).stdout))
+
+        thread = threading.Thread(target=kill_one)
+        thread.start()
+        with pytest.raises(DownloadError, match=r"part [12]/2: its process ended early; got exit code -9"):
+            get(lines, tmp_path / "out", two)
+        thread.join()
+        assert sum(sum(server.hits.values()) for server in servers) < 360  # the other part was stopped
+        assert get(lines, tmp_path / "out", two).totals.ok == 324
 
 
 # --- four machines ----------------------------------------------------------------------------------------------------
