@@ -6,17 +6,19 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from imnet_prep.build.job import ConvertResult, Job, interruptible, named_failures, run_job
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.build.plan import CONVENTIONS, PLAN_VERSION, Plan, load_plan, make_plan, shard_refs
 from imnet_prep.build.workdir import DIGESTS, PLAN_FRESH, STAGED, Workdir, check_out
-from imnet_prep.errors import SourceError
+from imnet_prep.errors import Interrupted, SourceError
 from imnet_prep.files import write_atomically
 from imnet_prep.images.check import validate
 from imnet_prep.images.in_use import SLOWER_CONVERSION, describe_decoder
@@ -25,9 +27,9 @@ from imnet_prep.records.manifest import Manifest
 from imnet_prep.records.publish import remove
 from imnet_prep.remote import is_url
 from imnet_prep.sources import Source, detect, merge, read
-from imnet_prep.sources.base import DIGEST_KEYS
+from imnet_prep.sources.base import Digests, digests
 from imnet_prep.sources.staging import Staging
-from imnet_prep.types import ProgressCallback, Rejected, Stop
+from imnet_prep.types import Progress, ProgressCallback, Rejected, Stop
 
 LOG = logging.getLogger(__name__)
 SAMPLE_IMAGES = 64  # per split, timed for the estimate of a dry run
@@ -72,6 +74,8 @@ class _SourcesJob(Job):
         self._sources: list[Source] = []
         self._states: dict[Path, list[Any] | None] = {}  # of the archives, before any is read
         self._key: str | None = None  # what the plan depends on; None with a folder, which is listed again
+        self._known: dict[str, Any] = {}  # by the state of a source: its description, as kept in DIGESTS
+        self._hashing = _Hashing()
 
     def plan(self, workdir: Workdir, progress: ProgressCallback) -> Plan:
         """Return the plan that was begun from the same archives, or make one."""
@@ -86,6 +90,11 @@ class _SourcesJob(Job):
             plan = load_plan(workdir.database, self._options)
             if plan is not None and plan.digest == begun["plan"]:
                 return plan
+        with suppress(OSError, ValueError):
+            self._known = json.loads((workdir.work / DIGESTS).read_bytes())
+        if not workdir.out.exists():  # else it may be finished, and no digest needed
+            archives = [source for source in self._sources if source.is_hashed and not self._hashed(source)]
+            self._hashing.begin(source.path for source in archives)
         plan = make_plan(merge(self._sources), workdir.work / PLAN_FRESH, self._options, progress)
         _check_numbers(self._sources, options)
         staging.forget_others()
@@ -95,26 +104,30 @@ class _SourcesJob(Job):
         """Describe the sources; the digests of an archive are kept until it changes."""
         work = f"processes: at most {process_count(self._how.workers)}"
         if self._how.scheduler is not None:
-            work = f"here; the work is done by the Dask workers of {self._how.scheduler}"
+            work = f"the Dask workers of {self._how.scheduler} use their own"
         LOG.info("%s; %s", describe_decoder(SLOWER_CONVERSION), work)
-        known: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            known = json.loads((workdir.work / DIGESTS).read_bytes())
         entries: list[dict[str, Any]] = []
         for source in self._sources:
-            state = json.dumps([source.kind, _file_state(source.path)])
-            before = known.get(state, {})
-            if self._key is None or before.get("key") != self._key:
-                hashed = before.get("info", {}).get("sha256") and tuple(before["info"][key] for key in DIGEST_KEYS)
-                known[state] = {
-                    "info": source.info(progress, hashed or None), "notes": source.notes, "key": self._key
-                }  # fmt: skip
-                write_atomically(workdir.work / DIGESTS, json.dumps(known).encode())
-            entries.append(known[state])
-            for note in known[state]["notes"]:
+            state = _state_of(source)
+            if self._key is None or self._known.get(state, {}).get("key") != self._key:
+                hashed = self._hashed(source) or self._hashing.result(source.path, progress)
+                info = source.info(progress, hashed)
+                self._known[state] = {"info": info, "notes": source.notes, "key": self._key}
+                write_atomically(workdir.work / DIGESTS, json.dumps(self._known).encode())
+            entries.append(self._known[state])
+            for note in entries[-1]["notes"]:
                 LOG.warning("%s", note)
         infos, notes = [entry["info"] for entry in entries], [note for entry in entries for note in entry["notes"]]
         return {"inputs": infos, "infos": infos, "key": self._key, "notes": notes}
+
+    def _hashed(self, source: Source) -> Digests | None:
+        """Return the digests of an archive that an earlier run noted, or None."""
+        info = self._known.get(_state_of(source), {}).get("info", {})
+        return (info["size_bytes"], info["md5"], info["sha256"]) if info.get("sha256") else None
+
+    def close(self) -> None:
+        """End the hashing that an error has made useless."""
+        self._hashing.stop()
 
     def seal(self, workdir: Workdir, manifest: Manifest) -> Manifest:
         """Check that no archive has changed since it was listed: its digest and its images would be of two archives.
@@ -133,9 +146,50 @@ class _SourcesJob(Job):
         return manifest
 
 
+class _Hashing:
+    """Compute the digests of archives in another thread, while they are listed."""
+
+    def __init__(self) -> None:
+        self._stopped = Event()
+        self._progress: ProgressCallback = _silent
+        self._results: dict[Path, Future[Digests]] = {}
+
+    def begin(self, archives: Iterable[Path]) -> None:
+        """Begin with these, one after another."""
+        thread = ThreadPoolExecutor(1)
+        self._results = {path: thread.submit(digests, path, self._report) for path in archives}
+        thread.shutdown(wait=False)
+
+    def result(self, archive: Path, progress: ProgressCallback) -> Digests | None:
+        """Wait for the digests of an archive, and return them; None for one that was not begun."""
+        if archive not in self._results:
+            return None
+        self._progress = progress
+        hashed = self._results[archive].result()
+        progress(Progress(hashed[0], hashed[0], "bytes", hashed[0], note=archive.name))
+        return hashed
+
+    def stop(self) -> None:
+        """Leave the rest undone."""
+        self._stopped.set()
+
+    def _report(self, state: Progress) -> None:
+        if self._stopped.is_set():
+            raise Interrupted("stopped before the first shard", remedy="run the same command again")
+        self._progress(state)
+
+
+def _silent(state: Progress) -> None:
+    """Show nothing: the listing is shown."""
+
+
 def local_paths(given: Sequence[Path | str]) -> list[Path]:
     """Return the sources that are on this machine, without the URLs."""
     return [Path(path) for path in given if not (isinstance(path, str) and is_url(path))]
+
+
+def _state_of(source: Source) -> str:
+    return json.dumps([source.kind, _file_state(source.path)])
 
 
 def _file_state(path: Path) -> list[Any] | None:

@@ -84,6 +84,9 @@ class Job(Protocol):
     def describe(self, workdir: Workdir, progress: ProgressCallback) -> dict[str, Any]:
         """Describe the inputs: ``inputs`` to recognize them (see :func:`begin`), ``infos`` and ``notes``."""
 
+    def close(self) -> None:
+        """End what goes on in the background."""
+
     def seal(self, workdir: Workdir, manifest: Manifest) -> Manifest:
         """Check the shards against the inputs, and return the manifest to be written."""
         return manifest
@@ -99,7 +102,7 @@ def run_job(job: Job, out: Path, options: ConvertOptions, progress: ProgressCall
     """
     started = time.monotonic()
     workdir, report = check_out(out, job.paths, force=options.force), interruptible(progress, stop)
-    with named_failures(workdir), hold(workdir) as published:
+    with named_failures(workdir), closing(job), hold(workdir) as published:
         plan = job.plan(workdir, report)
         done = finished_before(workdir, plan, force=options.force and not published)
         if done is not None:

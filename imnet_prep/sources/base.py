@@ -23,13 +23,13 @@ from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, RawIm
 _SUFFIXES = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff mpo heic heif avif jp2 jxl"  # the last five: rejected
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MAX_SOURCE_BYTES = 1 << 29  # read into memory as one image; 512 MiB is an archive or a mistake, not a photograph
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 16 << 20  # hashed at a time; with smaller ones, threads wait for one another
 MAX_META_BYTES = 16 << 10  # of JSON per image: captions and EXIF pass, embeddings do not
-DIGEST_KEYS = ("size_bytes", "md5", "sha256")
 _LISTED = 10  # damaged stretches listed in a note
 _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _OPEN_ARCHIVES = 32  # file descriptors that a process keeps open
 Found = ImageRef | Rejected
+Digests = tuple[int, str, str]  # the size of a file in bytes, its MD5 and its SHA-256
 
 
 class Source(ABC):
@@ -70,8 +70,13 @@ class Source(ABC):
         """Return the archives that its images are read from; none for a folder of images."""
         return () if self.path.is_dir() else (self.path,)
 
+    @property
+    def is_hashed(self) -> bool:
+        """Whether :meth:`info` is to compute digests: of an archive that was not hashed when it was brought."""
+        return self.staged is None and not self.path.is_dir()
+
     def info(
-        self, progress: ProgressCallback = lambda state: None, hashed: tuple[int, str, str] | None = None
+        self, progress: ProgressCallback = lambda state: None, hashed: Digests | None = None
     ) -> dict[str, Any]:
         """Return the source's entry in the manifest; an archive is read once to compute its digests.
 
@@ -79,7 +84,7 @@ class Source(ABC):
 
         Args:
             progress: Called with the bytes read.
-            hashed: The size and digests of the archive, if they are known (:data:`DIGEST_KEYS`).
+            hashed: The size and digests of the archive, if they are known.
 
         Returns:
             ``kind``, ``name``, ``size_bytes``, ``md5``, ``sha256``, whether it is an ``official`` archive, and the
@@ -188,16 +193,18 @@ class Source(ABC):
         return SourceError(f"{path} cannot be read", got=error.strerror or str(error))
 
 
-def digests(path: Path, progress: ProgressCallback) -> tuple[int, str, str]:
-    """Read a file once and return its size in bytes, its MD5 and its SHA-256, both computed at the same time."""
+def digests(path: Path, progress: ProgressCallback) -> Digests:
+    """Read a file once and return its size and digests, which are computed at the same time."""
     file, done, md5, sha256 = PlainFile(path), 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
     total = file.size_bytes
     with ThreadPoolExecutor(1) as thread:
-        while chunk := file.read(_CHUNK_BYTES, done):
-            pending = thread.submit(md5.update, chunk)
+        chunk = file.read(_CHUNK_BYTES, 0)
+        while chunk:
+            pending = thread.submit(md5.update, chunk)  # the slower of the two
             sha256.update(chunk)
-            pending.result()
             done += len(chunk)
+            chunk = file.read(_CHUNK_BYTES, done)
+            pending.result()
             progress(Progress(done, total, unit="bytes", bytes_done=done, note=path.name))
     return done, md5.hexdigest(), sha256.hexdigest()
 

@@ -117,7 +117,7 @@ class ParquetSource(Source):
 
     def _fill(self, folder: Path, place: Place, given: str) -> dict[str, Any]:
         report = self._staging.progress
-        reading = Reading(place, report if isinstance(place, RemoteFile) else lambda state: None)
+        reading = Reading(place, report if isinstance(place, RemoteFile) else lambda state: None, with_md5=False)
         if isinstance(place, RemoteFile):
             copy = folder / place.name
             write(copy, iter(reading), given, place.size_bytes or 0)

@@ -25,7 +25,7 @@ from imnet_prep.types import Progress, ProgressCallback
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 _ENDINGS = (".gz", ".bz2", ".xz")
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 8 << 20
 _OUT_BYTES = 4 << 20  # of one decompressed piece: a bomb must not fill the memory
 _CHECK_BYTES = 64 << 20  # between two looks at the free disk
 _RESERVE_BYTES = 64 << 20  # of the disk are left free
@@ -176,15 +176,17 @@ class Reading:
     Args:
         place: The file.
         progress: Called with the bytes read.
+        with_md5: Compute MD5 too, by which ImageNet's archives are known.
     """
 
-    def __init__(self, place: Place, progress: ProgressCallback) -> None:
+    def __init__(self, place: Place, progress: ProgressCallback, *, with_md5: bool = True) -> None:
         self._place, self._progress = place, progress
         self._before = fingerprint(place) if isinstance(place, Path) else []
         self.size_bytes = place.stat().st_size if isinstance(place, Path) else place.size_bytes
         self._parts = _parts(place) if isinstance(place, Path) else remote.read(place)
         self._first = next(self._parts, b"")
-        self._digests, self._done = (hashlib.md5(usedforsecurity=False), hashlib.sha256()), 0
+        self._sha256, self._md5, self._done = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+        self._digests = (self._sha256, self._md5) if with_md5 else (self._sha256,)
 
     def compression(self) -> str:
         """Return how the file is compressed, or an empty string."""
@@ -204,10 +206,10 @@ class Reading:
                 part = next(self._parts, b"")
 
     def close(self) -> dict[str, Any]:
-        """Check that the file did not change meanwhile, and return its size and digests."""
+        """Check that the file did not change meanwhile, and return its size and digests (MD5 empty if not computed)."""
         self.check()
-        md5, sha256 = (digest.hexdigest() for digest in self._digests)
-        return {"size_bytes": self._done, "md5": md5, "sha256": sha256}
+        md5 = self._md5.hexdigest() if self._md5 in self._digests else ""
+        return {"size_bytes": self._done, "md5": md5, "sha256": self._sha256.hexdigest()}
 
     def check(self) -> None:
         """Check that the file did not change since it was opened; a remote one is checked when its end is read.

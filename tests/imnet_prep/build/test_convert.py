@@ -585,17 +585,16 @@ def test_dry_run_names_the_missing_val_image(tmp_path: Path) -> None:
 
 def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from imnet_prep.build import convert as conversion
-    from imnet_prep.sources import base
 
     made = make_imagenet(tmp_path / "archives", odd=False)
     read: list[str] = []
-    digest = getattr(base, "digests")  # noqa: B009
+    digest = getattr(conversion, "digests")  # noqa: B009
 
     def counted(path: Path, progress: Any = None) -> Any:
         read.append(path.name)
         return digest(path, progress)
 
-    monkeypatch.setattr(base, "digests", counted)
+    monkeypatch.setattr(conversion, "digests", counted)
 
     def stop_at_work(task: Any) -> None:
         raise Interrupted("enough")

@@ -195,7 +195,7 @@ def test_an_unfinished_copy_is_brought_again(tmp_path: Path) -> None:
 def test_stopped_it_keeps_what_is_whole(tmp_path: Path) -> None:
     for name in ("a", "b"):
         members = {f"{name}/{k}.jpg": jpeg(k) for k in range(3)}
-        (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress(tar_bytes(members)) + bytes(4 << 20))
+        (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress(tar_bytes(members)) + bytes(20 << 20))
     seen: list[str] = []
 
     def stop() -> bool:
