@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,8 +26,8 @@ from imnet_prep.records.folder import RecordsFolder
 from tests.dask_cluster import Cluster
 from tests.imnet_prep.download.servers import Exchange, Route, Server, images
 from tests.imnet_prep.obstacles import kill
-from tests.records import prep_json
 
+ROOT = Path(__file__).parent.parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Dask's own threads and sockets
 pytest.importorskip("distributed")
 
@@ -118,10 +119,21 @@ def test_parts_on_dask_workers_are_together_what_one_machine_gets(tmp_path: Path
     assert min(map(len, places)) > 0
     assert not places[0] & places[1]
     assert seen
-    prep_json("to-mindrecord", *parts, "--out", tmp_path / "records")
-    found = [(line.file_name, line.url) for line in RecordsFolder.open(tmp_path / "records").lines("train")]
-    assert len(found) == result.totals.ok
-    assert {url for _, url in found} == {image.url for image in read_finished(tmp_path / "whole")}
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, cluster: Cluster) -> None:
+    page = (ROOT / "docs" / "download.md").read_text(encoding="utf-8")
+    commands = r"(imnet-prep download [^`\n]*--executor dask .*)|`(imnet-prep to-mindrecord parts/[^`]*)`"
+    fetch, convert = re.findall(commands, page)
+    words = f"{fetch[0].replace('tcp://<address>:8786', cluster.address)} --allow-private && {convert[1]}"
+    with hosts(4) as servers:
+        write_lines(tmp_path / "urls.txt", [server.url("") for server in servers], 10)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        subprocess.run(words, shell=True, check=True, cwd=tmp_path, env=os.environ | {"PATH": path})
+    found = [line.url for line in RecordsFolder.open(tmp_path / "records").lines("train")]
+    parts = [tmp_path / "parts" / f"part-{number}-of-2" for number in (1, 2)]
+    assert sorted(map(str, found)) == sorted(image.url for part in parts for image in read_finished(part))
+    assert len(found) == 36
 
 
 @pytest.mark.long
