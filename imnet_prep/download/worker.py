@@ -128,7 +128,8 @@ class _Runner:
         try:
             found = self._attempt(task, held)
         except NoRoom as error:  # ours, not the host's; it is tried again later, and this was no attempt
-            return Retry(task, Failure(FailReason.INTERNAL, str(error), transient=True))
+            pause_s = self.options.fetch.timeout_s  # so that those who wait become fewer
+            return Retry(task, Failure(FailReason.INTERNAL, str(error), transient=True, retry_after_s=pause_s))
         if isinstance(found, Hop):
             if task.hops < self.options.fetch.max_redirects:
                 return task._replace(url=found.url, hops=task.hops + 1, spent_s=task.spent_s + time.monotonic() - begun)

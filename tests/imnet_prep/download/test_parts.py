@@ -20,7 +20,7 @@ import pytest
 
 from imnet_prep.download import DownloadOptions, DownloadResult, FetchOptions, PoliteOptions, download, read_finished
 from imnet_prep.download.urls import host_key, host_of
-from imnet_prep.errors import BudgetError, DownloadError
+from imnet_prep.errors import BudgetError, DownloadError, PlanError
 from imnet_prep.files import file_digest
 from imnet_prep.records.folder import RecordsFolder
 from tests.dask_cluster import Cluster
@@ -176,6 +176,8 @@ def test_what_cannot_be_divided_is_one_line(tmp_path: Path, cluster: Cluster) ->
     missing = tmp_path / "none"
     with pytest.raises(DownloadError, match=r"part 1/2: cannot read URL list .*none"):
         get(missing, tmp_path / "out", cluster)
+    with pytest.raises(PlanError, match="go together"):
+        DownloadOptions((missing,), tmp_path / "out", executor="dask")
     with pytest.raises(DownloadError, match="standard input"):
         get(Path("-"), tmp_path / "out", cluster)
     with pytest.raises(DownloadError, match="exclude each other"):
