@@ -37,7 +37,7 @@ test-light: $(LIGHT)/.installed
 $(LIGHT)/.installed: requirements-light.txt pyproject.toml $(NATIVE)
 	test -x $(LIGHT)/bin/python || $(PYTHON) -m venv $(LIGHT)
 	$(LIGHT)/bin/python -m pip install --quiet --requirement requirements-light.txt \
-	  pytest pytest-timeout pytest-xdist flask pyarrow webdataset
+	  pytest pytest-timeout pytest-xdist flask fsspec pyarrow webdataset
 	$(LIGHT)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

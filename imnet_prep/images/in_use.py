@@ -3,8 +3,8 @@
 from imnet_prep.images.native import decoder_status
 
 # How many times slower photographs are handled without the C++ decoder, measured on 2 cores: docs/install.md.
-SLOWER_DOWNLOAD = 1.5
-SLOWER_CONVERSION = 2.0
+SLOWER_DOWNLOAD = 1.7
+SLOWER_CONVERSION = 1.9
 SLOWER_BATCHES = 2.6
 
 

@@ -225,6 +225,7 @@ def test_an_unknown_split_lists_those_that_are_there(records: Path) -> None:
 
 
 def test_to_dataset_gives_the_batches_and_the_next_epoch_each_time(records: Path) -> None:
+    pytest.importorskip("mindspore")
     with open_batches(records, "train", EVERYTHING, 5) as batches:
         data = to_dataset(batches)
         assert data.get_dataset_size() == TRAIN // 8
