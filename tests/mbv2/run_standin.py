@@ -15,6 +15,7 @@ from imnet_prep.types import Progress
 from mbv2.recipe import Recipe
 from mbv2.training.options import RunOptions
 from mbv2.training.run import train
+from tests.mbv2.small_network import shrink
 from tests.mbv2.standin import memory_data
 
 BATCH = 8
@@ -51,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    shrink()
     main()

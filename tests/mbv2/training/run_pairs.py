@@ -14,6 +14,7 @@ from mbv2.recipe import recipe_from_fields
 from mbv2.training.options import RunOptions
 from mbv2.training.run import train
 from tests.imnet_prep.obstacles import kill
+from tests.mbv2.small_network import shrink
 
 
 def run_options(document: dict[str, Any], out: Path, *, resume: bool = False) -> RunOptions:
@@ -42,4 +43,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    shrink()
     main()

@@ -20,6 +20,7 @@ from mbv2.weights.checkpoint import read_checkpoint
 from tests.mbv2.standin import memory_data
 
 LENGTH = 4
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def pooled(image: NDArray[np.uint8]) -> NDArray[np.float32]:

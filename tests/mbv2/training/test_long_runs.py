@@ -23,7 +23,7 @@ RECIPE = Recipe(
     score_live=True, keep_every=2,
 )  # fmt: skip
 DATA = memory_data(images=STEPS * BATCH, val=9, batch=BATCH)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several compilations, on a machine that may be busy
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("small_network")]
 
 
 def options(out: Path, epochs: int = RECIPE.epochs, *, resume: bool = False) -> RunOptions:

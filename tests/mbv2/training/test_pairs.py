@@ -28,6 +28,8 @@ from tests.mbv2.weights.test_convert import random_weights
 from tests.records import spoil_image
 from tests.synthetic import WNIDS, picture
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 BASE: dict[str, Any] = {"epochs": 2, "batch_size": 4, "image_size": 32, "width": 0.35, "lr": 0.01, "warmup_frac": 0}
 TEACHER, BAD, GOOD = "<teacher>", "<bad>", "<good>"
 Level = dict[str, Any]

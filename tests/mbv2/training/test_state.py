@@ -25,6 +25,7 @@ from tests.imnet_prep.obstacles import names_below, small_disk
 from tests.mbv2.run_standin import BATCH, RECIPE, options
 from tests.mbv2.standin import memory_data
 
+pytestmark = pytest.mark.usefixtures("small_network")
 MIDDLE = {"epoch": 2, "epoch_step": 3, "step": 13, "loss_sum": 1.0, "best_top1": 0.5, "best_top5": 1.0}
 
 

@@ -23,7 +23,7 @@ from tests.mbv2.run_standin import BATCH, RECIPE, SAVE_EVERY, options
 from tests.mbv2.standin import memory_data
 
 STEPS = 40
-pytestmark = pytest.mark.timeout(900)  # several compilations, on a machine that may be busy
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("small_network")]  # the machine may be busy
 
 
 @pytest.fixture(scope="module")
