@@ -78,12 +78,12 @@ class Fetcher:
         per_host: Most idle connections to keep to one host.
         resolver: Looks up the addresses of hosts.
         stop: Called while an answer waits for room; once it returns true, :meth:`fetch` raises ``Stopped``. An answer
-            that waits for longer than an attempt may take raises ``NoRoom``.
+            that waits for longer than half of the time limit raises ``NoRoom``.
     """
 
     def __init__(self, options: FetchOptions, per_host: int, resolver: Resolver, stop: Stop = lambda: False) -> None:
         self._options, self._adapter = options, SafeAdapter(options, resolver, per_host)
-        patience = Patience(options.timeout_s, stop)
+        patience = Patience(options.timeout_s / 2, stop)
         self._room, self._unpacked = Room(_LARGE_BYTES, patience), Room(_LARGE_BYTES, patience)
         ours, theirs = version("imnet-prep"), requests.__version__
         about = f"{options.contact}; " if options.contact else ""

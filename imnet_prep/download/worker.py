@@ -11,11 +11,14 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+from PIL import Image
 
 from imnet_prep.download.addresses import Resolver
 from imnet_prep.download.content import judge
@@ -48,6 +51,7 @@ def worker_main(options: DownloadOptions, threads: int, parent: Connection, paus
     """
     begin_worker()
     return_large_buffers()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have our own limit
     with exclusive_lock(options.out / INCOMING / WORKER_LOCK.format(index)):
         work: queue.SimpleQueue[Lane] = queue.SimpleQueue()
 
@@ -55,7 +59,8 @@ def worker_main(options: DownloadOptions, threads: int, parent: Connection, paus
             return math.isinf(pauses[0])  # as all are, once the run ends
 
         fetcher = Fetcher(options.fetch, options.polite.per_host, Resolver(), stop)
-        budget = PixelBudget(options.out / INCOMING, Patience(options.fetch.timeout_s, stop))
+        patience = Patience(2 * options.fetch.timeout_s, stop)  # with all else, an attempt takes four times as long
+        budget = PixelBudget(options.out / INCOMING, patience)
         lock = threading.Lock()
         for place in range(index * threads, (index + 1) * threads):
             runner = _Runner(options, fetcher, budget, parent, lock, pauses, rows, place)
@@ -128,7 +133,7 @@ class _Runner:
         try:
             found = self._attempt(task, held)
         except NoRoom as error:  # ours, not the host's; it is tried again later, and this was no attempt
-            pause_s = self.options.fetch.timeout_s  # so that those who wait become fewer
+            pause_s = 2 * self.options.fetch.timeout_s  # so that those who wait become fewer
             return Retry(task, Failure(FailReason.INTERNAL, str(error), transient=True, retry_after_s=pause_s))
         if isinstance(found, Hop):
             if task.hops < self.options.fetch.max_redirects:
