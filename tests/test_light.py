@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def find_others(name, path=None, target=None):
 PathFinder.find_spec = find_others
 sys.modules["mindspore"] = None
 """
+NO_EDITABLE = "import sys; sys.meta_path[:] = [one for one in sys.meta_path if isinstance(one, type)]"  # its finder
 IS_HIDDEN = (
     "from importlib.util import find_spec; assert find_spec('mindspore') is None; import imnet_prep; print('so')"
 )
@@ -157,6 +159,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skip = shutil.ignore_patterns("*.so", "*.cc", "*.h", "*.inl", "__pycache__")
     for source, target in (("imnet_prep", ""), ("mbv2", ""), ("cli", "imnet_prep"), ("manifests", "imnet_prep")):
         shutil.copytree(ROOT / source, folder / "site" / target / source, ignore=skip)
+    (folder / "site" / "sitecustomize.py").write_text(NO_EDITABLE, "utf-8")
     make_image_folder(folder / "photos", 2, {"train": 12, "val": 2})
     return folder
 
@@ -209,6 +212,32 @@ def test_a_download_says_once_which_decoder_is_in_use(plain: Path, tmp_path: Pat
     assert re.fullmatch(r"OpenCV and Pillow .* not built: .*; processes: \d+, threads in each: \d+", said[0])
     assert json.loads(done.stdout)["ok"] == 8
     assert "decode" not in again.stderr  # nothing is fetched
+
+
+@pytest.mark.slow
+def test_without_the_libraries_the_doctor_says_what_installs_them(plain: Path) -> None:
+    found = json.loads(run_plain(plain, "imnet_prep", "doctor", "--json").stdout)
+    problem = next(one for one in found["problems"] if one["what"].startswith("C++ decoder and operators"))
+    assert (found["ok"], problem["needed"]) == (True, False)
+    assert "apt-get install g++ libjpeg-dev" in problem["remedy"]
+    assert "not built" in found["decoder"]
+    assert found["instruction_set"] == ""
+
+
+@pytest.mark.slow
+def test_a_build_without_a_compiler_leaves_the_libraries_out(tmp_path: Path) -> None:
+    pytest.importorskip("scikit_build_core")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    done = subprocess.run(
+        [*command, f"-Cbuild-dir={tmp_path / 'build'}", str(ROOT)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
+    with zipfile.ZipFile(next(tmp_path.glob("imnet_prep-*-none-any.whl"))) as archive:
+        names = archive.namelist()
+    assert "imnet_prep/cli/doctor.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 @pytest.mark.slow
