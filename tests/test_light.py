@@ -249,7 +249,7 @@ def test_training_says_once_which_operators_and_decoder_are_in_use(plain: Path, 
     done = run_plain(plain, "mbv2", *words)
     first, second = done.stderr.splitlines()[:2]
     assert re.fullmatch(
-        r"standard operators \(the C\+\+ operators are not built: .*\), .* slower \(\d+ threads\)", first
+        r"standard operators \(the C\+\+ operators are not built: .*\), .* slower \(\d+ threads?\)", first
     )
     assert re.fullmatch(r"OpenCV and Pillow decode, about [\d.]+ times slower: .*; threads: \d+", second)
     assert done.stderr.count("operators (") == done.stderr.count(" decode,") == 1
