@@ -54,9 +54,9 @@ def write_config(options: RunOptions, data: RunData, learner: "Learner", identit
 def log_what_computes(options: RunOptions, data: RunData) -> None:
     """Log which operators and which decoder are in use, on how many threads; without the C++ ones also why."""
     here = runtime()
-    threads = f"{here.threads} thread{'s' if here.threads > 1 else ''}" + (
-        f" in each of {here.ranks} ranks" if here.ranks > 1 else ""
-    )
+    threads = "1 thread" if here.threads == 1 else f"{here.threads} threads"
+    if here.ranks > 1:
+        threads += f" in each of {here.ranks} ranks"
     if here.device_target != "CPU":
         operators = f"MindSpore's operators on {here.device_target}"
     elif options.kernels == "standard":
