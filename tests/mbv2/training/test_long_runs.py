@@ -40,7 +40,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[StepR
     return out, rows
 
 
-@pytest.mark.long
 def test_a_run_that_broke_off_and_goes_on_longer_ends_in_the_same_bits(
     straight: tuple[Path, list[StepRow | EpochRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -74,7 +73,6 @@ def test_a_run_that_broke_off_and_goes_on_longer_ends_in_the_same_bits(
     assert [row.live_loss for row in read_metrics(straight[0])] == [row.live_loss for row in read_metrics(out)]
 
 
-@pytest.mark.long
 def test_kept_checkpoints_are_those_of_their_epochs(straight: tuple[Path, list[StepRow | EpochRow]]) -> None:
     kept = sorted(path.name for path in straight[0].glob("epoch-*"))
     assert kept == ["epoch-0002.ckpt", "epoch-0004.ckpt"]
@@ -83,7 +81,6 @@ def test_kept_checkpoints_are_those_of_their_epochs(straight: tuple[Path, list[S
     assert all(np.array_equal(value, last.weights()[name]) for name, value in second.tensors.items())
 
 
-@pytest.mark.long
 def test_both_sets_of_weights_are_scored(straight: tuple[Path, list[StepRow | EpochRow]]) -> None:
     rows = read_metrics(straight[0])
     assert all(row.val_loss is not None and row.live_loss is not None for row in rows)
@@ -91,7 +88,6 @@ def test_both_sets_of_weights_are_scored(straight: tuple[Path, list[StepRow | Ep
     assert (straight[0] / "metrics.csv").read_text().splitlines()[0].endswith(",live_loss,live_top1,live_top5")
 
 
-@pytest.mark.long
 def test_the_function_is_called_with_what_the_logs_hold(straight: tuple[Path, list[StepRow | EpochRow]]) -> None:
     out, rows = straight
     assert [row for row in rows if isinstance(row, EpochRow)] == read_metrics(out)
@@ -100,7 +96,6 @@ def test_the_function_is_called_with_what_the_logs_hold(straight: tuple[Path, li
     assert [row.step for row in rows] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
 
 
-@pytest.mark.long
 def test_a_run_that_goes_on_elsewhere_says_so(
     straight: tuple[Path, list[StepRow | EpochRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
