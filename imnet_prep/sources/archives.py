@@ -62,9 +62,7 @@ def walk_whole(
             last = found
         yield found
     if start == 0 and end in (None, file.size_bytes) and last is not None and (zeros := loose_zeros(file, last)):
-        source.remark(
-            f"{printable(path.name)} ends in {zeros:,} zero bytes, more than tar writes: no image may be there"
-        )
+        source.leave_out(path, "zeros at the end, more than tar writes", file.size_bytes - zeros, zeros)
 
 
 def ends_in_zeros(file: PlainFile) -> bool:

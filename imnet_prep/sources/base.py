@@ -59,7 +59,6 @@ class Source(ABC):
         self.salvage = False
         self.notes: tuple[str, ...] = ()
         self._skipped: list[tuple[str, int, int]] = []  # damage, and the stretch left out for it
-        self._remarks: list[str] = []
         self._walked, self._images, self._size_bytes = False, 0, 0
 
     @abstractmethod
@@ -125,7 +124,7 @@ class Source(ABC):
 
     @property
     def skipped_bytes(self) -> int | None:
-        """The bytes of damaged stretches that were left out, or None; complete once :meth:`refs` has ended.
+        """The bytes that were left out as damaged, or None; complete once :meth:`refs` has ended.
 
         It is 0 for an archive that is cut between two files.
         """
@@ -148,12 +147,12 @@ class Source(ABC):
                 f"{path} is damaged: bytes {at:,} to {at + size_bytes:,} cannot be read as files ({damage})",
                 remedy="download or copy it again; --salvage converts the rest and says what is skipped",
             )
-        where = "" if path == self.path else f"{printable(path.name)}: "
-        self._skipped.append((where + damage, at, size_bytes))
+        self.leave_out(path, damage, at, size_bytes)
 
-    def remark(self, note: str) -> None:
-        """Add a note for the user while the source is walked."""
-        self._remarks.append(note)
+    def leave_out(self, path: Path, why: str, at: int, size_bytes: int) -> None:
+        """Count a stretch of an archive as skipped; the arguments are those of :meth:`skip`."""
+        where = "" if path == self.path else f"{printable(path.name)}: "
+        self._skipped.append((where + why, at, size_bytes))
 
     def refs(self) -> Iterator[Found]:
         """Yield every image found, sorted by split, class and name; ``Rejected`` for those that cannot be read.
@@ -165,7 +164,7 @@ class Source(ABC):
             SourceError: The source is damaged or cannot be read.
         """
         notes, ignored, images, size_bytes = list[str](), Counter[str](), 0, 0
-        self._skipped, self._remarks = [], list[str]()
+        self._skipped = []
         try:
             with self._named():
                 for found in _unique(self._walk(notes, ignored)):
@@ -180,7 +179,6 @@ class Source(ABC):
         self._walked, self._images, self._size_bytes = True, images, size_bytes
         self.notes = (
             *notes,
-            *self._remarks,
             *ignored_note(ignored, self.name),
             *_skipped_note(self._skipped, self.name),
         )
@@ -342,14 +340,14 @@ def ignored_note(ignored: Counter[str], name: str) -> list[str]:
 
 
 def _skipped_note(skipped: Sequence[tuple[str, int, int]], name: str) -> list[str]:
-    """Return a note on the damaged stretches that were left out; nothing without any."""
+    """Return a note on the stretches that were left out; nothing without any."""
     if not skipped:
         return []
     total = sum(size for _, _, size in skipped)
     places = [f"{size:,} from byte {at:,} ({damage})" for damage, at, size in skipped[:_LISTED]]
     more = ", ..." if len(skipped) > _LISTED else ""
     count = "1 place" if len(skipped) == 1 else f"{len(skipped)} places"
-    return [f"{name}: {total:,} damaged bytes skipped in {count}: {', '.join(places)}{more}"]
+    return [f"{name}: {total:,} bytes skipped in {count}: {', '.join(places)}{more}"]
 
 
 def suffix_of(name: str) -> str:

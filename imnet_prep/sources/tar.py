@@ -92,10 +92,10 @@ def walk(
         name, fault, resume = "", "", at + BLOCK
         if header == _ZERO:
             resume = _zeros_end(file, at, end)
-            is_loose = (start, end) == (0, file.size_bytes) and end - at <= _LOOSE_ZEROS
+            is_loose = (start, end) == (0, file.size_bytes) and end - at <= _LOOSE_ZEROS and end % BLOCK == 0
             if resume == end and not extra and at > first and (is_loose or _is_padding(end - at, end - first)):
                 return
-            if not extra and _is_joint(file, at, resume, first, end):
+            if not extra and at > first and _is_joint(file, at, resume, first, end):
                 at = first = resume
                 common = _Extra()
                 continue

@@ -141,7 +141,7 @@ def test_damage_is_an_error_and_salvage_says_what_is_skipped(how: str, archive: 
     manifest = RecordsFolder.open(out).manifest
     assert told["skipped_bytes"] == manifest.sources[0]["skipped_bytes"] > 0
     assert manifest.options["salvage"] is True
-    assert any("damaged bytes skipped" in note for note in told["notes"])
+    assert any("bytes skipped" in note for note in told["notes"])
     assert told["images"] >= (4 if how == "zeros" else 33)
     check_accounted(originals, out, 0, salvaged=True)
 
