@@ -34,6 +34,7 @@ PART = "part-{}-of-{}"
 _PART_NAME = re.compile(r"part-[0-9]+-of-([0-9]+)")
 _POLL_S = 0.2
 _ASK_EVERY_S = 1.0  # a worker asks the scheduler whether to stop
+_LOOK_EVERY_S = 2.0  # the client looks whether there are workers
 _TOP = 5  # hosts named with their failures
 _AGAIN = "run the same command again: finished URLs are kept"
 STOP = b"s"  # what a part's process is told to make it end; the end of the pipe kills it
@@ -68,20 +69,10 @@ def download_parts(
     with connected(scheduler, "part", _AGAIN) as client:
         from distributed import Event
 
-        workers = sorted(client.nthreads())
-        count = known or len(workers)
-        log.info("%d parts on %d Dask workers", count, len(workers))
-        on_machine = Counter(urlsplit(worker).hostname for worker in workers)
+        count = known or len(client.nthreads())
         stopped, watched = Event(name, client=client), _Watched(options, count, progress)
         client.subscribe_topic(name, watched.hear)
-        waiting = {}
-        for number in range(1, count + 1):
-            worker = workers[number % len(workers)]
-            sharing = on_machine[urlsplit(worker).hostname]
-            waiting[number] = client.submit(
-                run_part, _options_of(options, number, count), sharing, name,
-                key=f"{name}-{number}", pure=False, workers=[worker], allow_other_workers=True,
-            )  # fmt: skip
+        waiting, looked_at = _submitted(client, options, count, name), time.monotonic()
         try:
             while waiting:
                 for number in [number for number, future in waiting.items() if future.done()]:
@@ -90,13 +81,30 @@ def download_parts(
                 if not watched.stopping and (stop() or watched.is_in_vain()):
                     watched.stopping = True
                     stopped.set()
-                if watched.stopping and waiting and not client.nthreads():
-                    raise Interrupted("interrupted; no Dask worker is left to say how far it got", remedy=_AGAIN)
+                if waiting and time.monotonic() - looked_at >= _LOOK_EVERY_S:
+                    looked_at = time.monotonic()
+                    watched.look_for_workers(client)
                 time.sleep(_POLL_S)
         finally:
             with suppress(OSError, RuntimeError, ValueError):  # the scheduler may be gone
                 stopped.set()
     return watched.united(time.monotonic() - begun)
+
+
+def _submitted(client: Any, options: DownloadOptions, count: int, name: str) -> dict[int, Any]:
+    """Give each part to a worker, or to another one if that dies; return the futures by number."""
+    workers = sorted(client.nthreads())
+    log.info("%d parts on %d Dask workers", count, len(workers))
+    on_machine = Counter(urlsplit(worker).hostname for worker in workers)
+    found = {}
+    for number in range(1, count + 1):
+        worker = workers[number % len(workers)]
+        sharing = on_machine[urlsplit(worker).hostname]
+        found[number] = client.submit(
+            run_part, _options_of(options, number, count), sharing, name,
+            key=f"{name}-{number}", pure=False, workers=[worker], allow_other_workers=True,
+        )  # fmt: skip
+    return found
 
 
 def _parts_begun(out: Path) -> int | None:
@@ -141,6 +149,7 @@ class _Watched:
         self._said: dict[int, Progress] = {}
         self._shown: Progress | None = None
         self._verdict: ImnetError | None = None
+        self._is_alone = False
         self.ended: dict[int, Ended] = {}
         self.stopping = False
 
@@ -169,6 +178,19 @@ class _Watched:
         if self._progress and found is not None and found != self._shown:
             self._progress(found)
         self._shown = found
+
+    def look_for_workers(self, client: Any) -> None:
+        """Say if there is no worker, or end the wait for one.
+
+        Raises:
+            Interrupted: The parts were told to stop, and nobody is left to do so.
+        """
+        is_alone = not client.nthreads()
+        if is_alone and self.stopping:
+            raise Interrupted("interrupted; no Dask worker is left to say how far it got", remedy=_AGAIN)
+        if is_alone and not self._is_alone:
+            log.warning("no Dask worker is left (their logs say why); waiting for one")
+        self._is_alone = is_alone
 
     def is_in_vain(self) -> bool:
         """Return whether the parts are to be stopped: one has failed, or too many URLs of all parts have."""
@@ -272,8 +294,9 @@ def _attend(
     while True:
         if not is_told and time.monotonic() - asked_at >= _ASK_EVERY_S:
             asked_at = time.monotonic()
-            if is_told := is_stopped():
-                with suppress(OSError):
+            with suppress(OSError):  # of the scheduler, and it is asked again; a worker that has lost it ends
+                if is_stopped():
+                    is_told = True
                     _to(child).write(STOP)
                     _to(child).flush()
         try:

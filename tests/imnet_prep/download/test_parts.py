@@ -220,7 +220,7 @@ def test_ctrl_c_stops_all_parts_and_the_same_command_goes_on(tmp_path: Path, clu
                 assert client.poll() is None
                 time.sleep(0.02)
             client.send_signal(signal.SIGINT)
-            said, complained = client.communicate(timeout=60)
+            said, complained = client.communicate(timeout=200)
         assert client.returncode == 130, complained.decode()
         found = json.loads(said)
         assert found["pending"] > 0
