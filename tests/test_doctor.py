@@ -73,6 +73,7 @@ def test_the_table_ends_with_the_result(tmp_path: Path) -> None:
     assert any(line.startswith("trial") and "20 images downloaded" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["numpy", "cv2", "filelock", "jsonschema"])
 def test_a_library_that_raises_at_import_is_named(name: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--json", **{name: "raise RuntimeError('built for\\nanother machine')"})
@@ -86,6 +87,7 @@ def test_a_library_that_raises_at_import_is_named(name: str, tmp_path: Path) -> 
     assert found["trial_s"] is None
 
 
+@pytest.mark.slow
 def test_a_library_that_ends_the_process_is_named_and_the_others_are_looked_at(tmp_path: Path) -> None:
     done = run(tmp_path, cv2="import os\nos._exit(86)", certifi="raise ImportError('no certificates')")
     lines = [line for line in done.stdout.splitlines() if line.startswith("broken")]

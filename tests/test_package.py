@@ -99,6 +99,7 @@ def test_the_wheel_converts_and_verifies_beside_modules_of_the_same_names(wheel:
     convert_and_check([sys.executable, "-S", "-P", "-m", "imnet_prep"], own, PYTHONPATH=os.pathsep.join(paths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[str(SCRIPTS / "imnet-prep")], [sys.executable, "-P", "-m", "imnet_prep"]])
 def test_the_installed_command_converts_and_verifies_there(command: list[str], own: Path) -> None:
     convert_and_check(command, own)

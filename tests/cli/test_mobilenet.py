@@ -166,6 +166,7 @@ def test_how_many_bad_records_are_passed_over_is_a_word_or_a_number(records: Pat
     assert "got many" in line.replace("'", "")
 
 
+@pytest.mark.slow
 def test_records_of_some_classes_are_scored_and_of_others_refused(
     trained: tuple[Path, dict[str, object]], tmp_path: Path
 ) -> None:
@@ -278,6 +279,7 @@ def test_convert_prints_the_model_that_takes_the_weights(
     assert printed["model"] == "timm.create_model('mobilenetv2_035', num_classes=3, bn_eps=1e-05)"
 
 
+@pytest.mark.slow
 def test_bench_prints_its_figures() -> None:
     command = ("bench", "--batch-size", "2", "--image-size", "32", "--width", "0.35", "--steps", "2")
     result = run(*command, "--mode", "eval", "--standard-ops", "--json")

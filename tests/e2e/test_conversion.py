@@ -10,7 +10,7 @@ import pytest
 from imnet_prep.records.manifest import load_manifest
 from tests.records import digests, prep, prep_json
 
-pytestmark = pytest.mark.real_data
+pytestmark = [pytest.mark.slow, pytest.mark.real_data]
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ def test_interrupted_at_a_few_places_and_run_again_it_ends_in_the_same_bytes(sta
         check(sweep(stage, kind, places))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_gets_its_final_name_is_flushed_before_and_its_folder_after(stages: Stages, name: str) -> None:
     assert stages(name).flush_faults() == []
@@ -106,6 +107,7 @@ def test_kill_comes_before_the_call(stages: Stages) -> None:
     assert not (stage.root / "records").exists()
 
 
+@pytest.mark.slow
 def test_other_call_than_the_one_meant_is_noticed(stages: Stages) -> None:
     stage = stages("to-mindrecord")
     first, *_, last = stage.places("EIO")

@@ -20,6 +20,7 @@ from tests.records import command, digests
 if sys.platform != "linux":
     pytest.skip("it hides what Linux has", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 OTHER = Path(__file__).parent / "another_system"  # a sitecustomize.py
 NAMES = ("os.pread", "os.pwrite", "os.writev", "os.fchmod", "os.O_CLOEXEC", "os.posix_fadvise", "os.fork",
          "os.sched_getaffinity", "os.register_at_fork", "signal.SIGKILL", "fcntl.flock", "resource.getrlimit",

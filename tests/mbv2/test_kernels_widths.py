@@ -94,6 +94,7 @@ def test_depthwise(rng: np.random.Generator, stride: int, same: int) -> None:
             assert difference(dw, expected[2]) < CLOSE_WEIGHTS
 
 
+@pytest.mark.slow
 def test_pointwise(rng: np.random.Generator) -> None:
     pairs = {(s[0], s[1]) for s in BLOCKS} | {(s[1], s[2]) for s in BLOCKS + FIRST_BLOCKS} | set(HEADS)
     for (inputs, outputs), (n, h, w) in itertools.product(sorted(pairs), SIZES):
@@ -110,6 +111,7 @@ def test_pointwise(rng: np.random.Generator) -> None:
             assert difference(dw[:, :, 0, 0], expected[2]) < CLOSE_WEIGHTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relu6", [0, 1])
 def test_batchnorm(rng: np.random.Generator, relu6: int) -> None:
     options = [switches(kind=relu6), NUMBERS]
@@ -184,6 +186,7 @@ def assert_gradients(got: dict[str, Floats], expected: dict[str, Array], where: 
         assert difference(value, expected[name]) < limit, (where, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [0, 1])
 def test_whole_blocks(rng: np.random.Generator, same: int) -> None:
     sizes = itertools.cycle([((2, 5, 3), 1), ((1, 7, 9), 2), ((3, 6, 5), 3)])

@@ -231,6 +231,7 @@ def test_the_operators_use_the_threads_that_this_process_has(monkeypatch: pytest
         kernels.set_threads(0)
 
 
+@pytest.mark.slow
 def test_the_environment_hides_the_operators() -> None:
     code = (
         "from mbv2 import kernels; from mbv2.network.model import MobileNetV2, ModelConfig;"

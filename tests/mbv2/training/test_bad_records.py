@@ -24,7 +24,7 @@ from tests.records import entries, spoil_image, write_folder
 
 TRAIN, VAL, BATCH = 600, 30, 50
 RECIPE = Recipe(epochs=2, batch_size=BATCH, image_size=32, width=0.35, lr=0.01, warmup_frac=0)
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("small_network")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("small_network")]
 
 
 @pytest.fixture(scope="module")

@@ -197,6 +197,7 @@ def test_head_training_needs_pretrained_weights(tmp_path: Path) -> None:
         RunOptions(tmp_path, tmp_path, Recipe(freeze="backbone"))
 
 
+@pytest.mark.slow
 def test_another_width_is_refused(pretrained: Path, tmp_path: Path) -> None:
     recipe = Recipe(epochs=1, batch_size=8, image_size=32, width=0.5)
     with pytest.raises(TrainError, match=r"width 0\.35"):
