@@ -86,6 +86,7 @@ class Job(Protocol):
 
     def close(self) -> None:
         """End what goes on in the background."""
+        return
 
     def seal(self, workdir: Workdir, manifest: Manifest) -> Manifest:
         """Check the shards against the inputs, and return the manifest to be written."""

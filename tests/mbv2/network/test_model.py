@@ -110,7 +110,7 @@ def assert_close(got: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray
 
 
 @needs_kernels
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("twins", ["symmetric"], indirect=True)
 def test_a_whole_step_agrees_at_states_of_a_run_on_standard_operators(twins: Twins) -> None:
     """Loss, gradients and moving statistics from the same weights, along a short run.

@@ -221,7 +221,7 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
         assert np.abs(second[name] - first[name]).max() <= 0.02 * np.abs(change).max() + 1e-6, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_print_one_score(records: Path, two: Path, tmp_path: Path) -> None:
     arguments: list[str | Path] = [
         "-m",
