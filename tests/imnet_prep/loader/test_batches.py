@@ -338,3 +338,12 @@ def test_the_memory_of_a_batch_is_used_again_once_no_view_of_it_is_held(records:
         address = {image.ctypes.data for image in again}
         del kept, again, view, image, second
         assert next(batches.epoch(0)).image.ctypes.data in address
+
+
+def test_a_tensor_that_shares_the_memory_of_a_batch_keeps_it(records: Path) -> None:
+    ms = pytest.importorskip("mindspore")
+    with open_batches(records, "train", TrainOptions(8, 32), workers=2, prefetch=1) as batches:
+        shared = [(ms.Tensor.from_numpy(batch.image), batch.image.copy()) for batch in batches]
+        assert sum(len(batch) for batch in batches.epoch(1))  # which the freed blocks take
+        for tensor, image in shared:
+            np.testing.assert_array_equal(tensor.asnumpy(), image)
