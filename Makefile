@@ -41,7 +41,7 @@ $(LIGHT)/.installed: requirements-light.txt pyproject.toml $(NATIVE)
 	$(LIGHT)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# Interrupts each command at every place where it changes a file: about half an hour.
+# Interrupts each command at every place where it changes a file, resumes every pair of options: about an hour.
 test-long: venv
 	$(BIN)/python -m pytest -n 2 -m long
 
