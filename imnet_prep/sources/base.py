@@ -74,9 +74,7 @@ class Source(ABC):
         """Whether :meth:`info` is to compute digests: of an archive that was not hashed when it was brought."""
         return self.staged is None and not self.path.is_dir()
 
-    def info(
-        self, progress: ProgressCallback = lambda state: None, hashed: Digests | None = None
-    ) -> dict[str, Any]:
+    def info(self, progress: ProgressCallback = lambda state: None, hashed: Digests | None = None) -> dict[str, Any]:
         """Return the source's entry in the manifest; an archive is read once to compute its digests.
 
         It holds no path, and the name of no folder, so a copy elsewhere gives the same manifest.

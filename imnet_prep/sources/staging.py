@@ -261,13 +261,17 @@ def write(path: Path, pieces: Iterator[bytes], given: str, least_bytes: int) -> 
     """
     check_room(path.parent, least_bytes, given)
     done = checked = 0
-    with path.open("xb") as file:
+    with path.open("xb") as file, ThreadPoolExecutor(1) as thread:
+        flushed = thread.submit(sync, path)
         for piece in pieces:
             file.write(piece)
             done += len(piece)
             if done - checked >= _CHECK_BYTES:
                 check_room(path.parent, 0, given)
                 checked = done
+                flushed.result()
+                flushed = thread.submit(sync, path)  # so that little is left to do at the end
+        flushed.result()
 
 
 def check_room(folder: Path, size_bytes: int, given: str) -> None:
