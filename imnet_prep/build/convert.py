@@ -85,13 +85,13 @@ class _SourcesJob(Job):
         self._states = {path: _file_state(path) for source in self._sources for path in source.archives()}
         depends = [PLAN_VERSION, states, self._split, options.content(), options.seed, options.label_names()]
         self._key = None if None in states else json.dumps(depends, sort_keys=True)
+        with suppress(OSError, ValueError):
+            self._known = json.loads((workdir.work / DIGESTS).read_bytes())
         begun = workdir.begun()
         if self._key is not None and begun is not None and begun.get("key") == self._key:
             plan = load_plan(workdir.database, self._options)
             if plan is not None and plan.digest == begun["plan"]:
                 return plan
-        with suppress(OSError, ValueError):
-            self._known = json.loads((workdir.work / DIGESTS).read_bytes())
         if not workdir.out.exists():  # else it may be finished, and no digest needed
             archives = [source for source in self._sources if source.is_hashed and not self._hashed(source)]
             self._hashing.begin(source.path for source in archives)

@@ -585,6 +585,7 @@ def test_dry_run_names_the_missing_val_image(tmp_path: Path) -> None:
 
 def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from imnet_prep.build import convert as conversion
+    from imnet_prep.sources import base
 
     made = make_imagenet(tmp_path / "archives", odd=False)
     read: list[str] = []
@@ -594,7 +595,8 @@ def test_resuming_reads_no_archive_again_but_notices_another(tmp_path: Path, mon
         read.append(path.name)
         return digest(path, progress)
 
-    monkeypatch.setattr(conversion, "digests", counted)
+    for module in (conversion, base):
+        monkeypatch.setattr(module, "digests", counted)
 
     def stop_at_work(task: Any) -> None:
         raise Interrupted("enough")
