@@ -24,7 +24,7 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Leaves out what takes more than a few seconds: under two minutes.
+# Leaves out what takes more than a few seconds: two to four minutes.
 test-fast: venv
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not long'
 
