@@ -101,15 +101,17 @@ def measure(runs: dict[str, tuple[int, Callable[[], float]]], rounds: int) -> di
     }
 
 
+def photographs(archive: Path) -> list[tuple[Path, bytes]]:
+    """Return the JPEGs of a tar with their names, in its order."""
+    with tarfile.open(archive) as tar:
+        files = [(Path(member.name), tar.extractfile(member)) for member in tar if member.isfile()]
+        photos = [(path, file.read()) for path, file in files if file is not None]
+    return [(path, data) for path, data in photos if data.startswith(b"\xff\xd8")]
+
+
 def repeat(archive: Path, folder: Path, count: int) -> Path:
     """Write the photographs of a tar again and again under other names, a folder a class."""
-    with tarfile.open(archive) as tar:
-        photos = [
-            (Path(member.name), file.read())
-            for member in tar
-            if member.isfile() and (file := tar.extractfile(member)) is not None
-        ]
-    photos = [(path, data) for path, data in photos if data.startswith(b"\xff\xd8")]
+    photos = photographs(archive)
     for number in range(count):
         path, data = photos[number % len(photos)]
         target = folder / path.name.split("_")[0]

@@ -26,7 +26,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from benchmarks.convert import timed
+from benchmarks.convert import photographs, timed
 from imnet_prep.cpu import cpu_count
 
 SERVER = """
@@ -63,22 +63,16 @@ def main() -> None:
     assert server.stdout is not None
     try:
         address = server.stdout.readline().strip()
-        forms = write_forms(photographs(args.images, args.count), args.work, address)
+        forms = write_forms(repeated(args.images, args.count), args.work, address)
         print(json.dumps(measure(forms, args.count, args.rounds, args.work, address), indent=1))
     finally:
         server.kill()
         shutil.rmtree(args.work)
 
 
-def photographs(archive: Path, count: int) -> list[Photo]:
+def repeated(archive: Path, count: int) -> list[Photo]:
     """Return the JPEGs of a tar again and again under other names, ``count`` of them."""
-    with tarfile.open(archive) as tar:
-        found = sorted(
-            (Path(member.name).name, file.read())
-            for member in tar
-            if member.isfile() and (file := tar.extractfile(member)) is not None
-        )
-    found = [(name, data) for name, data in found if data.startswith(b"\xff\xd8")]
+    found = sorted((path.name, data) for path, data in photographs(archive))
     chosen = [(*found[number % len(found)], number // len(found)) for number in range(count)]
     return [(name.split("_")[0], f"{Path(name).stem}_{copy:04d}.jpg", data) for name, data, copy in chosen]
 

@@ -92,7 +92,7 @@ def download_parts(
 
 
 def _submitted(client: Any, options: DownloadOptions, count: int, name: str) -> dict[int, Any]:
-    """Give each part to a worker, or to another one if that dies; return the futures by number."""
+    """Submit each part to a worker, or to another one if that dies; return the futures by number."""
     workers = sorted(client.nthreads())
     log.info("%d parts on %d Dask workers", count, len(workers))
     on_machine = Counter(urlsplit(worker).hostname for worker in workers)
@@ -284,7 +284,7 @@ def _attend(
     is_stopped: Stop,
     tell: Callable[[Progress], None],
 ) -> Ended:
-    """Give a part's process its task, and pass on what it says until it ends."""
+    """Send a part's process its task, and pass on what it says until it ends."""
     said: queue.SimpleQueue[Progress | Ended] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(child, said), daemon=True).start()
     with suppress(OSError):  # it has died, which its silence tells

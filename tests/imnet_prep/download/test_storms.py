@@ -3,6 +3,7 @@
 import hashlib
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from imnet_prep.download import DownloadOptions, DownloadResult, FetchOptions, PoliteOptions, download, read_finished
+from imnet_prep.download.messages import Task
+from imnet_prep.download.scheduler import Host
 from tests.imnet_prep.download.servers import Exchange, Server, images, picture, write_list
 
 QUICK = PoliteOptions(backoff_s=0.02, max_backoff_s=0.5, probe_pause_s=0.1, max_retry_after_s=0.5, retries=3)
@@ -119,3 +122,10 @@ def test_a_thousand_urls_of_storming_hosts_end_within_ten_minutes(tmp_path: Path
     assert result.totals.pending == 0
     assert result.seconds < 600, hits
     assert max(hits.values()) <= MOST, hits
+
+
+def test_a_probe_is_a_url_that_was_asked_for_least() -> None:
+    """One that failed before tells less of the host."""
+    tasks = [Task(row, f"http://a.example/{row}", attempts) for row, attempts in enumerate((3, 1, 0, 2, 0))]
+    host = Host(0, QUICK, [0.0], 0, Counter({0: 1}), 1, queue=deque(tasks), probes=0)
+    assert [host.next_tasks()[0].row for _ in tasks] == [2, 4, 1, 3, 0]

@@ -7,6 +7,7 @@ import random
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -83,10 +84,15 @@ def untold(damaged: Mapping[str, bytes], original: Mapping[str, bytes]) -> int:
 
 
 def check_lost(images: Mapping[Name, bytes], found: Outcome, allowed: int, about: str) -> None:
-    """Check that no image is lost but those that nothing tells of, where no bytes are named as left out."""
-    if found.skipped is None:
-        missing = lost(images, found.stored, found.rejected)
-        assert len(missing) <= max(0, allowed), f"{about}: {missing[:3]}"
+    """Check that no image is lost but those that nothing tells of, and those that the bytes left out have room for.
+
+    How many of these were there before a cut is not known.
+    """
+    missing = lost(images, found.stored, found.rejected)
+    rooms = sorted(BLOCK + -(-len(images[key]) // BLOCK) * BLOCK for key in missing)
+    hidden = sum(total <= (found.skipped or 0) for total in accumulate(rooms))
+    if not (found.skipped and "cut" in about):
+        assert len(missing) <= max(allowed, hidden), f"{about}: {missing[:3]}"
 
 
 SEEDS = [range(8), *(pytest.param(range(k, k + 124), marks=pytest.mark.long) for k in range(8, 1000, 124))]
@@ -112,7 +118,9 @@ def test_damaged_archives_account_for_every_image(form: str, seeds: range, tmp_p
         if salvaged.error:
             assert not untouched, f"seed {seed}: {done}: {salvaged.error}"
             continue
-        check_lost(archive.images, salvaged, allowed, f"seed {seed}: {done}")
+        if salvaged.skipped is None:
+            check_lost(archive.images, salvaged, allowed, f"seed {seed}: {done}")
+        assert strict.error or salvaged == strict
         there = {
             key for key in untouched if salvaged.stored.get(key) == hashlib.sha256(archive.images[key]).hexdigest()
         }

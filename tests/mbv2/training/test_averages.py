@@ -46,6 +46,6 @@ def test_statistics_and_weights_are_averaged_at_each_update(tmp_path: Path) -> N
     found = averages()
     assert found.keys() == wanted.keys()
     moved = [name for name in wanted if "moving_" in name and np.abs(found[name] - start[name]).max() > 1e-3]
-    assert len(moved) > 20
+    assert len(moved) > 0.75 * sum("moving_" in name for name in wanted)
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
