@@ -103,6 +103,7 @@ class Batches:
         loading: How the split is read.
         images: Records of the split, over all ranks.
         class_names: In label order.
+        records_digest: SHA-256 (hex) of ``manifest.json``.
         steps_per_epoch: Batches of this rank in an epoch.
         workers: Decode threads.
         prefetch: Batches that are made ahead.
@@ -120,6 +121,7 @@ class Batches:
         self.loading = loading
         self.images = len(self._table)
         self.class_names = folder.manifest.classes
+        self.records_digest = folder.manifest.digest
         self.decoder = self._decoder.name
         self._training = isinstance(options, TrainOptions)
         self._whole = isinstance(options, TrainOptions) and options.drop_last  # every batch has all its rows
@@ -134,7 +136,7 @@ class Batches:
             )
         self.workers = loading.workers or max(1, cpu_count() // loading.local_ranks)
         self.prefetch = loading.prefetch or self._choose_prefetch()
-        self._buffers = _Buffers(self.batch_bytes, self.prefetch + 2)
+        self._allocate = loading.allocate or _Buffers(self.batch_bytes, self.prefetch + 2).array
         self.times = StageTimes()
         most = loading.max_skipped
         if most is None:
@@ -206,12 +208,13 @@ class Batches:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._reader.close()
 
-    def epoch(self, number: int, start_step: int = 0) -> Generator[Batch, None, None]:
+    def epoch(self, number: int, start_step: int = 0, *, empty: bool = False) -> Generator[Batch, None, None]:
         """Start an epoch at any step, in the same time; decoding begins at once.
 
         Args:
             number: From 0. Order, crops and all other draws follow from (seed, number, record id).
             start_step: Batches of this rank to leave out at the beginning; they are not decoded.
+            empty: Yield batches whose every row was skipped as well, so that steps can be counted.
 
         Returns:
             An iterator of batches. Its ``close`` drops the batches that are made ahead.
@@ -224,7 +227,7 @@ class Batches:
         check_range("start_step", start_step, 0, self.steps_per_epoch)
         order = self.order(number)
         queue = (self._submit(number, order, self._sampler.span(step)) for step in range(start_step, len(self)))
-        return self._results(queue, deque(islice(queue, self.prefetch)))
+        return self._results(queue, deque(islice(queue, self.prefetch)), empty)
 
     def order(self, number: int) -> EpochOrder:
         """Return the order of an epoch over all ranks."""
@@ -237,7 +240,7 @@ class Batches:
         if self._process != os.getpid():
             raise PipelineError("the pipeline is closed, or was opened in another process")
 
-    def _results(self, queue: Iterator[_Pending], ahead: deque[_Pending]) -> Generator[Batch, None, None]:
+    def _results(self, queue: Iterator[_Pending], ahead: deque[_Pending], empty: bool) -> Generator[Batch, None, None]:
         """Yield the batches made ahead, and take one more from the queue for each."""
         try:
             while ahead:
@@ -246,7 +249,7 @@ class Batches:
                 if bad := ahead.popleft().bad:
                     self._bad.add(bad)  # here, so that it does not depend on how far the threads are
                 ahead.extend(islice(queue, 1))
-                if len(batch):  # evaluation may have skipped every row
+                if empty or len(batch):  # evaluation may have skipped every row
                     yield batch
         finally:
             if self._process == os.getpid():
@@ -258,7 +261,7 @@ class Batches:
         places = np.arange(span.start, span.stop)
         self._reader.will_need(order.positions[span])
         starts, side = range(0, len(places), CHUNK_ROWS), self.options.image_size
-        image = self._buffers.array(len(places), side, side, 3)
+        image = self._allocate(len(places), side, side, 3)
         batch = _Pending(epoch, order, places, image, len(starts))
         batch.chunks = [self._pool.submit(self._make_chunk, batch, start) for start in starts]
         return batch

@@ -1,8 +1,11 @@
 """Options of the loader: what is done to an image, and how a split is read. Each is checked when it is made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
 
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.batch_decoder import INTERPOLATIONS
@@ -171,6 +174,8 @@ class LoaderOptions:
         check: Compare each image with its SHA-256 at its ``first`` reading, ``always`` or ``never``.
         prefetch: Batches that are made ahead; None queues a chunk of 32 rows per worker, at least 2 batches, and beyond
             those at most :data:`AHEAD_BYTES` for all ranks of this machine together.
+        allocate: Returns an undefined uint8 array of the shape that its arguments are (N, H, W, 3), for the images of a
+            batch; None allocates memory that is used again once no array shares it.
     """
 
     seed: int = 0
@@ -184,6 +189,7 @@ class LoaderOptions:
     native: str = "auto"
     check: str = "first"
     prefetch: int | None = None
+    allocate: Callable[[int, int, int, int], NDArray[np.uint8]] | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("on_error", ON_ERROR), ("order", ORDERS), ("native", NATIVE), ("check", CHECKS)):
