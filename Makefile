@@ -15,7 +15,7 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,dask,browse,export,tensorboard]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,dask,browse,export,tensorboard,bench]'
 	touch $@
 
 demo: venv
@@ -52,11 +52,12 @@ check: venv
 	  $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit 1; \
 	done
 
-# The peers, each in an environment of its own (6 GB): their NumPy is not MindSpore's.
+# Ours beside the peers, each in an environment of its own (6 GB): their NumPy is not MindSpore's. Twelve minutes on a quiet
+# machine with two cores; BENCH=--short is a trial of four, BENCH='--images DIR' takes your own photographs.
 bench: venv .venv-peers/.installed .venv-img2dataset/.installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
-.venv-peers/.installed: benchmarks/requirements-pipeline.txt
+.venv-peers/.installed: benchmarks/requirements-peers.txt
 .venv-img2dataset/.installed: benchmarks/requirements-download.txt
 .venv-peers/.installed .venv-img2dataset/.installed:
 	$(PYTHON) -m venv $(@D)

@@ -1,30 +1,26 @@
-"""`make bench`: every benchmark of the house, one after the other, beside its peers."""
+"""`make bench`: every comparison, with its peers, as tables and as one JSON.
+
+Commands::
+
+    python -m benchmarks
+    python -m benchmarks --images my-photos --json mine.json
+    python -m benchmarks --short
+
+Without ``--images``, photographs are made from pictures that scikit-learn and scikit-image ship. Each comparison also
+runs alone as ``python -m benchmarks.<name>``, with the name `train_cpu`, `pipeline`, `convert` or `download`; its
+docstring says what is measured, and `rounds.py` how.
+"""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-TORCH, IMG2DATASET = ".venv-peers", ".venv-img2dataset"  # made by the Makefile
-# Each also runs alone as `python -m benchmarks.<name>`; its docstring says how.
-RUNS = (
-    ("train_cpu", "--torch", TORCH),
-    ("pipeline", "--torch", f"{TORCH}/bin/python", "--dali", f"{TORCH}/bin/python"),
-    ("convert", "--peer", IMG2DATASET),
-    ("download", "--peer", IMG2DATASET),
-    ("verify",),
-)
+from benchmarks import convert, download, pipeline, train_cpu
+from benchmarks.setting import parser, run
 
 
-def main() -> int:
-    """Run all; the exit code is that of the first that failed."""
-    worst = 0
-    for name, *arguments in RUNS:
-        print(f"== benchmarks.{name}", flush=True)
-        code = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], check=False).returncode
-        worst = worst or code
-    return worst
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    run(args, [convert.measure, download.measure, pipeline.measure, train_cpu.measure])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,29 +1,124 @@
-"""What the training benchmarks share: running a contender in a process of its own, and PyTorch's worker."""
+"""Contenders that live in processes of their own: each sets up once, and measures whenever it is asked.
+
+A contender's module calls :func:`serve` with what to run; the benchmark starts it as a :class:`Contender`. It may run
+under another interpreter, so this module needs nothing but the standard library.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from imnet_prep.cpu import cpu_count
-
-WORKER = Path(__file__).with_name("torch_worker.py")
+ROOT = Path(__file__).parents[1]
 
 
-def run_json(command: Sequence[str]) -> dict[str, Any]:
-    """The last line of a command's output, as JSON."""
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+def serve(set_up: Callable[[], Callable[[], Mapping[str, float]]]) -> None:
+    """Set up, say so, and measure once for every line on stdin.
+
+    Whatever libraries print goes to stderr.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    measure = set_up()
+    print("{}", file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(measure()), file=answers, flush=True)
+    os._exit(0)  # without waiting for threads and processes of the contender
+
+
+def step_rate(run: Callable[[], object], steps: int, batch_size: int) -> dict[str, float]:
+    """Return images/s of the median step."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return {"images_per_s": batch_size / statistics.median(times)}
+
+
+class Contender:
+    """A process that serves, as a context manager; called, it measures once.
+
+    Args:
+        python: The interpreter.
+        module: The module in this folder.
+        words: Its arguments.
+        environment: Variables that are added.
+        cores: Let it run on so many cores alone.
+    """
+
+    def __init__(
+        self,
+        python: str | Path,
+        module: str,
+        *words: object,
+        environment: Mapping[str, str] | None = None,
+        cores: int | None = None,
+    ):
+        self._command = [*on_cores(cores), str(python), "-m", f"benchmarks.{module}", *map(str, words)]
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **(environment or {})}
+
+    def __enter__(self) -> Self:
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            cwd=ROOT, env=self._environment,
+        )  # fmt: skip
+        self._answer()
+        return self
+
+    def __call__(self) -> dict[str, float]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer says why
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            sys.exit(f"{' '.join(self._command)} failed:\n{self._log.read()[-2000:]}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+def on_cores(cores: int | None) -> list[str]:
+    """Return the start of a command that may run on so many of this process's cores alone; None: on all."""
+    if cores is None:
+        return []
+    return ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))]
+
+
+@contextmanager
+def together(contenders: Mapping[str, Contender]) -> Iterator[Mapping[str, Contender]]:
+    """Start contenders one after the other, and end them all."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(contender) for name, contender in contenders.items()}
+
+
+def run_json(command: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the last line of a command's output, as JSON."""
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if run.returncode != 0:
         sys.exit(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     return result
-
-
-def torch_worker(venv: Path, mode: str, options: Mapping[str, object], *flags: str) -> dict[str, Any]:
-    """`torch_worker.py` in a virtual environment with torch; as many threads as this process may use if not given."""
-    words = [str(word) for pair in ({"--threads": cpu_count()} | dict(options)).items() for word in pair]
-    return run_json([str(venv / "bin/python"), str(WORKER), mode, *words, *flags])

@@ -1,112 +1,76 @@
-"""`imnet-prep download` beside what it is made of, and beside img2dataset, from one local server in one run.
+"""`imnet-prep download` beside img2dataset, and beside what it is made of, from one local server.
 
 Command::
 
-    python -m benchmarks.download --images ../shared/data/imagenet-samples-250.tar --count 5000 --peer /tmp/dl-venv
+    python -m benchmarks.download --images ../shared/data/imagenet-samples-250.tar --count 5000
 
-The peer needs a virtual environment of its own with ``benchmarks/requirements-download.txt``; without ``--peer`` it
-is left out. The server is nginx where installed, else Python's (slower: it then is part of what is measured). Every
-photograph is asked for under many URLs (a query string), ours and theirs alike. Rounds alternate; medians are
-given.
+The server is nginx where installed, else Python's (slower: it then is part of what is measured). Every photograph is
+asked for under many URLs (a query string), all contenders alike; a first round that does not count warms caches.
 
-``combined`` is 1 / (1 / raw + 1 / decode), both measured here on the same cores: raw is plain ``requests`` sessions
-in one process a core, decode reads every compressed bit at 1/8 scale in one process a core. ``cpu_ms`` is processor
-time an image, the server's left out: the fairer figure on a machine that others use too.
+- `download-256`: stored at short side 256, quality 90. Ours is the time that the command reports: list, workers' start,
+  fetch, check, re-encode, fsync, journal. img2dataset's is from its first shard's start to its last one's end. An image
+  that a tool did not store is `lost`, and does not count.
+- `download`: stored as it came. The other is no tool but the least work that there is: plain `requests` sessions in one
+  process a core, and then every compressed bit read at 1/8 scale, in one process a core.
+
+`cpu_ms` is processor time a URL, start-up included, the server's left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import multiprocessing
-import platform
-import resource
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders import run_json
+from benchmarks.convert import with_cpu_ms
+from benchmarks.rounds import Measure, Result, compare
+from benchmarks.setting import Setting, parser, run
 from imnet_prep.cpu import cpu_count
 
 THREADS = 8
+COUNT, SHORT_COUNT = 2_000, 500
+SMALL = ("--short-side", "256", "--quality", "90")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-samples-250.tar"))
-    parser.add_argument("--count", type=int, default=5000, help="URLs a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer", type=Path, help="virtual environment with img2dataset")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "imnet-bench-download")
-    args = parser.parse_args()
-    shutil.rmtree(args.work, ignore_errors=True)
-    (args.work / "www").mkdir(parents=True)
-    with tarfile.open(args.images) as tar:
-        tar.extractall(args.work / "www", filter="data")
-    photos = sorted(path for path in (args.work / "www").rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
-    with served(args.work / "www", args.work) as (server, base):
-        paths = [f"{base}/{photo.relative_to(args.work / 'www')}" for photo in photos]
-        urls = [f"{paths[n % len(paths)]}?copy={n // len(paths)}" for n in range(args.count)]
-        print(json.dumps(measure(urls, photos, server, args), indent=1))
-    shutil.rmtree(args.work)
+def measure(told: Setting, count: int | None = None) -> list[Result]:
+    """Download a list of URLs."""
+    count = count or (SHORT_COUNT if told.short else COUNT)
+    root = told.photos.write(told.work / "www", len(told.photos.files))
+    photos = sorted(path for path in root.rglob("*") if path.is_file())
+    chosen = [photos[number % len(photos)] for number in range(count)]
+    with served(root, told.work) as (server, base):
+        urls = [f"{base}/{path.relative_to(root)}?copy={number}" for number, path in enumerate(chosen)]
 
+        def plainly() -> float:
+            fetch_s = count / in_processes(fetch_all, urls)
+            return count / (fetch_s + count / in_processes(decode_all, [str(path) for path in chosen]))
 
-def measure(urls: list[str], photos: list[Path], server: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the contestants in turn, round after round, and give medians in images/s."""
-    runs: dict[str, Callable[[], float]] = {
-        "raw": lambda: in_processes(fetch_all, urls),
-        "decode": lambda: in_processes(decode_all, [str(photos[n % len(photos)]) for n in range(len(urls))]),
-        "ours": lambda: ours(urls, args.work, []),
-        "ours_256": lambda: ours(urls, args.work, ["--short-side", "256", "--quality", "90"]),
-    }
-    if args.peer:
-        runs["img2dataset_256"] = lambda: img2dataset(urls, args.work, args.peer)
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    cpu_ms: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.rounds + 1):
-        for name, run in runs.items():
-            before = children_s()
-            rate = run()
-            cpu = 1000 * (children_s() - before) / len(urls)
-            print(f"round {number} {name}: {rate:.0f} images/s, {cpu:.2f} ms", file=sys.stderr)
-            if number:  # the first round warms caches
-                rates[name].append(rate)
-                cpu_ms[name].append(cpu)
-    result: dict[str, Any] = {name: round(statistics.median(found), 1) for name, found in rates.items()}
-    combined = [1 / (1 / raw + 1 / decode) for raw, decode in zip(rates["raw"], rates["decode"], strict=True)]
-    result["combined"] = round(statistics.median(combined), 1)
-    result["ours_of_combined"] = round(
-        statistics.median(our / limit for our, limit in zip(rates["ours"], combined, strict=True)), 3
-    )
-    if args.peer:
-        pairs = zip(rates["ours_256"], rates["img2dataset_256"], strict=True)
-        result["ours_256_of_img2dataset"] = round(statistics.median(our / peer for our, peer in pairs), 3)
-    spread = {name: [round(min(found), 1), round(max(found), 1)] for name, found in rates.items()}
-    return result | {
-        "cpu_ms": {name: round(statistics.median(found), 3) for name, found in cpu_ms.items()},
-        "spread": spread,
-        "server": server,
-        "count": len(urls),
-        "rounds": args.rounds,
-        "cores": cpu_count(),
-        "python": platform.python_version(),
-    }
-
-
-def children_s() -> float:
-    """Return the processor time, user and system, of all children that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+        small: dict[str, Measure] = {"ours": lambda: ours(urls, told.work, SMALL)}
+        if told.img2dataset:
+            peer = told.img2dataset
+            small["img2dataset"] = lambda: img2dataset(urls, told.work, peer)
+        plain: dict[str, Measure] = {
+            "ours": lambda: ours(urls, told.work, ()),
+            "requests, then OpenCV": lambda: with_cpu_ms(count, plainly),
+        }
+        title = f"{count} URLs of {server} on this machine"
+        rules = (told.rounds, told.seed)
+        return [
+            compare("download-256", f"{title}, stored at short side 256", small, *rules, warm_up=True),
+            compare("download", f"{title}, stored as they come, every bit read", plain, *rules, warm_up=True),
+        ]
 
 
 @contextmanager
@@ -205,47 +169,52 @@ def fresh(work: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="out-", dir=work)) / "out"
 
 
-def ours(urls: list[str], work: Path, extra: list[str]) -> float:
-    """Return images/s of the whole command as it reports it: list, workers' start, fetch, check, fsync, journal."""
-    out = fresh(work)
+def ours(urls: list[str], work: Path, extra: Sequence[str]) -> Mapping[str, float]:
+    """Run `imnet-prep download`."""
     text = "".join(f"n{n % 50 + 1:08d}_{n}\t{url}\n" for n, url in enumerate(urls))
-    (work / "list.txt").write_text(text)
-    command = [
-        sys.executable,
-        "-m",
-        "imnet_prep",
-        "download",
-        "--urls",
-        str(work / "list.txt"),
-        "--out",
-        str(out),
-        "--allow-private",
-        "--json",
-    ]
-    done = subprocess.run([*command, *extra], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    result = json.loads(done.stdout)
-    if result["ok"] != len(urls):
-        raise SystemExit(f"ours lost images: {result}")
-    return float(result["ok"] / result["seconds"])
+    (work / "list.txt").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "imnet_prep", "download", "--urls", str(work / "list.txt"), "--out"]
+    command += [str(fresh(work)), "--allow-private", "--json", *extra]
+    lost = 0
+
+    def rate() -> float:
+        nonlocal lost
+        told = run_json(command)
+        lost = len(urls) - told["ok"]
+        return float(told["ok"] / told["seconds"])
+
+    return {**with_cpu_ms(len(urls), rate), "lost": lost}
 
 
-def img2dataset(urls: list[str], work: Path, venv: Path) -> float:
-    """Return images/s between the first shard's start and the last one's end, so without its start-up."""
+def img2dataset(urls: list[str], work: Path, python: Path) -> Mapping[str, float]:
+    """Run img2dataset, which keeps files as ours does."""
     out = fresh(work)
-    (work / "peer.txt").write_text("\n".join(urls) + "\n")
+    (work / "peer.txt").write_text("\n".join(urls) + "\n", encoding="utf-8")
     cores = cpu_count()
-    shard = str(-(-len(urls) // (2 * cores)))
     command = [
-        str(venv / "bin" / "img2dataset"), "--url_list", str(work / "peer.txt"), "--output_folder", str(out),
+        str(python.with_name("img2dataset")), "--url_list", str(work / "peer.txt"), "--output_folder", str(out),
         "--processes_count", str(cores), "--thread_count", "32", "--image_size", "256", "--resize_mode", "keep_ratio",
-        "--encode_quality", "90", "--output_format", "files", "--number_sample_per_shard", shard,
+        "--encode_quality", "90", "--output_format", "files",
+        "--number_sample_per_shard", str(-(-len(urls) // (2 * cores))),
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    stats = [json.loads(path.read_text()) for path in out.glob("*_stats.json")]
-    done = sum(item["successes"] for item in stats)
-    if done != len(urls):
-        raise SystemExit(f"img2dataset lost images: {done} of {len(urls)}")
-    return float(done / (max(item["end_time"] for item in stats) - min(item["start_time"] for item in stats)))
+    lost = 0
+
+    def rate() -> float:
+        nonlocal lost
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shards = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*_stats.json")]
+        stored = sum(shard["successes"] for shard in shards)
+        lost = len(urls) - stored
+        return float(stored / (max(one["end_time"] for one in shards) - min(one["start_time"] for one in shards)))
+
+    return {**with_cpu_ms(len(urls), rate), "lost": lost}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--count", type=int, help=f"URLs a round (default {COUNT}, with --short {SHORT_COUNT})")
+    args = options.parse_args()
+    run(args, [functools.partial(measure, count=args.count)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import sqlite3
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from benchmarks import photographs
 from benchmarks.download import served
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 11)]
@@ -34,16 +34,16 @@ SLOW, ANSWER_S, EVERY = "127.0.0.11", 5.0, 250  # one URL in 250 is the slow hos
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-samples-250.tar"))
+    parser.add_argument("--images", type=Path, help="a folder or a tar of JPEGs (default: made, see photographs.py)")
     parser.add_argument("--count", type=int, default=5000, help="URLs of the fast hosts in a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         work.chmod(0o755)  # nginx drops its rights
-        with tarfile.open(args.images) as tar:
-            tar.extractall(work / "www", filter="data")
-        photos = sorted(path for path in (work / "www").rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
+        loaded = photographs.load(args.images)
+        loaded.write(work / "www", len(loaded.files))
+        photos = sorted(path for path in (work / "www").rglob("*") if path.is_file())
         with served(work / "www", work, HOSTS) as (server, base), slow_host(photos[0].read_bytes()) as slow_base:
             if server != "nginx":
                 raise SystemExit("this benchmark needs nginx: ten addresses, and a server that is not what is measured")

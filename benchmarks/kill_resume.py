@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert import repeat
+from benchmarks import photographs
 
 COMMAND = [sys.executable, "-m", "imnet_prep", "to-mindrecord"]
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -31,14 +31,14 @@ QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 def main() -> None:
     """Run the benchmark and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-samples-250.tar"))
+    parser.add_argument("--images", type=Path, help="a folder or a tar of JPEGs (default: made, see photographs.py)")
     parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "imnet-bench-kill")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
-    folder = repeat(args.images, args.work / "photos", args.count)
+    folder = photographs.load(args.images).write(args.work / "photos", args.count)
     call = [*COMMAND, str(folder), "--shards", "40"]
     started = time.monotonic()
     run([*call, "--out", str(args.work / "whole"), "--workers", "2"])

@@ -1,26 +1,17 @@
 """MobileNetV2 as mindcv builds it, from MindSpore's own layers, in the step of the other contenders; written anew.
 
-Command, one JSON line on stdout::
-
-    python -m benchmarks.plain_mobilenet --image-size 224 --batch-size 32 --steps 2
-    python -m benchmarks.plain_mobilenet --image-size 224 --batch-size 32 --steps 2 --defaults
-
-`--defaults` leaves MindSpore's numbers of threads (25 an operator, 5 dispatchers) as they come.
+`train_cpu.py --standard` measures it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mbv2.network.model import IMAGENET_MEAN, IMAGENET_STD, BlockShape, block_shapes, feature_count
 from mbv2.recipe import Recipe
-from mbv2.runtime import import_mindspore, start_mindspore
 
 
 def build(classes: int) -> Any:
@@ -77,21 +68,10 @@ def build(classes: int) -> Any:
     return Plain()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--defaults", action="store_true")
-    args = parser.parse_args()
-    if args.defaults:
-        ms = import_mindspore()
-        ms.set_device("CPU")
-        ms.set_context(mode=ms.GRAPH_MODE)
-        ms.set_recursion_limit(10_000)
-    else:
-        start_mindspore("CPU")
-        import mindspore as ms
+def prepare(image_size: int, batch_size: int) -> Callable[[], Any]:
+    """Build the network and return a function that runs one training step to its end."""
+    import mindspore as ms
+
     from mbv2.training.optimizer import step_controls
     from mbv2.training.step import TrainStep, dropout_mask
 
@@ -99,20 +79,9 @@ def main() -> None:
     net = build(classes)
     net.set_train(True)
     step = TrainStep(net, recipe, classes)
-    size = (args.batch_size, args.image_size, args.image_size, 3)
-    image = ms.Tensor(random.integers(0, 256, size, dtype=np.uint8))
-    label = ms.Tensor(random.integers(0, classes, args.batch_size, dtype=np.int32))
-    mask = ms.Tensor(dropout_mask(0, 0, (args.batch_size, net.feature_count), recipe.dropout))
-    weight = ms.Tensor(np.ones(args.batch_size, np.float32))
+    image = ms.Tensor(random.integers(0, 256, (batch_size, image_size, image_size, 3), dtype=np.uint8))
+    label = ms.Tensor(random.integers(0, classes, batch_size, dtype=np.int32))
+    mask = ms.Tensor(dropout_mask(0, 0, (batch_size, net.feature_count), recipe.dropout))
+    weight = ms.Tensor(np.ones(batch_size, np.float32))
     controls = ms.Tensor(step_controls(recipe, 0.01, 0))
-    times = []
-    for _ in range(2 + args.steps):  # compilation and a warm-up
-        start = time.perf_counter()
-        step(image, mask, label, label, weight, controls).asnumpy()
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[2:])
-    print(json.dumps({"images_per_s": args.batch_size / median, "step_ms": median * 1e3, "compile_s": times[0]}))
-
-
-if __name__ == "__main__":
-    main()
+    return lambda: step(image, mask, label, label, weight, controls).asnumpy()

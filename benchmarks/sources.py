@@ -13,8 +13,8 @@ whole object for every range (5.4 s of processor time for a tar of 258 MiB); her
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import os
 import platform
 import random
 import resource
@@ -24,9 +24,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
-from benchmarks.convert import photographs, timed
+from benchmarks import photographs
+from benchmarks.photographs import Photographs, add_to_tar
 from imnet_prep.cpu import cpu_count
 
 SERVER = """
@@ -52,7 +54,7 @@ Photo = tuple[str, str, bytes]  # class, file name, bytes
 def main() -> None:
     """Run the benchmark and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-samples-250.tar"))
+    parser.add_argument("--images", type=Path, help="a folder or a tar of JPEGs (default: made, see photographs.py)")
     parser.add_argument("--count", type=int, default=12_500)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "imnet-bench-sources")
@@ -63,18 +65,28 @@ def main() -> None:
     assert server.stdout is not None
     try:
         address = server.stdout.readline().strip()
-        forms = write_forms(repeated(args.images, args.count), args.work, address)
+        forms = write_forms(repeated(photographs.load(args.images), args.count), args.work, address)
         print(json.dumps(measure(forms, args.count, args.rounds, args.work, address), indent=1))
     finally:
         server.kill()
         shutil.rmtree(args.work)
 
 
-def repeated(archive: Path, count: int) -> list[Photo]:
-    """Return the JPEGs of a tar again and again under other names, ``count`` of them."""
-    found = sorted((path.name, data) for path, data in photographs(archive))
+def repeated(photos: Photographs, count: int) -> list[Photo]:
+    """Return the photographs again and again under other names, ``count`` of them."""
+    found = [(Path(name), data) for name, data in photos.files]
     chosen = [(*found[number % len(found)], number // len(found)) for number in range(count)]
-    return [(name.split("_")[0], f"{Path(name).stem}_{copy:04d}.jpg", data) for name, data, copy in chosen]
+    return [(name.parent.name, f"{name.stem}_{copy:04d}.jpg", data) for name, data, copy in chosen]
+
+
+def timed(call: list[str], environment: dict[str, str]) -> float:
+    """Run a command that must succeed; return seconds."""
+    started = time.perf_counter()
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{call[0]} failed: {done.stderr[-2000:]}")
+    return seconds
 
 
 def write_forms(photos: list[Photo], work: Path, address: str) -> dict[str, list[str]]:
@@ -88,10 +100,10 @@ def write_forms(photos: list[Photo], work: Path, address: str) -> dict[str, list
     with tarfile.open(work / "plain.tar", "w") as plain, tarfile.open(work / "wds.tar", "w") as wds:
         for label, file, data in photos:
             number = names.index(label)
-            add(plain, f"{label}/{file}", data)
-            add(wds, file, data)
-            add(wds, file.replace(".jpg", ".cls"), str(number).encode())
-            add(wds, file.replace(".jpg", ".json"), json.dumps({"filename": file, "label": number}).encode())
+            add_to_tar(plain, f"{label}/{file}", data)
+            add_to_tar(wds, file, data)
+            add_to_tar(wds, file.replace(".jpg", ".cls"), str(number).encode())
+            add_to_tar(wds, file.replace(".jpg", ".json"), json.dumps({"filename": file, "label": number}).encode())
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
@@ -115,13 +127,6 @@ def write_forms(photos: list[Photo], work: Path, address: str) -> dict[str, list
         "parquet": [str(work / "train.parquet")],
         "s3_tar": ["s3://bucket/plain.tar"],
     }
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a member."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def measure(forms: dict[str, list[str]], count: int, rounds: int, work: Path, address: str) -> dict[str, object]:

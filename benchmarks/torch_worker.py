@@ -1,9 +1,9 @@
 """PyTorch's side of `train_cpu.py`, run in a virtual environment with torch and torchvision; imports nothing of ours.
 
-Commands, one JSON line each on stdout::
+The command `steps` serves (`contenders.py`); `train` prints one JSON line::
 
-    torch_worker.py steps --mode train --layout channels_last --image-size 224 --batch-size 32 --width 1.0 --steps 5
-    torch_worker.py train --folder tiny-imagenet-10 --layout contiguous --image-size 64 --epochs 20 --score
+    python -m benchmarks.torch_worker steps --mode train --image-size 224 --batch-size 32 --steps 5 --threads 2
+    python -m benchmarks.torch_worker train --folder tiny-imagenet-10 --layout contiguous --image-size 64 --epochs 20
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,8 @@ import torch
 import torchvision
 from PIL import Image
 from torchvision.transforms import v2
+
+from benchmarks.contenders import serve, step_rate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -45,37 +46,43 @@ class Trainer:
         """uint8 (N, 3, H, W) in any layout, normalised, in the contender's layout."""
         return ((image.float() - self.mean) * self.scale).contiguous(memory_format=self.layout)
 
-    def step(self, image: torch.Tensor, label: torch.Tensor) -> float:
+    def forward(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.net(self.input(image)), label)
+
+    def update(self, loss: torch.Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.net(self.input(image)), label)
         loss.backward()
         self.optimizer.step()
         return loss.item()
 
 
-def timed(run: Callable[[], object], warm_up: int, steps: int) -> list[float]:
-    """Seconds of each measured call."""
-    times = []
-    for _ in range(warm_up + steps):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return times[warm_up:]
-
-
-def steps(args: argparse.Namespace) -> dict[str, object]:
+def steps(args: argparse.Namespace) -> Callable[[], dict[str, float]]:
+    """Build the network, compile it if asked to, warm up, and return what measures some steps."""
+    bfloat16 = args.precision == "bfloat16"
     trainer = Trainer(layout=args.layout, width=args.width, classes=1000)
     size = (args.batch_size, args.image_size, args.image_size, 3)
     image = torch.randint(0, 256, size, dtype=torch.uint8).permute(0, 3, 1, 2)  # as a pipeline gives it
     label = torch.randint(0, 1000, (args.batch_size,))
-    if args.mode == "train":
-        trainer.net.train()
-        times = timed(lambda: trainer.step(image, label), 2, args.steps)
-    else:
-        trainer.net.eval()
-        with torch.inference_mode():
-            times = timed(lambda: trainer.net(trainer.input(image)), 2, args.steps)
-    return {"images_per_s": args.batch_size / statistics.median(times), "step_ms": statistics.median(times) * 1e3}
+    trainer.net.train(args.mode == "train")
+    if args.compile:
+        torch._inductor.config.freezing = args.mode == "eval"  # weights become constants; BatchNorm is folded
+        trainer.net = torch.compile(trainer.net)
+
+    def run() -> None:
+        if args.mode == "train":
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = trainer.forward(image, label)
+            trainer.update(loss)
+        else:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                trainer.net(trainer.input(image))
+
+    def measure() -> dict[str, float]:
+        return step_rate(run, args.steps, args.batch_size)
+
+    for _ in range(3):  # compilation, and a warm-up
+        run()
+    return measure
 
 
 class Validation(torch.utils.data.Dataset):
@@ -139,7 +146,7 @@ def train(args: argparse.Namespace) -> dict[str, object]:
         for image, label in loader:
             for group in trainer.optimizer.param_groups:
                 group["lr"] = rate(step, args.epochs * len(loader), args.lr)
-            loss += trainer.step(image, label) / len(loader)
+            loss += trainer.update(trainer.forward(image, label)) / len(loader)
             step += 1
         seconds = time.perf_counter() - start
         curve.append({"epoch": epoch + 1, "train_loss": loss, "seconds": seconds})
@@ -155,6 +162,8 @@ def main() -> None:
     parser.add_argument("command", choices=("steps", "train"))
     parser.add_argument("--mode", choices=("train", "eval"), default="train")
     parser.add_argument("--layout", choices=sorted(LAYOUTS), default="channels_last")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, with frozen weights for inference")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--width", type=float, default=1.0)
@@ -168,8 +177,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = steps(args) if args.command == "steps" else train(args)
-    print(json.dumps({**result, "torch": torch.__version__, "torchvision": torchvision.__version__}))
+    if args.command == "steps":
+        serve(lambda: steps(args))
+    print(json.dumps({**train(args), "torch": torch.__version__, "torchvision": torchvision.__version__}))
 
 
 if __name__ == "__main__":

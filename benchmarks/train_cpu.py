@@ -1,175 +1,117 @@
-"""MobileNetV2 on this CPU: our operators, MindSpore's own, and PyTorch in both layouts, alternating in one run.
+"""MobileNetV2 on this CPU: our operators, PyTorch at its best, ONNX Runtime, and MindSpore's own operators.
 
-MindSpore's own run twice: in our model (`kernels="standard"`), and in training as mindcv builds the network from
-MindSpore's layers (`plain_mobilenet.py`).
+Commands::
 
-Command (torch in a virtual environment of its own, see requirements.txt)::
+    python -m benchmarks.train_cpu
+    python -m benchmarks.train_cpu --only train-64 --rounds 7
+    python -m benchmarks.train_cpu --only train-224 --standard
+    python -m benchmarks.train_cpu --epoch tiny-imagenet-10 --rounds 3
+    python -m benchmarks.train_cpu --accuracy tiny-imagenet-10 --seeds 0 1 2 --epochs 20
 
-    python -m benchmarks.train_cpu --torch /tmp/bench-venv --rounds 5 --json out.json
-    python -m benchmarks.train_cpu --torch /tmp/bench-venv --only train-64 --rounds 5
-    python -m benchmarks.train_cpu --torch /tmp/bench-venv --epoch tiny-imagenet-10 --rounds 3
-    python -m benchmarks.train_cpu --torch /tmp/bench-venv --accuracy tiny-imagenet-10 --seeds 0 1 2 --epochs 20
-
-Each round runs every contender once, in a process of its own; the medians over the rounds count. A step is uint8 batch
-in, normalisation, forward, backward, SGD with momentum; compilation and warm-up are left out.
+A training step is uint8 batch in, normalisation, forward, backward, SGD with momentum; inference is uint8 batch in,
+logits out. Each contender is a process that compiles and warms up before the first round. PyTorch runs in
+channels_last, with huge pages for its memory as ours has (`THP_MEM_ALLOC_ENABLE`). `--standard` adds MindSpore's own
+operators, in our model and as mindcv builds the network (`plain_mobilenet.py`): about 30 times slower.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import statistics
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.contenders import run_json, torch_worker
-from benchmarks.train_folder import accuracy, epoch
+from benchmarks.contenders import Contender, together
+from benchmarks.rounds import ROUNDS, Result, compare
+from benchmarks.setting import Setting, parser, run
+from benchmarks.train_folder import HUGE_PAGES, accuracy, epoch
 from imnet_prep.cpu import cpu_count
 
-OURS, STANDARD, NCHW, CHANNELS_LAST = "ours", "ours, standard operators", "PyTorch NCHW", "PyTorch channels_last"
-PLAIN = "MindSpore's layers, as mindcv"
-CONTENDERS = (OURS, STANDARD, PLAIN, NCHW, CHANNELS_LAST)
+OURS = "ours, float32"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One line of the table: what is run, and how many measured steps."""
+    """One comparison: what is run, and how many steps are measured a round."""
 
     name: str
     mode: str
     image_size: int
     batch_size: int
     steps: int
-    standard_steps: int  # of the slow contender
+
+    @property
+    def title(self) -> str:
+        """What is measured, in words."""
+        what = "a whole training step" if self.mode == "train" else "inference"
+        return f"MobileNetV2 1.0, {what}, {self.image_size} px, batch {self.batch_size}; compilation left out"
 
 
 CASES = (
-    Case("train-224", "train", 224, 32, 8, 2),
-    Case("train-64", "train", 64, 64, 20, 3),
-    Case("eval-224", "eval", 224, 32, 15, 3),
-    Case("eval-64", "eval", 64, 64, 40, 3),
+    Case("train-224", "train", 224, 32, 4),
+    Case("train-64", "train", 64, 64, 8),
+    Case("eval-224", "eval", 224, 32, 6),
+    Case("eval-64", "eval", 64, 64, 20),
 )
+DEFAULT = ("train-224", "train-64", "eval-224")
 
 
-def ours(case: Case, kernels: str) -> dict[str, Any]:
-    """`mbv2.bench` in a process of its own."""
-    steps = case.steps if kernels == "native" else case.standard_steps
-    code = (
-        "import dataclasses, json; from mbv2.bench import BenchOptions, bench;"
-        f"print(json.dumps(dataclasses.asdict(bench(BenchOptions(mode={case.mode!r}, batch_size={case.batch_size},"
-        f" image_size={case.image_size}, steps={steps}, kernels={kernels!r})))))"
-    )
-    return run_json([sys.executable, "-c", code])
+def contenders(case: Case, told: Setting, *, standard: bool) -> dict[str, Contender]:
+    """Return the contenders of a case by name, ours first."""
+    steps = 2 if told.short else case.steps
+    words = ["--mode", case.mode, "--image-size", case.image_size, "--batch-size", case.batch_size]
 
+    def ours(kind: str, steps: int) -> Contender:
+        return Contender(sys.executable, "step_worker", kind, *words, "--steps", steps)
 
-def plain(case: Case) -> dict[str, Any]:
-    """`plain_mobilenet.py` in a process of its own."""
-    options = {"--image-size": case.image_size, "--batch-size": case.batch_size, "--steps": case.standard_steps}
-    words = [str(word) for pair in options.items() for word in pair]
-    return run_json([sys.executable, "-m", "benchmarks.plain_mobilenet", *words])
-
-
-def torch(venv: Path, case: Case, layout: str) -> dict[str, Any]:
-    """PyTorch's worker in its virtual environment."""
-    options = {
-        "--mode": case.mode,
-        "--layout": layout,
-        "--image-size": case.image_size,
-        "--batch-size": case.batch_size,
-        "--steps": case.steps,
-    }
-    return torch_worker(venv, "steps", options)
-
-
-def contenders(venv: Path, case: Case, *, standard: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    runs: dict[str, Callable[[], dict[str, Any]]] = {
-        OURS: lambda: ours(case, "native"),
-        NCHW: lambda: torch(venv, case, "contiguous"),
-        CHANNELS_LAST: lambda: torch(venv, case, "channels_last"),
-    }
+    found = {OURS: ours("native", 2 * steps)}
+    if case.mode == "eval":
+        found["ONNX Runtime, float32"] = ours("onnx", steps)
+    if told.peers:
+        for precision in ("float32", "bfloat16"):
+            for compiled in ("", "compiled"):
+                name = ", ".join(filter(None, ("PyTorch", compiled, precision)))
+                flags = ["--threads", cpu_count(), "--precision", precision, *(["--compile"] if compiled else [])]
+                found[name] = Contender(
+                    told.peers, "torch_worker", "steps", *words, "--steps", steps, *flags, environment=HUGE_PAGES
+                )
     if standard:
-        runs[STANDARD] = lambda: ours(case, "standard")
-    if standard and case.mode == "train":
-        runs[PLAIN] = lambda: plain(case)
-    return runs
+        found["MindSpore's operators, our model"] = ours("standard", 1)
+        if case.mode == "train":
+            found["MindSpore's operators, as mindcv"] = ours("plain", 1)
+    return found
 
 
-def measure(venv: Path, case: Case, rounds: int, standard_rounds: int) -> dict[str, Any]:
-    """Alternate the contenders, and give each one's median, extremes and our ratio to it."""
-    rates: dict[str, list[float]] = {}
-    last: dict[str, dict[str, Any]] = {}
-    for number in range(rounds):
-        for name, run in contenders(venv, case, standard=number < standard_rounds).items():
-            last[name] = run()
-            rates.setdefault(name, []).append(last[name]["images_per_s"])
-            print(f"{case.name} round {number + 1}/{rounds} {name}: {rates[name][-1]:.1f} images/s", file=sys.stderr)
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    result: dict[str, Any] = {
-        "case": case.name,
-        "images_per_s": {
-            n: {"median": median[n], "min": min(v), "max": max(v), "rounds": len(v)} for n, v in rates.items()
-        },
-        "ratio_of_ours": {name: median[OURS] / value for name, value in median.items() if name != OURS},
-        "compile_s": last[OURS]["compile_s"],
-        "kernels": last[OURS]["kernels"],
-        "torch": last[NCHW]["torch"],
-    }
-    return result
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """A table for the docs."""
-    lines = [
-        f"| | {' | '.join(CONTENDERS)} | ours / PyTorch's best | ours / standard | ours / as mindcv |",
-        f"|---|{'---|' * (len(CONTENDERS) + 3)}",
-    ]
-    for result in results:
-        rates = result["images_per_s"]
-        cells = [f"{rates[name]['median']:.1f}" if name in rates else "" for name in CONTENDERS]
-        best = max(rates[NCHW]["median"], rates[CHANNELS_LAST]["median"])
-        ratios = result["ratio_of_ours"]
-        cells += [f"**{rates[OURS]['median'] / best:.2f}**"]
-        cells += [f"{ratios[name]:.2f}" if name in ratios else "" for name in (STANDARD, PLAIN)]
-        lines.append(f"| {result['case']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def measure(told: Setting, only: tuple[str, ...] = DEFAULT, *, standard: bool = False) -> list[Result]:
+    """Measure the cases of the given names."""
+    results = []
+    for case in CASES:
+        if case.name in only:
+            with together(contenders(case, told, standard=standard)) as ready:
+                results.append(compare(case.name, case.title, ready, told.rounds, told.seed))
+    return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", type=Path, required=True, help="virtual environment with torch and torchvision")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--standard-rounds", type=int, default=1, help="rounds of the slow contender")
-    parser.add_argument("--only", choices=[case.name for case in CASES], action="append")
-    parser.add_argument("--epoch", type=Path, help="a folder in Tiny-ImageNet's layout: measure an epoch of it instead")
-    parser.add_argument("--loading", type=int, nargs="+", default=[0, 1, 2], help="PyTorch's loading processes to try")
-    parser.add_argument("--accuracy", type=Path, help="such a folder: measure what both sides learn from it instead")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--work", type=Path, default=Path("build/train-cpu"), help="records and runs of these two")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.epoch or args.accuracy:
-        if args.epoch:
-            result = epoch(args.torch, args.epoch, args.rounds, args.work, args.loading)
-        else:
-            result = accuracy(args.torch, args.accuracy, args.seeds, args.epochs, args.work)
-        print(json.dumps(result, indent=1))
-        return
-    cases = [case for case in CASES if not args.only or case.name in args.only]
-    results = [measure(args.torch, case, args.rounds, args.standard_rounds) for case in cases]
-    machine = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": cpu_count(),
-        "python": platform.python_version(),
-    }
-    if args.json:
-        args.json.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(machine))
-    print(table(results))
+    options = parser(__doc__)
+    options.add_argument("--only", choices=[case.name for case in CASES], action="append")
+    options.add_argument("--standard", action="store_true", help="MindSpore's own operators as well")
+    options.add_argument(
+        "--epoch", type=Path, help="a folder in Tiny-ImageNet's layout: measure an epoch of it instead"
+    )
+    options.add_argument("--loading", type=int, nargs="+", default=[0, 1, 2], help="PyTorch's loading processes to try")
+    options.add_argument("--accuracy", type=Path, help="such a folder: measure what both sides learn from it instead")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--epochs", type=int, default=20)
+    options.add_argument("--work", type=Path, default=Path("build/train-cpu"), help="records and runs of these two")
+    args = options.parse_args()
+    if args.epoch:
+        print(json.dumps(epoch(args.peers, args.epoch, args.rounds or ROUNDS, args.work, args.loading), indent=1))
+    elif args.accuracy:
+        print(json.dumps(accuracy(args.peers, args.accuracy, args.seeds, args.epochs, args.work), indent=1))
+    else:
+        only = tuple(args.only or DEFAULT)
+        run(args, [lambda told: measure(told, only, standard=args.standard)])
 
 
 if __name__ == "__main__":

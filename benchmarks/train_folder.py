@@ -8,6 +8,7 @@ and biases), label smoothing 0.1, dropout 0.2, RandomResizedCrop of 0.25-1 and f
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -16,12 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import run_json, torch_worker
+from benchmarks.contenders import ROOT, run_json
+from imnet_prep.cpu import cpu_count
 from mbv2.show.curves import Line, draw_panels
 from mbv2.training.logs import read_metrics
 
 SIZES = {"--image-size": 64, "--batch-size": 64}
 LAYOUTS = ("contiguous", "channels_last")
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # for PyTorch's memory, as ours has them
 COLOURS = {"ours": "#1f6fb4", "PyTorch": "#d1495b"}
 
 
@@ -44,8 +47,11 @@ def train_ours(records: Path, out: Path, epochs: int, seed: int) -> dict[str, An
 
 def train_torch(venv: Path, folder: Path, layout: str, workers: int, epochs: int, *flags: str) -> dict[str, Any]:
     """torchvision's model and transforms in PyTorch."""
-    options = {**SIZES, "--folder": folder, "--layout": layout, "--workers": workers, "--epochs": epochs}
-    return torch_worker(venv, "train", options, *flags)
+    options = {"--threads": cpu_count(), **SIZES, "--folder": folder, "--layout": layout}
+    options |= {"--workers": workers, "--epochs": epochs}
+    words = [str(word) for pair in options.items() for word in pair]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **HUGE_PAGES}
+    return run_json([str(venv / "bin/python"), "-m", "benchmarks.torch_worker", "train", *words, *flags], environment)
 
 
 def epoch(venv: Path, folder: Path, rounds: int, work: Path, loading: Sequence[int]) -> dict[str, Any]:

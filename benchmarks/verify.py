@@ -10,7 +10,6 @@ Command::
 - ``flips``: one random bit flipped in each of 200 copies of shards. Found by all digests; by decode with the shard
   digests withheld; by decode with both withheld, and the share of changed records that then nothing can see.
 - ``copies``: of 250 photographs, those re-encoded at q60, scaled to 70 %, mirrored, and all three, that are found.
-- ``memory`` (``--memory``): peak resident MB of the whole process tree at 10,000 and at 1,000,000 small records.
 
 Runs alternate and medians are given; the first round only warms the page cache.
 """
@@ -27,16 +26,14 @@ import random
 import shutil
 import statistics
 import subprocess
-import sys
-import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import photographs
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.check.verify import verify
@@ -56,31 +53,23 @@ def quiet(_: Progress) -> None:
 def main() -> None:
     """Run the benchmark and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-samples-250.tar"))
+    parser.add_argument("--images", type=Path, help="a folder or a tar of JPEGs (default: made, see photographs.py)")
     parser.add_argument("--count", type=int, default=4000, help="images of the timed folder")
-    parser.add_argument("--memory", action="store_true", help="measure memory too: minutes at 1,000,000 records")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "imnet-bench-verify")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
-    photos = unpack(args.images, args.work / "photos")
+    loaded = photographs.load(args.images)
+    folder = loaded.write(args.work / "photos", len(loaded.files))
+    photos = sorted(path for path in folder.rglob("*") if path.is_file())
     try:
         small = make(args.work / "small", photos, len(photos))
         large = make(args.work / "large", photos, args.count)
         result: dict[str, Any] = {"cores": cpu_count(), "machine": platform.machine(), "images": args.count}
         result |= {"flips": flips(small, args.work / "flipped"), "copies": copies(photos)}
         result |= speeds(large, args.count)
-        if args.memory:
-            result["memory_mb"] = {str(n): memory(args.work / f"m{n}", n) for n in (10_000, 1_000_000)}
         print(json.dumps(result, indent=1))
     finally:
         shutil.rmtree(args.work, ignore_errors=True)
-
-
-def unpack(images: Path, folder: Path) -> list[Path]:
-    """Unpack the photographs."""
-    with tarfile.open(images) as archive:
-        archive.extractall(folder, filter="data")
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def make(folder: Path, photos: list[Path], count: int) -> Path:
@@ -250,31 +239,6 @@ def copies(photos: list[Path]) -> dict[str, Any]:
     right = {images[pair.second][:2] for pair in pairs if images[pair.first][0] == images[pair.second][0]}
     by_kind = {kind: sum(name == kind for _, name in right) for kind in ("q60", "scaled", "mirrored", "all")}
     return {"photographs": len(photos), "found": by_kind, "false_pairs": false}
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def memory(folder: Path, count: int) -> float:
-    """Make records of small images and give the peak resident MB of ``verify --level decode``, processes summed."""
-    import psutil
-
-    subprocess.run([sys.executable, "-m", "benchmarks.verify_records", str(folder), str(count)], check=True)
-    command = [sys.executable, "-m", "imnet_prep", "verify", str(folder), "--level", "decode"]
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0.0
-    done = threading.Event()
-    while not done.is_set():
-        try:
-            tree = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(part.memory_info().rss for part in tree) / 1e6)
-        except psutil.NoSuchProcess:
-            pass
-        if process.poll() is not None:
-            done.set()
-        time.sleep(0.1)
-    assert process.returncode == 0
-    return round(peak, 1)
 
 
 if __name__ == "__main__":

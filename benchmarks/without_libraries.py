@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert import repeat
+from benchmarks import photographs
 from imnet_prep.cpu import cpu_count
 
 ROOT = Path(__file__).parents[1]
@@ -38,13 +38,13 @@ COPIES = ("native", "plain")
 def main() -> None:
     """Run the benchmark and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-samples-250.tar"))
+    parser.add_argument("--images", type=Path, help="a folder or a tar of JPEGs (default: made, see photographs.py)")
     parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "imnet-bench-without")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
-    photos = repeat(args.images, args.work / "photos", args.count)
+    photos = photographs.load(args.images).write(args.work / "photos", args.count)
     for name in COPIES:
         install(args.work / name, libraries=name == "native")
     server = subprocess.Popen([sys.executable, "-m", "benchmarks.static_server", str(photos), str(args.work / "port")])
