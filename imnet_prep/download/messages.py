@@ -6,6 +6,8 @@ from typing import NamedTuple
 from imnet_prep.download.fetch import Failure
 from imnet_prep.download.journal import Outcome
 
+LANE_S = 0.5  # a lane begins no URL after this time; others may then take what is left
+
 
 class Task(NamedTuple):
     """A URL to fetch. After a redirect, ``url`` is the next hop's; ``spent_s`` and ``hops`` are of this attempt."""

@@ -111,6 +111,8 @@ class _Answer(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, connection: "_Checked", **kwargs: Any) -> None:
         super().__init__(sock, **kwargs)
         self._socket, self._connection = sock, connection
+        if hasattr(socket, "TCP_QUICKACK"):  # a server may hold the body back until its headers are acknowledged
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def _read_status(self) -> tuple[str, int, str]:
         """Return the first status line that is not of an interim answer, such as 103 Early Hints."""

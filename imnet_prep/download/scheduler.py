@@ -7,6 +7,7 @@ host that answers slowly therefore holds its own lanes and nobody else's.
 
 import heapq
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +16,15 @@ from typing import NamedTuple
 from imnet_prep.download.fetch import Failure
 from imnet_prep.download.folder import Results
 from imnet_prep.download.journal import Outcome
-from imnet_prep.download.messages import Lane, LaneDone, Retry, Task
+from imnet_prep.download.messages import LANE_S, Lane, LaneDone, Retry, Task
 from imnet_prep.download.options import FailReason, PoliteOptions
 from imnet_prep.download.urls import host_key, host_of
 
 _REFILL_BELOW, _REFILL = 64, 256  # URLs of a host held in memory
 _HOSTS_AT_WORK = 256  # hosts with work at hand; paused ones do not count
-_LANE_S = 0.5  # how long a lane should keep a thread
 _LANE_TASKS = 32
+_FIRST_GAP_S, _LEAST_GAP_S, _GAP_DOWN = 0.05, 0.01, 0.9  # requests to a host that said 429: see `Host.not_served`
 _REFUSALS = 2  # of single URLs (a broken script) before they are the host's
-_CAP_UP_EVERY = 20  # good answers after which a host that said 429 gets a lane back
 
 
 @dataclass(slots=True, eq=False)
@@ -36,11 +36,13 @@ class Host:
         options: How to treat it.
         pauses: Shared array by slot: the ``time.monotonic`` before which no request may go out. Workers write it too.
         slot: The host's place in ``pauses``.
-        quota: Most lanes, by process. lanes: Lanes at work, by process. cap: Most lanes now, lowered by 429.
+        quota: Most lanes, by process. lanes: Lanes at work, by process.
         queue: Tasks at hand. cursor: Last row read from the journal. more: Whether the journal may hold more.
-        waiting: Tasks that wait for a retry. next_at: No lane before, by ``rate_per_host``.
+        waiting: Tasks that wait for a retry. next_at: No lane before, by ``least_gap_s``.
         streak: Attempts in a row that it did not serve. probes: Failed probes of the open breaker, -1 while closed.
         has_served: Whether it ever served anything in this run.
+        gap_s: Least seconds between the beginnings of two requests, since it said 429.
+        refusals: Rounds in a row in which it asked for a pause or refused. refused_at: When the latest was heard of.
         waiting_since: When the first attempt of the streak ended.
         task_s: Moving average of seconds a URL. turn: Number of its latest lane.
     """
@@ -50,7 +52,6 @@ class Host:
     pauses: MutableSequence[float]
     slot: int
     quota: Counter[int]
-    cap: int
     lanes: Counter[int] = field(default_factory=Counter)
     queue: deque[Task] = field(default_factory=deque)
     cursor: int = 0
@@ -61,7 +62,9 @@ class Host:
     probes: int = -1
     has_served: bool = False
     waiting_since: float = 0.0
-    good: int = 0
+    gap_s: float = 0.0
+    refusals: int = 0
+    refused_at: float = -math.inf
     task_s: float = 0.25
     turn: int = 0
 
@@ -74,7 +77,7 @@ class Host:
         return (
             self.lanes[process] < self.quota[process]
             and self.free_at() <= now
-            and self.lanes.total() < (1 if self.probes >= 0 else self.cap)
+            and self.lanes.total() < (1 if self.probes >= 0 else self.options.per_host)
         )
 
     def next_tasks(self) -> tuple[Task, ...]:
@@ -84,10 +87,15 @@ class Host:
             probe = min(self.queue, key=lambda task: task.attempts)
             self.queue.remove(probe)
             return (probe,)
-        if not self.options.rate_per_host:
-            fair = -(-len(self.queue) // max(1, self.cap))  # the last URLs are shared among the lanes
-            count = max(1, min(_LANE_TASKS, int(_LANE_S / max(self.task_s, 1e-3)), fair))
+        if not self.least_gap_s():
+            fair = -(-len(self.queue) // self.options.per_host)  # the last URLs are shared among the lanes
+            count = max(1, min(_LANE_TASKS, int(LANE_S / max(self.task_s, 1e-3)), fair))
         return tuple(self.queue.popleft() for _ in range(count))
+
+    def least_gap_s(self) -> float:
+        """Return the least seconds between the beginnings of two requests, 0 for none."""
+        rate = self.options.rate_per_host
+        return max(self.gap_s, 1.0 / rate if rate else 0.0)
 
     def pause(self, until: float) -> None:
         """Let no request go out before a time, in any process."""
@@ -95,18 +103,21 @@ class Host:
 
     def served(self) -> None:
         """Note an image, or an answer that will not change, which closes the circuit breaker."""
-        self.streak, self.probes, self.has_served = 0, -1, True
-        self.good += 1
-        if self.good % _CAP_UP_EVERY == 0:
-            self.cap = min(self.cap + 1, self.options.per_host)
+        self.streak, self.refusals, self.probes, self.has_served = 0, 0, -1, True
+        self.gap_s = 0.0 if self.gap_s < _LEAST_GAP_S else self.gap_s * _GAP_DOWN
 
-    def not_served(self, found: Outcome | Failure, now: float, *, is_probe: bool) -> bool:
+    def not_served(self, found: Outcome | Failure, begun: float, now: float, *, is_probe: bool) -> bool:
         """Note an attempt that the host did not serve, and return whether to give the host up.
 
-        A host that asks for a pause, or refuses again and again (5xx), is paused, each time for longer. Many attempts
-        in a row that are not served open the circuit breaker: the host is paused, then probed with single requests. An
-        attempt that began before the pause is no probe. A host that serves nothing for longer than two of the longest
-        pauses, or four where it has served before, is given up as well.
+        A host that asks for a pause, or refuses again and again (5xx), is paused, each time for longer. What was in
+        flight together is one refusal.
+
+        Each refusal for the rate of requests (429, Retry-After) doubles the gap between them, and each answer that is
+        served shortens it by a tenth, so that about one request of eight finds the limit again.
+
+        Many attempts in a row that are not served open the circuit breaker: the host is paused, then probed with single
+        requests. An attempt that began before the pause is no probe. A host that serves nothing for longer than two of
+        the longest pauses, or four where it has served before, is given up as well.
         """
         options, asked = self.options, found.retry_after_s or 0.0
         last_probe = options.dead_probes * (2 if self.has_served else 1)
@@ -115,10 +126,12 @@ class Host:
         if self.streak == 0:
             self.waiting_since = now
         self.streak += 1
-        if asked or found.status == 429:
-            self.cap, self.good = max(1, self.lanes.total() // 2), 0
-        if asked or found.status == 429 or ((found.status or 0) >= 500 and self.streak > _REFUSALS):
-            self.pause(now + max(min(asked, options.max_retry_after_s), options.backoff(self.streak - 1)))
+        is_asked = bool(asked) or found.status == 429
+        if begun > self.refused_at and (is_asked or ((found.status or 0) >= 500 and self.streak > _REFUSALS)):
+            self.pause(now + max(min(asked, options.max_retry_after_s), options.backoff(self.refusals)))
+            if is_asked:
+                self.gap_s = min(max(2 * self.gap_s, _FIRST_GAP_S), options.max_backoff_s)
+            self.refusals, self.refused_at = self.refusals + 1, now
         if now - self.waiting_since > (4 if self.has_served else 2) * options.max_retry_after_s:
             return True
         if is_probe:
@@ -208,8 +221,7 @@ class Scheduler:
 
     def _open_lane(self, host: Host, process: int, now: float) -> Lane:
         number, tasks = next(self._numbers), host.next_tasks()
-        if self._options.rate_per_host:
-            host.next_at = max(now, host.next_at) + 1.0 / self._options.rate_per_host
+        host.next_at = max(now, host.next_at) + host.least_gap_s()
         host.lanes[process] += 1
         host.turn = number
         self._free[process] -= 1
@@ -219,21 +231,22 @@ class Scheduler:
 
     def lane_done(self, done: LaneDone, now: float) -> None:
         """Take the results of a lane, and the tasks that it did not start."""
-        host, is_probe = self.lanes[done.number].host, self.lanes[done.number].is_probe
+        lane = self.lanes[done.number]
+        host = lane.host
         for result in done.results:
             match result:
                 case Outcome():
                     self._rows.discard(result.row)
                     self._results.add(result)
-                    self._judge(host, result, now, is_probe)
+                    self._judge(lane, result, now)
                 case Retry(task, failure):
                     self._retry(host, task, failure, now)
-                    self._judge(host, failure, now, is_probe)
+                    self._judge(lane, failure, now)
                 case Task():
                     host.served()
                     self._enqueue(result, host, now)
         if done.results:
-            host.task_s += 0.3 * ((now - self.lanes[done.number].begun) / len(done.results) - host.task_s)
+            host.task_s += 0.3 * ((now - lane.begun) / len(done.results) - host.task_s)
         self._close_lane(done.number, done.returned, now)
 
     def ready(self, process: int, threads: int) -> None:
@@ -266,13 +279,14 @@ class Scheduler:
         pause = max(failure.retry_after_s or 0.0, self._options.backoff(task.attempts - 1))
         self._delay(task, host, now + min(pause, self._options.max_retry_after_s))
 
-    def _judge(self, host: Host, found: Outcome | Failure, now: float, is_probe: bool) -> None:
+    def _judge(self, lane: _OpenLane, found: Outcome | Failure, now: float) -> None:
         """Tell a host's circuit breaker about an attempt."""
+        host = lane.host
         if found.reason is FailReason.INTERNAL or host.key in self._gone:
             return
         if found.reason is None or (found.answered and not found.transient):
             host.served()
-        elif host.not_served(found, now, is_probe=is_probe):
+        elif host.not_served(found, lane.begun, now, is_probe=lane.is_probe):
             if (asked := found.retry_after_s or 0.0) > self._options.max_retry_after_s:
                 detail = f"host given up: Retry-After {asked:.0f} s is longer than we wait"
             else:
@@ -320,7 +334,7 @@ class Scheduler:
         quota = Counter((key + lane) % len(self._free) for lane in range(self._options.per_host))
         slot = self._slots.pop()
         self._pauses[slot] = 0.0
-        host = self.hosts[key] = Host(key, self._options, self._pauses, slot, quota, self._options.per_host)
+        host = self.hosts[key] = Host(key, self._options, self._pauses, slot, quota)
         return host
 
     def _settle(self, host: Host) -> None:

@@ -26,7 +26,7 @@ from imnet_prep.download.fetch import Body, Failure, Fetcher, Hop
 from imnet_prep.download.folder import INCOMING, WORKER_LOCK
 from imnet_prep.download.journal import Outcome
 from imnet_prep.download.memory import NoRoom, Patience, PixelBudget, Stopped, pixels_held
-from imnet_prep.download.messages import Lane, LaneDone, Ready, Retry, Task
+from imnet_prep.download.messages import LANE_S, Lane, LaneDone, Ready, Retry, Task
 from imnet_prep.download.options import DownloadOptions, FailReason
 from imnet_prep.files import exclusive_lock
 from imnet_prep.images.formats import sniff
@@ -94,9 +94,10 @@ class _Runner:
             name = f"spool-{os.getpid()}-{lane.number}"
             results: list[Outcome | Retry | Task] = []
             left, broken = deque(lane.tasks), ""
+            until = time.monotonic() + LANE_S
             try:
                 with (self.options.out / INCOMING / name).open("ab", buffering=0) as spool:
-                    while left and self.pauses[lane.host_slot] <= time.monotonic():
+                    while left and self.pauses[lane.host_slot] <= time.monotonic() < until:
                         self.rows[self.place] = left[0].row
                         with ExitStack() as held:
                             result = self._result(left[0], lane.host_slot, held)
