@@ -10,7 +10,7 @@ import click
 from imnet_prep.errors import IntegrityError
 from imnet_prep.loader.bench import BenchOptions
 
-from .options import DIR, JSON, KEEP_CLASSES, REPLACE, WORKERS
+from .options import DIR, EXECUTOR, JSON, KEEP_CLASSES, REPLACE, SCHEDULER, WORKERS
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
@@ -21,9 +21,11 @@ BENCH = BenchOptions()
 @click.option("--level", default="hash", metavar="quick|hash|decode", help="How thoroughly to check.")
 @click.option("--expect", metavar="ilsvrc2012", help="Compare the counts with those of the published data set.")
 @WORKERS
+@EXECUTOR
+@SCHEDULER
 @JSON
 @guard
-def verify(records: Path, level: str, expect: str | None, workers: int | None, as_json: bool) -> None:
+def verify(records: Path, as_json: bool, **options: Any) -> None:
     """Compare a records folder with its manifest; exit 3 if they differ.
 
     quick checks sizes, headers and indexes. hash also reads every byte. decode also checks that every image decodes, is
@@ -34,14 +36,14 @@ def verify(records: Path, level: str, expect: str | None, workers: int | None, a
     from imnet_prep.check import verify as verification
 
     with progress_bar("verify") as progress:
-        result = verification.verify(records, level, workers, progress, expect)
+        result = verification.verify(records, progress=progress, **options)
     if as_json:
         show(result.to_json(), as_json)
     else:
         for problem in (*result.warnings, *result.problems):
             click.echo(problem.to_line("warning: " if problem in result.warnings else ""))
         state = "ok" if result.ok else f"{len(result.problems)} problem(s)"
-        click.echo(f"{records}: {state} at level {level}: {result.shards} shards, {result.records} records")
+        click.echo(f"{records}: {state} at level {result.level}: {result.shards} shards, {result.records} records")
     if not result.ok:
         sys.exit(IntegrityError.exit_code)
 

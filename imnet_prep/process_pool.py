@@ -74,6 +74,17 @@ def process_count(asked: int | None) -> int:
     return min(asked or cpu_count(), MAX_PROCESSES)
 
 
+def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
+    """Yield results that come with their number, from 0, by number."""
+    early: dict[int, Result] = {}
+    wanted = 0
+    for number, result in results:
+        early[number] = result
+        while wanted in early:
+            yield early.pop(wanted)
+            wanted += 1
+
+
 def worker_count(asked: int | None, size_bytes: int) -> int:
     """Return the number of processes for work that mostly copies and hashes: one where there is little of it."""
     return process_count(asked) if asked is not None or size_bytes >= SMALL_BYTES else 1

@@ -23,7 +23,7 @@ class Cluster:
         options: Of the workers.
 
     Attributes:
-        address: The scheduler's.
+        address: The scheduler's. scheduler: Its process.
         workers: Their processes. Without a nanny, which is the default here, these do the work.
     """
 
@@ -37,23 +37,29 @@ class Cluster:
         options: Sequence[str] = ("--no-nanny",),
     ) -> None:
         folder.mkdir()
+        self._folder, self._options = folder, options
         self._has_nannies = "--no-nanny" not in options
         file, self.log = folder / "scheduler.json", folder / "log"
         self._output = self.log.open("wb")
         place = ["--port", "0", "--no-dashboard", "--host", host, "--scheduler-file", str(file)]
-        self._scheduler = self._start([*around, sys.executable, "-m", f"{_DASK}scheduler", *place])
+        self.scheduler = self._start([*around, sys.executable, "-m", f"{_DASK}scheduler", *place])
         self.workers: list[subprocess.Popen[bytes]] = []
         try:
             self.address = str(self._wait_for(file)["address"])
-            for number, before in enumerate(workers):
-                command = [*before, sys.executable, "-m", f"{_DASK}worker", self.address, "--nthreads", "1"]
-                place = ["--no-dashboard", "--local-directory", str(folder / f"worker-{number}")]
-                self.workers.append(self._start([*command, *place, *options]))
+            for before in workers:
+                self.add_worker(before)
             count = f"from distributed import Client; Client({self.address!r}).wait_for_workers({len(workers)}, 60)"
             subprocess.run([*around, sys.executable, "-c", count], check=True, capture_output=True, timeout=90)
         except BaseException:
             self.close()
             raise
+
+    def add_worker(self, around: Sequence[str], after_s: int = 0) -> None:
+        """Start a worker, after so many seconds."""
+        late = ["sh", "-c", f'sleep {after_s}; exec "$@"', "sh"] if after_s else []
+        command = [*late, *around, sys.executable, "-m", f"{_DASK}worker", self.address, "--nthreads", "1"]
+        local = self._folder / f"worker-{len(self.workers)}"
+        self.workers.append(self._start([*command, "--no-dashboard", "--local-directory", str(local), *self._options]))
 
     def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output)
@@ -68,12 +74,12 @@ class Cluster:
 
     def close(self) -> None:
         """End all processes."""
-        for process in (*self.workers, self._scheduler):
+        for process in (*self.workers, self.scheduler):
             if self._has_nannies:
                 process.terminate()  # a nanny ends its worker
             else:
                 process.kill()
-        for process in (*self.workers, self._scheduler):
+        for process in (*self.workers, self.scheduler):
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

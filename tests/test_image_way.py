@@ -13,7 +13,7 @@ from types import FrameType
 import pytest
 
 from imnet_prep import TrainOptions, open_batches
-from imnet_prep.build import executors
+from imnet_prep.build import job
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.build.shard_task import ShardResult, ShardTask, run_task
@@ -54,7 +54,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             return run_task(task, lambda *_: None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executors, "run_task", traced)
+        patch.setattr(job, "run_task", traced)
         options = PlanOptions(shards=1), ConvertOptions(workers=1)
         convert(sorted(folder.glob("ILSVRC*")), folder / "records", None, *options, lambda _: None, lambda: False)
     with (

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from imnet_prep.build import executors
 from imnet_prep.build.commit import assemble
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.build.plan import Plan, load_plan
-from imnet_prep.build.shard_task import ShardResult, ShardTask, finished, tasks_of
+from imnet_prep.build.shard_task import ShardResult, ShardTask, finished, run_task, tasks_of
 from imnet_prep.build.workdir import Workdir, begin, check_begun, check_out, finished_before, hold, publish_folder
+from imnet_prep.cluster import run_tasks
 from imnet_prep.errors import BudgetError, Interrupted, PlanError
 from imnet_prep.files import is_disk_full, write_atomically
+from imnet_prep.process_pool import process_count
 from imnet_prep.records.manifest import MANIFEST, Manifest
 from imnet_prep.records.record_list import REJECTED, rejected_bytes
 from imnet_prep.records.shards import Layout
@@ -214,7 +215,11 @@ def _run_tasks(
         progress(Progress(done, total, "images", size, counts))
 
     todo = [task for task in tasks if task.name not in results]
-    work = executors.run(todo, options.workers, options.scheduler, report, lambda: stop() or bool(more))
+    width = min(process_count(options.workers), len(todo))
+    work = run_tasks(
+        run_task, todo, width, options.scheduler, report, lambda: stop() or bool(more),
+        task="shard", remedy="run the same command again: finished shards are kept",
+    )  # fmt: skip
     try:
         with closing(work):
             for result in work:

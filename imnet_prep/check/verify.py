@@ -7,7 +7,7 @@ what cannot be read is reported as a problem.
 
 import os
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep import catalog
+from imnet_prep.cluster import check_executor, run_tasks
 from imnet_prep.errors import IntegrityError, RecordsError
 from imnet_prep.files import file_digest
-from imnet_prep.process_pool import process_count
+from imnet_prep.process_pool import Advance, in_order, process_count
 from imnet_prep.records.check import (
     Problem,
     check_rows_of_index,
@@ -31,7 +32,7 @@ from imnet_prep.records.check import (
     check_unlisted,
     listed_files,
 )
-from imnet_prep.records.folder import RecordsFolder, map_rows
+from imnet_prep.records.folder import RecordsFolder, map_rows, refuse_unseen
 from imnet_prep.records.manifest import MANIFEST, MIN_ROW_BYTES, Manifest, SplitInfo
 from imnet_prep.types import Progress, ProgressCallback
 
@@ -82,6 +83,9 @@ def verify(
     progress: ProgressCallback,
     expect: str | None = None,
     withhold: Collection[str] = (),
+    *,
+    executor: str = "local",
+    scheduler: str | None = None,
 ) -> VerifyResult:
     """Compare a records folder with its manifest.
 
@@ -94,11 +98,16 @@ def verify(
             archives are always compared.
         withhold: Digests to ignore (:data:`WITHHELD`), to measure what the other checks find: ``shards`` for those of
             all files, ``records`` for those of the records, with the whole record list.
+        executor: ``local``, or ``dask`` to read files and records on the workers of a Dask cluster, which see the
+            folder under the same path. The result is the same.
+        scheduler: Address of the Dask scheduler.
 
     Raises:
-        RecordsError: There is no such folder, it has no manifest, or ``level`` or ``expect`` is unknown.
-        PlanError: A worker process was killed.
+        RecordsError: There is no such folder, it has no manifest, ``level`` or ``expect`` is unknown, or a Dask worker
+            does not see the folder.
+        PlanError: A worker process was killed, or Dask cannot be used.
     """
+    check_executor(executor, scheduler)
     if level not in LEVELS:
         raise RecordsError(f"unknown level {level!r}", expected=f"one of {', '.join(LEVELS)}")
     width = process_count(workers)
@@ -110,14 +119,14 @@ def verify(
         return VerifyResult(level, 0, 0, (Problem("manifest", MANIFEST, str(error)),))
     problems = [*_check_expectation(folder.manifest, expect), *_check_quick(folder)]
     if level != "quick" and "shards" not in withhold:
-        problems += _check_digests(folder, width, progress)
+        problems += _check_digests(folder, width, scheduler, progress)
     warnings: list[Problem] = []
     hidden = 0
     if level == "decode" and _can_hold_its_rows(folder):
         from imnet_prep.check.duplicates import find_duplicates  # imports OpenCV, which the other levels do not need
 
         lines = "records" not in withhold
-        rows = _check_rows(folder, width, progress, lines=lines)
+        rows = _check_rows(folder, width, scheduler, progress, lines=lines)
         same_name, warnings = find_duplicates(folder, rows.fingerprints)
         problems += [*_check_agreement(folder, rows, lines=lines), *same_name, *rows.problems]
         hidden = rows.number - len(rows.problems)
@@ -164,7 +173,9 @@ class _Rows:
     number: int = 0
 
 
-def _check_rows(folder: RecordsFolder, workers: int, progress: ProgressCallback, *, lines: bool) -> _Rows:
+def _check_rows(
+    folder: RecordsFolder, workers: int, scheduler: str | None, progress: ProgressCallback, *, lines: bool
+) -> _Rows:
     """Check every record, in worker processes."""
     from imnet_prep.check.rows import BASE, EQUAL, check_row
 
@@ -178,7 +189,7 @@ def _check_rows(folder: RecordsFolder, workers: int, progress: ProgressCallback,
     def report(state: Progress) -> None:
         progress(replace(state, counts=(("problems", found.number),)))
 
-    with closing(map_rows(folder, check, workers, report, lines=lines)) as rows:
+    with closing(map_rows(folder, check, workers, report, lines=lines, scheduler=scheduler)) as rows:
         for place, row in enumerate(rows):
             found.labels[place], found.listed[place] = row.label, row.listed
             found.fingerprints[place] = row.fingerprints
@@ -250,18 +261,46 @@ def _words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {number}" for reason, number in sorted(counts.items())) or "none"
 
 
-def _check_digests(folder: RecordsFolder, workers: int, progress: ProgressCallback) -> Iterator[Problem]:
+_File = tuple[str, int, str]  # name, size and digest
+
+
+def _check_digests(
+    folder: RecordsFolder, workers: int, scheduler: str | None, progress: ProgressCallback
+) -> Iterator[Problem]:
     files = [file for file in listed_files(folder.manifest) if os.path.isfile(folder.path / file[0])]
     done, total = 0, sum(size for _, size, _ in files)
-    with ThreadPoolExecutor(workers) as pool:
-        for (_, size, _), problem in zip(files, pool.map(partial(_digest_problem, folder.path), files), strict=True):
+    with closing(_digest_problems(folder, files, workers, scheduler)) as problems:
+        for (_, size, _), problem in zip(files, problems, strict=True):
             if problem:
                 yield problem
             done += size
             progress(Progress(done, total, "bytes"))
 
 
-def _digest_problem(records: Path, file: tuple[str, int, str]) -> Problem | None:
+def _digest_problems(
+    folder: RecordsFolder, files: Sequence[_File], workers: int, scheduler: str | None
+) -> Generator[Problem | None, None, None]:
+    """Yield the problem of each file, or None, in their order."""
+    path = folder.path.absolute()
+    if scheduler is None:  # hashing lets other threads run, and processes take longer to start
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(partial(_digest_problem, path), files)
+    else:
+        check = partial(_digest_problem_elsewhere, path, folder.manifest.digest)
+        tasks = run_tasks(check, enumerate(files), workers, scheduler, lambda *_: None, task="file")
+        yield from in_order(tasks)
+
+
+def _digest_problem_elsewhere(
+    records: Path, digest: str, task: tuple[int, _File], _advance: Advance
+) -> tuple[int, Problem | None]:
+    """Compare a file with its digest on a Dask worker; return its number as well."""
+    refuse_unseen(records, digest)
+    number, file = task
+    return number, _digest_problem(records, file)
+
+
+def _digest_problem(records: Path, file: _File) -> Problem | None:
     name, _, expected = file
     try:
         got = file_digest(records / name)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from imnet_prep.cluster import connected
+from imnet_prep.cluster import WorkerWatch, connected
 from imnet_prep.download.journal import JOURNAL_NAME, Totals
 from imnet_prep.download.options import DownloadOptions
 from imnet_prep.download.result import DownloadResult, is_hopeless, too_many
@@ -34,7 +34,6 @@ PART = "part-{}-of-{}"
 _PART_NAME = re.compile(r"part-[0-9]+-of-([0-9]+)")
 _POLL_S = 0.2
 _ASK_EVERY_S = 1.0  # a worker asks the scheduler whether to stop
-_LOOK_EVERY_S = 2.0  # the client looks whether there are workers
 _TOP = 5  # hosts named with their failures
 _AGAIN = "run the same command again: finished URLs are kept"
 STOP = b"s"  # what a part's process is told to make it end; the end of the pipe kills it
@@ -72,7 +71,7 @@ def download_parts(
         count = known or len(client.nthreads())
         stopped, watched = Event(name, client=client), _Watched(options, count, progress)
         client.subscribe_topic(name, watched.hear)
-        waiting, looked_at = _submitted(client, options, count, name), time.monotonic()
+        waiting, workers = _submitted(client, options, count, name), WorkerWatch(client)
         try:
             while waiting:
                 for number in [number for number, future in waiting.items() if future.done()]:
@@ -81,9 +80,8 @@ def download_parts(
                 if not watched.stopping and (stop() or watched.is_in_vain()):
                     watched.stopping = True
                     stopped.set()
-                if waiting and time.monotonic() - looked_at >= _LOOK_EVERY_S:
-                    looked_at = time.monotonic()
-                    watched.look_for_workers(client)
+                if waiting and workers.look() and watched.stopping:
+                    raise Interrupted("interrupted; no Dask worker is left to say how far it got", remedy=_AGAIN)
                 time.sleep(_POLL_S)
         finally:
             with suppress(OSError, RuntimeError, ValueError):  # the scheduler may be gone
@@ -149,7 +147,6 @@ class _Watched:
         self._said: dict[int, Progress] = {}
         self._shown: Progress | None = None
         self._verdict: ImnetError | None = None
-        self._is_alone = False
         self.ended: dict[int, Ended] = {}
         self.stopping = False
 
@@ -178,19 +175,6 @@ class _Watched:
         if self._progress and found is not None and found != self._shown:
             self._progress(found)
         self._shown = found
-
-    def look_for_workers(self, client: Any) -> None:
-        """Say if there is no worker, or end the wait for one.
-
-        Raises:
-            Interrupted: The parts were told to stop, and nobody is left to do so.
-        """
-        is_alone = not client.nthreads()
-        if is_alone and self.stopping:
-            raise Interrupted("interrupted; no Dask worker is left to say how far it got", remedy=_AGAIN)
-        if is_alone and not self._is_alone:
-            log.warning("no Dask worker is left (their logs say why); waiting for one")
-        self._is_alone = is_alone
 
     def is_in_vain(self) -> bool:
         """Return whether the parts are to be stopped: one has failed, or too many URLs of all parts have."""

@@ -12,10 +12,11 @@ from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from imnet_prep.cluster import run_tasks, this_worker
 from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
 from imnet_prep.files import file_digest, max_open_files
-from imnet_prep.process_pool import Advance, process_count, run_processes
-from imnet_prep.records.manifest import Manifest, load_manifest
+from imnet_prep.process_pool import Advance, in_order, process_count
+from imnet_prep.records.manifest import MANIFEST, Manifest, load_manifest
 from imnet_prep.records.mindrecord import Shard, open_shard
 from imnet_prep.records.publish import refuse_interrupted
 from imnet_prep.records.record_list import RecordLine, opened_list, read_lines, read_rejected
@@ -25,6 +26,7 @@ from imnet_prep.types import Progress, ProgressCallback, Rejected, ShardInfo
 Result = TypeVar("Result")
 CHUNK_ROWS = 512  # rows per task: some seconds of photographs, and a few hundred kB of record lines
 _open = lru_cache(maxsize=1)(open_shard)  # of a scan, which clears it at its end
+SCAN = "part of the records"  # what a worker does at a time, for messages
 
 
 @dataclass(slots=True)
@@ -275,6 +277,44 @@ def _apply(function: Callable[[Row], Result], chunk: _Chunk, advance: Advance) -
     return number, results
 
 
+def _apply_elsewhere(
+    apply: Callable[[_Chunk, Advance], tuple[int, list[Result]]],
+    folder: Path,
+    digest: str,
+    chunk: _Chunk,
+    advance: Advance,
+) -> tuple[int, list[Result]]:
+    """Apply a function to the rows of a chunk on a Dask worker, which outlives the scan."""
+    refuse_unseen(folder, digest)
+    try:
+        return apply(chunk, advance)
+    finally:
+        _open.cache_clear()  # the next scan may find other files
+
+
+def refuse_unseen(folder: Path, digest: str) -> None:
+    """Refuse to work on a Dask worker that does not see the folder of the command.
+
+    Args:
+        folder: The records folder.
+        digest: SHA-256 (hex) of its manifest, as the command read it.
+
+    Raises:
+        RecordsError: Another folder is there, or none.
+    """
+    try:
+        got = f"SHA-256 {file_digest(folder / MANIFEST)}"
+    except OSError as error:
+        got = error.strerror or str(error)
+    if got != f"SHA-256 {digest}":
+        raise RecordsError(
+            f"Dask worker {this_worker()}: does not see {folder}",
+            expected=f"a manifest of SHA-256 {digest}",
+            got=got,
+            remedy="mount the folder under the same path on every machine",
+        )
+
+
 def map_rows(
     folder: RecordsFolder,
     function: Callable[[Row], Result],
@@ -283,10 +323,11 @@ def map_rows(
     *,
     lines: bool = False,
     unit: str = "images",
+    scheduler: str | None = None,
 ) -> Generator[Result, None, None]:
     """Apply a function to every record and yield the results in stored order.
 
-    Close the iterator (:func:`contextlib.closing`) if you do not read it to its end: that kills the workers.
+    Close the iterator (:func:`contextlib.closing`) if you do not read it to its end: that kills the local workers.
 
     Args:
         folder: The records.
@@ -296,23 +337,23 @@ def map_rows(
         progress: Called with the number of records and bytes.
         lines: Pass each row its line of the record list.
         unit: What the progress calls the records.
+        scheduler: Address of a Dask scheduler whose workers see the folder under the same path; None for this machine.
 
     Raises:
-        PlanError: A worker process was killed.
+        PlanError: A worker process was killed, or Dask cannot be used.
+        RecordsError: A Dask worker does not see the folder.
     """
-    early: dict[int, list[Result]] = {}
-    wanted = 0
 
     def report(images: int, size: int, _bad: int) -> None:
         progress(Progress(min(images, folder.records), folder.records, unit, size))
 
     width = min(process_count(workers), -(-folder.records // CHUNK_ROWS))
+    apply = partial(_apply, function)
+    if scheduler is not None:
+        apply = partial(_apply_elsewhere, apply, folder.path.absolute(), folder.manifest.digest)
     try:
-        for number, results in run_processes(partial(_apply, function), _chunks(folder, lines=lines), width, report):
-            early[number] = results
-            while wanted in early:
-                yield from early.pop(wanted)
-                wanted += 1
+        chunks = _chunks(folder, lines=lines)
+        yield from chain.from_iterable(in_order(run_tasks(apply, chunks, width, scheduler, report, task=SCAN)))
     finally:
         _open.cache_clear()  # Windows does not rename a folder while a file in it is open
 
@@ -326,7 +367,7 @@ def _chunks(folder: RecordsFolder, *, lines: bool) -> Iterator[_Chunk]:
         for first in range(0, shard.rows, CHUNK_ROWS):
             count = min(CHUNK_ROWS, shard.rows - first)
             row = Row(split, shard.file, shard_number, first, position)
-            yield number, folder.path / shard.file, row, count, list(islice(texts, count))
+            yield number, folder.path.absolute() / shard.file, row, count, list(islice(texts, count))
             number, position = number + 1, position + count
 
 

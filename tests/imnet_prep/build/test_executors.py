@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from imnet_prep import cluster
-from imnet_prep.build import executors
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
+from imnet_prep.build.shard_task import run_task
 from imnet_prep.errors import ImnetError, Interrupted, PlanError
 from imnet_prep.types import Progress
 from tests.dask_cluster import Cluster
@@ -45,7 +45,7 @@ def children() -> set[int]:
 
 
 def test_no_task_is_no_process() -> None:
-    assert list(executors.run([], 2, None, lambda *_: None, lambda: False)) == []
+    assert list(cluster.run_tasks(run_task, [], 0, "tcp://127.0.0.1:9", lambda *_: None, task="shard")) == []
 
 
 def test_workers_change_no_byte(source: Path, expected: dict[str, str], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from imnet_prep.records.folder import RecordsFolder
 from tests.dask_cluster import Cluster
 from tests.imnet_prep.download.servers import Exchange, Route, Server, images
 from tests.imnet_prep.obstacles import kill
+from tests.machines import HUB, MACHINES, network
 
 ROOT = Path(__file__).parent.parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Dask's own threads and sockets
@@ -281,43 +282,7 @@ def test_a_killed_process_of_a_part_is_one_line_that_names_it(tmp_path: Path) ->
 
 # --- four machines ----------------------------------------------------------------------------------------------------
 
-HUB = "10.0.0.1"
-MACHINES = [f"10.0.0.{number}" for number in (11, 12, 13, 14)]
 HOSTS = [f"10.0.0.{number}" for number in range(101, 141)]
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-@pytest.fixture
-def machines() -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Make five network namespaces on a bridge: one with the addresses of all hosts, four with a worker's each.
-
-    The value is the words before a command that run it in the first, and in each of the others.
-    """
-    names = [f"imnet-{os.getpid()}-{number}" for number in range(5)]
-    hub, *others = names
-    try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-                ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", hub, "link", "add", "br0", "type", "bridge")
-            for address in (HUB, *HOSTS):
-                ip("-n", hub, "addr", "add", f"{address}/24", "dev", "br0")
-            ip("-n", hub, "link", "set", "br0", "up")
-            for number, (name, address) in enumerate(zip(others, MACHINES, strict=True)):
-                ip("-n", hub, "link", "add", f"v{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
-                ip("-n", hub, "link", "set", f"v{number}", "master", "br0", "up")
-                ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-                ip("-n", name, "link", "set", "eth0", "up")
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no network namespaces: {getattr(error, 'stderr', b'').decode() or error}")
-        yield ["ip", "netns", "exec", hub], [["ip", "netns", "exec", name] for name in others]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 @contextmanager
@@ -342,11 +307,9 @@ def seen_by(server: subprocess.Popen[str]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.long
-def test_four_machines_ask_forty_hosts_as_one_would(
-    tmp_path: Path, machines: tuple[list[str], list[list[str]]]
-) -> None:
-    hub, others = machines
+def test_four_machines_ask_forty_hosts_as_one_would(tmp_path: Path) -> None:
     with (
+        network(HOSTS) as (hub, others),
         many_hosts(hub) as (server, urls),
         closing(Cluster(tmp_path / "dask", others, around=hub, host=HUB, options=())) as four,
     ):
