@@ -140,7 +140,7 @@ class _Runner:
             if task.hops < self.options.fetch.max_redirects:
                 return task._replace(url=found.url, hops=task.hops + 1, spent_s=task.spent_s + time.monotonic() - begun)
             found = Failure(FailReason.REDIRECT_REFUSED, f"more than {task.hops} redirects", found.status)
-        task = task._replace(attempts=task.attempts + 1)
+        task = task._replace(attempts=task.attempts + 1, hops=0, spent_s=0.0)
         return self._failed(task, found, slot) if isinstance(found, Failure) else self._keep(task, *found)
 
     def _attempt(self, task: Task, held: ExitStack) -> Hop | Failure | tuple[Body, Sample, bool]:

@@ -129,3 +129,22 @@ def test_a_probe_is_a_url_that_was_asked_for_least() -> None:
     tasks = [Task(row, f"http://a.example/{row}", attempts) for row, attempts in enumerate((3, 1, 0, 2, 0))]
     host = Host(0, QUICK, [0.0], 0, Counter({0: 1}), 1, queue=deque(tasks), probes=0)
     assert [host.next_tasks()[0].row for _ in tasks] == [2, 4, 1, 3, 0]
+
+
+def test_a_retry_after_a_redirect_has_the_whole_time_again(tmp_path: Path) -> None:
+    asked: Counter[str] = Counter()
+
+    def answer(exchange: Exchange) -> None:
+        asked[exchange.path] += 1
+        if exchange.path == "/0":
+            time.sleep(1.4)
+            exchange.answer(302, Location="/1")
+        elif asked["/1"] == 1:
+            exchange.answer(503)
+        else:
+            time.sleep(1.0)  # more than the 0.6 s that were left of the first attempt
+            exchange.answer(body=picture(0))
+
+    with Server(answer) as host:
+        result = run(tmp_path, [host.url("/0")], timeout_s=2.0)
+    assert (result.totals.ok, asked) == (1, {"/0": 1, "/1": 2})
