@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from imnet_prep import TrainOptions, open_batches
 from imnet_prep.images.native import decoder_status
 from tests.imnet_prep.download.servers import Server, images, write_list
-from tests.records import COMMAND, make_records
+from tests.records import COMMAND
 from tests.synthetic import make_image_folder
 
 ROOT = Path(__file__).parents[1]
@@ -121,15 +120,6 @@ def test_training_says_in_one_line_that_it_needs_mindspore(command: str, records
     assert done.stdout == ""
     assert done.stderr.startswith("error: this command needs MindSpore, which is not installed; pip install imnet-prep")
     assert done.stderr.count("\n") == 1
-
-
-def test_batches_become_tensors_of_pytorch(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    with open_batches(make_records(tmp_path), "train", TrainOptions(6, 32)) as batches:
-        for batch in batches:
-            image, label = torch.from_numpy(batch.image), torch.from_numpy(batch.label)
-            assert (tuple(image.shape), image.dtype) == ((6, 32, 32, 3), torch.uint8)
-            assert label.tolist() == batch.label.tolist()
 
 
 def requirements(lines: list[str]) -> dict[str, set[str]]:
