@@ -57,9 +57,14 @@ check: venv
 bench: venv .venv-peers/.installed .venv-img2dataset/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
-.venv-peers/.installed: benchmarks/requirements-peers.txt
+# PyTorch's peers, and our loader for PyTorch beside them.
+.venv-peers/.installed: benchmarks/requirements-peers.txt requirements-light.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $< --requirement requirements-light.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 .venv-img2dataset/.installed: benchmarks/requirements-download.txt
-.venv-peers/.installed .venv-img2dataset/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@

@@ -42,6 +42,17 @@ def ours_portable(root: Path, mode: str, threads: int) -> Iterator[int]:
     return ours(root, mode, threads, native="off")
 
 
+def ours_torch(root: Path, mode: str, threads: int) -> Iterator[int]:
+    """`TorchLoader`: tensors of PyTorch. It reads as `ours` does."""
+    from imnet_prep import EvalOptions, TrainOptions
+    from imnet_prep.loader.torch import TorchLoader
+
+    options = (TrainOptions if mode == "train" else EvalOptions)(batch_size=BATCH, image_size=SIZE)
+    with TorchLoader(root / "records", "train", options, workers=threads, native="on", check="always") as loader:
+        while True:
+            yield from (len(images) for images, _ in loader)
+
+
 def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[int]:
     """The C++ decoder alone with libjpeg-turbo's own entropy decoder, from memory."""
     from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +115,24 @@ def mindspore(root: Path, mode: str, threads: int) -> Iterator[int]:
 
 def dali(root: Path, mode: str, threads: int) -> Iterator[int]:
     """NVIDIA DALI on the CPU; training decodes only the crop."""
+    pipeline = dali_pipeline(root, mode, threads)
+    pipeline.build()
+    while True:
+        images, _ = pipeline.run()
+        images.as_array()
+        yield BATCH
+
+
+def dali_torch(root: Path, mode: str, threads: int) -> Iterator[int]:
+    """The same through DALI's iterator for PyTorch."""
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    for batch in DALIGenericIterator([dali_pipeline(root, mode, threads)], ["image", "label"]):  # without end
+        yield len(batch[0]["image"])
+
+
+def dali_pipeline(root: Path, mode: str, threads: int) -> Any:
+    """Return DALI's pipeline of uint8 (N, H, W, 3) images and labels."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None)
@@ -121,12 +150,7 @@ def dali(root: Path, mode: str, threads: int) -> Iterator[int]:
             image = fn.crop(image, crop=(SIZE, SIZE))
         return image, label
 
-    pipeline = build()
-    pipeline.build()
-    while True:
-        images, _ = pipeline.run()
-        images.as_array()
-        yield BATCH
+    return build()
 
 
 def torchvision(root: Path, mode: str, threads: int, pil: bool = False) -> Iterator[int]:
@@ -213,10 +237,12 @@ def spdl(root: Path, mode: str, threads: int) -> Iterator[int]:
 LOADERS: dict[str, Callable[[Path, str, int], Iterator[int]]] = {
     "ours": ours,
     "ours_portable": ours_portable,
+    "ours_torch": ours_torch,
     "limit": limit,
     "decoder_alone": decoder_alone,
     "mindspore": mindspore,
     "dali": dali,
+    "dali_torch": dali_torch,
     "torchvision": torchvision,
     "torchvision_pil": torchvision_pil,
     "spdl": spdl,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.contenders import Contender, together
@@ -57,23 +58,29 @@ def prepare(told: Setting) -> dict[str, Path]:
 
 def measure(told: Setting, *, everything: bool = False) -> list[Result]:
     """Compare the loaders on each kind of images."""
-    roots, results = prepare(told), []
     names = OURS | (MORE if everything else {})
     peers = (PEERS | (MORE_PEERS if everything else {})) if told.peers else {}
-    pythons = dict.fromkeys(names, sys.executable) | dict.fromkeys(peers, str(told.peers))
+    loaders = {name: (sys.executable, loader) for name, loader in names.items()}
+    loaders |= {name: (str(told.peers), loader) for name, loader in peers.items()}
+    return compare_loaders(told, "load", loaders, CASES + ((("short256", "eval"),) if everything else ()))
+
+
+def compare_loaders(
+    told: Setting, prefix: str, loaders: Mapping[str, tuple[str, str]], cases: Sequence[tuple[str, str]] = CASES
+) -> list[Result]:
+    """Compare loaders, each an interpreter and a name of `loaders.py`, on kinds of images."""
+    roots, results = prepare(told), []
     seconds = SHORT_WINDOW_S if told.short else WINDOW_S
-    for kind, mode in CASES + ((("short256", "eval"),) if everything else ()):
+    for kind, mode in cases:
         words = ["--root", roots[kind], "--mode", mode, "--threads", cpu_count(), "--seconds", seconds]
-        contenders = {
-            name: Contender(pythons[name], "loaders", loader, *words) for name, loader in (names | peers).items()
-        }
+        contenders = {name: Contender(python, "loaders", loader, *words) for name, (python, loader) in loaders.items()}
         size = sum(path.stat().st_size for path in (roots[kind] / "files").rglob("*.*"))
         size_kb = size / 1e3 / COPIES / len(told.photos.files)
         stored = "as they are" if kind == "originals" else f"at short side {SHORT}"
         what = "training" if mode == "train" else "evaluation"
         title = f"{what} batches at {SIZE} px, photographs stored {stored}, {size_kb:.0f} kB each; start-up left out"
         with together(contenders) as ready:
-            results.append(compare(f"load-{kind}-{mode}", title, ready, told.rounds, told.seed))
+            results.append(compare(f"{prefix}-{kind}-{mode}", title, ready, told.rounds, told.seed))
     return results
 
 
