@@ -63,8 +63,9 @@ def train(
     """
     from mbv2.official_config import BASE_RECIPE, OfficialConfig, read_official
     from mbv2.recipe import parse_assignments, resolve_recipe
-    from mbv2.runtime import runtime
+    from mbv2.runtime import runtime, start_mindspore
     from mbv2.training.options import RunOptions, stored_run
+    from mbv2.training.ranks import from_first
     from mbv2.training.run import train as run
     from mbv2.weights.pretrained import pretrained_fields
 
@@ -74,7 +75,10 @@ def train(
     records, pretrained = records or official.records, pretrained or official.pretrained
     if records is None:
         raise click.UsageError("Missing option '--records'.")
-    stored = stored_run(out) if resume else None
+    device_target, stored = device_target or official.device_target or "CPU", None
+    if resume:
+        start_mindspore(device_target)
+        stored = from_first("--resume", lambda: stored_run(out))
     resolved = resolve_recipe(
         recipe or (BASE_RECIPE if config else None),
         flags,  # epochs, batch_size, image_size, width, lr and freeze
@@ -85,9 +89,8 @@ def train(
     if seed is None:
         seed = stored[1] if stored else 0
     options = RunOptions(
-        records, out, resolved, seed, device_target or official.device_target or "CPU", save_every=save_every,
-        resume=resume, pretrained=pretrained, features=features, tensorboard=tensorboard, workers=workers,
-        on_bad_record=on_bad_record,
+        records, out, resolved, seed, device_target, save_every=save_every, resume=resume, pretrained=pretrained,
+        features=features, tensorboard=tensorboard, workers=workers, on_bad_record=on_bad_record,
     )  # fmt: skip
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)

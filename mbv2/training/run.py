@@ -28,9 +28,9 @@ from mbv2.training.features import feature_data
 from mbv2.training.logs import EpochRow, RunLog, StepRow, read_metrics, read_skipped
 from mbv2.training.options import BEST, CURVES, LAST, LOCK, RunOptions, RunResult
 from mbv2.training.progress import Pace, StepResults
-from mbv2.training.ranks import sum_floats, wait_for_all
+from mbv2.training.ranks import from_first, refuse_others, sum_floats, wait_for_all
 from mbv2.training.schedule import changed_rate, describe_rate, learning_rate
-from mbv2.training.state import Position, RunState, find_last, saved_position
+from mbv2.training.state import Position, RunState, find_last, run_identity, saved_position
 from mbv2.weights.checkpoint import Checkpoint, read_checkpoint
 
 Callback = Callable[[StepRow | EpochRow], None]
@@ -70,21 +70,22 @@ def train(
         Interrupted: ``stop`` said so; ``last.ckpt`` holds the state.
     """
     refuse_inside_records(options.out / LAST, options.features)
-    if options.resume and not (options.out / LAST).exists():
-        raise TrainError(f"nothing to resume in {options.out}", expected=LAST, remedy="start without --resume")
     with ExitStack() as stack:
         if data is None:
             RecordsFolder.open(options.records)  # a folder that is none is said before MindSpore is started
-            here = start_mindspore(options.device_target)
+        here = start_mindspore(options.device_target)
+        how = "--resume" if options.resume else "no --resume"
+        if options.resume:
+            from_first(how, lambda: _refuse_nothing(options.out))
+        if data is None:
             data = open_run_data(
                 options.records, options.recipe, options.seed, stack, here, workers=options.workers,
                 on_bad_record=options.on_bad_record,
             )  # fmt: skip
-        here = start_mindspore(options.device_target)
-        if here.rank == 0:
-            stack.enter_context(_locked(options.out))
-        last, identity = find_last(options, data, here.ranks)
-        wait_for_all()  # no rank writes before all have looked
+        last, identity = from_first(how, lambda: _begin(options, data, here.ranks, stack))
+        if here.ranks > 1:
+            origin = identity["pretrained"] if options.resume else ""
+            refuse_others(identity, run_identity(options, data, here.ranks, origin))
         if last is not None and saved_position(last).finished(options.recipe):
             rows, skipped = read_metrics(options.out), [name for name, _ in read_skipped(options.out)]
             return _result(options, saved_position(last), rows[-1] if rows else Pace(), skipped, already_done=True)
@@ -94,6 +95,19 @@ def train(
         gc.collect()  # a graph compiled while an earlier run's cells are collected is compiled a second time
         with explained():
             return _Run(options, data, last, identity, stop, progress, callback).carry_out()
+
+
+def _refuse_nothing(out: Path) -> None:
+    if not (out / LAST).exists():
+        raise TrainError(f"nothing to resume in {out}", expected=LAST, remedy="start without --resume")
+
+
+def _begin(
+    options: RunOptions, data: RunData, ranks: int, stack: ExitStack
+) -> tuple[Checkpoint | None, dict[str, Any]]:
+    """Lock the run's folder until ``stack`` ends; return what :func:`find_last` finds there."""
+    stack.enter_context(_locked(options.out))
+    return find_last(options, data, ranks)
 
 
 @contextmanager

@@ -194,6 +194,7 @@ class RunState:
         self.options, self.learner, self.identity, self.data = options, learner, identity, data
         self.writes, self.rate = writes, rate
         self.position = Position()
+        self.saved_step = 0
 
     def restore(self, last: Checkpoint | None) -> Position:
         """Set every parameter and the position from a checkpoint, where there is one; return the position.
@@ -205,14 +206,18 @@ class RunState:
         if last is not None:
             load_parameters(self.learner.state(), last.tensors, str(last.path))
             self.position = saved_position(last)
+            self.saved_step = self.position.step
             self.data.restore_skipped(last.meta.training.get("skipped", {}))
             _logger.info("resuming after step %d", self.position.step)
         return self.position
 
     def save_last(self) -> None:
         """Write ``last.ckpt``: everything that going on needs."""
-        if not self.writes:
-            return
+        if self.writes:
+            self._write_last()
+        self.saved_step = self.position.step
+
+    def _write_last(self) -> None:
         recipe = asdict(self.options.recipe)
         training = {"identity": self.identity, "position": asdict(self.position), "recipe": recipe}
         if self.data.skipped:
@@ -245,8 +250,7 @@ class RunState:
         """Return the error of a run whose loss or weights are not finite at a step (from 1)."""
         total = self.data.train.steps_per_epoch * self.options.recipe.epochs
         what = f"training broke down at step {step} of {total} (learning rate {self.rate(max(0, step - 1)):.6g})"
-        saved = read_checkpoint(self.options.out / LAST).meta.step
-        remedy = f"{LAST} holds the last good state, step {saved}; lower --lr or set clip_norm"
+        remedy = f"{LAST} holds the last good state, step {self.saved_step}; lower --lr or set clip_norm"
         return TrainError(what, expected="a finite loss", got=got, remedy=remedy)
 
     def _save(self, name: str, tensors: Tensors, meta: Meta) -> None:
