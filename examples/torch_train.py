@@ -82,9 +82,11 @@ class Run:
             torch.save({name: getattr(self, name).state_dict() for name in ("net", "optimizer", "data")}, partial)
             partial.replace(self.last)
 
-    def epoch(self) -> None:
-        """Train to the end of the epoch that is under way."""
+    def epoch(self) -> float:
+        """Train to the end of the epoch that is under way; return the seconds in which it waited for data."""
+        waited_s, ready = 0.0, time.perf_counter()
         for images, labels in self.data:
+            waited_s += time.perf_counter() - ready
             step = self.data.epoch * len(self.data) + self.data.step - 1
             seed_step(self.options.seed, step, self.rank)
             self.optimizer.param_groups[0]["lr"] = rate(step, self.options.epochs * len(self.data), self.options.lr)
@@ -94,6 +96,8 @@ class Run:
             self.optimizer.step()
             if self.data.step % self.options.save_every == 0:
                 self.save()
+            ready = time.perf_counter()
+        return waited_s
 
     def evaluate(self, data: TorchLoader) -> float:
         """Return the top-1 accuracy over the records of all ranks."""
@@ -125,14 +129,13 @@ def train(options: argparse.Namespace, device: torch.device) -> float:
             return run.evaluate(val)
         while data.epoch < options.epochs:
             began, images = time.perf_counter(), (len(data) - data.step) * options.batch_size * run.ranks
-            run.epoch()
-            images_per_s = images / (time.perf_counter() - began)
+            waited_s = run.epoch()
+            seconds = time.perf_counter() - began
             run.save()
             top1 = run.evaluate(val)
             if run.rank == 0:
-                print(
-                    f"epoch {data.epoch} of {options.epochs}: top-1 {top1:.3f}, {images_per_s:.1f} images/s", flush=True
-                )
+                speed = f"{images / seconds:.1f} images/s, {waited_s / seconds:.1%} of the time waiting for data"
+                print(f"epoch {data.epoch} of {options.epochs}: top-1 {top1:.3f}, {speed}", flush=True)
         return top1
 
 

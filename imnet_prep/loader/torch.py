@@ -28,8 +28,8 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
     - labels, mix_labels: int64 (N,).
     - shares: float32 (N,), of ``labels``; 1 - share is that of ``mix_labels``.
 
-    An iteration is one epoch: the first from the beginning or from where :meth:`load_state_dict` says, each later one
-    the next. An epoch that is left early is not gone on with.
+    Each iteration is one epoch: the first is epoch 0, or begins where :meth:`load_state_dict` says; then comes the next
+    epoch, also after one that was left early.
 
     Args:
         records: As for :func:`~imnet_prep.loader.batches.open_batches`.
@@ -70,6 +70,11 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield the batches of an epoch.
+
+        Raises:
+            PipelineError: This is a worker process of a ``DataLoader``, or a record is bad.
+        """
         if worker := get_worker_info():
             self._refuse(f"num_workers={worker.num_workers}")
         if self._left:
@@ -122,10 +127,11 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
 
     def _refuse(self, got: str) -> NoReturn:
         raise PipelineError(
-            "a TorchLoader works in the process that opened it: it decodes in threads, and needs no worker processes",
+            "a TorchLoader decodes in threads and cannot go to another process",
             expected="num_workers=0",
             got=got,
-            remedy="iterate over the loader itself, or over DataLoader(loader, batch_size=None); it has threads",
+            remedy="iterate over the loader itself, or over DataLoader(loader, batch_size=None); to set the number of "
+            "threads, open the loader with workers=",
         )
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, ...]:
