@@ -9,7 +9,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.cc mbv2/kernels/*.h mbv2/kernels/*/*.cc mbv2/kernels/*/*.h mbv2/kernels/*/*.inl \
           imnet_prep/images/native/CMakeLists.txt imnet_prep/images/native/*.cc imnet_prep/images/native/*.h)
 
-.PHONY: demo test test-fast test-light test-long check bench sanitize venv clean
+.PHONY: demo test test-fast test-light test-long test-wheel check wheel bench sanitize venv docs clean
 
 venv: $(VENV)/.installed
 
@@ -45,6 +45,20 @@ $(LIGHT)/.installed: requirements-light.txt pyproject.toml $(NATIVE)
 test-long: venv
 	$(BIN)/python -m pytest -n 2 -m long
 
+# The wheel for this system, with the libjpeg-turbo that it was compiled against inside: dist/.
+wheel: venv
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --wheel --outdir build/wheels
+	$(BIN)/python -m zipfile --list build/wheels/*.whl | grep mbv2_kernels  # a build that fails leaves the libraries out
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/python -m zipfile --list dist/*.whl | grep libs/libjpeg  # without its headers there is no decoder
+
+# The wheel in a bare Debian without a compiler and libjpeg. As root, with the network: ten minutes.
+test-wheel: wheel
+	command -v debootstrap || apt-get install --yes --no-install-recommends debootstrap
+	$(BIN)/python -m pytest -m long tests/e2e/test_wheel.py
+
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -68,6 +82,11 @@ bench: venv .venv-peers/.installed .venv-img2dataset/.installed
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@
+
+# The site, into build/site.
+docs: venv
+	$(BIN)/python -m pip install --quiet --requirement docs/requirements.txt
+	$(BIN)/python -m mkdocs build
 
 # The C++ operators under AddressSanitizer and ThreadSanitizer.
 sanitize:

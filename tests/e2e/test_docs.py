@@ -22,7 +22,8 @@ from pathlib import Path
 import click
 import pytest
 
-from imnet_prep import catalog
+import imnet_prep
+from imnet_prep import catalog, download, sources
 from imnet_prep.cli.prep import main
 from imnet_prep.sources.tar import BLOCK
 from tests.imnet_prep.sources.parquets import Row, write_parquet
@@ -196,3 +197,13 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     pattern = r"(?<![\w/.-])((?:imnet_prep|mbv2|cli|tests|benchmarks|manifests)/[\w/]+\.(?:py|cc|h|json|tsv|yaml))\b"
     for name in re.findall(pattern, page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    """``make docs`` fails for a link that leads nowhere; this needs no MkDocs."""
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]]
+    assert [page for page in pages if not re.search(rf"[ \[]{re.escape(page)}\b", site)] == []
+    shown = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    public = [f"{module.__name__}.{name}" for module in (imnet_prep, download, sources) for name in module.__all__]
+    assert [name for name in public if name not in shown and not name.endswith(".JOURNAL_NAME")] == []
