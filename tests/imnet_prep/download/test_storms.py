@@ -109,6 +109,7 @@ def test_what_was_in_flight_keeps_its_answer_when_a_host_is_given_up(tmp_path: P
 
 
 @pytest.mark.long
+@pytest.mark.timeout(700)
 def test_a_thousand_urls_of_storming_hosts_end_within_ten_minutes(tmp_path: Path) -> None:
     """At the defaults. The time limit is the claim itself, an hour and more is what it took without giving up."""
     with ExitStack() as stack:
