@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -74,11 +75,18 @@ class Contender:
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             cwd=ROOT, env=self._environment,
         )  # fmt: skip
-        self._answer()
+        self._ready = False
         return self
+
+    def wait_until_ready(self) -> None:
+        """Wait until it has set up, if it has not yet."""
+        if not self._ready:
+            self._answer()
+            self._ready = True
 
     def __call__(self) -> dict[str, float]:
         assert self._process.stdin is not None
+        self.wait_until_ready()
         try:
             self._process.stdin.write("\n")
             self._process.stdin.flush()
@@ -110,9 +118,27 @@ def on_cores(cores: int | None) -> list[str]:
 
 @contextmanager
 def together(contenders: Mapping[str, Contender]) -> Iterator[Mapping[str, Contender]]:
-    """Start contenders one after the other, and end them all."""
+    """Start contenders together, wait until all are ready, and end them all."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(contender) for name, contender in contenders.items()}
+        started = {name: stack.enter_context(contender) for name, contender in contenders.items()}
+        for contender in started.values():
+            contender.wait_until_ready()
+        yield started
+
+
+def children_s() -> float:
+    """Return the processor time of all children that have ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def processor_s(pid: int) -> float:
+    """Return the processor time of a process alone, in seconds; 0 where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_json(command: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:

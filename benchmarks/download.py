@@ -40,7 +40,7 @@ from benchmarks.setting import Setting, parser, run
 from imnet_prep.cpu import cpu_count
 
 THREADS = 8
-COUNT, SHORT_COUNT = 2_000, 500
+COUNT, SHORT_COUNT = 1_500, 500
 SMALL = ("--short-side", "256", "--quality", "90")
 
 

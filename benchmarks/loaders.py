@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import serve
+from benchmarks.contenders import processor_s, serve
 
 BATCH, SIZE, SHORT = 64, 224, 256
 SETTLE_S = 0.5  # before each measured window: what was made ready while others ran is used up
@@ -263,13 +263,9 @@ LOADERS: dict[str, Callable[[Path, str, int], Iterator[int]]] = {
 }
 
 
-def processor_s() -> float:
-    """Processor time of this process and its live children, seconds."""
-    ticks = 0
-    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def used_s() -> float:
+    """Return the processor time of this process and its live children, in seconds."""
+    return sum(processor_s(pid) for pid in (os.getpid(), *(child.pid or 0 for child in active_children())))
 
 
 def contend(name: str, root: Path, mode: str, threads: int, seconds: float) -> Callable[[], Mapping[str, float]]:
@@ -284,9 +280,9 @@ def contend(name: str, root: Path, mode: str, threads: int, seconds: float) -> C
 
     def measure() -> dict[str, float]:
         take(SETTLE_S)
-        cpu = processor_s()
+        cpu = used_s()
         images, wall = take(seconds)
-        return {"images_per_s": images / wall, "cpu_ms": 1e3 * (processor_s() - cpu) / images}
+        return {"images_per_s": images / wall, "cpu_ms": 1e3 * (used_s() - cpu) / images}
 
     take(2 * SETTLE_S)
     return measure

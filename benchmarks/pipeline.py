@@ -9,7 +9,7 @@ Every photograph is stored four times under other names, as records for us and f
 the others, at first as it is, then at short side 256. All make uint8 batches of 64 at 224 px, antialiased bilinear,
 without normalisation (MindSpore's operators know no antialiasing), with a thread or process a core; ours also compares
 the SHA-256 of every image that it reads. Each runs in a process of its own (`loaders.py`) that has started before the
-first round; a round is a window of two seconds. What the page cache holds, it holds for all.
+first round; a round is a window of a second and a half. What the page cache holds, it holds for all.
 
 `cpu_ms` is processor time an image, all threads and processes. `--all` adds our portable decoder, torchvision on
 Pillow, evaluation from short side 256, our decoder without a reader, and `limit`: libjpeg-turbo's own partial decode
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from ctypes.util import find_library
 from pathlib import Path
 
 from benchmarks.contenders import Contender, together
@@ -31,7 +32,7 @@ from benchmarks.setting import Setting, parser, run
 from imnet_prep.cpu import cpu_count
 
 COPIES = 4
-WINDOW_S, SHORT_WINDOW_S = 2.0, 0.7
+WINDOW_S, SHORT_WINDOW_S = 1.5, 0.7
 CASES = (("originals", "train"), ("originals", "eval"), ("short256", "train"))
 OURS = {"ours": "ours", "MindSpore": "mindspore"}
 PEERS = {"DALI": "dali", "torchvision v2": "torchvision", "SPDL": "spdl"}
@@ -59,7 +60,10 @@ def prepare(told: Setting) -> dict[str, Path]:
 def measure(told: Setting, *, everything: bool = False) -> list[Result]:
     """Compare the loaders on each kind of images."""
     names = OURS | (MORE if everything else {})
-    peers = (PEERS | (MORE_PEERS if everything else {})) if told.peers else {}
+    peers = PEERS | (MORE_PEERS if everything else {}) if told.peers else {}
+    if "SPDL" in peers and not find_library("avfilter"):
+        print("without SPDL: it needs FFmpeg's libraries (apt-get install ffmpeg)", file=sys.stderr)
+        del peers["SPDL"]
     loaders = {name: (sys.executable, loader) for name, loader in names.items()}
     loaders |= {name: (str(told.peers), loader) for name, loader in peers.items()}
     return compare_loaders(told, "load", loaders, CASES + ((("short256", "eval"),) if everything else ()))

@@ -8,9 +8,9 @@ Commands::
 An archive of 1,000 inner tars is made, of 1,281,167 images of 32 x 32 pixels or of other counts, no two alike. Then
 each step runs as a command of its own: ``to-mindrecord --dry-run`` (the plan), ``to-mindrecord`` to 128 shards,
 ``verify`` at two levels, and the loader: opening, the order of an epoch, the first batch, and a whole epoch. For each
-step the result has the wall time in seconds, and the largest resident memory of all its processes together in MB, in
-which pages that several share count for each. ``overhead_bytes_a_row`` is what shards and indexes take beyond the
-images.
+step the result has the wall time and the processor time in seconds, that of the main process alone (what more cores do
+not shorten), and the largest resident memory of all its processes together in MB, in which pages that several share
+count for each. ``overhead_bytes_a_row`` is what shards and indexes take beyond the images.
 
 At the full count it needs 6 GB in ``--work``; everything is deleted at the end.
 """
@@ -34,6 +34,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from benchmarks.contenders import children_s, processor_s
 from benchmarks.photographs import add_to_tar
 from benchmarks.setting import machine
 from imnet_prep.cpu import cpu_count
@@ -85,19 +86,20 @@ def rehearse(count: int, work: Path) -> dict[str, Any]:
 
 def step(name: str, command: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Run a command to its end; return its time and memory, and the object that it prints."""
-    began, peak = time.perf_counter(), 0.0
+    began, before, peak, main_s = time.perf_counter(), children_s(), 0.0, 0.0
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
         while process.poll() is None:
-            peak = max(peak, resident_mb(process.pid))
+            peak, main_s = max(peak, resident_mb(process.pid)), processor_s(process.pid) or main_s
             time.sleep(0.1)
-        seconds = time.perf_counter() - began
+        seconds, cpu_s = time.perf_counter() - began, children_s() - before
         out.seek(0)
         text = out.read()
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed: exit {process.returncode}; run it alone to see why")
-    print(f"{name}: {seconds:.1f} s, {peak:.0f} MB", file=sys.stderr, flush=True)
-    return {"seconds": round(seconds, 1), "peak_mb": round(peak)}, json.loads(text)
+    print(f"{name}: {seconds:.1f} s, {cpu_s:.1f} s of processor, {peak:.0f} MB", file=sys.stderr, flush=True)
+    cost = {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1), "main_cpu_s": round(main_s, 1)}
+    return {**cost, "peak_mb": round(peak)}, json.loads(text)
 
 
 def make_archive(path: Path, count: int) -> int:
