@@ -35,11 +35,11 @@ from imnet_prep.loader.options import (
     TrainOptions,
     check_range,
 )
-from imnet_prep.loader.order import EpochOrder, RankSampler, balanced_order, epoch_order
+from imnet_prep.loader.order import EpochOrder, RankSampler, epoch_order
 from imnet_prep.loader.random_numbers import MAX_EPOCH
 from imnet_prep.loader.render import choose_decoder, render
-from imnet_prep.records.folder import RecordsFolder
-from imnet_prep.records.table import RowReader
+from imnet_prep.records.elsewhere import open_records
+from imnet_prep.remote import is_url
 from imnet_prep.types import Batch, StageTimes
 
 CHUNK_ROWS = 32  # 10 to 30 ms of decoding, beside which the work per chunk in Python is small
@@ -111,10 +111,12 @@ class Batches:
         times: Worker time by stage so far.
     """
 
-    def __init__(self, records: Path, split: str, options: Options, loading: LoaderOptions) -> None:
-        folder = RecordsFolder.open(records)
-        self._table = folder.table(split)
-        self._reader = RowReader(self._table)
+    def __init__(self, records: Path | str, split: str, options: Options, loading: LoaderOptions) -> None:
+        self._training, usual = isinstance(options, TrainOptions), "blocks" if is_url(records) else "global"
+        self._order = (loading.order or usual) if self._training else "sequential"
+        folder = open_records(records, loading.cache, loading.cache_bytes)
+        self._reader = folder.reader(split, at_random=self._order in ("global", "balanced"))
+        self._table = self._reader.table
         self._decoder = choose_decoder(loading.native)
         self.split = split
         self.options = options
@@ -123,7 +125,6 @@ class Batches:
         self.class_names = folder.manifest.classes
         self.records_digest = folder.manifest.digest
         self.decoder = self._decoder.name
-        self._training = isinstance(options, TrainOptions)
         self._whole = isinstance(options, TrainOptions) and options.drop_last  # every batch has all its rows
         self._sampler = RankSampler(self.images, options.batch_size, loading.rank, loading.ranks, self._whole)
         self.steps_per_epoch = self._sampler.steps
@@ -205,7 +206,9 @@ class Batches:
         """Stop the threads and close the files; closing twice is allowed."""
         if self._process == os.getpid():
             self._process = None
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._reader.close()  # a chunk may wait for a shard that is being brought
+            self._pool.shutdown(wait=True)
             self._reader.close()
 
     def epoch(self, number: int, start_step: int = 0, *, empty: bool = False) -> Generator[Batch, None, None]:
@@ -226,15 +229,17 @@ class Batches:
         check_range("epoch", number, 0, MAX_EPOCH)
         check_range("start_step", start_step, 0, self.steps_per_epoch)
         order = self.order(number)
+        self._reader.follow(
+            lambda: order.positions[self._sampler.places(start_step)],
+            (lambda: self.order(number + 1).positions) if self._training and number < MAX_EPOCH else None,
+        )
         queue = (self._submit(number, order, self._sampler.span(step)) for step in range(start_step, len(self)))
         return self._results(queue, deque(islice(queue, self.prefetch)), empty)
 
     def order(self, number: int) -> EpochOrder:
         """Return the order of an epoch over all ranks."""
-        kind, seed, ids = self.loading.order if self._training else "sequential", self.loading.seed, self._table.ids
-        if kind == "balanced":
-            return balanced_order(seed, number, ids, self._table.label)
-        return EpochOrder(epoch_order(kind, seed, number, ids))
+        table = self._table
+        return epoch_order(self._order, self.loading.seed, number, table.ids, table.shard, table.label)
 
     def _check_open(self) -> None:
         if self._process != os.getpid():
@@ -380,16 +385,16 @@ def open_batches(records: str | Path, split: str, options: Options, seed: int = 
     """Open a split of a records folder for training or evaluation.
 
     Args:
-        records: A folder with ``manifest.json``.
+        records: A folder with ``manifest.json``, or its URL (``s3://``, ``gs://``, ``https://``); then give ``cache``.
         split: ``train``, ``val`` or ``test``.
         options: :class:`~imnet_prep.loader.options.TrainOptions` (shuffled, random crops) or
             :class:`~imnet_prep.loader.options.EvalOptions` (in stored order, centre crops).
         seed: Key of every draw, together with the epoch and the record id.
         loading: Any field of :class:`~imnet_prep.loader.options.LoaderOptions`: ``workers``, ``rank``, ``ranks``,
-            ``on_error``, ``order`` and others.
+            ``on_error``, ``order``, ``cache`` and others.
 
     Raises:
         RecordsError: The folder, the split, a shard or an index is missing or damaged.
         PipelineError: An argument is out of range, or the split does not fill one batch.
     """
-    return Batches(Path(records), split, options, LoaderOptions(seed, **loading))
+    return Batches(records, split, options, LoaderOptions(seed, **loading))

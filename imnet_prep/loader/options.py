@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,15 +168,18 @@ class LoaderOptions:
         on_error: ``raise`` at a bad record, or ``skip`` it: evaluation leaves it out, and training in whole batches
             puts the next good record of the epoch's order in its place.
         max_skipped: Different bad records that may be skipped; None takes 0.1 % of the split, at least 3.
-        order: Order of training: ``global`` shuffles all records, ``blocks`` suits storage where random reads are slow,
-            ``sequential`` is as stored, ``balanced`` draws as many records, each class equally often. Evaluation is
-            always as stored.
+        order: Order of training: ``global`` shuffles all records, ``blocks`` takes one shard after another, which suits
+            storage where random reads are slow, ``sequential`` is as stored, ``balanced`` draws as many records, each
+            class equally often. None is ``global`` for a folder and ``blocks`` for a URL. Evaluation is always as
+            stored.
         native: Use the C++ decoder where it is built (``auto``), insist on it (``on``), or decline it (``off``).
         check: Compare each image with its SHA-256 at its ``first`` reading, ``always`` or ``never``.
         prefetch: Batches that are made ahead; None queues a chunk of 32 rows per worker, at least 2 batches, and beyond
             those at most :data:`AHEAD_BYTES` for all ranks of this machine together.
         allocate: Returns an undefined uint8 array of the shape that its arguments are (N, H, W, 3), for the images of a
             batch; None allocates memory that is used again once no array shares it.
+        cache: For records behind a URL: the folder in which this machine's ranks keep shards.
+        cache_bytes: Most bytes to keep there; None takes nine tenths of what is free on its disk.
     """
 
     seed: int = 0
@@ -185,15 +189,18 @@ class LoaderOptions:
     local_ranks: int = 1
     on_error: str = "raise"
     max_skipped: int | None = None
-    order: str = "global"
+    order: str | None = None
     native: str = "auto"
     check: str = "first"
     prefetch: int | None = None
     allocate: Callable[[int, int, int, int], NDArray[np.uint8]] | None = None
+    cache: Path | str | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("on_error", ON_ERROR), ("order", ORDERS), ("native", NATIVE), ("check", CHECKS)):
+        for name, known in (("on_error", ON_ERROR), ("native", NATIVE), ("check", CHECKS)):
             check_choice(name, getattr(self, name), known)
+        check_choice("order", self.order or "global", ORDERS)
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("ranks", self.ranks, 1, 1 << 20)
         check_range("rank", self.rank, 0, self.ranks - 1)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from imnet_prep.loader.random_numbers import Stream, order_keys
 
 ORDERS = ("global", "blocks", "sequential", "balanced")
-BLOCK_ROWS = 1024  # about 110 MB of original photographs: long enough for a disk to read at full speed
-WINDOW_BLOCKS = 16  # the rows of this many blocks are shuffled together
+MIXED_SHARDS = 2  # whose rows come mixed: a cache of three shards then has room to bring the next one
+FIRST_MIXED = 1.25  # of the first: 4/5 of its rows come before the second is needed, so there is time to bring that
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the multiples up to 2**64 differ
 
 
@@ -37,36 +37,52 @@ def _repeated(ids: NDArray[np.uint64], repeat: NDArray[np.int64]) -> NDArray[np.
 
 
 def epoch_order(
-    kind: str, seed: int, epoch: int, ids: NDArray[np.uint64], block_rows: int = BLOCK_ROWS, window: int = WINDOW_BLOCKS
-) -> NDArray[np.int64]:
+    kind: str, seed: int, epoch: int, ids: NDArray[np.uint64], shard: NDArray[np.int32], label: NDArray[np.int32]
+) -> EpochOrder:
     """Return the order in which an epoch visits the rows.
 
     ``global`` sorts all rows by a key drawn from (seed, epoch, record id), so it does not depend on how the records are
-    spread over shards. ``blocks`` cuts the stored rows into blocks, permutes the blocks, and shuffles the rows of a
-    few blocks together, so each block is read within a short time. ``sequential`` is as stored.
+    spread over shards. ``sequential`` is as stored. See :func:`block_order` and :func:`balanced_order` for the others.
 
     Args:
-        kind: One of :data:`ORDERS` but ``balanced``, see :func:`balanced_order`.
+        kind: One of :data:`ORDERS`.
         seed: 0 to 2**64 - 1.
         epoch: From 0.
         ids: uint64 (N,), record ids in stored order, all different.
-        block_rows: Rows of a block.
-        window: Blocks whose rows are shuffled together.
+        shard: int32 (N,), ascending.
+        label: int32 (N,).
+    """
+    if kind == "balanced":
+        return balanced_order(seed, epoch, ids, label)
+    if kind == "blocks":
+        return EpochOrder(block_order(seed, epoch, ids, shard))
+    if kind == "sequential":
+        return EpochOrder(np.arange(len(ids), dtype=np.int64))
+    return EpochOrder(np.argsort(order_keys(seed, epoch, ids), kind="stable"))
+
+
+def block_order(seed: int, epoch: int, ids: NDArray[np.uint64], shard: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return an order that takes one shard after another, for storage where random reads are slow.
+
+    The shards come in random order, one per turn. The rows of a shard are spread at random over two turns, its own and
+    the next, so two shards are mixed at a time. Those of the first shards are spread over less, so the first batches
+    need one shard alone, and last while the second is brought.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        epoch: From 0.
+        ids: uint64 (N,), record ids in stored order, all different.
+        shard: int32 (N,), the shard of each row, ascending.
 
     Returns:
         int64 (N,), a permutation of 0..N-1.
     """
-    rows = len(ids)
-    if kind == "sequential":
-        return np.arange(rows, dtype=np.int64)
-    keys = order_keys(seed, epoch, ids)
-    if kind == "global":
-        return np.argsort(keys, kind="stable")
-    blocks = -(-rows // block_rows)
-    place = np.empty(blocks, dtype=np.int64)
-    place[np.argsort(keys[::block_rows], kind="stable")] = np.arange(blocks)  # a block's key is its first row's
-    group = place[np.arange(rows) // block_rows] // window
-    return np.asarray(np.lexsort((order_keys(seed, epoch, ids, Stream.WINDOW), group)), dtype=np.int64)
+    _, first, rows = np.unique(shard, return_index=True, return_counts=True)
+    turn = np.empty(len(first))
+    turn[np.argsort(order_keys(seed, epoch, ids[first]), kind="stable")] = np.arange(len(first))
+    turn = np.repeat(turn, rows)
+    spread = np.minimum(MIXED_SHARDS, FIRST_MIXED + turn / 4)
+    return np.argsort(turn + spread * (order_keys(seed, epoch, ids, Stream.WINDOW) * 2.0**-64), kind="stable")
 
 
 def balanced_order(seed: int, epoch: int, ids: NDArray[np.uint64], label: NDArray[np.int32]) -> EpochOrder:
@@ -125,6 +141,12 @@ class RankSampler:
             return self.rows // (self.batch_size * self.ranks)
         batches = -(-self.rows // self.batch_size)
         return max(0, -(-(batches - self.rank) // self.ranks))
+
+    def places(self, first_step: int) -> NDArray[np.int64]:
+        """Return the places in the epoch's order of all rows that this rank takes from a step on, int64."""
+        steps = np.arange(first_step, self.steps)[:, None] * self.ranks + self.rank
+        places = (steps * self.batch_size + np.arange(self.batch_size)).reshape(-1)
+        return places[places < self.rows]
 
     def span(self, step: int) -> slice:
         """Return where this rank's batch ``step`` lies in the epoch's order."""

@@ -27,7 +27,7 @@ class Stream(enum.IntEnum):
     COLOUR_ORDER = 3
     ERASE = 4
     MIX = 5
-    WINDOW = 6  # places inside a window of blocks
+    WINDOW = 6  # places of rows among those of the shards beside theirs
     CLASS_ORDER = 7  # the order of a class's records in balanced sampling
     CLASS = 8  # which classes get one record more than others
     TRIVIALAUGMENT = 9

@@ -20,7 +20,7 @@ from imnet_prep.records.manifest import MANIFEST, Manifest, load_manifest
 from imnet_prep.records.mindrecord import Shard, open_shard
 from imnet_prep.records.publish import refuse_interrupted
 from imnet_prep.records.record_list import RecordLine, opened_list, read_lines, read_rejected
-from imnet_prep.records.table import RowTable, load_rows
+from imnet_prep.records.table import RowReader, RowTable, load_rows
 from imnet_prep.types import Progress, ProgressCallback, Rejected, ShardInfo
 
 Result = TypeVar("Result")
@@ -249,6 +249,15 @@ class RecordsFolder:
             RecordsError: No such split; a shard, index or record list is missing or damaged, or they do not agree.
         """
         return load_rows(self.path, self.manifest, split)
+
+    def reader(self, split: str, *, at_random: bool = False) -> RowReader:
+        """Return a reader of the images of a split, and its table; raises as :meth:`table`.
+
+        Args:
+            split: The name of the split.
+            at_random: Whether rows of all shards are read at a time, or those of a few.
+        """
+        return RowReader(self.table(split))
 
     def rejected(self) -> Iterator[Rejected]:
         """Read the list of images that were rejected when the folder was made.

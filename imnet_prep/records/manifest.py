@@ -97,7 +97,7 @@ class Manifest:
         }
         return _canonical({**document, "self_sha256": _self_digest(document)})
 
-    def split(self, records: Path, name: str) -> SplitInfo:
+    def split(self, records: Path | str, name: str) -> SplitInfo:
         """Return a split that has images.
 
         Raises:
@@ -130,11 +130,24 @@ def load_manifest(records: Path) -> Manifest:
     path = records / MANIFEST
     try:
         with open_plain(path) as file:
-            data = file.read()
+            return parse_manifest(file.read(), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(records) from error
     except OSError as error:
         raise RecordsError(f"{path}: cannot be read", got=error.strerror or str(error)) from error
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """Check the bytes of a manifest.
+
+    Args:
+        data: The bytes.
+        path: Where they were read, for messages.
+
+    Raises:
+        RecordsError: Another format version.
+        IntegrityError: The manifest is damaged or was changed.
+    """
     remedy = "restore the file, or convert again"
     try:
         document = json.loads(data)
@@ -208,7 +221,7 @@ def _missing(records: Path) -> RecordsError:
     )
 
 
-def _check_schema(path: Path, document: dict[str, Any]) -> None:
+def _check_schema(path: str, document: dict[str, Any]) -> None:
     import jsonschema  # ~0.1 s to import, so not with the module
 
     draft = jsonschema.Draft202012Validator

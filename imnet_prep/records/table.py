@@ -4,6 +4,7 @@ import binascii
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from imnet_prep.errors import PipelineError, RecordsError
 from imnet_prep.files import READ_BYTES, PlainFile, max_open_files
 from imnet_prep.records.check import check_size
 from imnet_prep.records.manifest import Manifest
-from imnet_prep.records.mindrecord import LENGTH, NO_LABEL, Header, RowIndex, Shard, index_path, read_header, read_index
+from imnet_prep.records.mindrecord import LENGTH, Shard, index_path, read_header, read_index
 from imnet_prep.records.record_list import RECORDS, opened_list
 from imnet_prep.types import ShardInfo
 
@@ -41,9 +42,9 @@ class RowTable:
     Attributes:
         split: The name of the split.
         files: The data files.
-        image_field: Position of the image among a row's blobs, from 0.
+        image_field: int32 (files,), position of the image among a row's blobs, from 0.
         start: int64 (N,), first byte of the row's blobs in its file.
-        size: int64 (N,), size of the row's blobs in bytes.
+        size: int64 (N,), size of the row's blobs in bytes; 0 until :func:`place_rows` has read the index of its file.
         ids: uint64 (N,), see :func:`imnet_prep.types.record_id`.
         digest: uint64 (N,), the first 8 bytes of the SHA-256 of the image.
         shard: int32 (N,), position in ``files``.
@@ -54,7 +55,7 @@ class RowTable:
 
     split: str
     files: tuple[Path, ...]
-    image_field: int
+    image_field: NDArray[np.int32]
     start: NDArray[np.int64]
     size: NDArray[np.int64]
     ids: NDArray[np.uint64]
@@ -70,42 +71,49 @@ class RowTable:
 
 
 def load_rows(records: Path, manifest: Manifest, split: str) -> RowTable:
-    """Read the table of a split and check that manifest, index and record list agree.
+    """Read the table of a split and check that manifest, indexes and record list agree.
 
     Raises:
         RecordsError: There is no such split; a shard is missing, has another size, or its index is damaged; the record
             list is damaged or contradicts the index.
     """
+    shards = manifest.split(records, split).shards
+    for shard in shards:
+        _check_size(records, shard)  # before memory is taken for as many rows as the manifest says
+    table = load_list(records, manifest, split)
+    for number, shard in enumerate(shards):
+        place_rows(table, number, shard)
+    return table
+
+
+def load_list(records: Path, manifest: Manifest, split: str) -> RowTable:
+    """Read the record list of a split as a table without the places of the rows, which :func:`place_rows` adds.
+
+    Raises:
+        RecordsError: There is no such split; the list is damaged, or lists other rows than the shards have.
+    """
     info = manifest.split(records, split)
-    headers: list[Header] = []
-    parts = []
-    for number, shard in enumerate(info.shards):
-        header, index = _read_shard(records, shard)
-        headers.append(header)
-        if header.blob_fields != headers[0].blob_fields:
-            raise RecordsError(
-                f"{records / shard.file}: other columns than the first shard",
-                expected=str(headers[0].blob_fields),
-                got=str(header.blob_fields),
-            )
-        row = np.arange(len(index), dtype=np.int32)
-        label = np.full_like(row, NO_LABEL) if index.label is None else index.label.astype(np.int32)
-        parts.append((np.full_like(row, number), row, label, index.blob_start, index.blob_end - index.blob_start))
-    shard_of, row, label, start, size = (np.concatenate(column) for column in zip(*parts, strict=True))
-    numbers, ids, digest = _read_list(records / info.records["file"], split, np.stack([shard_of, row, label]))
-    image_field = headers[0].blob_fields.index(headers[0].image_field)
+    rows = [shard.rows for shard in info.shards]
+    shard_of = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+    row = np.concatenate([np.arange(count, dtype=np.int32) for count in rows])
+    numbers, ids, digest = _read_list(records / info.records["file"], split, np.stack([shard_of, row]))
+    start, size = np.zeros((2, len(ids)), np.int64)
     files = tuple(records / shard.file for shard in info.shards)
-    return RowTable(split, files, image_field, start, size, ids, digest, *numbers)
+    return RowTable(split, files, np.zeros(len(files), np.int32), start, size, ids, digest, *numbers)
 
 
-def _read_shard(records: Path, shard: ShardInfo) -> tuple[Header, RowIndex]:
-    """Read the header and index of a shard, and check them against the manifest."""
-    path = records / shard.file
-    if problem := check_size(records, shard.file, shard.size_bytes):
-        raise RecordsError(
-            f"{path}: the shard {problem.detail}",
-            remedy="restore the file or convert again; `imnet-prep verify` lists what is damaged",
-        )
+def place_rows(table: RowTable, number: int, shard: ShardInfo) -> None:
+    """Add the places of the rows of a shard to a table.
+
+    Args:
+        table: Of the shard's split.
+        number: The shard's position in ``table.files``.
+        shard: What the manifest says of it.
+
+    Raises:
+        RecordsError: Its header or index is damaged, or its labels are not those of the record list.
+    """
+    path = table.files[number]
     header = read_header(path)
     index = read_index(path, header)
     outside = (index.blob_end - index.blob_start < LENGTH.size) | (index.blob_end > shard.size_bytes)
@@ -116,18 +124,31 @@ def _read_shard(records: Path, shard: ShardInfo) -> tuple[Header, RowIndex]:
             got=f"{len(index)} rows",
             remedy="run `imnet-prep repair-index`",
         )
-    return header, index
+    first = int(np.searchsorted(table.shard, number))
+    rows = slice(first, first + shard.rows)
+    if index.label is not None and (table.label[rows] != index.label).any():
+        raise RecordsError(f"{path}: {RECORDS} lists other records than the index")
+    table.start[rows], table.size[rows] = index.blob_start, index.blob_end - index.blob_start
+    table.image_field[number] = header.blob_fields.index(header.image_field)
+
+
+def _check_size(records: Path, shard: ShardInfo) -> None:
+    if problem := check_size(records, shard.file, shard.size_bytes):
+        raise RecordsError(
+            f"{records / shard.file}: the shard {problem.detail}",
+            remedy="restore the file or convert again; `imnet-prep verify` lists what is damaged",
+        )
 
 
 def _read_list(
     path: Path, split: str, expected: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Read the record list, and check it against the indexes.
+    """Read the record list, and check it against the manifest.
 
     Args:
         path: The record list.
         split: The name of the split.
-        expected: int32 (3, N): shard, row and label; :data:`NO_LABEL` is not compared.
+        expected: int32 (2, N): shard and row.
 
     Returns:
         int32 (5, N): shard, row, label, width, height; uint64 (N,), ids; uint64 (N,), digests.
@@ -144,9 +165,8 @@ def _read_list(
             text = b" ".join(shard + row + label + width + height)
             listed = np.fromstring(text, dtype=np.int32, sep=" ").reshape(5, -1)
             part = slice(count, count := count + len(name))
-            wanted = expected[:, part]
-            if count > rows or ((listed[:3] != wanted) & (wanted != NO_LABEL)).any():
-                raise RecordsError(f"{path}: lists other records than the shards' indexes hold")
+            if count > rows or (listed[:2] != expected[:, part]).any():
+                raise RecordsError(f"{path}: lists other records than the shards hold")
             numbers[:, part] = listed
             hashed = b"".join([hashlib.sha256(prefix + one).digest() for one in name])
             ids[part] = np.frombuffer(hashed, dtype="<u8")[::4]
@@ -188,9 +208,20 @@ class RowReader:
         self.table = table
         self._file = lru_cache(maxsize=max_open_files())(lambda shard: PlainFile(table.files[shard]))
 
+    def open(self, shard: int) -> PlainFile:
+        """Return a data file, open, whose rows have their places in the table.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        return self._file(shard)
+
     def close(self) -> None:
         """Close the files; the next read opens them again."""
         self._file.cache_clear()
+
+    def follow(self, rows: Callable[[], NDArray[np.int64]], then: Callable[[], NDArray[np.int64]] | None) -> None:
+        """Prepare for rows that will be read in order, and for those after them. Files that are here need nothing."""
 
     def will_need(self, positions: NDArray[np.int64]) -> None:
         """Tell the system which rows come next, so that it can read them in the best order."""
@@ -206,14 +237,15 @@ class RowReader:
         Raises:
             PipelineError: The row cannot be read or is cut off; :meth:`where` names it.
         """
-        table = self.table
-        start, size = int(table.start[position]), int(table.size[position])
+        table, shard = self.table, int(self.table.shard[position])
         try:
-            data = self._file(int(table.shard[position])).read(size, start)
+            file = self.open(shard)
+            start, size = int(table.start[position]), int(table.size[position])
+            data = file.read(size, start)
         except OSError as error:
             raise PipelineError("the record cannot be read", got=str(error)) from error
         first = end = 0
-        for _ in range(table.image_field + 1):
+        for _ in range(table.image_field[shard] + 1):
             first = end + LENGTH.size
             end = first + int.from_bytes(data[end:first], "little")
         if end > len(data):

@@ -21,7 +21,9 @@ EVERYTHING = TrainOptions(
 NATIVES = ["off", pytest.param("on", marks=pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1]))]
 
 
-def run_epoch(records: Path, options: TrainOptions | EvalOptions = OPTIONS, epoch: int = 0, **how: Any) -> list[Batch]:
+def run_epoch(
+    records: Path | str, options: TrainOptions | EvalOptions = OPTIONS, epoch: int = 0, **how: Any
+) -> list[Batch]:
     """Return the batches of an epoch of the training split, or as ``how`` says."""
     start = how.pop("start_step", 0)
     split = how.pop("split", "train")

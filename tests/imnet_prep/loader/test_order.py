@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from imnet_prep.loader.order import ORDERS, RankSampler, balanced_order, epoch_order
 from imnet_prep.types import record_id
@@ -13,31 +14,51 @@ from imnet_prep.types import record_id
 IDS = np.array([record_id("train", f"n{i}") for i in range(5000)], dtype=np.uint64)
 
 
+SHARD = np.repeat(np.arange(11, dtype=np.int32), [500, 300, 301, 700, 400, 400, 400, 600, 599, 300, 500])
+LABELS = np.array([0] * 4000 + [1] * 900 + [2] * 99 + [7], dtype=np.int32)  # 3 to 6 are classes without records
+
+
+def order_of(kind: str, seed: int = 0, epoch: int = 0, ids: NDArray[np.uint64] = IDS) -> NDArray[np.int64]:
+    return epoch_order(kind, seed, epoch, ids, SHARD, LABELS).positions
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ORDERS if kind != "balanced"])
 def test_every_row_comes_once(kind: str) -> None:
-    assert np.array_equal(np.sort(epoch_order(kind, 0, 0, IDS)), np.arange(len(IDS)))
+    assert np.array_equal(np.sort(order_of(kind)), np.arange(len(IDS)))
 
 
 @pytest.mark.parametrize("kind", ["global", "blocks"])
 def test_seed_and_epoch_change_the_order(kind: str) -> None:
-    orders = [epoch_order(kind, seed, epoch, IDS, 100, 4) for seed, epoch in itertools.product(range(3), range(3))]
+    orders = [order_of(kind, seed, epoch) for seed, epoch in itertools.product(range(3), range(3))]
     for one, other in itertools.combinations(orders, 2):
         assert (one == other).mean() < 0.05
 
 
 def test_the_global_order_of_ids_does_not_depend_on_how_they_are_stored() -> None:
     mixed = np.random.default_rng(0).permutation(IDS)
-    assert np.array_equal(IDS[epoch_order("global", 3, 1, IDS)], mixed[epoch_order("global", 3, 1, mixed)])
+    assert np.array_equal(IDS[order_of("global", 3, 1)], mixed[order_of("global", 3, 1, mixed)])
 
 
-def test_blocks_reads_few_blocks_at_a_time_and_shuffles_inside() -> None:
-    order = epoch_order("blocks", 0, 0, IDS, block_rows=100, window=4)
-    for start in range(0, len(order) - 400, 400):
-        window = order[start : start + 400]
-        assert len(np.unique(window // 100)) == 4
-        assert not np.array_equal(window, np.sort(window))
-    first_blocks = [order[start : start + 400].min() // 100 for start in range(0, 4800, 400)]
-    assert first_blocks != sorted(first_blocks)
+def test_blocks_takes_one_shard_after_another_and_mixes_two_at_a_time() -> None:
+    shards = SHARD[order_of("blocks")]
+    kinds, first, rows = np.unique(shards, return_index=True, return_counts=True)
+    last = len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]
+    turns = kinds[np.argsort(first)]
+    first, last, rows = first[np.argsort(first)], last[np.argsort(first)], rows[np.argsort(first)]
+    assert turns.tolist() != sorted(turns)
+    assert (last[:-2] < first[2:]).all()  # three are never needed at a time
+    assert first[1] == pytest.approx(0.8 * rows[0], abs=0.1 * rows[0])  # while the second is brought
+    for turn in range(3, len(turns) - 1):
+        both = shards[first[turn] : first[turn + 1]]
+        assert (both == turns[turn]).sum() == pytest.approx(rows[turn] / 2, abs=1 + 0.1 * rows[turn])
+        assert set(both) == {turns[turn - 1], turns[turn]}
+
+
+def test_blocks_draws_rows_of_a_shard_in_another_order_than_they_are_stored() -> None:
+    order = order_of("blocks")
+    for shard in np.unique(SHARD):
+        own = order[SHARD[order] == shard]
+        assert len(own) < 2 or not np.array_equal(own, np.sort(own))
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
@@ -55,9 +76,6 @@ def test_the_ranks_batches_in_order_are_the_single_rank_run(rows: int, batch: in
     assert spans == expected
     covered = sum(span.stop - span.start for span in spans)
     assert covered == (rows // (batch * ranks) * batch * ranks if drop_last else rows)
-
-
-LABELS = np.array([0] * 4000 + [1] * 900 + [2] * 99 + [7], dtype=np.int32)  # 3 to 6 are classes without records
 
 
 @pytest.mark.parametrize("rows", [5000, 1, 3])
