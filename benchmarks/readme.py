@@ -1,12 +1,12 @@
-"""Write the speed tables of README.md and README_CN.md from a result of `make bench`.
+"""Write the sections on speed of README.md and README_CN.md from a result of `make bench`.
 
 Commands::
 
     python -m benchmarks.readme build/bench/result.json --name 2-cores-epyc
     python -m benchmarks.readme
 
-The first keeps the result as ``benchmarks/results/<name>.json`` and writes the tables from it; the second writes them
-anew from the result that they name. `tests/benchmarks/test_readme.py` fails where a table is not what this writes.
+The first keeps the result as ``benchmarks/results/<name>.json`` and writes the sections from it; the second writes them
+anew from the result that they name. `tests/benchmarks/test_readme.py` fails where a section is not what this writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.rounds import MARK, Line, Result, figure, result_from_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
-BLOCK = re.compile(r"<!-- speed: (\S+) -->\n(.*?)<!-- end of speed -->", re.DOTALL)
+NAMED = re.compile(r"<!-- speed: (\S+) -->")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Language:
 
     Attributes:
         page: The file.
+        heading: That of the section.
         head: The sentence before the table; the fields are those of the result.
         columns: The heads of the table.
         made: What the made photographs are called, or None for the words of the result.
@@ -40,6 +41,7 @@ class Language:
     """
 
     page: str
+    heading: str
     head: str
     columns: tuple[str, str, str]
     made: str | None
@@ -49,6 +51,7 @@ class Language:
 
 ENGLISH = Language(
     "README.md",
+    "How fast",
     "Images/s on {cores} cores of {cpu}: medians of {rounds} rounds, in which all contenders of a row took turns.\n"
     "{mark} marks rounds more than 15 % apart. The photographs are {source}. `make bench` repeats the measurements\n"
     "on your machine; [docs/bench.md](docs/bench.md) says how.",
@@ -68,6 +71,7 @@ ENGLISH = Language(
 )
 CHINESE = Language(
     "README_CN.md",
+    "有多快",
     "在 {cpu} 的 {cores} 个核上的每秒图片数：每行的各方轮流运行，取 {rounds} 轮的中位数；\n"
     "{mark} 表示各轮相差超过 15 %。"
     "照片：{source}。`make bench` 可在您的机器上重测，方法见 [docs/bench.md](docs/bench.md)。",
@@ -117,13 +121,17 @@ def _rate(line: Line) -> str:
 
 
 def written(page: str, language: Language, name: str | None = None) -> str:
-    """Return a README with its table written anew, from the result that it names or from another one."""
-    if (block := BLOCK.search(page)) is None:
-        sys.exit(f"no table: expected '<!-- speed: {RESULTS}/NAME.json -->' in {language.page}; got none; add it")
-    name = name or block[1]
+    """Return a README with its section written anew, from the result that it names or from another one."""
+    before, heading, rest = page.partition(f"\n## {language.heading}\n\n")
+    section, next_heading, after = rest.partition("\n## ")
+    named = NAMED.match(section)
+    if name is None and named is None:
+        sys.exit(
+            f"no result: expected '<!-- speed: {RESULTS}/NAME.json -->' in {language.page}; got none; give a result"
+        )
+    name = name or named[1]  # type: ignore[index]
     result = json.loads((ROOT / name).read_text(encoding="utf-8"))
-    text = f"<!-- speed: {name} -->\n{table(result, language)}<!-- end of speed -->"
-    return page[: block.start()] + text + page[block.end() :]
+    return f"{before}{heading}<!-- speed: {name} -->\n{table(result, language)}{next_heading}{after}"
 
 
 def main() -> None:
