@@ -7,8 +7,9 @@ import sqlite3
 import stat
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PureWindowsPath
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 READ_BYTES = 1 << 20
 MAX_OPEN_FILES = 256
+_SCANNED_S = 2.0
 # What only some systems have: 0 or None elsewhere.
 _BINARY, _NONBLOCK, _NOFOLLOW = (getattr(os, name, 0) for name in ("O_BINARY", "O_NONBLOCK", "O_NOFOLLOW"))
 _pread, _fadvise = getattr(os, "pread", None), getattr(os, "posix_fadvise", None)
@@ -39,12 +41,29 @@ def write_atomically(path: Path, data: bytes, *, stage: Path | None = None) -> N
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        rename(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file, replacing another one, or a folder."""
+    patiently(lambda: os.replace(source, target))
+
+
+def patiently(change: Callable[[], None]) -> None:
+    """Rename or delete something; on Windows, wait for a virus scanner or an indexer that has it open for a moment."""
+    until = time.monotonic() + _SCANNED_S
+    while True:
+        try:
+            return change()
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def sync(path: Path) -> None:

@@ -21,6 +21,7 @@ from imnet_prep.build.hold_out import hold_out
 from imnet_prep.build.options import PlanOptions, read_names
 from imnet_prep.errors import PlanError, SourceError
 from imnet_prep.files import sqlite_failure
+from imnet_prep.records.publish import remove
 from imnet_prep.records.shards import Layout, choose_layout
 from imnet_prep.sources import Found, read
 from imnet_prep.types import SPLITS, ImageRef, Progress, ProgressCallback, Reason, Rejected, record_id
@@ -170,8 +171,8 @@ def make_plan(refs: Iterable[Found], database: Path, options: PlanOptions, progr
         OSError: The disk is full or fails.
     """
     staging = database.with_name(database.name + ".found")
-    database.unlink(missing_ok=True)
-    staging.unlink(missing_ok=True)
+    remove(database)
+    remove(staging)
     try:
         with closing(sqlite3.connect(database, isolation_level=None)) as connection:
             connection.execute("ATTACH ? AS staging", (os.fsencode(staging),))
@@ -203,7 +204,7 @@ def make_plan(refs: Iterable[Found], database: Path, options: PlanOptions, progr
     except sqlite3.Error as error:
         raise sqlite_failure(error, database) from error
     finally:
-        staging.unlink(missing_ok=True)
+        remove(staging)
 
 
 def _save_head(connection: sqlite3.Connection, plan: Plan) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from imnet_prep.build.plan import Plan, shard_refs
 from imnet_prep.errors import IntegrityError, PlanError
-from imnet_prep.files import sync, write_atomically
+from imnet_prep.files import rename, sync, write_atomically
 from imnet_prep.images.check import ValidateOptions, validate
 from imnet_prep.images.thumbnail import thumbnail
 from imnet_prep.process_pool import Advance
@@ -153,10 +153,10 @@ def run_task(task: ShardTask, advance: Advance) -> ShardResult:
                 info = read_back(path, task.name, written)
                 synced.result()
         check_plan(task.folder, task.plan)
-        os.replace(lines, done_path(task.folder, task.name, ".jsonl"))
+        rename(lines, done_path(task.folder, task.name, ".jsonl"))
         if info is not None:
             for source in (path, index_path(path)):  # MindRecord allows another folder, but not another base name
-                os.replace(source, task.folder / task.split / source.name)
+                rename(source, task.folder / task.split / source.name)
             sync(task.folder / task.split)
         result = ShardResult(task.name, task.split, info.rows if info else 0, info, tuple(rejected))
         data = json.dumps({**asdict(result), "plan": task.plan, "layout": asdict(task.layout)}, sort_keys=True).encode()

@@ -18,7 +18,7 @@ from typing import Any
 from imnet_prep.build.plan import Plan
 from imnet_prep.build.shard_task import PLAN_DATABASE, PLAN_NOTE
 from imnet_prep.errors import ImnetError, IntegrityError, Interrupted, PlanError, RemoteError
-from imnet_prep.files import exclusive_lock, sync, write_atomically
+from imnet_prep.files import exclusive_lock, rename, sync, write_atomically
 from imnet_prep.records.check import check_size, listed_files
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.records.manifest import MANIFEST, Manifest
@@ -266,7 +266,7 @@ def begin(workdir: Workdir, plan: Plan, note: dict[str, Any], *, force: bool) ->
         _forget(workdir, plan)
         begun = None
     if plan.database != workdir.database:
-        os.replace(plan.database, workdir.database)
+        rename(plan.database, workdir.database)
     remove(workdir.work / "tmp")
     for folder in (workdir.work / "tmp", workdir.work / "done", *(workdir.partial / split for split in plan.splits)):
         folder.mkdir(exist_ok=True)

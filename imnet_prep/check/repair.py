@@ -118,9 +118,10 @@ def _repair(
     lines = [*islice(folder.lines(name), first, first + info.rows)] if list_is_whole(name) else []
     ours = bool(folder.manifest.plan)
     shard = open_in_place(path, split, info, indexed=indexed)
-    places = find_images(path, split, lines, shard)
+    places, in_place = find_images(path, split, lines, shard), shard is not None
+    del shard  # closes it: Windows replaces no open file
     missing = [row for row in range(info.rows) if row not in places]
-    if shard is not None and not (ours and lines and not missing):
+    if in_place and not (ours and lines and not missing):
         return _damaged(change, path, info, lines, missing, indexed=indexed)
     if not ours:
         return _salvage(change, path, info)

@@ -23,7 +23,7 @@ from imnet_prep.download.options import ContentOptions, FailReason
 from imnet_prep.download.urllist import OURS
 from imnet_prep.download.urls import host_of
 from imnet_prep.errors import DownloadError
-from imnet_prep.files import exclusive_lock, file_digest, sync
+from imnet_prep.files import exclusive_lock, file_digest, rename, sync
 
 log = logging.getLogger(__name__)
 
@@ -177,10 +177,10 @@ def land(journal: Journal, moves: list[tuple[str, str]]) -> None:
     for temp, place in moves:
         source, target = journal.folder / INCOMING / temp, journal.folder / place
         try:
-            source.replace(target)
+            rename(source, target)
         except FileNotFoundError:
             target.parent.mkdir(exist_ok=True)
-            source.replace(target)
+            rename(source, target)
 
 
 class Results:
@@ -337,4 +337,4 @@ def _write(path: Path, items: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    rename(partial, path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imnet_prep.errors import RecordsError
-from imnet_prep.files import exclusive_lock, open_plain, sync, write_atomically
+from imnet_prep.files import exclusive_lock, open_plain, patiently, rename, sync, write_atomically
 from imnet_prep.records.manifest import FORMAT, MANIFEST
 
 WORK = ".imnet-prep"  # in a records folder while `adopt` or `repair-index` changes it
@@ -88,12 +88,12 @@ def _carry_out(journal: Path, moves: Sequence[Move], discard: Sequence[Path]) ->
             continue  # already moved
         if move.aside is not None and os.path.lexists(move.place) and not os.path.lexists(move.aside):
             move.aside.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(move.place, move.aside)
+            rename(move.place, move.aside)
             sync(move.aside.parent)
         if not move.place.parent.exists():
             move.place.parent.mkdir()
             sync(move.place.parent.parent)
-        os.replace(move.new, move.place)
+        rename(move.new, move.place)
         sync(move.place.parent)
     for path in discard:
         remove(path)
@@ -135,9 +135,9 @@ def remove(path: Path) -> None:
         OSError: It cannot be deleted.
     """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        patiently(lambda: shutil.rmtree(path))
     else:
-        path.unlink(missing_ok=True)
+        patiently(lambda: path.unlink(missing_ok=True))
 
 
 @dataclass(frozen=True, slots=True)

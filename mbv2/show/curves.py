@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from imnet_prep.errors import TrainError
+from imnet_prep.files import rename
 from mbv2.training.logs import EpochRow
 
 _SIZE = (1200, 520)
@@ -63,7 +64,7 @@ def draw_panels(path: Path, panels: list[tuple[list[Line], tuple[float, float] |
         _panel(draw, font, (number * side, 30, (number + 1) * side, _SIZE[1]), lines, last, limits)
     partial = path.with_name(path.name + ".partial")
     picture.save(partial, format="PNG")
-    partial.replace(path)
+    rename(partial, path)
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], class_names: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import Interrupted, TrainError
-from imnet_prep.files import exclusive_lock
+from imnet_prep.files import exclusive_lock, rename
 from imnet_prep.loader.order import balanced_order
 from imnet_prep.types import Batch, Progress, ProgressCallback
 from mbv2.data import AnyBatch, FeatureBatch, RunData, fill_rows, view_options
@@ -204,7 +204,7 @@ def _finish(partial: list[Path], paths: tuple[Path, ...], label: NDArray[np.int3
     np.save(partial[1], label)
     np.save(partial[2], ids)
     for source, target in zip(reversed(partial), reversed(paths), strict=True):
-        source.replace(target)  # the features last: their presence says that the cache is whole
+        rename(source, target)  # the features last: their presence says that the cache is whole
 
 
 def _open_array(path: Path, shape: tuple[int, int]) -> Any:

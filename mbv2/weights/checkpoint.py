@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import CheckpointError
-from imnet_prep.files import sync
+from imnet_prep.files import rename, sync
 from mbv2.runtime import import_mindspore
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def save_checkpoint(path: Path, tensors: Tensors, meta: Meta) -> None:
         ms.save_checkpoint(entries, str(partial), append_dict={META_TAG: json.dumps(document, sort_keys=True)})
         partial.chmod(0o644)  # MindSpore leaves it read-only for its owner alone
         sync(partial)
-        partial.replace(path)
+        rename(partial, path)
         sync(path.parent)
     except (OSError, RuntimeError) as error:  # MindSpore turns some of the first into the second
         raise CheckpointError(f"cannot write {path}", got=" ".join(str(error).split())[:200]) from error

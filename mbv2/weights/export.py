@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.errors import TrainError
+from imnet_prep.files import rename
 from imnet_prep.records.folder import RecordsFolder
 from imnet_prep.types import ProgressCallback
 from mbv2.outputs import check_outputs
@@ -153,7 +154,7 @@ def _write_mindir(loaded: Checkpoint, out: Path) -> None:
         any_batch = ms.Tensor(shape=[None, size, size, 3], dtype=ms.uint8)
         ms.export(net, any_batch, file_name=str(partial), file_format="MINDIR")
         partial.chmod(0o644)
-        partial.replace(out)
+        rename(partial, out)
     except OSError as error:
         raise TrainError(f"cannot write {out}", got=error.strerror or str(error)) from error
 
@@ -180,7 +181,7 @@ def _write_onnx(loaded: Checkpoint, kind: str, out: Path, records: Evaluation | 
         onnx.save(model, str(partial))
         if records is not None and kind == "onnx-int8":
             _quantise(partial, records)
-        partial.replace(out)
+        rename(partial, out)
     except OSError as error:
         raise TrainError(f"cannot write {out}", got=error.strerror or str(error)) from error
     finally:

@@ -47,6 +47,8 @@ if sys.platform != "linux":
     pytest.skip("strace, /proc and pidfd are needed", allow_module_level=True)
 
 REPOSITORY = Path(__file__).parents[2]
+ANOTHER_SYSTEM = Path(__file__).parent / "another_system"  # its sitecustomize.py turns Linux into Windows
+CASE = "case"  # the folder of a run
 MEMORY_DISK = Path("/dev/shm")  # many small runs: a real disk's fsync would take most of the time
 MEMORY_NEEDED_BYTES = 512 << 20
 RUN_LIMIT_S = 60.0
@@ -171,15 +173,17 @@ class Refused(Exception):
 
 
 class Server:
-    """A process that runs commands in forks of itself; its files lie in ``folder``."""
+    """A process that runs commands in forks of itself, as on Windows if asked to; its files lie in ``folder``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, windows: bool = False) -> None:
         self.folder = folder
         (folder / "tmp").mkdir()
         settings = {
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1",
             "TMPDIR": str(folder / "tmp"),
         }  # fmt: skip
+        if windows:
+            settings |= {"PYTHONPATH": str(ANOTHER_SYSTEM), "IMNET_TEST_FOLDER": str(folder / CASE)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, "--serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ, **settings},
@@ -220,8 +224,8 @@ class Server:
 
 
 @contextmanager
-def server() -> Iterator[Server]:
-    """Start a server with a folder of its own, in memory where there is room.
+def server(*, windows: bool = False) -> Iterator[Server]:
+    """Start a server with a folder of its own, in memory where there is room; its commands run as on Windows if asked.
 
     Raises:
         Refused: ``strace`` is missing, or may not attach to processes here.
@@ -230,7 +234,7 @@ def server() -> Iterator[Server]:
         raise Refused("strace is not installed")
     roomy = os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > MEMORY_NEEDED_BYTES
     with tempfile.TemporaryDirectory(prefix="interruptions-", dir=MEMORY_DISK if roomy else None) as folder:
-        started = Server(Path(folder).resolve())
+        started = Server(Path(folder).resolve(), windows=windows)
         try:
             started.run(["--version"], ["-f"])
             yield started
@@ -482,7 +486,7 @@ class Stage:
 
     def __init__(self, scenario: Scenario, server: Server) -> None:
         self.scenario, self.server = scenario, server
-        self.root = server.folder / "case"
+        self.root = server.folder / CASE
         self.arguments = [argument.format(root=self.root) for argument in scenario.arguments]
         self._start = server.folder / f"start-{scenario.name}"
         self._made_from = server.folder / "made-from"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -32,15 +33,27 @@ WITH_WORKERS = ("to-mindrecord", "reshard")
 Stages = Callable[[str], Stage]
 
 
-@pytest.fixture(scope="module")
-def stages() -> Iterator[Stages]:
+@contextmanager
+def staged(*, windows: bool) -> Iterator[Stages]:
     """Set up scenarios by name, each once."""
     made: dict[str, Stage] = {}
     try:
-        with server() as started:
+        with server(windows=windows) as started:
             yield lambda name: made.get(name) or made.setdefault(name, Stage(SCENARIOS[name], started))
     except Refused as error:
         pytest.skip(f"calls cannot be interrupted here: {error}")
+
+
+@pytest.fixture(scope="module")
+def stages() -> Iterator[Stages]:
+    with staged(windows=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def windows_stages() -> Iterator[Stages]:
+    with staged(windows=True) as made:
+        yield made
 
 
 def check(texts: Iterator[str]) -> None:
@@ -73,6 +86,13 @@ def test_group_killed_at_a_random_moment_and_run_again_it_ends_in_the_same_bytes
     check(random_kills(stages(name), 1, seed=13, work_s=SURE_S))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_as_on_windows_and_run_again_it_ends_in_the_same_bytes(windows_stages: Stages, name: str) -> None:
+    stage = windows_stages(name)
+    check(sweep(stage, "kill", sample(stage.places("kill"), 2, seed=13)))
+
+
 # --- every place: make test-long -------------------------------------------------------------------------------------
 
 
@@ -86,6 +106,16 @@ def test_interrupted_at_every_place_and_run_again_it_ends_in_the_same_bytes(
     stage = stages(name)
     assert stage.places(kind)
     check(sweep(stage, kind, stage.places(kind)))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(LONG_LIMIT_S)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_as_on_windows_at_every_place_and_run_again_it_ends_in_the_same_bytes(
+    windows_stages: Stages, name: str
+) -> None:
+    stage = windows_stages(name)
+    check(sweep(stage, "kill", stage.places("kill")))
 
 
 @pytest.mark.long

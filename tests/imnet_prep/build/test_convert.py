@@ -11,6 +11,7 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -413,7 +414,7 @@ def test_forced_run_that_fails_keeps_the_old_folder(source: Path, records: Path,
     assert digests(out) == before
 
 
-@pytest.mark.parametrize("die_at", ["rename", "replace", "remove"])
+@pytest.mark.parametrize("die_at", ["out", "out.partial", "out.partial.replaced"])
 def test_killed_while_it_takes_its_place(
     source: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: str
 ) -> None:
@@ -424,16 +425,15 @@ def test_killed_while_it_takes_its_place(
         pass
 
     out = shutil.copytree(records, tmp_path / "out")
-    module = publish if die_at == "remove" else os
-    there = getattr(module, die_at)
 
-    def dying(path: Path, *others: Path) -> None:
-        if path in (out, tmp_path / "out.partial", tmp_path / "out.partial.replaced") and path.exists():
+    def dying(there: Callable[..., None], path: Path, *others: Path) -> None:
+        if path == tmp_path / die_at and path.exists():
             raise Killed
         there(path, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, die_at, dying)
+        for module, name in ((os, "replace"), (publish, "remove")):
+            patch.setattr(module, name, partial(dying, getattr(module, name)))
         with pytest.raises(Killed):
             run(source, out, shards=3, force=True)
     assert whole(out if out.exists() else tmp_path / "out.partial")
