@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
+WATCHER = ("sh", "-c", 'read _; kill -s KILL -- "-$0"')
+"""Kills a process group when stdin ends, also because the benchmark is killed: what is stopped cannot see that."""
 
 
 def serve(set_up: Callable[[], Callable[[], Mapping[str, float]]]) -> None:
@@ -50,6 +53,8 @@ def step_rate(run: Callable[[], object], steps: int, batch_size: int) -> dict[st
 class Contender:
     """A process that serves, as a context manager; called, it measures once.
 
+    While it is not asked, it is stopped with its children: loaders would work ahead while others are measured.
+
     Args:
         python: The interpreter.
         module: The module in this folder.
@@ -73,26 +78,34 @@ class Contender:
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            cwd=ROOT, env=self._environment,
+            cwd=ROOT, env=self._environment, process_group=0,
         )  # fmt: skip
+        self._watcher = subprocess.Popen([*WATCHER, str(self.pid)], stdin=subprocess.PIPE, process_group=0)
         self._ready = False
         return self
+
+    @property
+    def pid(self) -> int:
+        """The process, which is also its process group."""
+        return self._process.pid
 
     def wait_until_ready(self) -> None:
         """Wait until it has set up, if it has not yet."""
         if not self._ready:
             self._answer()
             self._ready = True
+            os.killpg(self.pid, signal.SIGSTOP)
 
     def __call__(self) -> dict[str, float]:
         assert self._process.stdin is not None
         self.wait_until_ready()
-        try:
+        os.killpg(self.pid, signal.SIGCONT)
+        with suppress(BrokenPipeError):  # the answer says why
             self._process.stdin.write("\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer says why
-        return self._answer()
+        answer = self._answer()
+        os.killpg(self.pid, signal.SIGSTOP)
+        return answer
 
     def _answer(self) -> dict[str, float]:
         assert self._process.stdout is not None
@@ -104,8 +117,9 @@ class Contender:
         return answer
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._watcher.communicate()
+        with suppress(BrokenPipeError):
+            self._process.communicate()
         self._log.close()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,51 @@ def test_a_contender_measures_whenever_it_is_asked(tmp_path: Path) -> None:
     rows = [(f"class{k % 2}/{k}.jpg", k % 2, jpeg(k % 2, k, 64, 48)) for k in range(64)]
     write_folder(tmp_path / "records", {"train": rows}, shards=1, classes=2)
     with Contender(sys.executable, "loaders", "ours", "--root", tmp_path, *LOADER) as contender:
-        assert all(contender()["images_per_s"] > 0 for _ in range(2))
-        process = contender._process
-    assert process.returncode is not None
+        for _ in range(2):
+            assert contender()["images_per_s"] > 0
+            wait_for_state(contender.pid, "T")  # stopped
+    wait_for_state(contender.pid, "gone")
+
+
+def wait_for_state(pid: int, *wanted: str) -> None:
+    """Wait until a process is in a state: a letter as /proc has them, or gone."""
+    while True:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            state = "gone"
+        if state in wanted:
+            return
+        time.sleep(0.02)
+
+
+def test_contenders_end_when_the_benchmark_is_killed(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from benchmarks.contenders import Contender
+with Contender(sys.executable, "loaders", "limit", *sys.argv[1:]) as contender:
+    contender()
+    print(contender.pid, flush=True)
+    time.sleep(60)
+"""
+    (tmp_path / "files").mkdir()
+    for k in range(64):
+        (tmp_path / "files" / f"{k}.JPEG").write_bytes(jpeg(k % 2, k, 64, 48))
+    command = [sys.executable, "-c", program, "--root", str(tmp_path), *LOADER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        wait_for_state(pid, "T")
+        process.kill()
+    wait_for_state(pid, "Z", "gone")
 
 
 def test_what_a_contender_that_fails_said_is_shown(tmp_path: Path) -> None:
     with (
         pytest.raises(SystemExit, match=r"benchmarks\.loaders ours .* failed:\n(.|\n)*records: no such folder"),
-        Contender(sys.executable, "loaders", "ours", "--root", tmp_path, *LOADER),
+        Contender(sys.executable, "loaders", "ours", "--root", tmp_path, *LOADER) as contender,
     ):
-        pass
+        contender()
 
 
 def test_images_that_img2dataset_loses_are_counted(tmp_path: Path) -> None:
