@@ -48,15 +48,18 @@ def connected(scheduler: str, task: str, remedy: str) -> Iterator[Any]:
     """
     try:
         from distributed import Client, KilledWorker
+        from distributed.comm import parse_address
+        from distributed.comm.registry import get_backend
     except ImportError as error:
         raise PlanError("--executor dask: Dask is not installed", remedy="pip install 'imnet-prep[dask]'") from error
     try:
+        get_backend(parse_address(scheduler)[0])  # a client that cannot begin complains of it when it is collected
         client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         raise PlanError(
             f"--scheduler {scheduler}: cannot be reached", got=str(error) or f"no answer in {CONNECT_S} s"
         ) from error
-    with client:
+    with _closed(client):
         if not client.nthreads():
             raise PlanError(f"--scheduler {scheduler}: has no workers", remedy="start `dask worker` processes")
         try:
@@ -65,6 +68,20 @@ def connected(scheduler: str, task: str, remedy: str) -> Iterator[Any]:
             raise PlanError(f"Dask workers died repeatedly on one {task}", got=str(error), remedy=remedy) from error
         except CancelledError as error:
             raise PlanError(f"--scheduler {scheduler}: was lost", got=str(error), remedy=remedy) from error
+
+
+@contextmanager
+def _closed(client: Any) -> Iterator[None]:
+    """Close a client at the end, without Dask's tracebacks for the tasks that are left: the caller knows why."""
+    try:
+        yield
+    finally:
+        before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        try:
+            client.close()
+        finally:
+            logging.disable(before)
 
 
 def this_worker() -> str:

@@ -170,6 +170,12 @@ def test_a_killed_worker_changes_nothing(whole: Path, tmp_path: Path) -> None:
     assert result == verify(records, "decode", 1, quiet)
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8786", "tcp://127.0.0.1:none"])
+def test_an_address_that_is_none_is_one_line(whole: Path, address: str) -> None:
+    with pytest.raises(PlanError, match="cannot be reached"):
+        verify(whole, "hash", None, quiet, executor="dask", scheduler=address)
+
+
 @pytest.mark.long
 def test_the_last_worker_is_missed_and_another_one_goes_on(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -187,7 +193,7 @@ def test_the_last_worker_is_missed_and_another_one_goes_on(
 
 
 @pytest.mark.long
-def test_a_lost_scheduler_is_one_line(whole: Path, tmp_path: Path) -> None:
+def test_a_lost_scheduler_is_one_line(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with closing(Cluster(tmp_path / "dask", [[]])) as one:
 
         def kill(state: Progress) -> None:
@@ -196,6 +202,7 @@ def test_a_lost_scheduler_is_one_line(whole: Path, tmp_path: Path) -> None:
 
         with pytest.raises(PlanError, match=r"--scheduler tcp://.*: was lost"):
             on(one, whole, progress=kill)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # --- workers that are not fit -----------------------------------------------------------------------------------------
@@ -219,7 +226,9 @@ def refused(records: Path, tmp_path: Path, around: Sequence[str]) -> str:
     return str(caught.value)
 
 
-def test_a_worker_that_does_not_see_the_folder_is_named(whole: Path, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_see_the_folder_is_named(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     around = ["unshare", "--mount", "sh", "-c", NOTHING_THERE, str(whole)]
     if subprocess.run([*around, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no mount namespaces")
@@ -227,6 +236,7 @@ def test_a_worker_that_does_not_see_the_folder_is_named(whole: Path, tmp_path: P
     assert text.startswith("Dask worker tcp://127.0.0.1:")
     assert f"does not see {whole}" in text
     assert "mount the folder under the same path" in text
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.long

@@ -174,15 +174,16 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
 def test_two_ranks_killed_stopped_and_resumed_end_in_the_same_bits(damaged: Path, start: Path, tmp_path: Path) -> None:
     """Killed at step 4 after the save at 3; then one rank alone gets SIGINT, and both stop after the step.
 
-    What they skip is what one process with twice the batch skips.
+    What they skip is what one process with twice the batch skips. The second rank does not see the run's folder.
     """
     out, two, single = tmp_path / "run", tmp_path / "two", tmp_path / "one"
     assert on_two_ranks(two, damaged, start) == 0
-    assert on_two_ranks(out, damaged, start, "SIGKILL", "4") != 0
+    assert on_two_ranks(out, damaged, start, "SIGKILL", "4", "apart") != 0
     assert read_checkpoint(out / "last.ckpt").meta.step == 3
-    assert on_two_ranks(out, damaged, start, "SIGINT", "6", "resume") != 0
+    assert on_two_ranks(out, damaged, start, "SIGINT", "6", "resume", "apart") != 0
     assert read_checkpoint(out / "last.ckpt").meta.step == 7
-    assert on_two_ranks(out, damaged, start, "resume") == 0
+    assert on_two_ranks(out, damaged, start, "resume", "apart") == 0
+    assert not (tmp_path / "apart").exists()
     train(options(damaged, single, start, GLOBAL_BATCH))
     np.testing.assert_allclose(losses(two), losses(single), rtol=3e-5)
     skipped = read_checkpoint(single / "last.ckpt").meta.training["skipped"]
@@ -240,6 +241,20 @@ def test_two_ranks_print_one_score(records: Path, two: Path, tmp_path: Path) -> 
     assert scores[0]["top1"] == max(row.val_top1 or 0 for row in read_metrics(two))
 
 
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ("seed", "rank 1 was started for another run than the first: seed differ; expected seed 0; got 1; start every"),
+        ("goes on", "rank 1 was started with other options than the first; expected no --resume; got --resume; start"),
+    ],
+)
+def test_a_rank_with_other_options_is_named(records: Path, start: Path, tmp_path: Path, other: str, says: str) -> None:
+    assert on_two_ranks(tmp_path / "run", records, start, other) != 0
+    assert f"error: {says}" in (tmp_path / "run-log" / "worker_1.log").read_text()
+
+
 PRINT_EXIT = "import subprocess, sys; print('exit', subprocess.run([sys.executable, *sys.argv[1:]]).returncode)"
 
 
@@ -258,11 +273,17 @@ def test_ranks_that_are_stopped_exit_with_130_each(records: Path, start: Path, t
 
 @guard
 def main() -> None:
-    """Train as one rank: OUT RECORDS PRETRAINED [SIGNAL STEP] [resume] [whole]; SIGINT goes to rank 1 alone."""
+    """Train as one rank: OUT RECORDS PRETRAINED [SIGNAL STEP] [resume] [whole] [apart] [seed | goes on].
+
+    SIGINT goes to rank 1 alone, and the last three words are for it: it has another folder, seed or command.
+    """
     out, records, pretrained, *rest = sys.argv[1:]
-    resume = "resume" in rest
+    second = os.environ.get("RANK_ID") == "1"
+    resume = "resume" in rest or (second and "goes on" in rest)
+    if second and "apart" in rest:
+        out = str(Path(out).with_name("apart"))
     recipe = WHOLE if "whole" in rest else RECIPE
-    name, step = (rest[0], int(rest[1])) if len(rest) > 1 else ("SIGTERM", -1)
+    name, step = (rest[0], int(rest[1])) if rest and rest[0].startswith("SIG") else ("SIGTERM", -1)
 
     def progress(state: Progress) -> None:
         spared = name == "SIGINT" and runtime().rank == 0
@@ -271,7 +292,7 @@ def main() -> None:
 
     with stop_requested() as stop:
         run = options(Path(records), Path(out), Path(pretrained), GLOBAL_BATCH // 2, resume=resume, recipe=recipe)
-        train(run, stop=stop, progress=progress)
+        train(replace(run, seed=1) if second and "seed" in rest else run, stop=stop, progress=progress)
     assert (runtime().local_ranks, runtime().threads) == (2, max(1, cpu_count() // 2))
 
 
