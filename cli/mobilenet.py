@@ -1,6 +1,6 @@
 """``mbv2``: train, evaluate and convert MobileNetV2."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,13 @@ import click
 
 from imnet_prep.types import Progress
 from mbv2.bench import BenchOptions
+from mbv2.recipe import PADDINGS
 
-from .options import CHECKPOINT, DEVICE, GROUP, JSON, RECORDS, REPLACE, THREADS
+from .options import CACHE, CACHE_BYTES, CHECKPOINT, DEVICE, GROUP, JSON, RECORDS, REPLACE, THREADS, place
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
+TOLD = "told from the weights"
 
 
 @click.group(context_settings=GROUP)
@@ -25,7 +27,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--records", type=Path, help="A folder with a manifest.json.")
+@click.option("--records", type=place, metavar="DIR|URL", help="A folder with a manifest.json, or its URL.")
+@CACHE
+@CACHE_BYTES
 @click.option("--out", required=True, type=Path, help="The folder of the run.")
 @click.option("--recipe", show_default="tiny", help="The name of a recipe, or a YAML file with its fields.")
 @click.option("--config", type=Path, help="A YAML file with the keys of the official MindSpore trainer.")
@@ -50,9 +54,10 @@ def main() -> None:
 @JSON
 @guard
 def train(
-    records: Path | None, out: Path, recipe: str | None, config: Path | None, assignments: tuple[str, ...],
+    records: Path | str | None, out: Path, recipe: str | None, config: Path | None, assignments: tuple[str, ...],
     pretrained: Path | None, features: Path | None, device_target: str | None, seed: int | None, save_every: int,
-    tensorboard: bool, resume: bool, workers: int | None, on_bad_record: str, as_json: bool, **flags: Any,
+    tensorboard: bool, resume: bool, workers: int | None, on_bad_record: str, cache: Path | None,
+    cache_bytes: int | None, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train on the train split, evaluate after every epoch on the val split, and keep the best checkpoint.
 
@@ -61,6 +66,7 @@ def train(
 
     Example: mbv2 train --records records --recipe tiny --epochs 20 --width 0.5 --out run
     """
+    from mbv2.data import sampling_of
     from mbv2.official_config import BASE_RECIPE, OfficialConfig, read_official
     from mbv2.recipe import parse_assignments, resolve_recipe
     from mbv2.runtime import runtime, start_mindspore
@@ -79,18 +85,22 @@ def train(
     if resume:
         start_mindspore(device_target)
         stored = from_first("--resume", lambda: stored_run(out))
+    given = parse_assignments(assignments)
     resolved = resolve_recipe(
         recipe or (BASE_RECIPE if config else None),
         flags,  # epochs, batch_size, image_size, width, lr and freeze
-        parse_assignments(assignments),
+        given,
         base=stored[0] if stored else None,
         defaults={**official.fields, **pretrained_fields(pretrained)},
     )
+    if "sampling" not in given:
+        resolved = replace(resolved, sampling=stored[0].sampling if stored else sampling_of(resolved, records))
     if seed is None:
         seed = stored[1] if stored else 0
     options = RunOptions(
         records, out, resolved, seed, device_target, save_every=save_every, resume=resume, pretrained=pretrained,
         features=features, tensorboard=tensorboard, workers=workers, on_bad_record=on_bad_record,
+        cache=cache, cache_bytes=cache_bytes,
     )  # fmt: skip
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)
@@ -102,6 +112,8 @@ def train(
 
 @main.command("eval")
 @RECORDS
+@CACHE
+@CACHE_BYTES
 @CHECKPOINT
 @click.option("--split", default="val", help="The split to evaluate on.")
 @click.option("--per-class", type=Path, metavar="FILE.csv", help="Write one row per class.")
@@ -112,7 +124,7 @@ def train(
 @JSON
 @guard
 def evaluate(
-    records: Path, checkpoint: Path, per_class: Path | None, confusion: Path | None, as_json: bool, **options: Any
+    records: Path | str, checkpoint: Path, per_class: Path | None, confusion: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Compute top-1 and top-5 accuracy over every image of a split, each exactly once.
 
@@ -143,9 +155,11 @@ def evaluate(
 @click.option("--from", "source", help="timm, torchvision, mindcv or mindspore-models.")
 @click.option("--to", "target", help="timm: write a checkpoint's weights for it, as .safetensors.")
 @click.option("--out", required=True, type=Path, help="The checkpoint, or with --to the .safetensors, to write.")
-@click.option("--padding", default="symmetric", help="symmetric, or same for weights from TensorFlow.")
-@click.option("--mean", type=float, nargs=3, show_default="ImageNet's", help="Mean of RGB in 0..1.")
-@click.option("--std", type=float, nargs=3, show_default="ImageNet's", help="Standard deviation of RGB in 0..1.")
+@click.option("--padding", type=click.Choice(PADDINGS), show_default=TOLD, help="same is TensorFlow's.")
+@click.option("--mean", type=float, nargs=3, metavar="R G B", show_default=TOLD, help="Mean of RGB in 0..1.")
+@click.option(
+    "--std", type=float, nargs=3, metavar="R G B", show_default=TOLD, help="Standard deviation of RGB in 0..1."
+)
 @click.option("--bn-eps", type=float, show_default="1e-3 with same padding, else 1e-5", help="BatchNorm's epsilon.")
 @click.option("--image-size", default=224, help="Side of the input, in pixels.")
 @JSON
@@ -153,9 +167,9 @@ def evaluate(
 def convert(weights: Path, source: str | None, target: str | None, out: Path, as_json: bool, **options: Any) -> None:
     """Convert the weights of another project to a checkpoint, or a checkpoint for another project.
 
-    Reads .safetensors, .ckpt and, if PyTorch is installed, .pth; every tensor must be used. Padding and preprocessing
-    are saved in the checkpoint and used by eval, predict, fine-tuning and export. With --to, the call that makes the
-    other project's model is printed.
+    Reads .safetensors, .ckpt and, if PyTorch is installed, .pth; every tensor must be used. Padding and normalisation
+    are told from the weights unless given, printed, saved in the checkpoint, and used by eval, predict, fine-tuning and
+    export. With --to, the call that makes the other project's model is printed.
 
     Example: mbv2 convert mobilenetv2_100.safetensors --from timm --out mobilenetv2.ckpt
     """

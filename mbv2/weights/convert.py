@@ -1,9 +1,10 @@
 """Weights of other projects, brought in, and ours brought to timm: every tensor accounted for."""
 
+import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,27 +24,31 @@ from mbv2.weights.checkpoint import (
 )
 from mbv2.weights.names import source_name
 
+if TYPE_CHECKING:
+    from mbv2.network.model import ModelConfig  # it imports MindSpore
+
 TARGETS = ("timm",)
 # Entries that are no weights: PyTorch's BatchNorm counter, MindSpore's optimiser state and counters.
 _NO_WEIGHTS = re.compile(r".*\.num_batches_tracked|moments\..*|accum\..*|(learning_rate|momentum|global_step|.*_num)")
 _TIMM_WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.4)
+_logger = logging.getLogger(__name__)
 WIDTHS = tuple(round(0.35 + 0.05 * step, 2) for step in range(22))  # 0.35 to 1.40
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """How foreign weights are to be read; nothing in most files says it.
+    """How foreign weights are to be read. Where padding or normalisation is None, :mod:`mbv2.weights.origin` tells it.
 
     Attributes:
-        padding: ``symmetric`` (PyTorch, MindSpore) or ``same`` (weights that come from TensorFlow).
-        mean: Subtracted from RGB in 0..1, or None for ImageNet's.
-        std: Divides RGB after that, or None for ImageNet's.
+        padding: ``symmetric`` (PyTorch, MindSpore) or ``same`` (weights that come from TensorFlow), or None.
+        mean: Subtracted from RGB in 0..1, or None.
+        std: Divides RGB after that, or None.
         bn_eps: BatchNorm's epsilon, or None for 1e-3 with ``same`` padding (TensorFlow's) and 1e-5 otherwise.
         image_size: Side of the input, in pixels.
         eval_crop: Side of the centre crop as a share of the resized short side.
     """
 
-    padding: str = "symmetric"
+    padding: str | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     bn_eps: float | None = None
@@ -64,28 +69,37 @@ class ConvertResult:
         checkpoint: The file written.
         tensors: Tensors of the network, all found.
         dropped: Entries of the source that are no weights (counters, optimiser state).
-        width: Found from the shapes.
-        classes: Rows of the classifier.
+        model: Width and class count, found from the shapes; padding and normalisation.
+        assumed: What of ``padding``, ``mean`` and ``std`` was not given.
+        why: What it was told from.
     """
 
     checkpoint: Path
     tensors: int
     dropped: tuple[str, ...]
-    width: float
-    classes: int
+    model: "ModelConfig"
+    assumed: tuple[str, ...]
+    why: str
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``mbv2 convert --json`` prints."""
-        return {**asdict(self), "checkpoint": str(self.checkpoint), "dropped": len(self.dropped)}
+        model = {name: getattr(self.model, name) for name in ("width", "classes", "padding", "mean", "std", "bn_eps")}
+        counts = {"tensors": self.tensors, "dropped": len(self.dropped)}
+        return {"checkpoint": str(self.checkpoint), **counts, **model, "assumed": list(self.assumed)}
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the same as lines for a person."""
+        model = self.model
         return [
             ("checkpoint", str(self.checkpoint)),
             ("tensors", f"{self.tensors}, every one found"),
-            ("dropped", f"{len(self.dropped)} that are no weights"),
-            ("width", f"{self.width:g}"),
-            ("classes", str(self.classes)),
+            *([("dropped", f"{len(self.dropped)} that are no weights")] if self.dropped else []),
+            ("width", f"{model.width:g}"),
+            ("classes", str(model.classes)),
+            ("padding", model.padding),
+            ("mean, std", f"{model.mean}, {model.std} of RGB in 0..1"),
+            ("BatchNorm eps", f"{model.bn_eps:g}"),
+            *([("assumed", f"{', '.join(self.assumed)}: {self.why}")] if self.assumed else []),
         ]
 
 
@@ -140,25 +154,27 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
     check_outputs(out)
     source_name(source, "classifier.weight")  # an unknown source is refused before anything is read
     start_mindspore()
-    from mbv2.network.model import IMAGENET_MEAN, IMAGENET_STD, MobileNetV2, ModelConfig
+    from mbv2.network.model import MobileNetV2, ModelConfig
+    from mbv2.weights.origin import assume
 
     found = {_plain(name): value for name, value in _read(weights).items()}
     dropped = tuple(sorted(name for name in found if _NO_WEIGHTS.fullmatch(name)))
     found = {name: value for name, value in found.items() if name not in dropped}
     width, classes = _shape(found, source, weights)
-    config = ModelConfig(
-        classes=classes,
-        width=width,
-        padding=options.padding,
-        mean=options.mean or IMAGENET_MEAN,
-        std=options.std or IMAGENET_STD,
-        bn_eps=options.bn_eps or (1e-3 if options.padding == "same" else 1e-5),
-    )
-    net = MobileNetV2(config, kernels="standard")
+    shape = ModelConfig(classes=classes, width=width)
+    net = MobileNetV2(shape, kernels="standard")
     want = {source_name(source, p.name): tuple(p.shape) for p in net.get_parameters()}
     check_complete({name: value.shape for name, value in found.items()}, want, str(weights))
     tensors = {p.name: found[source_name(source, p.name)].astype(np.float32) for p in net.get_parameters()}
     load_parameters(net.get_parameters(), tensors, str(weights))
+    stem = (tensors[f"stem.{name}"] for name in ("conv.weight", "bn.moving_mean", "bn.moving_variance"))
+    told = assume(weights.name, *stem)
+    given: dict[str, Any] = {"padding": options.padding, "mean": options.mean, "std": options.std}
+    assumed = tuple(name for name, value in given.items() if value is None)
+    if assumed and told.doubt:
+        _logger.warning("%s: %s assumed: %s; %s", weights, ", ".join(assumed), told.why, told.doubt)
+    fields = {name: getattr(told, name) if value is None else value for name, value in given.items()}
+    config = replace(shape, **fields, bn_eps=options.bn_eps or (1e-3 if fields["padding"] == "same" else 1e-5))
     meta = Meta(
         model=asdict(config),
         class_names=tuple(synset.wnid for synset in catalog.synsets()) if classes == 1000 else (),
@@ -167,7 +183,7 @@ def convert_weights(weights: Path, source: str, out: Path, options: ConvertOptio
         origin=f"{source}: {weights.name}",
     )
     save_checkpoint(out, tensors, meta)
-    return ConvertResult(out, len(tensors), dropped, width, classes)
+    return ConvertResult(out, len(tensors), dropped, config, assumed, told.why)
 
 
 def return_weights(checkpoint: Path, target: str, out: Path) -> ReturnResult:

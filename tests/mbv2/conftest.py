@@ -24,7 +24,7 @@ def timm(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("timm") / "mobilenetv2.ckpt"
     options = ConvertOptions("same", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     result = convert_weights(shared_data / "mobilenetv2_100_tf.safetensors", "timm", out, options)
-    assert (result.width, result.classes) == (1.0, 1000)
+    assert (result.model.width, result.model.classes) == (1.0, 1000)
     return out
 
 

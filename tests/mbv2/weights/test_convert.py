@@ -100,7 +100,7 @@ def test_every_tensor_arrives_and_the_width_is_found(tmp_path: Path, source: str
     suffix = ".ckpt" if source == "mindcv" else ".safetensors"
     path = write(tmp_path / f"theirs{suffix}", foreign(weights, source))
     result = convert_weights(path, source, tmp_path / "ours.ckpt", ConvertOptions())
-    assert (result.width, result.classes, result.tensors, result.dropped) == (width, 7, 262, ())
+    assert (result.model.width, result.model.classes, result.tensors, result.dropped) == (width, 7, 262, ())
     loaded = read_checkpoint(tmp_path / "ours.ckpt")
     assert loaded.meta.model["bn_eps"] == 1e-5
     for name, value in weights.items():
