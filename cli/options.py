@@ -14,7 +14,14 @@ def place(text: str) -> Path | str:
 
 GROUP = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 DIR = click.argument("records", type=Path, metavar="DIR")
-RECORDS = click.option("--records", required=True, type=Path, help="A folder with a manifest.json.")
+DIR_OR_URL = click.argument("records", type=place, metavar="DIR|URL")
+RECORDS = click.option(
+    "--records", required=True, type=place, metavar="DIR|URL", help="A folder with a manifest.json, or its URL."
+)
+CACHE = click.option("--cache", type=Path, metavar="DIR", help="Where to keep shards of records behind a URL.")
+CACHE_BYTES = click.option(
+    "--cache-bytes", type=int, metavar="N", show_default="9/10 of the free space", help="Most bytes to keep there."
+)
 CHECKPOINT = click.option("--checkpoint", required=True, type=Path, help="A checkpoint of mbv2 (.ckpt).")
 DEVICE = click.option("--device-target", default="CPU", help="CPU, GPU or Ascend.")
 WORKERS = click.option(

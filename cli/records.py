@@ -9,15 +9,16 @@ import click
 
 from imnet_prep.errors import IntegrityError
 from imnet_prep.loader.bench import BenchOptions
+from imnet_prep.remote import shown
 
-from .options import DIR, EXECUTOR, JSON, KEEP_CLASSES, REPLACE, SCHEDULER, WORKERS
+from .options import CACHE, CACHE_BYTES, DIR, DIR_OR_URL, EXECUTOR, JSON, KEEP_CLASSES, REPLACE, SCHEDULER, WORKERS
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
 
 
 @click.command()
-@DIR
+@DIR_OR_URL
 @click.option("--level", default="hash", metavar="quick|hash|decode", help="How thoroughly to check.")
 @click.option("--expect", metavar="ilsvrc2012", help="Compare the counts with those of the published data set.")
 @WORKERS
@@ -25,7 +26,7 @@ BENCH = BenchOptions()
 @SCHEDULER
 @JSON
 @guard
-def verify(records: Path, as_json: bool, **options: Any) -> None:
+def verify(records: Path | str, as_json: bool, **options: Any) -> None:
     """Compare a records folder with its manifest; exit 3 if they differ.
 
     quick checks sizes, headers and indexes. hash also reads every byte. decode also checks that every image decodes, is
@@ -43,16 +44,18 @@ def verify(records: Path, as_json: bool, **options: Any) -> None:
         for problem in (*result.warnings, *result.problems):
             click.echo(problem.to_line("warning: " if problem in result.warnings else ""))
         state = "ok" if result.ok else f"{len(result.problems)} problem(s)"
-        click.echo(f"{records}: {state} at level {result.level}: {result.shards} shards, {result.records} records")
+        click.echo(
+            f"{shown(str(records))}: {state} at level {result.level}: {result.shards} shards, {result.records} records"
+        )
     if not result.ok:
         sys.exit(IntegrityError.exit_code)
 
 
 @click.command()
-@DIR
+@DIR_OR_URL
 @JSON
 @guard
-def info(records: Path, as_json: bool) -> None:
+def info(records: Path | str, as_json: bool) -> None:
     """Print what a records folder holds, from its manifest alone.
 
     Example: imnet-prep info records
@@ -193,7 +196,9 @@ def browse(records: Path, port: int, host: str) -> None:
 
 
 @click.command()
-@DIR
+@DIR_OR_URL
+@CACHE
+@CACHE_BYTES
 @click.option("--mode", default=BENCH.mode, help="train (random crops) or eval (centre crops).")
 @click.option("--batch-size", default=BENCH.batch_size, help="Images per batch.")
 @click.option("--image-size", default=BENCH.image_size, help="Side of the output, in pixels.")
@@ -202,7 +207,7 @@ def browse(records: Path, port: int, host: str) -> None:
 @click.option("--native", default=BENCH.native, help="The C++ decoder: auto, on or off.")
 @JSON
 @guard
-def bench(records: Path, as_json: bool, **options: Any) -> None:
+def bench(records: Path | str, as_json: bool, **options: Any) -> None:
     """Measure how fast the loader makes batches, stage by stage, and name the bottleneck.
 
     Example: imnet-prep bench records --mode eval --seconds 20

@@ -33,7 +33,9 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # the name of a file need not be UTF-8
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)  # warnings of libraries, and what we say ourselves
+        for package in OWN_PACKAGES:
+            logging.getLogger(package).setLevel(logging.INFO)
         try:
             with _safe_path():
                 return command(*args, **kwargs)

@@ -13,8 +13,9 @@ from imnet_prep.errors import RecordsError, TrainError
 from imnet_prep.loader.bad_rows import SkippedRow
 from imnet_prep.loader.batches import Batches, open_batches
 from imnet_prep.loader.options import EvalOptions, Options, TrainOptions
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.elsewhere import open_records
 from imnet_prep.records.manifest import Manifest
+from imnet_prep.remote import is_url, shown
 from imnet_prep.types import Batch
 from mbv2.recipe import Recipe
 from mbv2.runtime import Runtime
@@ -40,6 +41,7 @@ class FeatureBatch:
 
 AnyBatch = Batch | FeatureBatch
 FAIL, SKIP = "fail", "skip"  # at a bad record
+PLAIN, BLOCKS = "plain", "blocks"  # values of a recipe's ``sampling``
 
 
 def batch_inputs(batch: AnyBatch) -> NDArray[Any]:
@@ -134,8 +136,13 @@ class RunData:
         return len(self.loaders["val"].skipped) if "val" in self.loaders else 0
 
 
+def sampling_of(recipe: Recipe, records: Path | str) -> str:
+    """Return how a new run samples if it is not told: shard by shard from a URL, else as its recipe says."""
+    return BLOCKS if recipe.sampling == PLAIN and is_url(records) else recipe.sampling
+
+
 def open_run_data(
-    records: Path,
+    records: Path | str,
     recipe: Recipe,
     seed: int,
     stack: ExitStack,
@@ -143,32 +150,37 @@ def open_run_data(
     *,
     workers: int | None = None,
     on_bad_record: str = SKIP,
+    cache: Path | None = None,
+    cache_bytes: int | None = None,
 ) -> RunData:
     """Open the splits of a records folder as a recipe asks; with several ranks, this rank's part of them.
 
     Args:
-        records: The records folder.
+        records: The records folder, or its URL.
         recipe: What is computed.
         seed: Of the run.
         stack: Closes the splits.
         runtime: This rank's.
         workers: Decode threads of this rank, see :func:`rank_share`.
         on_bad_record: See :func:`bad_record_options`.
+        cache: For a URL: where shards are kept. cache_bytes: Most bytes to keep there.
 
     Raises:
-        RecordsError: No manifest, an empty split, or fewer training images than one batch.
+        RecordsError: No manifest, no cache for a URL, an empty split, or fewer training images than one batch.
         TrainError: Unknown ``on_bad_record``.
         PipelineError: ``workers`` is out of range.
     """
-    manifest = RecordsFolder.open(records).manifest
-    ranks, skipping = runtime.ranks, bad_record_options(on_bad_record)
-    loading = {**rank_share(runtime, workers), **skipping}
+    manifest, ranks = open_records(records).manifest, runtime.ranks
+    reading = {**bad_record_options(on_bad_record), "cache": cache, "cache_bytes": cache_bytes}
+    loading = {**rank_share(runtime, workers), **reading}
     images = split_images(manifest, records, "train")
     if images < recipe.batch_size * ranks:
         expected, got = f"at least one batch of {recipe.batch_size * ranks} images", f"{images}"
-        raise RecordsError(f"{records}: split 'train'", expected=expected, got=got, remedy="lower --batch-size")
+        raise RecordsError(
+            f"{shown(str(records))}: split 'train'", expected=expected, got=got, remedy="lower --batch-size"
+        )
     val_images = split_images(manifest, records, "val") if "val" in manifest.splits else 0
-    order = "balanced" if recipe.sampling == "balanced" else "global"
+    order = "global" if recipe.sampling == PLAIN else recipe.sampling
     train = stack.enter_context(open_batches(records, "train", train_options(recipe), seed, order=order, **loading))
     loaders, val = {"train": train}, None
     if val_images:
@@ -177,7 +189,7 @@ def open_run_data(
         )
 
     def train_view(view: int) -> Iterator[Batch]:
-        how = {"order": "sequential", "workers": workers, **skipping}
+        how = {"order": "sequential", "workers": workers, **reading}
         with open_batches(records, "train", view_options(recipe, view), seed, **how) as batches:
             yield from batches.epoch(view)
             train.add_skipped({row.position: row.reason for row in batches.skipped})
@@ -252,15 +264,16 @@ def eval_options(batch_size: int, image_size: int, eval_crop: float) -> EvalOpti
     return EvalOptions(batch_size=batch_size, image_size=image_size, resize=round(image_size / eval_crop))
 
 
-def split_images(manifest: Manifest, records: Path, split: str) -> int:
+def split_images(manifest: Manifest, records: Path | str, split: str) -> int:
     """Return the number of images of a split.
 
     Raises:
         RecordsError: There is no such split, or it is empty.
     """
+    where = shown(str(records))
     if split not in manifest.splits:
-        raise RecordsError(f"{records} has no split {split!r}", expected=f"one of {', '.join(sorted(manifest.splits))}")
+        raise RecordsError(f"{where} has no split {split!r}", expected=f"one of {', '.join(sorted(manifest.splits))}")
     images = manifest.splits[split].images
     if not images:
-        raise RecordsError(f"{records}: split {split!r} is empty", expected="at least one image")
+        raise RecordsError(f"{where}: split {split!r} is empty", expected="at least one image")
     return images

@@ -85,7 +85,7 @@ class Recipe:
         distill_from: A checkpoint of the same classes that teaches; empty for none.
         distill_weight: Share of the loss that is the distance from the teacher's guesses.
         distill_temperature: What both networks' logits are divided by for that distance.
-        sampling: ``plain``: each training image once an epoch; ``balanced``: as many, classes equally likely.
+        sampling: ``plain``: each image once an epoch; ``blocks``: so, shard by shard; ``balanced``: each class equally.
         crop_min: Smallest area share of RandomResizedCrop.
         crop_max: Largest area share.
         flip: Chance of a horizontal flip.
@@ -145,7 +145,7 @@ class Recipe:
     distill_from: str = ""
     distill_weight: float = _within(0.5, 0, 1)
     distill_temperature: float = _within(1.0, 0.1, 100)  # guesses as they are; Hinton et al. used 1 to 20
-    sampling: str = _one_of("plain", "balanced")
+    sampling: str = _one_of("plain", "blocks", "balanced")
     crop_min: float = _within(0.08, 1e-3, 1)
     crop_max: float = _within(1.0, 1e-3, 1)
     flip: float = _within(0.5, 0, 1)

@@ -77,7 +77,7 @@ class VerifyResult:
 
 
 def verify(
-    records: Path,
+    records: Path | str,
     level: str,
     workers: int | None,
     progress: ProgressCallback,
@@ -90,7 +90,7 @@ def verify(
     """Compare a records folder with its manifest.
 
     Args:
-        records: The folder.
+        records: The folder, or the URL of one, which is read and not kept (not at the level ``decode``).
         level: One of :data:`LEVELS`.
         workers: Number of files hashed, or of decoding processes, at a time; by default one per usable core.
         progress: Called with the bytes hashed and the images decoded.
@@ -111,13 +111,17 @@ def verify(
     if level not in LEVELS:
         raise RecordsError(f"unknown level {level!r}", expected=f"one of {', '.join(LEVELS)}")
     width = process_count(workers)
+    if isinstance(records, str):
+        from imnet_prep.check.elsewhere import verify_url
+
+        return verify_url(records, level, width, progress, expect, scheduler=scheduler)
     try:
         folder = RecordsFolder.open(records)
     except (IntegrityError, RecordsError) as error:
         if not os.path.lexists(records / MANIFEST):
             raise
         return VerifyResult(level, 0, 0, (Problem("manifest", MANIFEST, str(error)),))
-    problems = [*_check_expectation(folder.manifest, expect), *_check_quick(folder)]
+    problems = [*check_expectation(folder.manifest, expect), *_check_quick(folder)]
     if level != "quick" and "shards" not in withhold:
         problems += _check_digests(folder, width, scheduler, progress)
     warnings: list[Problem] = []
@@ -309,7 +313,7 @@ def _digest_problem(records: Path, file: _File) -> Problem | None:
     return None if got == expected else Problem("digest", name, f"expected SHA-256 {expected[:12]}, got {got[:12]}")
 
 
-def _check_expectation(manifest: Manifest, expect: str | None) -> Iterator[Problem]:
+def check_expectation(manifest: Manifest, expect: str | None) -> Iterator[Problem]:
     """Compare the counts with ILSVRC2012 as published, if asked for or if whole official archives were converted.
 
     Raises:

@@ -31,6 +31,8 @@ class BenchOptions:
         workers: Decode threads; None takes one per core that this process may use.
         seconds: How long to measure, after a warm-up of a second and the first batches.
         native: The C++ decoder: ``auto``, ``on`` or ``off``.
+        cache: For records behind a URL: the folder in which shards are kept.
+        cache_bytes: Most bytes to keep there.
     """
 
     mode: str = "train"
@@ -39,6 +41,8 @@ class BenchOptions:
     workers: int | None = None
     seconds: float = 10.0
     native: str = "auto"
+    cache: Path | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -90,23 +94,25 @@ class BenchResult:
     limit: str
 
 
-def bench(records: Path, options: BenchOptions, progress: ProgressCallback = lambda done: None) -> BenchResult:
+def bench(records: Path | str, options: BenchOptions, progress: ProgressCallback = lambda done: None) -> BenchResult:
     """Iterate :func:`~imnet_prep.loader.batches.open_batches` as training or evaluation does, and measure it.
 
     Raises:
         RecordsError: The folder is not usable.
+        RemoteError: The URL cannot be read.
         PipelineError: An option is out of range, or a record is bad.
     """
     # Imported here, as the command line needs the options alone, and every worker process imports that again.
     from imnet_prep.loader.batches import open_batches
     from imnet_prep.loader.options import EvalOptions, TrainOptions
-    from imnet_prep.records.folder import RecordsFolder
+    from imnet_prep.records.elsewhere import open_records
 
-    splits = RecordsFolder.open(records).manifest.splits
+    splits = open_records(records).manifest.splits
     wanted = ("train", "val", "test") if options.mode == "train" else ("val", "test", "train")
     split = next((name for name in wanted if name in splits and splits[name].images), wanted[0])
     output = (TrainOptions if options.mode == "train" else EvalOptions)(options.batch_size, options.image_size)
-    with open_batches(records, split, output, workers=options.workers, native=options.native) as batches:
+    how = {name: getattr(options, name) for name in ("workers", "native", "cache", "cache_bytes")}
+    with open_batches(records, split, output, **how) as batches:
         return _measure(batches, options, progress)
 
 

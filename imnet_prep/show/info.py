@@ -3,24 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.elsewhere import open_records
 from imnet_prep.records.manifest import SplitInfo
+from imnet_prep.remote import shown
 
 
-def describe(records: Path) -> dict[str, Any]:
-    """Summarise the manifest of a records folder.
+def describe(records: Path | str) -> dict[str, Any]:
+    """Summarise the manifest of a records folder, or of records behind a URL.
 
     Returns:
         Counts, bytes and class balance by split, the label convention, sources and the digest of the manifest.
 
     Raises:
         RecordsError: There is no such folder, or it has no manifest.
+        RemoteError: The URL cannot be read.
         IntegrityError: The manifest is damaged or was changed.
     """
-    folder = RecordsFolder.open(records)
+    folder = open_records(records)
     manifest = folder.manifest
     return {
-        "records": str(records),
+        "records": shown(str(records)),
         "images": folder.records,
         "classes": len(manifest.classes),
         "first_classes": [

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imnet_prep.loader.batches import open_batches
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.elsewhere import open_records
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.types import Batch, ProgressCallback
 from mbv2.data import eval_options, rank_share, split_images
@@ -26,23 +26,26 @@ class Evaluation:
 
     Attributes:
         loaded: The checkpoint.
-        records: The records folder.
+        records: The records folder, or its URL.
         manifest: Its manifest.
         split: The split.
         images: Images of the split.
         labels: int32 (classes of the records,), the checkpoint's label of each class.
         class_names: Of the checkpoint, in its label order.
         workers: Decode threads; as many as the operators use if not given.
+        cache: For a URL: where shards are kept. cache_bytes: Most bytes to keep there.
     """
 
     loaded: Checkpoint
-    records: Path
+    records: Path | str
     manifest: Manifest
     split: str
     images: int
     labels: NDArray[np.int32]
     class_names: tuple[str, ...]
     workers: int | None = None
+    cache: Path | None = None
+    cache_bytes: int | None = None
 
     def spread(self, most: int) -> tuple[Iterator[Batch], int]:
         """Yield up to ``most`` images, one a batch, spread evenly over the split; no other image is decoded.
@@ -102,7 +105,8 @@ class Evaluation:
     def _batches(self, size: int, rank: int, ranks: int) -> Iterator[Batch]:
         meta, share = self.loaded.meta, rank_share(runtime(), self.workers)
         options = eval_options(size, meta.image_size, meta.eval_crop)
-        with open_batches(self.records, self.split, options, 0, **{**share, "rank": rank, "ranks": ranks}) as batches:
+        how = {**share, "rank": rank, "ranks": ranks, "cache": self.cache, "cache_bytes": self.cache_bytes}
+        with open_batches(self.records, self.split, options, 0, **how) as batches:
             for batch in batches.epoch(0):
                 yield replace(batch, label=self.labels[batch.label])
 
@@ -113,20 +117,20 @@ def _joined(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
         yield Batch(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def open_evaluation(loaded: Checkpoint, records: Path, split: str) -> Evaluation:
+def open_evaluation(loaded: Checkpoint, records: Path | str, split: str) -> Evaluation:
     """Check that a checkpoint can be scored on a split.
 
     Raises:
         RecordsError: No manifest, no such split, or an empty one.
         CheckpointError: The checkpoint does not know the records' classes.
     """
-    manifest = RecordsFolder.open(records).manifest
+    manifest = open_records(records).manifest
     images = split_images(manifest, records, split)
     labels, names = checkpoint_labels(loaded.meta, manifest.classes, loaded.path)
     return Evaluation(loaded, records, manifest, split, images, labels, names)
 
 
-def read_evaluation(checkpoint: Path, records: Path, split: str, device_target: str = "CPU") -> Evaluation:
+def read_evaluation(checkpoint: Path, records: Path | str, split: str, device_target: str = "CPU") -> Evaluation:
     """Do the same with a checkpoint's file, and start MindSpore; the records are looked at first.
 
     Raises:
@@ -134,13 +138,13 @@ def read_evaluation(checkpoint: Path, records: Path, split: str, device_target: 
         CheckpointError: As above, or the file is unreadable, foreign or damaged.
         TrainError: There is no such device.
     """
-    split_images(RecordsFolder.open(records).manifest, records, split)
+    split_images(open_records(records).manifest, records, split)
     start_mindspore(device_target)
     return open_evaluation(read_checkpoint(checkpoint), records, split)
 
 
 def evaluate_checkpoint(
-    records: Path,
+    records: Path | str,
     checkpoint: Path,
     *,
     split: str = "val",
@@ -148,19 +152,22 @@ def evaluate_checkpoint(
     kernels: str = "auto",
     device_target: str = "CPU",
     workers: int | None = None,
+    cache: Path | None = None,
+    cache_bytes: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: ProgressCallback | None = None,
 ) -> tuple[Scores, tuple[str, ...]]:
     """Score a checkpoint on a split of a records folder, with the preprocessing that the checkpoint names.
 
     Args:
-        records: The records folder.
+        records: The records folder, or its URL.
         checkpoint: One of ours, which knows the records' classes.
         split: Which split.
         real_labels: A file of several right labels an image, see :func:`mbv2.scoring.several_labels.read_real_labels`.
         kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
         workers: Decode threads of this process; as many as the operators use if not given.
+        cache: For a URL: where shards are kept. cache_bytes: Most bytes to keep there.
         stop: Says whether to leave.
         progress: Called after each batch.
 
@@ -172,10 +179,11 @@ def evaluate_checkpoint(
         CheckpointError: Unreadable, foreign, damaged, or for other classes.
         TrainError: The file of several labels is not usable.
     """
-    found = replace(read_evaluation(checkpoint, records, split, device_target), workers=workers)
+    found = read_evaluation(checkpoint, records, split, device_target)
+    found = replace(found, workers=workers, cache=cache, cache_bytes=cache_bytes)
     tallies: list[Tally] = []
     if real_labels is not None:
-        files = (line.file_name for line in RecordsFolder(records, found.manifest).lines(split))
+        files = (line.file_name for line in open_records(records, cache, cache_bytes).lines(split))
         tallies.append(RealTally(read_real_labels(real_labels, split, files, found.class_names)))
     predict = network_predict(build_network(found.loaded, kernels=kernels))
     return found.score(predict, tallies=tallies, stop=stop, progress=progress), found.class_names

@@ -19,7 +19,7 @@ class RunOptions:
     """How to run a recipe; none of it changes what is computed, but for ``seed``.
 
     Attributes:
-        records: The records folder.
+        records: The records folder, or its URL.
         out: The run's folder.
         recipe: What to compute.
         seed: Of the initial weights, the order, the augmentation and dropout.
@@ -34,9 +34,10 @@ class RunOptions:
         features: Where ``freeze`` ``backbone`` keeps its features; ``<out>/features`` if not given.
         workers: Decode threads of this process; as many as the operators use if not given.
         on_bad_record: ``fail``, ``skip`` or how many to skip, see :func:`mbv2.data.bad_record_options`.
+        cache: For a URL: the folder in which this machine keeps shards. cache_bytes: Most bytes to keep there.
     """
 
-    records: Path
+    records: Path | str
     out: Path
     recipe: Recipe
     seed: int = 0
@@ -50,6 +51,8 @@ class RunOptions:
     tensorboard: bool = False
     workers: int | None = None
     on_bad_record: str = SKIP
+    cache: Path | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:

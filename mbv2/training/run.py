@@ -15,7 +15,7 @@ from typing import Any
 
 from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.files import exclusive_lock
-from imnet_prep.records.folder import RecordsFolder
+from imnet_prep.records.elsewhere import open_records
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import ProgressCallback
 from mbv2.data import RunData, open_run_data
@@ -72,7 +72,7 @@ def train(
     refuse_inside_records(options.out / LAST, options.features)
     with ExitStack() as stack:
         if data is None:
-            RecordsFolder.open(options.records)  # a folder that is none is said before MindSpore is started
+            open_records(options.records)  # a folder that is none is said before MindSpore is started
         here = start_mindspore(options.device_target)
         how = "--resume" if options.resume else "no --resume"
         if options.resume:
@@ -80,7 +80,7 @@ def train(
         if data is None:
             data = open_run_data(
                 options.records, options.recipe, options.seed, stack, here, workers=options.workers,
-                on_bad_record=options.on_bad_record,
+                on_bad_record=options.on_bad_record, cache=options.cache, cache_bytes=options.cache_bytes,
             )  # fmt: skip
         last, identity = from_first(how, lambda: _begin(options, data, here.ranks, stack))
         if here.ranks > 1:
