@@ -37,6 +37,7 @@ from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet, tar_b
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("imnet-prep ", "mbv2 ")
+ON_MANY = "many-machines.md"  # needs several hosts; tests/e2e/test_many_machines.py runs it
 SERVING = ("imnet-prep browse",)  # does not end by itself; tests/imnet_prep/show/test_browse.py runs it
 ADDED = {
     "imnet-prep download": ["--allow-private"],
@@ -157,7 +158,9 @@ def test_the_commands_of_the_readme_run(world: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if commands(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if page.name != ON_MANY and commands(page)], ids=lambda page: page.name
+)
 def test_the_commands_of_a_page_run(world: Path, tmp_path: Path, page: Path) -> None:
     known = set(commands(ROOT / "README.md"))
     todo = [command for command in commands(page) if command not in known and not command.startswith(SERVING)]
