@@ -87,16 +87,17 @@ def rehearse(count: int, work: Path) -> dict[str, Any]:
 def step(name: str, command: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Run a command to its end; return its time and memory, and the object that it prints."""
     began, before, peak, main_s = time.perf_counter(), children_s(), 0.0, 0.0
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=out, stderr=log)
         while process.poll() is None:
             peak, main_s = max(peak, resident_mb(process.pid)), processor_s(process.pid) or main_s
             time.sleep(0.1)
         seconds, cpu_s = time.perf_counter() - began, children_s() - before
         out.seek(0)
-        text = out.read()
+        log.seek(0)
+        text, said = out.read(), log.read()
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed: exit {process.returncode}; run it alone to see why")
+        sys.exit(f"{' '.join(command)} failed:\n{said[-2000:]}")
     print(f"{name}: {seconds:.1f} s, {cpu_s:.1f} s of processor, {peak:.0f} MB", file=sys.stderr, flush=True)
     cost = {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1), "main_cpu_s": round(main_s, 1)}
     return {**cost, "peak_mb": round(peak)}, json.loads(text)

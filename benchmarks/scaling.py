@@ -17,13 +17,14 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.contenders import Contender, on_cores, run_json, serve, together
+from benchmarks.convert import with_cpu_ms
 from benchmarks.kernel_limits import copy_rate
 from benchmarks.pipeline import prepare
 from benchmarks.rounds import RATE, Measure, Result, compare
@@ -37,14 +38,14 @@ STEP = ("native", "--mode", "train", "--image-size", 224, "--batch-size", 32, "-
 def measure(told: Setting, cores: Sequence[int]) -> list[Result]:
     """Measure ours at each number of cores."""
     rules = (told.rounds, told.seed)
-    names = {number: f"{number} cores" for number in cores}
+    names = {number: f"{number} core{'s' if number > 1 else ''}" for number in cores}
     originals = prepare(told)["originals"]
 
     def loading(number: int) -> Contender:
         words = ("--root", originals, "--mode", "train", "--threads", number, "--seconds", 2)
         return Contender(sys.executable, "loaders", "ours", *words, cores=number)
 
-    kinds = {
+    kinds: dict[str, tuple[str, Callable[[int], Contender]]] = {
         "copy": ("copies of memory, read and written", lambda n: contender("scaling", "--copy", cores=n)),
         "load": ("training batches at 224 px", loading),
         "train": ("a training step at 224 px, batch 32", lambda n: contender("step_worker", *STEP, cores=n)),
@@ -56,7 +57,7 @@ def measure(told: Setting, cores: Sequence[int]) -> list[Result]:
             results.append(compare(kind, title, ready, *rules, unit=unit))
     count = SHORT_COUNT if told.short else COUNT
     folder = told.photos.write(told.work / "photos", count)
-    runs = {name: converting(folder, told.work, number) for number, name in names.items()}
+    runs = {name: converting(folder, count, told.work, number) for number, name in names.items()}
     results.append(compare("convert", f"{count} photographs to 4 shards", runs, *rules, warm_up=True))
     return results
 
@@ -66,14 +67,14 @@ def contender(module: str, *words: object, cores: int) -> Contender:
     return Contender(sys.executable, module, *words, cores=cores)
 
 
-def converting(folder: Path, work: Path, cores: int) -> Measure:
+def converting(folder: Path, count: int, work: Path, cores: int) -> Measure:
     """Return what converts a folder on so many cores."""
     command = [*on_cores(cores), sys.executable, "-m", "imnet_prep", "to-mindrecord", str(folder)]
 
     def run() -> Mapping[str, float]:
         shutil.rmtree(work / "records", ignore_errors=True)
-        told = run_json([*command, "--out", str(work / "records"), "--shards", "4", "--json"])
-        return {RATE: told["images_per_s"]}
+        shards = ("--out", str(work / "records"), "--shards", "4", "--json")
+        return with_cpu_ms(count, lambda: float(run_json([*command, *shards])["images_per_s"]))
 
     return run
 
