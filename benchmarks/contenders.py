@@ -158,8 +158,14 @@ def processor_s(pid: int) -> float:
 
 def run_json(command: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return the last line of a command's output, as JSON."""
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if run.returncode != 0:
-        sys.exit(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    result: dict[str, Any] = json.loads(output_of(command, environment).strip().splitlines()[-1])
     return result
+
+
+def output_of(command: Sequence[object], environment: Mapping[str, str] | None = None) -> str:
+    """Run a command that must succeed, and return its output."""
+    words = [str(word) for word in command]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    if run.returncode != 0:
+        sys.exit(f"{' '.join(words)} failed:\n{run.stderr[-2000:]}")
+    return run.stdout

@@ -19,13 +19,12 @@ with the resize, from memory, in one C++ call a thread.
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from ctypes.util import find_library
 from pathlib import Path
 
-from benchmarks.contenders import Contender, together
+from benchmarks.contenders import Contender, output_of, together
 from benchmarks.loaders import SHORT, SIZE
 from benchmarks.rounds import Result, compare
 from benchmarks.setting import Setting, parser, run
@@ -42,17 +41,13 @@ MORE_PEERS = {"torchvision PIL": "torchvision_pil"}
 
 def prepare(told: Setting) -> dict[str, Path]:
     """Write the photographs as files and as records, as they are and at short side 256; return both folders."""
-    tool = Path(sys.executable).with_name("imnet-prep")
-
-    def call(*words: object) -> None:
-        subprocess.run([tool, *map(str, words)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
+    tool = (sys.executable, "-m", "imnet_prep")
     originals, short = told.work / "originals", told.work / "short256"
     told.photos.write(originals / "files", COPIES * len(told.photos.files))
-    convert = ("to-mindrecord", originals / "files", "--split", "train", "--shards", 4, "--out")
-    call(*convert, originals / "records")
-    call(*convert, short / "records", "--short-side", SHORT, "--quality", 90)
-    call("export", short / "records", "--to", "imagefolder", "--out", short / "exported")
+    convert = (*tool, "to-mindrecord", originals / "files", "--split", "train", "--shards", 4, "--out")
+    output_of([*convert, originals / "records"])
+    output_of([*convert, short / "records", "--short-side", SHORT, "--quality", 90])
+    output_of([*tool, "export", short / "records", "--to", "imagefolder", "--out", short / "exported"])
     shutil.move(short / "exported" / "train", short / "files")
     return {"originals": originals, "short256": short}
 
