@@ -66,8 +66,8 @@ check: venv
 	  $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit 1; \
 	done
 
-# Ours beside the peers, each in an environment of its own (6 GB): their NumPy is not MindSpore's. Twelve minutes on a quiet
-# machine with two cores; BENCH=--short is a trial of four, BENCH='--images DIR' takes your own photographs.
+# Ours beside the peers, each in an environment of its own (6 GB): their NumPy is not MindSpore's. BENCH=--short is a trial,
+# BENCH='--images DIR' takes your own photographs.
 bench: venv .venv-peers/.installed .venv-img2dataset/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
