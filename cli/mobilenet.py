@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from imnet_prep.types import Progress
-from mbv2.bench import BenchOptions
+from mbv2.bench import MODES, BenchOptions
 from mbv2.recipe import PADDINGS
+from mbv2.runtime import DEVICE_TARGETS
+from mbv2.weights.names import SOURCES
 
-from .options import CACHE, CACHE_BYTES, CHECKPOINT, DEVICE, GROUP, JSON, RECORDS, REPLACE, THREADS, place
+from .options import CACHE, CACHE_BYTES, CHECKPOINT, DEVICE, GROUP, JSON, PATH, PLACE, RECORDS, REPLACE, THREADS
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
@@ -27,28 +29,39 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--records", type=place, metavar="DIR|URL", help="A folder with a manifest.json, or its URL.")
+@click.option("--records", type=PLACE, metavar="DIR|URL", help="A folder with a manifest.json, or its URL.")
 @CACHE
 @CACHE_BYTES
-@click.option("--out", required=True, type=Path, help="The folder of the run.")
-@click.option("--recipe", show_default="tiny", help="The name of a recipe, or a YAML file with its fields.")
-@click.option("--config", type=Path, help="A YAML file with the keys of the official MindSpore trainer.")
+@click.option("--out", required=True, type=PATH, help="The folder of the run.")
+@click.option(
+    "--recipe", metavar="NAME|FILE.yaml", show_default="tiny", help="tiny, finetune, paper, ... (docs/recipes.md)."
+)
+@click.option("--config", type=PATH, help="A YAML file with the keys of the official MindSpore trainer.")
 @click.option("--epochs", type=int, help="Passes over the training images.")
 @click.option("--batch-size", type=int, help="Images per step.")
 @click.option("--image-size", type=int, help="Side of the input, in pixels, 32 to 288.")
 @click.option("--width", type=float, help="Width multiplier, 0.35 to 1.4.")
 @click.option("--lr", type=float, help="Peak learning rate; not scaled by the batch size.")
 @click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Set any other field of the recipe.")
-@click.option("--pretrained", type=Path, help="The checkpoint to start from; see mbv2 convert.")
-@click.option("--freeze", help="none, bn (keep BatchNorm's statistics) or backbone (train only the head).")
-@click.option("--features", type=Path, show_default="RUN/features", help="The folder for cached features.")
-@click.option("--device-target", show_default="CPU", help="CPU, GPU or Ascend.")
+@click.option("--pretrained", type=PATH, help="The checkpoint to start from; see mbv2 convert.")
+@click.option(
+    "--freeze",
+    type=click.Choice(["none", "bn", "backbone"]),
+    help="bn keeps BatchNorm's statistics; backbone trains only the head.",
+)
+@click.option("--features", type=PATH, show_default="RUN/features", help="The folder for cached features.")
+@click.option(
+    "--device-target", type=click.Choice(DEVICE_TARGETS), show_default="CPU", help="GPU and Ascend are not tested."
+)
 @click.option("--seed", type=int, show_default="0", help="Determines initial weights, order, augmentation and dropout.")
 @click.option("--save-every", default=0, help="Save every N steps within an epoch; 0: at its end only.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to RUN/events (needs tensorboardX).")
 @THREADS
 @click.option(
-    "--on-bad-record", default="skip", help="fail, skip (at most 0.1 % of a split, at least 3), or N to skip."
+    "--on-bad-record",
+    default="skip",
+    metavar="fail|skip|N",
+    help="skip: at most 0.1 % of a split, at least 3; N: at most N.",
 )
 @click.option("--resume", is_flag=True, help="Continue from RUN/last.ckpt with the recipe and seed of that run.")
 @JSON
@@ -116,9 +129,9 @@ def train(
 @CACHE_BYTES
 @CHECKPOINT
 @click.option("--split", default="val", help="The split to evaluate on.")
-@click.option("--per-class", type=Path, metavar="FILE.csv", help="Write one row per class.")
-@click.option("--real-labels", type=Path, metavar="FILE.json", help="Several correct labels per image (ReaL).")
-@click.option("--confusion", type=Path, metavar="FILE.png", help="Draw the confusion matrix.")
+@click.option("--per-class", type=PATH, metavar="FILE.csv", help="Write one row per class.")
+@click.option("--real-labels", type=PATH, metavar="FILE.json", help="Several correct labels per image (ReaL).")
+@click.option("--confusion", type=PATH, metavar="FILE.png", help="Draw the confusion matrix.")
 @THREADS
 @DEVICE
 @JSON
@@ -151,10 +164,12 @@ def evaluate(
 
 
 @main.command()
-@click.argument("weights", type=Path)
-@click.option("--from", "source", help="timm, torchvision, mindcv or mindspore-models.")
-@click.option("--to", "target", help="timm: write a checkpoint's weights for it, as .safetensors.")
-@click.option("--out", required=True, type=Path, help="The checkpoint, or with --to the .safetensors, to write.")
+@click.argument("weights", type=PATH)
+@click.option("--from", "source", type=click.Choice(SOURCES), help="Whose weights they are.")
+@click.option(
+    "--to", "target", type=click.Choice(["timm"]), help="Write a checkpoint's weights for it, as .safetensors."
+)
+@click.option("--out", required=True, type=PATH, help="The checkpoint, or with --to the .safetensors, to write.")
 @click.option("--padding", type=click.Choice(PADDINGS), show_default=TOLD, help="same is TensorFlow's.")
 @click.option("--mean", type=float, nargs=3, metavar="R G B", show_default=TOLD, help="Mean of RGB in 0..1.")
 @click.option(
@@ -189,9 +204,9 @@ def convert(weights: Path, source: str | None, target: str | None, out: Path, as
 
 @main.command()
 @CHECKPOINT
-@click.argument("images", nargs=-1, required=True, type=Path, metavar="IMAGE...")
+@click.argument("images", nargs=-1, required=True, type=PATH, metavar="IMAGE...")
 @click.option("--top", default=5, help="Number of predictions per image.")
-@click.option("--sheet", type=Path, metavar="FILE.png", help="Draw a contact sheet.")
+@click.option("--sheet", type=PATH, metavar="FILE.png", help="Draw a contact sheet.")
 @DEVICE
 @JSON
 @guard
@@ -220,9 +235,11 @@ def predict(
 
 @main.command()
 @CHECKPOINT
-@click.option("--format", "kind", required=True, help="mindir, onnx or onnx-int8.")
-@click.option("--out", required=True, type=Path, help="The file to write.")
-@click.option("--calibrate", type=Path, metavar="RECORDS", help="Records for choosing 8-bit ranges and for scoring.")
+@click.option(
+    "--format", "kind", required=True, type=click.Choice(["mindir", "onnx", "onnx-int8"]), help="The format to write."
+)
+@click.option("--out", required=True, type=PATH, help="The file to write.")
+@click.option("--calibrate", type=PATH, metavar="RECORDS", help="Records for choosing 8-bit ranges and for scoring.")
 @click.option("--split", default="val", help="The split of --calibrate.")
 @click.option("--check-images", default=256, help="Most images of --calibrate that both are scored on.")
 @JSON
@@ -242,7 +259,7 @@ def export(checkpoint: Path, kind: str, out: Path, as_json: bool, **options: Any
 
 
 @main.command()
-@click.option("--mode", default=BENCH.mode, help="train (whole steps) or eval (inference).")
+@click.option("--mode", default=BENCH.mode, type=click.Choice(MODES), help="train: whole steps; eval: inference.")
 @click.option("--batch-size", default=BENCH.batch_size, help="Images per step.")
 @click.option("--image-size", default=BENCH.image_size, help="Side of the input, in pixels.")
 @click.option("--width", default=BENCH.width, help="Width multiplier, 0.35 to 1.4.")
@@ -266,9 +283,9 @@ def bench(standard_ops: bool, as_json: bool, **options: Any) -> None:
 
 
 @main.command("report")
-@click.argument("run", type=Path, metavar="RUN")
-@click.option("--out", default=Path("run.html"), type=Path, help="The HTML file to write.")
-@click.option("--records", type=Path, help="Evaluate the best checkpoint on these records, by class.")
+@click.argument("run", type=PATH, metavar="RUN")
+@click.option("--out", default=Path("run.html"), type=PATH, help="The HTML file to write.")
+@click.option("--records", type=PATH, help="Evaluate the best checkpoint on these records, by class.")
 @click.option("--split", default="val", help="The split of --records.")
 @DEVICE
 @REPLACE

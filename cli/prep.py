@@ -8,8 +8,9 @@ import click
 
 from imnet_prep.download.options import Columns, ContentOptions, DownloadOptions, FetchOptions, PoliteOptions
 from imnet_prep.errors import DownloadError, ImnetError
+from imnet_prep.show import summary
 
-from .options import EXECUTOR, GROUP, JSON, KEEP_CLASSES, SCHEDULER, WORKERS, place
+from .options import EXECUTOR, GROUP, JSON, KEEP_CLASSES, PATH, PLACE, SCHEDULER, SPLIT, WORKERS
 from .records import adopt, bench, browse, export, info, repair_index, report, reshard, verify
 from .render import guard, progress_bar, show, stop_requested
 
@@ -35,16 +36,16 @@ for _command in (verify, info, report, browse, bench, repair_index, adopt, resha
 
 @main.command()
 @click.option(
-    "--urls", multiple=True, required=True, type=Path,
+    "--urls", multiple=True, required=True, type=PATH,
     help="URL lists: text, CSV, TSV, JSON lines or Parquet, also compressed; - is standard input. Several may follow.",
 )  # fmt: skip
-@click.argument("more_urls", nargs=-1, type=Path, metavar="[FILE]...")
-@click.option("--out", required=True, type=Path, help="The download folder. An interrupted download resumes here.")
+@click.argument("more_urls", nargs=-1, type=PATH, metavar="[FILE]...")
+@click.option("--out", required=True, type=PATH, help="The download folder. An interrupted download resumes here.")
 @click.option("--wnid", help="The class of lines that hold only a URL.")
 @click.option("--url-column", metavar="NAME", help="Column of the URLs in a table.  [default: url]")
 @click.option("--class-column", metavar="NAME", help="Column of the classes.  [default: wnid, label or class]")
 @click.option("--id-column", metavar="NAME", help="Column of the ids, which name the files.  [default: id]")
-@click.option("--wnids", type=Path, help="Keep only the classes in this file, one per line.")
+@click.option("--wnids", type=PATH, help="Keep only the classes in this file, one per line.")
 @click.option("--concurrency", default=POLITE.concurrency, help="Maximum number of fetches at a time.")
 @click.option("--per-host", default=POLITE.per_host, help="Maximum number of connections to one host.")
 @click.option("--rate-per-host", default=POLITE.rate_per_host, help="Requests per second to one host; 0: no limit.")
@@ -147,9 +148,9 @@ def _fraction(text: str) -> float:
 
 
 @main.command("to-mindrecord")
-@click.argument("sources", nargs=-1, required=True, type=place, metavar="SOURCE...")
-@click.option("--out", required=True, type=Path, help="The records folder to write.")
-@click.option("--split", metavar="train|val|test", help="The split of sources that do not tell it.")
+@click.argument("sources", nargs=-1, required=True, type=PLACE, metavar="SOURCE...")
+@click.option("--out", required=True, type=PATH, help="The records folder to write.")
+@click.option("--split", type=SPLIT, help="The split of sources that do not tell it.")
 @click.option(
     "--shards", type=int, metavar="N", show_default="one per 64 MiB or 8,192 images, at most 128",
     help="Shards per split.",
@@ -168,7 +169,9 @@ def _fraction(text: str) -> float:
 @click.option("--val-fraction", type=float, metavar="F", help="Without a val split, take this fraction of each class.")
 @click.option("--short-side", type=int, metavar="PIXELS", help="Shrink to this short side (256 is usual).")
 @click.option("--quality", default=90, help="JPEG quality with --short-side.")
-@click.option("--duplicates", default="keep", metavar="keep|reject", help="What to do with identical files.")
+@click.option(
+    "--duplicates", default="keep", type=click.Choice(["keep", "reject"]), help="What to do with identical files."
+)
 @click.option("--max-rejected", default="1%", metavar="N|P%", help="Fail (exit 3) above this many rejections.")
 @click.option("--salvage", is_flag=True, help="Convert the rest of a damaged tar, and say what is skipped.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -207,11 +210,11 @@ def to_mindrecord(
     with progress_bar("to-mindrecord") as progress, stop_requested() as stop:
         arguments = (sources, out, split, plan_options, options, progress, stop)
         result = preview(*arguments) if dry_run else convert(*arguments).to_json()
-    show(result, as_json)
+    show(result, as_json, summary.plan_rows(result) if dry_run else summary.conversion_rows(result))
 
 
 @main.command()
-@click.option("--out", default=Path("imnet-demo"), type=Path, help="The folder for all results.")
+@click.option("--out", default=Path("imnet-demo"), type=PATH, help="The folder for all results.")
 @click.option("--epochs", type=int, metavar="N", show_default="enough to learn the set", help="Training epochs.")
 @guard
 def demo(out: Path, epochs: int | None) -> None:

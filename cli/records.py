@@ -8,10 +8,24 @@ from typing import Any
 import click
 
 from imnet_prep.errors import IntegrityError
-from imnet_prep.loader.bench import BenchOptions
+from imnet_prep.loader.bench import MODES, BenchOptions
 from imnet_prep.remote import shown
+from imnet_prep.show import summary
 
-from .options import CACHE, CACHE_BYTES, DIR, DIR_OR_URL, EXECUTOR, JSON, KEEP_CLASSES, REPLACE, SCHEDULER, WORKERS
+from .options import (
+    CACHE,
+    CACHE_BYTES,
+    DIR,
+    DIR_OR_URL,
+    EXECUTOR,
+    JSON,
+    KEEP_CLASSES,
+    PATH,
+    REPLACE,
+    SCHEDULER,
+    SPLIT,
+    WORKERS,
+)
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
@@ -19,8 +33,12 @@ BENCH = BenchOptions()
 
 @click.command()
 @DIR_OR_URL
-@click.option("--level", default="hash", metavar="quick|hash|decode", help="How thoroughly to check.")
-@click.option("--expect", metavar="ilsvrc2012", help="Compare the counts with those of the published data set.")
+@click.option(
+    "--level", default="hash", type=click.Choice(["quick", "hash", "decode"]), help="How thoroughly to check."
+)
+@click.option(
+    "--expect", type=click.Choice(["ilsvrc2012"]), help="Compare the counts with those of the published data set."
+)
 @WORKERS
 @EXECUTOR
 @SCHEDULER
@@ -62,7 +80,8 @@ def info(records: Path | str, as_json: bool) -> None:
     """
     from imnet_prep.show.info import describe
 
-    show(describe(records), as_json)
+    found = describe(records)
+    show(found, as_json, summary.records_rows(found))
 
 
 @click.command("repair-index")
@@ -81,15 +100,15 @@ def repair_index(records: Path, as_json: bool) -> None:
     from imnet_prep.check import repair
 
     with progress_bar("repair-index") as progress:
-        result = repair.repair_index(records, progress)
-    show(result.to_json(), as_json)
-    if not result.ok:
+        result = repair.repair_index(records, progress).to_json()
+    show(result, as_json, summary.repair_rows(result))
+    if not result["ok"]:
         sys.exit(IntegrityError.exit_code)
 
 
 @click.command()
-@click.argument("folder", type=Path, metavar="DIR")
-@click.option("--split", metavar="train|val|test", help="The split of files whose folder and name do not tell it.")
+@click.argument("folder", type=PATH, metavar="DIR")
+@click.option("--split", type=SPLIT, help="The split of files whose folder and name do not tell it.")
 @click.option("--label-space", metavar="imagenet1k|FILE", help="Class names in label order, if the records hold none.")
 @click.option("--keep-undecodable", is_flag=True, help="Also adopt records whose image does not decode.")
 @click.option("--force", is_flag=True, help="Replace an existing manifest.")
@@ -112,12 +131,12 @@ def adopt(folder: Path, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=Path, metavar="DIR...")
-@click.option("--out", required=True, type=Path, help="The records folder to write.")
+@click.argument("folders", nargs=-1, required=True, type=PATH, metavar="DIR...")
+@click.option("--out", required=True, type=PATH, help="The records folder to write.")
 @click.option("--shards", type=int, metavar="N", show_default="by size", help="Shards per split.")
 @click.option("--seed", type=int, metavar="N", show_default="of the first DIR", help="Determines the order.")
 @KEEP_CLASSES
-@click.option("--rename-classes", type=Path, metavar="FILE", help="Lines of old<TAB>new class names.")
+@click.option("--rename-classes", type=PATH, metavar="FILE", help="Lines of old<TAB>new class names.")
 @click.option("--force", is_flag=True, help="Replace a finished folder once the new one is complete.")
 @WORKERS
 @JSON
@@ -132,15 +151,15 @@ def reshard(folders: tuple[Path, ...], out: Path, as_json: bool, **options: Any)
     from imnet_prep.build import reshard as resharding
 
     with progress_bar("reshard") as progress, stop_requested() as stop:
-        result = resharding.reshard(folders, out, resharding.ReshardOptions(**options), progress, stop)
-    show(result.to_json(), as_json)
+        result = resharding.reshard(folders, out, resharding.ReshardOptions(**options), progress, stop).to_json()
+    show(result, as_json, summary.reshard_rows(result))
 
 
 @click.command()
 @DIR
-@click.option("--to", required=True, metavar="imagefolder|webdataset", help="The format to write.")
-@click.option("--out", required=True, type=Path, help="The folder to write; it must not exist yet.")
-@click.option("--split", metavar="train|val|test", show_default="all", help="Export this split alone.")
+@click.option("--to", required=True, type=click.Choice(["imagefolder", "webdataset"]), help="The format to write.")
+@click.option("--out", required=True, type=PATH, help="The folder to write; it must not exist yet.")
+@click.option("--split", type=SPLIT, show_default="all", help="Export this split alone.")
 @JSON
 @guard
 def export(records: Path, to: str, out: Path, split: str | None, as_json: bool) -> None:
@@ -154,13 +173,13 @@ def export(records: Path, to: str, out: Path, split: str | None, as_json: bool) 
     from imnet_prep.build.export import export as run
 
     with progress_bar("export") as progress, stop_requested() as stop:
-        result = run(records, out, to, split, progress, stop)
-    show(result.to_json(), as_json)
+        result = run(records, out, to, split, progress, stop).to_json()
+    show(result, as_json, summary.export_rows(result))
 
 
 @click.command()
 @DIR
-@click.option("--out", default=Path("report.html"), type=Path, help="The HTML file to write.")
+@click.option("--out", default=Path("report.html"), type=PATH, help="The HTML file to write.")
 @click.option("--no-images", is_flag=True, help="Leave out the images, for example if they are private.")
 @REPLACE
 @WORKERS
@@ -199,12 +218,12 @@ def browse(records: Path, port: int, host: str) -> None:
 @DIR_OR_URL
 @CACHE
 @CACHE_BYTES
-@click.option("--mode", default=BENCH.mode, help="train (random crops) or eval (centre crops).")
+@click.option("--mode", default=BENCH.mode, type=click.Choice(MODES), help="train: random crops; eval: centre crops.")
 @click.option("--batch-size", default=BENCH.batch_size, help="Images per batch.")
 @click.option("--image-size", default=BENCH.image_size, help="Side of the output, in pixels.")
 @click.option("--workers", type=int, metavar="N", show_default="one per core", help="Decode threads.")
 @click.option("--seconds", default=BENCH.seconds, help="How long to measure.")
-@click.option("--native", default=BENCH.native, help="The C++ decoder: auto, on or off.")
+@click.option("--native", default=BENCH.native, type=click.Choice(["auto", "on", "off"]), help="The C++ decoder.")
 @JSON
 @guard
 def bench(records: Path | str, as_json: bool, **options: Any) -> None:

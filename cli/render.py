@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import click
 from tqdm import tqdm
@@ -20,38 +20,88 @@ from imnet_prep.types import Progress, ProgressCallback
 
 P = ParamSpec("P")
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
 OWN_PACKAGES = ("imnet_prep", "mbv2")
 INSTALL_MINDSPORE = "pip install imnet-prep, in an environment of its own (docs/install.md)"
 LOG_EVERY_S = 10.0  # between progress lines where stderr is not a terminal
 
 
 def guard(command: Callable[P, T]) -> Callable[P, T]:
-    """Turn a library error into one line on stderr and its exit code; the only place that does so."""
+    """Turn a library error into one line on stderr and its exit code; the only place that does so.
 
+    It adds ``--quiet`` and ``--verbose``, which decide what of the log is printed.
+    """
+
+    @click.option("-q", "--quiet", is_flag=True, help="Print only the result, warnings and errors.")
+    @click.option("-v", "--verbose", is_flag=True, help="Print details too, with the time, and where an error arose.")
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # the name of a file need not be UTF-8
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)  # warnings of libraries, and what we say ourselves
-        for package in OWN_PACKAGES:
-            logging.getLogger(package).setLevel(logging.INFO)
         try:
-            with _safe_path():
-                return command(*args, **kwargs)
-        except ImnetError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except ImportError as error:
-            click.echo(f"error: {_missing(error)}", err=True)
-            sys.exit(ImnetError.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(Interrupted.exit_code)
+            with _safe_path(), _log(quiet=bool(kwargs.pop("quiet")), verbose=bool(kwargs.pop("verbose"))):
+                return _named(command, *args, **kwargs)
         except BrokenPipeError:
             sys.exit(1)
 
     return wrapped
+
+
+def _named(command: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    try:
+        return command(*args, **kwargs)
+    except ImnetError as error:
+        LOG.debug("raised here:", exc_info=True)
+        say_error(str(error))
+        sys.exit(error.exit_code)
+    except ImportError as error:
+        LOG.debug("raised here:", exc_info=True)
+        say_error(_missing(error))
+        sys.exit(ImnetError.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(Interrupted.exit_code)
+
+
+def say_error(text: str) -> None:
+    """Print an error to stderr."""
+    click.echo(f"{painted('error:', sys.stderr, fg='red')} {text}", err=True)
+
+
+def painted(text: str, stream: TextIO, **style: Any) -> str:
+    """Return a text in colour where a stream is a terminal and NO_COLOR (https://no-color.org) is not set."""
+    return click.style(text, **style) if stream.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+class _Lines(logging.Handler):
+    """Prints the log to stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"{painted('warning:', sys.stderr, fg='yellow')} {text}"
+        with suppress(OSError, ValueError):  # the terminal may be gone
+            tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def _log(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Print what our packages log, from a level on, and the warnings of other libraries."""
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    root, packages, handler = logging.getLogger(), [logging.getLogger(name) for name in OWN_PACKAGES], _Lines()
+    if verbose:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    before = [package.level for package in packages]
+    root.addHandler(handler)
+    for package in packages:
+        package.setLevel(level)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        for package, was in zip(packages, before, strict=True):
+            package.setLevel(was)
 
 
 def _missing(error: ImportError) -> str:
@@ -87,50 +137,76 @@ def show(result: dict[str, Any], as_json: bool, rows: Iterable[tuple[str, str]] 
     lines = list(_rows(result) if rows is None else rows)
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(f"{painted(name.ljust(width), sys.stdout, bold=True)}  {value}")
 
 
 def _rows(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in result.items():
         name = prefix + key.replace("_", " ")
-        if isinstance(value, dict) and value:
+        if value in (None, "", [], {}):
+            continue
+        if isinstance(value, dict):
             yield from _rows(value, name + " / ")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
+        elif isinstance(value, list) and isinstance(value[0], dict):
             for number, item in enumerate(value, 1):
                 yield from _rows(item, f"{name} {number} / ")
         elif isinstance(value, float):
             yield name, f"{value:,.4g}" if abs(value) < 1 else f"{value:,.1f}"
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, bool):
+            yield name, "yes" if value else "no"
+        elif isinstance(value, int):
             yield name, f"{value:,}"
         else:
             yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that shows the rate that the job measures, where it does: start-up is then left out."""
+
+    measured: float | None = None
+
+    @property
+    def format_dict(self) -> MutableMapping[str, Any]:
+        values: MutableMapping[str, Any] = super().format_dict
+        return values if self.measured is None else {**values, "rate": self.measured}
+
+
 @contextmanager
 def progress_bar(label: str) -> Iterator[ProgressCallback]:
-    """Yield a callback that draws a bar on a terminal, and elsewhere prints a line every 10 seconds."""
-    live = sys.stderr.isatty()
+    """Yield a callback that draws a bar on a terminal, and elsewhere prints a line every 10 seconds.
+
+    A job may have several parts that count from 0. With ``--quiet``, nothing is shown.
+    """
+    shown, live = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
     started = last = time.monotonic()
+    before = 0
 
     def update(progress: Progress) -> None:
-        nonlocal last
+        nonlocal started, last, before
         now = time.monotonic()
+        if progress.done < before:
+            started = now
+            bar.reset()
+        before = progress.done
         pace = f"{progress.bytes_done / max(1e-9, now - started) / 1e6:.1f} MB/s" if progress.bytes_done else ""
         counts = (f"{name} {count}" for name, count in progress.counts)
         extras = ", ".join(filter(None, (*counts, pace, progress.note)))
         if live:
-            bar.total, bar.unit = progress.total, f" {progress.unit}"
+            bar.total, bar.unit, bar.measured = progress.total, f" {progress.unit}", progress.per_s
             bar.set_postfix_str(extras, refresh=False)
             bar.update(progress.done - bar.n)
-        elif now - last >= LOG_EVERY_S or (progress.done == progress.total and now - started >= LOG_EVERY_S):
+        elif shown and (
+            now - last >= LOG_EVERY_S or (progress.done == progress.total and now - started >= LOG_EVERY_S)
+        ):
             last = now
-            rate = progress.done / (now - started)
+            rate = progress.per_s or progress.done / max(1e-9, now - started)
             line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}, {rate:.1f}/s"
             if progress.total and rate:
                 line += f", {(progress.total - progress.done) / rate:.0f} s left"
             click.echo(", ".join(filter(None, (line, extras))), err=True)
 
-    with tqdm(desc=label, unit="img", smoothing=0.05, dynamic_ncols=True, file=sys.stderr, disable=not live) as bar:
+    hidden = not (shown and live)
+    with _Bar(desc=label, unit="img", smoothing=0.05, dynamic_ncols=True, file=sys.stderr, disable=hidden) as bar:
         yield update
 
 

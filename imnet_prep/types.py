@@ -241,6 +241,7 @@ class Progress:
         bytes_done: Bytes handled so far.
         counts: Further counters by name, e.g. ``{"rejected": 2}``.
         note: A short text, e.g. the loss.
+        per_s: Units a second as the job measures it, start-up left out; None: not measured.
     """
 
     done: int
@@ -249,6 +250,7 @@ class Progress:
     bytes_done: int = 0
     counts: tuple[tuple[str, int], ...] = ()
     note: str = ""
+    per_s: float | None = None
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -130,7 +130,7 @@ def test_the_same_command_again_is_already_done(records: Path, trained: tuple[Pa
         *("--batch-size", "8", "--set", "label_smoothing=0.05"),
     )
     assert result.exit_code == 0
-    assert "already done" in result.stderr
+    assert re.search("^already done ", result.stdout, re.MULTILINE)
     resumed = run("train", "--records", records, "--out", out, "--resume", "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["top1"] == printed["top1"]
@@ -197,13 +197,8 @@ def test_bad_input_is_named_in_one_line(records: Path, tmp_path: Path) -> None:
     assert "image_size" in refused("train", "--records", records, "--out", out, "--image-size", "300")
     assert "24" in refused("train", "--records", records, "--out", out, "--batch-size", "25")
     assert "nothing to resume" in refused("train", "--records", records, "--out", out, "--resume")
-    assert "CPU, GPU, Ascend" in refused(
-        "train", "--records", records, "--out", out, "--batch-size", "8", "--device-target", "TPU"
-    )
     assert "absent.ckpt" in refused("eval", "--records", records, "--checkpoint", tmp_path / "absent.ckpt")
     assert "train, val" in refused("eval", "--records", records, "--checkpoint", "x", "--split", "test")
-    assert "mindir, onnx" in refused("export", "--checkpoint", "x", "--format", "tflite", "--out", out)
-    assert "timm, torchvision" in refused("convert", "x.ckpt", "--from", "keras", "--out", out)
     assert "no such file" in refused("predict", "--checkpoint", "x", tmp_path / "absent.jpg")
     assert not out.exists()
 
@@ -288,7 +283,6 @@ def test_bench_prints_its_figures() -> None:
     assert printed["kernels"] == "standard operators"
     assert printed["images_per_s"] == pytest.approx(2000 / printed["step_ms"])
     assert (printed["mode"], printed["steps"], printed["width"]) == ("eval", 2, 0.35)
-    assert "train, eval" in refused("bench", "--mode", "both")
     assert "width" in refused("bench", "--width", "2")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,9 +118,8 @@ def test_bad_input_is_one_line(tmp_path: Path, make: Callable[[Path], Path]) -> 
     ("arguments", "said"),
     [
         (["--workers", "0"], "--workers"), (["--shards", "0"], "--shards"), (["--seed", "-1"], "--seed"),
-        (["--split", "dev"], "dev"), (["--label-space", "imagenet"], "imagenet1k"), (["--quality", "0"], "--quality"),
-        (["--short-side", "1"], "--short-side"), (["--duplicates", "maybe"], "reject"),
-        (["--max-rejected", "few"], "--max-rejected"), (["--executor", "ray"], "dask"),
+        (["--label-space", "imagenet"], "imagenet1k"), (["--quality", "0"], "--quality"),
+        (["--short-side", "1"], "--short-side"), (["--max-rejected", "few"], "--max-rejected"),
         (["--executor", "dask"], "--scheduler"), (["--keep-classes", "/none"], "/none"),
     ],
 )  # fmt: skip
@@ -192,7 +192,7 @@ def test_folder_without_manifest_is_one_line(command: str, tmp_path: Path) -> No
 def test_info_prints_what_is_there(records: Path) -> None:
     told = json.loads(call("info", records, "--json").stdout)
     assert told["images"] == 24
-    assert "label convention" in call("info", records).stdout
+    assert re.search(r"^train +\d+ images in", call("info", records).stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", [[], ["to-mindrecord"], ["verify"], ["info"]])

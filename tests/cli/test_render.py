@@ -1,0 +1,90 @@
+"""What commands print besides their result: log, colour, progress."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from imnet_prep.cli import render
+from imnet_prep.cli.render import guard, painted, progress_bar, show
+from imnet_prep.errors import IntegrityError
+from imnet_prep.types import Progress
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@click.command()
+@click.option("--fail", is_flag=True)
+@guard
+def command(fail: bool) -> None:
+    """Log at every level, show progress, and print a result or fail."""
+    log = logging.getLogger("imnet_prep.test")
+    log.debug("a detail")
+    log.info("a notice")
+    log.warning("a doubt")
+    with progress_bar("work") as progress:
+        progress(Progress(2, 2))
+    if fail:
+        raise IntegrityError("it is broken", got="a hole")
+    show({"images": 2, "rejected": {}, "notes": [], "name": "", "ok": False}, as_json=False)
+
+
+@pytest.fixture(autouse=True)
+def _each_progress_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "LOG_EVERY_S", 0.0)
+
+
+def test_notices_and_progress_go_to_stderr_and_nothing_empty_is_shown() -> None:
+    done = CliRunner().invoke(command)
+    assert done.stdout == "images  2\nok      no\n"
+    notice, doubt, progress = done.stderr.splitlines()
+    assert (notice, doubt) == ("a notice", "warning: a doubt")
+    assert progress.startswith("work: 2/2 images")
+
+
+def test_quiet_leaves_warnings_and_errors() -> None:
+    assert CliRunner().invoke(command, ["--quiet"]).stderr == "warning: a doubt\n"
+    failed = CliRunner().invoke(command, ["-q", "--fail"])
+    assert failed.stderr == "warning: a doubt\nerror: it is broken; got a hole\n"
+    assert failed.exit_code == 3
+
+
+def test_verbose_tells_details_with_the_time_and_where_an_error_arose() -> None:
+    failed = CliRunner().invoke(command, ["--verbose", "--fail"])
+    assert re.search(r"^\d\d:\d\d:\d\d a detail$", failed.stderr, re.MULTILINE)
+    assert "in command" in failed.stderr
+    assert failed.stderr.splitlines()[-1] == "error: it is broken; got a hole"
+    assert "Traceback" not in CliRunner().invoke(command, ["--fail"]).stderr
+
+
+def test_a_command_leaves_the_log_as_it_was() -> None:
+    before = logging.getLogger("imnet_prep").level, list(logging.getLogger().handlers)
+    CliRunner().invoke(command, ["--verbose", "--fail"])
+    assert (logging.getLogger("imnet_prep").level, list(logging.getLogger().handlers)) == before
+
+
+def test_colour_is_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert painted("error:", _Terminal(), fg="red") == click.style("error:", fg="red")
+    assert painted("error:", io.StringIO(), fg="red") == "error:"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert painted("error:", _Terminal(), fg="red") == "error:"
+
+
+def test_the_bar_shows_the_rate_that_the_job_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = _Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(render.LOG, "level", logging.INFO)
+    with progress_bar("train") as progress:
+        progress(Progress(1, 1000, unit="features", per_s=250.0))
+        progress(Progress(500, 1000, unit="features", per_s=250.0))
+    assert "00:02, 250.00 features/s" in screen.getvalue()
