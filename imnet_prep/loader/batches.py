@@ -101,6 +101,7 @@ class Batches:
         split: Its name.
         options: How images are made.
         loading: How the split is read.
+        order_kind: Which of :data:`~imnet_prep.loader.order.ORDERS` that comes to.
         images: Records of the split, over all ranks.
         class_names: In label order.
         records_digest: SHA-256 (hex) of ``manifest.json``.
@@ -113,9 +114,9 @@ class Batches:
 
     def __init__(self, records: Path | str, split: str, options: Options, loading: LoaderOptions) -> None:
         self._training, usual = isinstance(options, TrainOptions), "blocks" if is_url(records) else "global"
-        self._order = (loading.order or usual) if self._training else "sequential"
+        self.order_kind = (loading.order or usual) if self._training else "sequential"
         folder = open_records(records, loading.cache, loading.cache_bytes)
-        self._reader = folder.reader(split, at_random=self._order in ("global", "balanced"))
+        self._reader = folder.reader(split, at_random=self.order_kind in ("global", "balanced"))
         self._table = self._reader.table
         self._decoder = choose_decoder(loading.native)
         self.split = split
@@ -139,10 +140,8 @@ class Batches:
         self.prefetch = loading.prefetch or self._choose_prefetch()
         self._allocate = loading.allocate or _Buffers(self.batch_bytes, self.prefetch + 2).array
         self.times = StageTimes()
-        most = loading.max_skipped
-        if most is None:
-            most = max(SKIPPED_LEAST, int(SKIPPED_FRAC * self.images))
-        most = min(most, self.images - 1)
+        usual_most = max(SKIPPED_LEAST, int(SKIPPED_FRAC * self.images))
+        most = min(usual_most if loading.max_skipped is None else loading.max_skipped, self.images - 1)
         self._bad = BadRows(
             split, self.images, most, lambda row: (self._reader.file_name(row), self._reader.where(row))
         )
@@ -239,7 +238,7 @@ class Batches:
     def order(self, number: int) -> EpochOrder:
         """Return the order of an epoch over all ranks."""
         table = self._table
-        return epoch_order(self._order, self.loading.seed, number, table.ids, table.shard, table.label)
+        return epoch_order(self.order_kind, self.loading.seed, number, table.ids, table.shard, table.label)
 
     def _check_open(self) -> None:
         if self._process != os.getpid():

@@ -56,13 +56,12 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
         self.batches = open_batches(records, split, options, seed, **{"allocate": allocate, **rank, **loading})
         self.epoch = self.step = 0
         self._left = False  # whether a further iteration leaves the epoch that is under way
-        read = self.batches.loading
         self._run = {
             "records": self.batches.records_digest,
             "split": split,
-            "seed": read.seed,
-            "order": read.order,
-            "batch": options.batch_size * read.ranks,
+            "seed": seed,
+            "order": self.batches.order_kind,
+            "batch": options.batch_size * self.batches.loading.ranks,
         }
 
     def __len__(self) -> int:
@@ -73,10 +72,11 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
         """Yield the batches of an epoch.
 
         Raises:
-            PipelineError: This is a worker process of a ``DataLoader``, or a record is bad.
+            PipelineError: A record is bad.
+            RuntimeError: This is a worker process of a ``DataLoader``.
         """
-        if worker := get_worker_info():
-            self._refuse(f"num_workers={worker.num_workers}")
+        if worker := get_worker_info():  # torch raises the error again by its class and traceback: ours takes one line
+            raise RuntimeError(_another_process(f"num_workers={worker.num_workers}"))
         if self._left:
             self.epoch, self.step = self.epoch + 1, 0
         epoch, start = self.epoch, self.step
@@ -87,7 +87,7 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
         self.epoch, self.step, self._left = epoch + 1, 0, False
 
     def __getstate__(self) -> NoReturn:
-        self._refuse("a loader to pickle")
+        raise _another_process("a loader to pickle")
 
     def __enter__(self) -> Self:
         return self
@@ -125,15 +125,6 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
         self.batches.add_skipped({int(position): why for position, why in state["skipped"].items()})
         self.epoch, self.step, self._left = state["epoch"], state["step"], False
 
-    def _refuse(self, got: str) -> NoReturn:
-        raise PipelineError(
-            "a TorchLoader decodes in threads and cannot go to another process",
-            expected="num_workers=0",
-            got=got,
-            remedy="iterate over the loader itself, or over DataLoader(loader, batch_size=None); to set the number of "
-            "threads, open the loader with workers=",
-        )
-
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         images = self._image_tensor(batch.image).permute(0, 3, 1, 2)
         labels = torch.from_numpy(batch.label.astype(np.int64))
@@ -147,6 +138,16 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
             return image.base  # of _pinned_array: torch must see its own tensor to know of copies from it
         tensor = torch.from_numpy(image)
         return tensor.pin_memory() if self._pin else tensor
+
+
+def _another_process(got: str) -> PipelineError:
+    return PipelineError(
+        "a TorchLoader decodes in threads and cannot go to another process",
+        expected="num_workers=0",
+        got=got,
+        remedy="iterate over the loader itself, or over DataLoader(loader, batch_size=None); to set the number of "
+        "threads, open the loader with workers=",
+    )
 
 
 def _pinned_array(*shape: int) -> NDArray[np.uint8]:
