@@ -40,7 +40,7 @@ def guard(command: Callable[P, T]) -> Callable[P, T]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # the name of a file need not be UTF-8
         try:
-            with _safe_path(), _log(quiet=bool(kwargs.pop("quiet")), verbose=bool(kwargs.pop("verbose"))):
+            with _safe_path(), _log(quiet=bool(kwargs.pop("quiet", False)), verbose=bool(kwargs.pop("verbose", False))):
                 return _named(command, *args, **kwargs)
         except BrokenPipeError:
             sys.exit(1)
