@@ -2,7 +2,7 @@
 #ifndef IMNET_PREP_NATIVE_API_H_
 #define IMNET_PREP_NATIVE_API_H_
 
-#define IMNET_API extern "C" __attribute__((visibility("default")))
+#include "platform.h"
 
 namespace imnet {
 

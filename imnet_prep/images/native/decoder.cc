@@ -18,6 +18,7 @@
 
 #include "api.h"
 #include "resample.h"
+#include "vectors.h"
 #ifdef IMNET_FAST_ENTROPY
 #include "entropy.h"
 #endif

@@ -4,10 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define IMNET_AVX2 1
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace imnet {
 namespace {
@@ -15,7 +12,9 @@ namespace {
 constexpr int kBits = 14;  // 1.0 is 16384, so a weight of up to 2 fits an int16
 constexpr int32_t kHalf = 1 << (kBits - 1);
 
-double Sinc(double x) { return x == 0.0 ? 1.0 : std::sin(x * M_PI) / (x * M_PI); }
+constexpr double kPi = 3.14159265358979323846;
+
+double Sinc(double x) { return x == 0.0 ? 1.0 : std::sin(x * kPi) / (x * kPi); }
 
 // Source: Pillow's src/libImaging/Resample.c defines these kernels (bicubic with a = -0.5).
 double Kernel(Filter filter, double x) {
@@ -49,25 +48,55 @@ double Support(Filter filter) {
   return 1.0;
 }
 
-inline uint8_t Clip(int32_t value) { return static_cast<uint8_t>(std::clamp(value >> kBits, 0, 255)); }
+inline uint8_t Clip(int32_t sum) { return static_cast<uint8_t>(std::clamp(sum >> kBits, 0, 255)); }
 
-void HorizontalGeneric(const Axis& axis, int origin, const uint8_t* row, uint8_t* out) {
-  for (int i = 0; i < axis.size; ++i) {
-    const uint8_t* pixel = row + 4 * (axis.start[i] - origin);
-    const int16_t* coef = &axis.coef[static_cast<size_t>(i) * axis.taps];
-    int32_t r = kHalf, g = kHalf, b = kHalf;
-    for (int t = 0; t < axis.count[i]; ++t, pixel += 4) {
-      r += coef[t] * pixel[0];
-      g += coef[t] * pixel[1];
-      b += coef[t] * pixel[2];
+inline Ints Clip(Ints sum) {
+  const Ints least = {}, most = least + 255;
+  sum >>= kBits;
+  sum = sum < least ? least : sum;
+  return sum > most ? most : sum;
+}
+
+void HorizontalVectors(const Axis& axis, int origin, const uint8_t* row, uint8_t* out) {
+  const int16_t* coef = axis.coef.data();
+  for (int i = 0; i < axis.size; ++i, coef += axis.taps) {
+    const uint8_t* const pixel = row + 4 * static_cast<ptrdiff_t>(axis.start[i] - origin);
+    Ints sum = Ints{} + kHalf, four[4];
+    int t = 0;
+    for (; t + 4 <= axis.taps; t += 4) {
+      Widen(pixel + 4 * t, four);
+      for (int n = 0; n < 4; ++n) sum += four[n] * coef[t + n];
     }
-    out[4 * i] = Clip(r);
-    out[4 * i + 1] = Clip(g);
-    out[4 * i + 2] = Clip(b);
+    for (; t < axis.taps; ++t) sum += Widen(pixel + 4 * t) * coef[t];
+    sum = Clip(sum);
+    const Bytes bytes = Narrow(sum, sum, sum, sum);
+    std::memcpy(out + 4 * i, &bytes, 4);
   }
 }
 
-void VerticalGeneric(const int16_t* coef, const uint8_t* const* rows, int count, int width, uint8_t* out, int from) {
+// Four pixels at a time; gives how many were written.
+int VerticalVectors(const int16_t* coef, const uint8_t* const* rows, int count, int width, uint8_t* out) {
+  int x = 0;
+  // Each pixel is stored with a byte more, which the next one overwrites: the last is left to the caller.
+  for (; x + 5 <= width; x += 4) {
+    Ints sum[4], four[4];
+    for (Ints& pixel : sum) pixel = Ints{} + kHalf;
+    for (int t = 0; t < count; ++t) {
+      Widen(rows[t] + 4 * x, four);
+      for (int n = 0; n < 4; ++n) sum[n] += four[n] * coef[t];
+    }
+    const Bytes bytes = Narrow(Clip(sum[0]), Clip(sum[1]), Clip(sum[2]), Clip(sum[3]));
+    const auto pixels = reinterpret_cast<Ints>(bytes);
+    for (int n = 0; n < 4; ++n) {
+      const int32_t pixel = pixels[n];
+      std::memcpy(out + 3 * (x + n), &pixel, 4);
+    }
+  }
+  return x;
+}
+
+// From pixel `from` on.
+void VerticalRest(const int16_t* coef, const uint8_t* const* rows, int count, int width, uint8_t* out, int from) {
   for (int x = from; x < width; ++x) {
     int32_t sum[3] = {kHalf, kHalf, kHalf};
     for (int t = 0; t < count; ++t) {
@@ -155,11 +184,6 @@ __attribute__((target("avx2"))) int VerticalAvx2(const int16_t* coef, const uint
   return x;
 }
 
-bool HasAvx2() {
-  static const bool has = __builtin_cpu_supports("avx2");
-  return has;
-}
-
 #endif  // IMNET_AVX2
 
 }  // namespace
@@ -220,8 +244,8 @@ void HorizontalPair(const Axis& axis, int origin, const uint8_t* const rows[2], 
     return;
   }
 #endif
-  HorizontalGeneric(axis, origin, rows[0], out[0]);
-  if (out[1] != out[0]) HorizontalGeneric(axis, origin, rows[1], out[1]);
+  HorizontalVectors(axis, origin, rows[0], out[0]);
+  if (out[1] != out[0]) HorizontalVectors(axis, origin, rows[1], out[1]);
 }
 
 void Vertical(const Axis& axis, int i, const uint8_t* ring, int ring_rows, int stride, int width, uint8_t* out) {
@@ -237,18 +261,12 @@ void Vertical(const Axis& axis, int i, const uint8_t* ring, int ring_rows, int s
   }
   for (int t = 0; t < count; ++t) rows[t] = ring + static_cast<size_t>((axis.start[i] + t) % ring_rows) * stride;
   rows[count] = rows[count - 1];  // the partner of an odd last tap; its weight is 0
-  int done = 0;
 #ifdef IMNET_AVX2
-  if (HasAvx2()) done = VerticalAvx2(coef, rows, count, width, out);
+  const int done = (HasAvx2() ? VerticalAvx2 : VerticalVectors)(coef, rows, count, width, out);
+#else
+  const int done = VerticalVectors(coef, rows, count, width, out);
 #endif
-  VerticalGeneric(coef, rows, count, width, out, done);
-}
-
-const char* VectorUnit() {
-#ifdef IMNET_AVX2
-  if (HasAvx2()) return "avx2";
-#endif
-  return "generic";
+  VerticalRest(coef, rows, count, width, out, done);
 }
 
 }  // namespace imnet

@@ -41,9 +41,6 @@ void HorizontalPair(const Axis& axis, int origin, const uint8_t* const rows[2], 
 // Resamples along y: output row i of `axis` from ring rows (row y at ring[(y % ring_rows) * stride]); writes packed RGB.
 void Vertical(const Axis& axis, int i, const uint8_t* ring, int ring_rows, int stride, int width, uint8_t* out);
 
-// Which code the passes above run: "avx2" or "generic".
-const char* VectorUnit();
-
 }  // namespace imnet
 
 #endif  // IMNET_PREP_NATIVE_RESAMPLE_H_

@@ -4,10 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(IMNET_PORTABLE)
-#define IMNET_AVX2 1
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace imnet {
 namespace {
@@ -17,20 +14,44 @@ namespace {
 constexpr int kBits = 22;
 constexpr int32_t kHalf = 1 << (kBits - 1);
 
-template <int kChannels>
-void Horizontal(const uint8_t* row, const int32_t* start, const int32_t* weight, int taps, int size, uint8_t* out) {
-  for (int i = 0; i < size; ++i, weight += taps, out += kChannels) {
-    const uint8_t* pixel = row + static_cast<ptrdiff_t>(start[i]) * kChannels;
-    int32_t sum[kChannels];
-    for (int c = 0; c < kChannels; ++c) sum[c] = kHalf;
-    for (int t = 0; t < taps; ++t, pixel += kChannels) {
-      for (int c = 0; c < kChannels; ++c) sum[c] += weight[t] * pixel[c];
-    }
-    for (int c = 0; c < kChannels; ++c) out[c] = static_cast<uint8_t>(sum[c] >> kBits);
+void HorizontalGrey(const uint8_t* row, const int32_t* start, const int32_t* weight, int taps, int size, uint8_t* out) {
+  for (int i = 0; i < size; ++i, weight += taps) {
+    int32_t sum = kHalf;
+    for (int t = 0; t < taps; ++t) sum += weight[t] * row[start[i] + t];
+    out[i] = static_cast<uint8_t>(sum >> kBits);
   }
 }
 
-void Vertical(const uint8_t* const* rows, const int32_t* weight, int count, int from, int size, uint8_t* out) {
+// Three channels. Writes one byte beyond the output row.
+void HorizontalVectors(const uint8_t* row, const int32_t* start, const int32_t* weight, int taps, int size, uint8_t* out) {
+  for (int i = 0; i < size; ++i, weight += taps) {
+    const uint8_t* const pixel = row + 3 * static_cast<ptrdiff_t>(start[i]);
+    Ints sum = Ints{} + kHalf;
+    for (int t = 0; t < taps; ++t) sum += Widen(pixel + 3 * t) * weight[t];
+    sum >>= kBits;
+    const Bytes bytes = Narrow(sum, sum, sum, sum);
+    std::memcpy(out + 3 * i, &bytes, 4);
+  }
+}
+
+// 16 bytes at a time; gives how many were written.
+int VerticalVectors(const uint8_t* const* rows, const int32_t* weight, int count, int size, uint8_t* out) {
+  int k = 0;
+  for (; k + 16 <= size; k += 16) {
+    Ints sum[4], values[4];
+    for (Ints& part : sum) part = Ints{} + kHalf;
+    for (int t = 0; t < count; ++t) {
+      Widen(rows[t] + k, values);
+      for (int n = 0; n < 4; ++n) sum[n] += values[n] * weight[t];
+    }
+    const Bytes bytes = Narrow(sum[0] >> kBits, sum[1] >> kBits, sum[2] >> kBits, sum[3] >> kBits);
+    std::memcpy(out + k, &bytes, sizeof bytes);
+  }
+  return k;
+}
+
+// From byte `from` on.
+void VerticalRest(const uint8_t* const* rows, const int32_t* weight, int count, int size, uint8_t* out, int from) {
   for (int k = from; k < size; ++k) {
     int32_t sum = kHalf;
     for (int t = 0; t < count; ++t) sum += weight[t] * rows[t][k];
@@ -105,11 +126,6 @@ __attribute__((target("avx2"))) int VerticalAvx2(const uint8_t* const* rows, con
   return k;
 }
 
-bool HasAvx2() {
-  static const bool has = __builtin_cpu_supports("avx2");
-  return has;
-}
-
 #endif  // IMNET_AVX2
 
 }  // namespace
@@ -169,30 +185,33 @@ void Shrinker::Take(const uint8_t* const* rows, int count) {
     const int last = std::min(k + 1, count - 1);
     const uint8_t* const in[2] = {rows[k], rows[last]};
     uint8_t* const to[2] = {RingRow(in_rows_), RingRow(in_rows_ + last - k)};
-    bool done = false;
-#ifdef IMNET_AVX2
-    if (channels_ == 3 && HasAvx2()) {
-      HorizontalAvx2(in, x_.start.data(), x_.weight.data(), x_.taps, x_.out, to);
-      done = true;
-    }
-#endif
-    for (int n = 0; n < 2 && !done; ++n) {
-      (channels_ == 3 ? Horizontal<3> : Horizontal<1>)(in[n], x_.start.data(), x_.weight.data(), x_.taps, x_.out, to[n]);
-    }
+    HorizontalPair(in, to);
     in_rows_ += last - k + 1;
     while (out_rows_ < y_.out && y_.start[out_rows_] + y_.count[out_rows_] <= in_rows_) Emit();
   }
+}
+
+void Shrinker::HorizontalPair(const uint8_t* const in[2], uint8_t* const out[2]) const {
+#ifdef IMNET_AVX2
+  if (channels_ == 3 && HasAvx2()) {
+    HorizontalAvx2(in, x_.start.data(), x_.weight.data(), x_.taps, x_.out, out);
+    return;
+  }
+#endif
+  const auto horizontal = channels_ == 3 ? HorizontalVectors : HorizontalGrey;
+  for (int n = 0; n < 2; ++n) horizontal(in[n], x_.start.data(), x_.weight.data(), x_.taps, x_.out, out[n]);
 }
 
 void Shrinker::Emit() {
   const int count = y_.count[out_rows_], bytes = channels_ * x_.out;
   const int32_t* const weight = &y_.weight[static_cast<size_t>(out_rows_) * y_.taps];
   for (int t = 0; t < count; ++t) rows_[t] = RingRow(y_.start[out_rows_] + t);
-  int done = 0;
 #ifdef IMNET_AVX2
-  if (HasAvx2()) done = VerticalAvx2(rows_.data(), weight, count, bytes, out_);
+  const int done = (HasAvx2() ? VerticalAvx2 : VerticalVectors)(rows_.data(), weight, count, bytes, out_);
+#else
+  const int done = VerticalVectors(rows_.data(), weight, count, bytes, out_);
 #endif
-  Vertical(rows_.data(), weight, count, done, bytes, out_);
+  VerticalRest(rows_.data(), weight, count, bytes, out_, done);
   out_ += bytes;
   ++out_rows_;
 }

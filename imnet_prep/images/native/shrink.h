@@ -30,6 +30,7 @@ class Shrinker {
   };
 
   uint8_t* RingRow(int y) { return ring_.data() + static_cast<size_t>(y % ring_rows_) * ring_stride_; }
+  void HorizontalPair(const uint8_t* const in[2], uint8_t* const out[2]) const;
   void Emit();
 
   Axis x_, y_;

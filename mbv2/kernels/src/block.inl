@@ -3,44 +3,44 @@
 
 struct BandPlan {
   int out_rows, ring_rows;
-  long row_floats;  // one hidden row with its two zero columns
+  int64_t row_floats;  // one hidden row with its two zero columns
   explicit BandPlan(const BlockInference& p) {
     const Depthwise& d = p.depthwise;
     out_rows = (kForwardRows + d.out_width - 1) / d.out_width;
     if (out_rows > d.out_height) out_rows = d.out_height;
     ring_rows = (out_rows - 1) * d.stride + 3;
-    row_floats = static_cast<long>(d.width + 2) * p.hidden;
+    row_floats = static_cast<int64_t>(d.width + 2) * p.hidden;
   }
 };
 
-inline long places_floats(const BlockInference& p, const BandPlan& plan) {
-  return (static_cast<long>(plan.ring_rows) * p.depthwise.width + kMaxTileRows) * static_cast<long>(sizeof(long) / sizeof(float));
+inline int64_t places_floats(const BlockInference& p, const BandPlan& plan) {
+  return (static_cast<int64_t>(plan.ring_rows) * p.depthwise.width + kMaxTileRows) * static_cast<int64_t>(sizeof(int64_t) / sizeof(float));
 }
 
-long block_scratch(const BlockInference& p) {
+int64_t block_scratch(const BlockInference& p) {
   const BandPlan plan(p);
-  const long filtered = (static_cast<long>(plan.out_rows) * p.depthwise.out_width + kMaxTileRows) * p.hidden;
-  const long copy = static_cast<long>(kMaxTileRows) * 2 * spread(p.inputs);
+  const int64_t filtered = (static_cast<int64_t>(plan.out_rows) * p.depthwise.out_width + kMaxTileRows) * p.hidden;
+  const int64_t copy = static_cast<int64_t>(kMaxTileRows) * 2 * spread(p.inputs);
   return (plan.ring_rows + 1) * plan.row_floats + filtered + copy + places_floats(p, plan) + (p.stem ? stem_scratch(p.first_stem) : 0) + 64;
 }
 
-void block(const BlockInference& p, long begin, long end, float* scratch) {
+void block(const BlockInference& p, int64_t begin, int64_t end, float* scratch) {
   const Depthwise& d = p.depthwise;
   const BandPlan plan(p);
   float* ring = scratch;
   float* zero_row = ring + plan.ring_rows * plan.row_floats;
   float* filtered = zero_row + plan.row_floats;
-  float* copy = filtered + (static_cast<long>(plan.out_rows) * d.out_width + kMaxTileRows) * p.hidden;
-  long* places = reinterpret_cast<long*>(copy + static_cast<long>(kMaxTileRows) * 2 * spread(p.inputs));
+  float* copy = filtered + (static_cast<int64_t>(plan.out_rows) * d.out_width + kMaxTileRows) * p.hidden;
+  int64_t* places = reinterpret_cast<int64_t*>(copy + static_cast<int64_t>(kMaxTileRows) * 2 * spread(p.inputs));
   float* stem_memory = reinterpret_cast<float*>(places) + places_floats(p, plan);
   std::memset(scratch, 0, sizeof(float) * (plan.ring_rows + 1) * plan.row_floats);
   for (int r = 0; r < plan.ring_rows; ++r)
-    for (int x = 0; x < d.width; ++x) places[r * d.width + x] = r * plan.row_floats + static_cast<long>(x + 1) * p.hidden;
+    for (int x = 0; x < d.width; ++x) places[r * d.width + x] = r * plan.row_floats + static_cast<int64_t>(x + 1) * p.hidden;
   StemRows* stem_rows = nullptr;
   alignas(StemRows) unsigned char stem_place[sizeof(StemRows)];
   if (p.stem) stem_rows = new (stem_place) StemRows(p.first_stem, stem_memory);
 
-  const auto expand = [&](long n, int from, int to) {  // hidden rows [from, to), neighbours in the ring
+  const auto expand = [&](int64_t n, int from, int to) {  // hidden rows [from, to), neighbours in the ring
     float* first = ring + (from % plan.ring_rows) * plan.row_floats;
     StoreInference store{first, places, p.hidden, p.expand_bias, true, nullptr};
     if (p.stem) {
@@ -51,12 +51,12 @@ void block(const BlockInference& p, long begin, long end, float* scratch) {
       return;
     }
     const int rows = (to - from) * d.width;
-    const float* left = p.x + (n * d.height + from) * static_cast<long>(d.width) * p.inputs;
+    const float* left = p.x + (n * d.height + from) * static_cast<int64_t>(d.width) * p.inputs;
     if (!p.expand) {
-      for (int r = 0; r < rows; ++r) std::memcpy(first + places[r], left + static_cast<long>(r) * p.inputs, sizeof(float) * p.inputs);
+      for (int r = 0; r < rows; ++r) std::memcpy(first + places[r], left + static_cast<int64_t>(r) * p.inputs, sizeof(float) * p.inputs);
       return;
     }
-    long stride = p.inputs;
+    int64_t stride = p.inputs;
     if (rows < kMaxTileRows) {
       stride = spread(p.inputs);
       load_rows(left, Affine{}, rows, p.inputs, copy, stride);
@@ -65,12 +65,12 @@ void block(const BlockInference& p, long begin, long end, float* scratch) {
     product(left, stride, rows, p.expand, p.inputs, p.hidden, store);
   };
 
-  long image = -1;
+  int64_t image = -1;
   int done = 0;  // hidden rows of this image up to here are or were in the ring
-  for (long row = begin; row < end;) {
-    const long n = row / d.out_height;
+  for (int64_t row = begin; row < end;) {
+    const int64_t n = row / d.out_height;
     const int oy = static_cast<int>(row % d.out_height);
-    long stop = row + plan.out_rows;
+    int64_t stop = row + plan.out_rows;
     if (stop > end) stop = end;
     if (stop > (n + 1) * d.out_height) stop = (n + 1) * d.out_height;
     const int out_rows = static_cast<int>(stop - row);
@@ -94,11 +94,11 @@ void block(const BlockInference& p, long begin, long end, float* scratch) {
         const int iy = (oy + r) * d.stride - d.pad_top + ky;
         rows[ky] = iy < 0 || iy >= d.height ? zero_row : ring + (iy % plan.ring_rows) * plan.row_floats;
       }
-      float* to = filtered + static_cast<long>(r) * d.out_width * p.hidden;
+      float* to = filtered + static_cast<int64_t>(r) * d.out_width * p.hidden;
       if (d.stride == 1) depthwise_row<1>(d, rows, to, Sums{});
       else depthwise_row<2>(d, rows, to, Sums{});
     }
-    const long at = row * d.out_width * p.outputs;
+    const int64_t at = row * d.out_width * p.outputs;
     StoreInference store{p.z + at, nullptr, p.outputs, p.project_bias, false, p.residual ? p.x + at : nullptr};
     product(filtered, p.hidden, out_rows * d.out_width, p.project, p.hidden, p.outputs, store);
     row = stop;

@@ -1,12 +1,12 @@
 // Depthwise 3x3, forward and backward: a ring of three activated rows, then channels in eights along the row.
 
-long depthwise_scratch(const Depthwise& p) {
-  const long wide_row = static_cast<long>((p.width > p.out_width ? p.width : p.out_width) + 3) * p.channels;
+int64_t depthwise_scratch(const Depthwise& p) {
+  const int64_t wide_row = static_cast<int64_t>((p.width > p.out_width ? p.width : p.out_width) + 3) * p.channels;
   return 4 * wide_row + 64;
 }
 
 // Input row `iy` of image `n` with a zero column on each side; zero where it lies outside.
-inline void load_padded_row(const Depthwise& p, long n, int iy, float* to) {
+inline void load_padded_row(const Depthwise& p, int64_t n, int iy, float* to) {
   const int channels = p.channels;
   const size_t column = sizeof(float) * channels;
   if (iy < 0 || iy >= p.height) {
@@ -14,13 +14,13 @@ inline void load_padded_row(const Depthwise& p, long n, int iy, float* to) {
     return;
   }
   std::memset(to, 0, column);
-  load_rows(p.x + (n * p.height + iy) * static_cast<long>(p.width) * channels, p.in, p.width, channels, to + channels, channels);
-  std::memset(to + static_cast<long>(p.width + 1) * channels, 0, column);
+  load_rows(p.x + (n * p.height + iy) * static_cast<int64_t>(p.width) * channels, p.in, p.width, channels, to + channels, channels);
+  std::memset(to + static_cast<int64_t>(p.width + 1) * channels, 0, column);
 }
 
 // N neighbouring outputs of stride S; rows point at the first input column under the window.
 template <int N, int S>
-INLINE void window(const float* const (&rows)[3], long channels, const Eight (&w)[9], Eight (&acc)[N]) {
+INLINE void window(const float* const (&rows)[3], int64_t channels, const Eight (&w)[9], Eight (&acc)[N]) {
 #pragma GCC unroll 3
   for (int ky = 0; ky < 3; ++ky) {
 #pragma GCC unroll 16
@@ -37,7 +37,7 @@ INLINE void window(const float* const (&rows)[3], long channels, const Eight (&w
 
 template <int S>
 inline void depthwise_row(const Depthwise& p, const float* const (&rows)[3], float* y, Sums sums) {
-  const long channels = p.channels;
+  const int64_t channels = p.channels;
   const int skip = 1 - p.pad_left;
   for (int c = 0; c < channels; c += 8) {
     Eight w[9];
@@ -60,14 +60,14 @@ inline void depthwise_row(const Depthwise& p, const float* const (&rows)[3], flo
     };
     int ox = 0;
     for (; ox + 4 <= p.out_width; ox += 4) {
-      const long at = (ox * S + skip) * channels + c;
+      const int64_t at = (ox * S + skip) * channels + c;
       const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
       Eight acc[4] = {};
       window<4, S>(here, channels, w, acc);
       for (int i = 0; i < 4; ++i) finish(ox + i, acc[i]);
     }
     for (; ox < p.out_width; ++ox) {
-      const long at = (ox * S + skip) * channels + c;
+      const int64_t at = (ox * S + skip) * channels + c;
       const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
       Eight acc[1] = {};
       window<1, S>(here, channels, w, acc);
@@ -80,18 +80,18 @@ inline void depthwise_row(const Depthwise& p, const float* const (&rows)[3], flo
   }
 }
 
-void depthwise(const Depthwise& p, long begin, long end, float* scratch, Sums sums) {
+void depthwise(const Depthwise& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
   // The last column under a window at stride 2 without left padding is width + 1: the zero column on the right.
-  const long row_size = static_cast<long>(p.width + 2) * p.channels;
-  long held[3] = {-100, -100, -100};  // n * (height + 4) + iy, by place in the ring
-  for (long row = begin; row < end; ++row) {
-    const long n = row / p.out_height;
+  const int64_t row_size = static_cast<int64_t>(p.width + 2) * p.channels;
+  int64_t held[3] = {-100, -100, -100};  // n * (height + 4) + iy, by place in the ring
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / p.out_height;
     const int oy = static_cast<int>(row % p.out_height);
     const float* rows[3];
     for (int ky = 0; ky < 3; ++ky) {
       const int iy = oy * p.stride - p.pad_top + ky;
       const int place = (iy + 3) % 3;
-      const long key = n * (p.height + 4) + iy;
+      const int64_t key = n * (p.height + 4) + iy;
       float* to = scratch + place * row_size;
       if (held[place] != key) {
         load_padded_row(p, n, iy, to);
@@ -106,7 +106,7 @@ void depthwise(const Depthwise& p, long begin, long end, float* scratch, Sums su
 }
 
 // Row `oy` of the gradient at the output, with a zero column on each side.
-inline void load_gradient_row(const DepthwiseGradient& p, long n, int oy, float* to) {
+inline void load_gradient_row(const DepthwiseGradient& p, int64_t n, int oy, float* to) {
   const Depthwise& d = p.shape;
   const size_t column = sizeof(float) * d.channels;
   if (oy < 0 || oy >= d.out_height) {
@@ -115,7 +115,7 @@ inline void load_gradient_row(const DepthwiseGradient& p, long n, int oy, float*
   }
   std::memset(to, 0, column);
   load_gradient(p.out, (n * d.out_height + oy) * d.out_width, d.out_width, d.channels, to + d.channels, d.channels);
-  std::memset(to + static_cast<long>(d.out_width + 1) * d.channels, 0, column);
+  std::memset(to + static_cast<int64_t>(d.out_width + 1) * d.channels, 0, column);
 }
 
 // What one input row takes part in: the kernel rows ky that reach an output row, and that row's gradient.
@@ -130,12 +130,12 @@ template <int S>
 INLINE void gradient_row(const DepthwiseGradient& p, const Reach& reach, const float* activation, const float* x, float* dx, float* dw,
                          Sums sums) {
   const Depthwise& d = p.shape;
-  const long channels = d.channels;
+  const int64_t channels = d.channels;
   for (int c = 0; c < channels; c += 8) {
     const Eight centre = sums.first ? eight(p.centre + c) : Eight{};
     Eight s = {}, q = {};
     const auto finish = [&](int ix, Eight v) __attribute__((always_inline)) {
-      const long at = ix * channels + c;
+      const int64_t at = ix * channels + c;
       if (d.in.relu6) v = masked(v, eight(activation + at));
       put(dx + at, v);
       if (sums.first) {
@@ -153,14 +153,14 @@ INLINE void gradient_row(const DepthwiseGradient& p, const Reach& reach, const f
         }
         int ix = 0;
         for (; ix + 4 <= d.width; ix += 4) {
-          const long at = ix * channels + c;
+          const int64_t at = ix * channels + c;
           const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
           Eight acc[4] = {};
           window<4, 1>(here, channels, w, acc);
           for (int i = 0; i < 4; ++i) finish(ix + i, acc[i]);
         }
         for (; ix < d.width; ++ix) {
-          const long at = ix * channels + c;
+          const int64_t at = ix * channels + c;
           const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
           Eight acc[1] = {};
           window<1, 1>(here, channels, w, acc);
@@ -221,22 +221,22 @@ INLINE void gradient_row(const DepthwiseGradient& p, const Reach& reach, const f
   }
 }
 
-void depthwise_gradient(const DepthwiseGradient& p, long begin, long end, float* scratch, float* dw, Sums sums) {
+void depthwise_gradient(const DepthwiseGradient& p, int64_t begin, int64_t end, float* scratch, float* dw, Sums sums) {
   const Depthwise& d = p.shape;
   // Two columns more than the output: a right-hand tap may lie one past it.
-  const long row_size = static_cast<long>(d.out_width + 2) * d.channels;
+  const int64_t row_size = static_cast<int64_t>(d.out_width + 2) * d.channels;
   float* activation = scratch + 3 * row_size;
-  const long x_row = static_cast<long>(d.width) * d.channels;
-  long held[3] = {-100, -100, -100};
-  for (long row = begin; row < end; ++row) {
-    const long n = row / d.height;
+  const int64_t x_row = static_cast<int64_t>(d.width) * d.channels;
+  int64_t held[3] = {-100, -100, -100};
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / d.height;
     const int iy = static_cast<int>(row % d.height);
     Reach reach;
     for (int ky = 0; ky < 3; ++ky) {
       const int above = iy + d.pad_top - ky;
       if (above < 0 || above % d.stride || above / d.stride >= d.out_height) continue;
       const int oy = above / d.stride, place = oy % 3;
-      const long key = n * (d.out_height + 4) + oy;
+      const int64_t key = n * (d.out_height + 4) + oy;
       float* to = scratch + place * row_size;
       if (held[place] != key) {
         load_gradient_row(p, n, oy, to);

@@ -3,9 +3,9 @@
 // Rows summed in single precision before they are added to the double sums.
 constexpr int kSumRows = 32;
 
-void affine(const float* y, Affine in, const float* residual, float* z, int channels, long begin, long end) {
-  for (long row = begin; row < end; ++row) {
-    const long at = row * channels;
+void affine(const float* y, Affine in, const float* residual, float* z, int channels, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = row * channels;
     for (int c = 0; c < channels; c += 8) {
       Eight v = apply(eight(y + at + c), in, c);
       if (residual) v += eight(residual + at + c);
@@ -16,29 +16,30 @@ void affine(const float* y, Affine in, const float* residual, float* z, int chan
 
 // Calls each(row, c) -> (u, v) in bands of rows and adds up u and v per channel.
 template <class Each>
-INLINE void sum_rows(int channels, long begin, long end, Sums sums, Each each) {
-  for (long row = begin; row < end; row += kSumRows) {
-    const long stop = row + kSumRows < end ? row + kSumRows : end;
+INLINE void sum_rows(int channels, int64_t begin, int64_t end, Sums sums, Each each) {
+  for (int64_t row = begin; row < end; row += kSumRows) {
+    const int64_t stop = row + kSumRows < end ? row + kSumRows : end;
     for (int c = 0; c < channels; c += 8) {
       Eight s = {}, q = {};
-      for (long r = row; r < stop; ++r) each(r, c, s, q);
+      for (int64_t r = row; r < stop; ++r) each(r, c, s, q);
       add_to(sums.first, s, c);
       add_to(sums.second, q, c);
     }
   }
 }
 
-void moments(const float* y, const float* centre, int channels, long begin, long end, Sums sums) {
-  sum_rows(channels, begin, end, sums, [&](long r, int c, Eight& s, Eight& q) __attribute__((always_inline)) {
+void moments(const float* y, const float* centre, int channels, int64_t begin, int64_t end, Sums sums) {
+  sum_rows(channels, begin, end, sums, [&](int64_t r, int c, Eight& s, Eight& q) __attribute__((always_inline)) {
     const Eight v = eight(y + r * channels + c) - eight(centre + c);
     s += v;
     q += v * v;
   });
 }
 
-void gradient_sums(const float* g, const float* y, Affine mask, const float* centre, float* to, int channels, long begin, long end, Sums sums) {
-  sum_rows(channels, begin, end, sums, [&](long r, int c, Eight& s, Eight& q) __attribute__((always_inline)) {
-    const long at = r * channels + c;
+void gradient_sums(const float* g, const float* y, Affine mask, const float* centre, float* to, int channels, int64_t begin,
+                   int64_t end, Sums sums) {
+  sum_rows(channels, begin, end, sums, [&](int64_t r, int c, Eight& s, Eight& q) __attribute__((always_inline)) {
+    const int64_t at = r * channels + c;
     const Eight here = eight(y + at);
     Eight v = eight(g + at);
     if (mask.relu6) v = masked(v, here * eight(mask.scale + c) + eight(mask.shift + c));
@@ -48,33 +49,33 @@ void gradient_sums(const float* g, const float* y, Affine mask, const float* cen
   });
 }
 
-void output_gradient(const OutputGradient& out, float* d, int channels, long begin, long end) {
-  for (long row = begin; row < end; ++row)
+void output_gradient(const OutputGradient& out, float* d, int channels, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
     for (int c = 0; c < channels; c += 8) put(d + row * channels + c, output_gradient_at(out, row * channels + c, c));
 }
 
-void add(const float* a, const float* b, float* c, long begin, long end) {
-  for (long i = begin; i < end; i += 8) put(c + i, eight(a + i) + eight(b + i));
+void add(const float* a, const float* b, float* c, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 8) put(c + i, eight(a + i) + eight(b + i));
 }
 
-void pool(const float* y, Affine in, float* pooled, int pixels, int channels, long begin, long end) {
-  for (long n = begin; n < end; ++n) {
+void pool(const float* y, Affine in, float* pooled, int pixels, int channels, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
     for (int c = 0; c < channels; c += 8) {
       Eight s = {};
-      for (long i = 0; i < pixels; ++i) s += apply(eight(y + (n * pixels + i) * channels + c), in, c);
+      for (int64_t i = 0; i < pixels; ++i) s += apply(eight(y + (n * pixels + i) * channels + c), in, c);
       put(pooled + n * channels + c, s / static_cast<float>(pixels));
     }
   }
 }
 
-void pool_gradient(const float* dpooled, const float* y, Affine in, const float* centre, float* g, int pixels, int channels, long begin,
-                   long end, Sums sums) {
-  for (long n = begin; n < end; ++n) {
+void pool_gradient(const float* dpooled, const float* y, Affine in, const float* centre, float* g, int pixels, int channels, int64_t begin,
+                   int64_t end, Sums sums) {
+  for (int64_t n = begin; n < end; ++n) {
     for (int c = 0; c < channels; c += 8) {
       const Eight share = eight(dpooled + n * channels + c) / static_cast<float>(pixels);
       Eight s = {}, q = {};
-      for (long i = 0; i < pixels; ++i) {
-        const long at = (n * pixels + i) * channels + c;
+      for (int64_t i = 0; i < pixels; ++i) {
+        const int64_t at = (n * pixels + i) * channels + c;
         const Eight here = eight(y + at);
         const Eight v = masked(share, here * eight(in.scale + c) + eight(in.shift + c));
         put(g + at, v);

@@ -44,19 +44,19 @@ int guarded(void (*body)(Call&), const char* name, int n, void** data, int* ndim
 }  // namespace mbv2
 
 // Why the last call on this thread was refused.
-EXPORT const char* mbv2_last_error() { return mbv2::last_error.c_str(); }
+IMNET_API const char* mbv2_last_error() { return mbv2::last_error.c_str(); }
 // Why the last call on any thread was refused, once: then it is empty again.
-EXPORT const char* mbv2_take_error() {
+IMNET_API const char* mbv2_take_error() {
   static thread_local std::string taken;
   std::lock_guard<std::mutex> lock(mbv2::any_mutex);
   taken = std::move(mbv2::any_error);
   mbv2::any_error.clear();
   return taken.c_str();
 }
-EXPORT const char* mbv2_instruction_set() { return mbv2::vector_code().name; }
-EXPORT int mbv2_threads() { return mbv2::Pool::instance().size(); }
+IMNET_API const char* mbv2_instruction_set() { return mbv2::vector_code().name; }
+IMNET_API int mbv2_threads() { return mbv2::Pool::instance().size(); }
 // Returns the number of threads, which is smaller than `count` where the system starts no more.
-EXPORT int mbv2_set_threads(int count) {
+IMNET_API int mbv2_set_threads(int count) {
   try {
     std::lock_guard<std::mutex> turn(mbv2::Pool::instance().turn());
     mbv2::Pool::instance().resize(count);

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "call.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "imnet_prep/images/native/platform.h"
 
 namespace mbv2 {
 
@@ -14,11 +13,11 @@ int guarded(void (*body)(Call&), const char* name, int n, void** data, int* ndim
 }  // namespace mbv2
 
 // Defines and exports operator mbv2_NAME inside the unnamed namespace of mbv2; a body in braces follows, with `call`.
-#define OPERATOR(NAME)                                                                                            \
-  void NAME##_body(Call& call);                                                                                   \
-  }                                                                                                               \
-  EXPORT int mbv2_##NAME(int n, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {   \
-    return guarded(NAME##_body, #NAME, n, data, ndims, shapes, dtypes);                                           \
-  }                                                                                                               \
-  namespace {                                                                                                     \
+#define OPERATOR(NAME)                                                                                             \
+  void NAME##_body(Call& call);                                                                                    \
+  }                                                                                                                \
+  IMNET_API int mbv2_##NAME(int n, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) { \
+    return guarded(NAME##_body, #NAME, n, data, ndims, shapes, dtypes);                                            \
+  }                                                                                                                \
+  namespace {                                                                                                      \
   void NAME##_body(Call& call)

@@ -5,6 +5,8 @@
 // applies scale, shift and ReLU6 while loading, so that no normalised copy is ever stored.
 #pragma once
 
+#include <cstdint>
+
 namespace mbv2 {
 
 // y -> y * scale + shift, then perhaps ReLU6. No scale: the tensor is used as it is.
@@ -104,39 +106,40 @@ struct BlockInference {  // one image's inverted residual in bands of rows, the 
 struct InstructionSet {
   const char* name;
   int lanes;
-  long (*packed_size)(int depth, int columns);
+  int64_t (*packed_size)(int depth, int columns);
   // Panels [p0, p1) of the matrix with element (k, n) at w[k * k_stride + n * n_stride] * scale[n].
   int (*panels)(int columns);
-  void (*pack)(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale, float* packed, int p0, int p1);
+  void (*pack)(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed, int p0,
+               int p1);
 
-  long (*pointwise_scratch)(int inputs, int outputs);
-  void (*pointwise)(const Pointwise&, long begin, long end, float* scratch, Sums);            // matrix rows
-  void (*pointwise_gradient)(const PointwiseGradient&, long begin, long end, float* scratch, float* dw, Sums);
+  int64_t (*pointwise_scratch)(int inputs, int outputs);
+  void (*pointwise)(const Pointwise&, int64_t begin, int64_t end, float* scratch, Sums);            // matrix rows
+  void (*pointwise_gradient)(const PointwiseGradient&, int64_t begin, int64_t end, float* scratch, float* dw, Sums);
 
-  long (*depthwise_scratch)(const Depthwise&);
-  void (*depthwise)(const Depthwise&, long begin, long end, float* scratch, Sums);            // output rows of all images
+  int64_t (*depthwise_scratch)(const Depthwise&);
+  void (*depthwise)(const Depthwise&, int64_t begin, int64_t end, float* scratch, Sums);            // output rows of all images
   // Input rows of all images; dw (9, channels) is added to. Null dx or dw: not wanted.
-  void (*depthwise_gradient)(const DepthwiseGradient&, long begin, long end, float* scratch, float* dw, Sums);
+  void (*depthwise_gradient)(const DepthwiseGradient&, int64_t begin, int64_t end, float* scratch, float* dw, Sums);
 
-  long (*stem_scratch)(const Stem&);
-  void (*stem)(const Stem&, long begin, long end, float* scratch, Sums);                      // output rows of all images
-  void (*stem_gradient)(const Stem&, const OutputGradient&, long begin, long end, float* scratch, float* dw);  // dw (27, outputs)
+  int64_t (*stem_scratch)(const Stem&);
+  void (*stem)(const Stem&, int64_t begin, int64_t end, float* scratch, Sums);                      // output rows of all images
+  void (*stem_gradient)(const Stem&, const OutputGradient&, int64_t begin, int64_t end, float* scratch, float* dw);  // dw (27, outputs)
 
   // Elementwise over matrix rows.
-  void (*affine)(const float* y, Affine, const float* residual, float* z, int channels, long begin, long end);
-  void (*moments)(const float* y, const float* centre, int channels, long begin, long end, Sums);
+  void (*affine)(const float* y, Affine, const float* residual, float* z, int channels, int64_t begin, int64_t end);
+  void (*moments)(const float* y, const float* centre, int channels, int64_t begin, int64_t end, Sums);
   // Sums of g and g * (y - centre), g masked by mask.relu6 of y; the masked g is stored if `masked` is there.
-  void (*gradient_sums)(const float* g, const float* y, Affine mask, const float* centre, float* masked, int channels, long begin,
-                        long end, Sums);
-  void (*output_gradient)(const OutputGradient&, float* d, int channels, long begin, long end);
-  void (*add)(const float* a, const float* b, float* c, long begin, long end);                // single values, in eights
+  void (*gradient_sums)(const float* g, const float* y, Affine mask, const float* centre, float* masked, int channels, int64_t begin,
+                        int64_t end, Sums);
+  void (*output_gradient)(const OutputGradient&, float* d, int channels, int64_t begin, int64_t end);
+  void (*add)(const float* a, const float* b, float* c, int64_t begin, int64_t end);                // single values, in eights
   // Mean over the pixels of images [begin, end) of in(y), and the gradient of it, masked, with its sums.
-  void (*pool)(const float* y, Affine in, float* pooled, int pixels, int channels, long begin, long end);
+  void (*pool)(const float* y, Affine in, float* pooled, int pixels, int channels, int64_t begin, int64_t end);
   void (*pool_gradient)(const float* dpooled, const float* y, Affine in, const float* centre, float* g, int pixels, int channels,
-                        long begin, long end, Sums);
+                        int64_t begin, int64_t end, Sums);
 
-  long (*block_scratch)(const BlockInference&);
-  void (*block)(const BlockInference&, long begin, long end, float* scratch);                 // output rows of all images
+  int64_t (*block_scratch)(const BlockInference&);
+  void (*block)(const BlockInference&, int64_t begin, int64_t end, float* scratch);                 // output rows of all images
 };
 
 const InstructionSet& vector_code();  // the best that this processor has

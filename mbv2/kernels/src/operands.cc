@@ -33,7 +33,7 @@ Norm read_norm(Call& call, int channels) {
 
 void save(const Norm& norm, float* saved) {
   const float* rows[4] = {norm.mean, norm.inverse, norm.scale, norm.shift};
-  for (int r = 0; r < 4; ++r) std::memcpy(saved + static_cast<long>(r) * norm.channels, rows[r], sizeof(float) * norm.channels);
+  for (int r = 0; r < 4; ++r) std::memcpy(saved + static_cast<int64_t>(r) * norm.channels, rows[r], sizeof(float) * norm.channels);
 }
 
 Norm read_saved(Call& call, Passes& passes, int channels) {
@@ -43,7 +43,7 @@ Norm read_saved(Call& call, Passes& passes, int channels) {
   float** rows[4] = {&norm.mean, &norm.inverse, &norm.scale, &norm.shift};
   for (int r = 0; r < 4; ++r) {
     *rows[r] = passes.memory.channels(channels);
-    std::memcpy(*rows[r], saved + static_cast<long>(r) * channels, sizeof(float) * channels);
+    std::memcpy(*rows[r], saved + static_cast<int64_t>(r) * channels, sizeof(float) * channels);
   }
   return norm;
 }

@@ -27,7 +27,7 @@ Options read_options(Call& call);
 struct Activation {
   const float* data = nullptr;
   int images = 0, height = 0, width = 0, channels = 0;
-  long rows() const { return static_cast<long>(images) * height * width; }
+  int64_t rows() const { return static_cast<int64_t>(images) * height * width; }
 };
 
 Activation read_activation(Call& call, const char* what);
@@ -68,7 +68,7 @@ const float* folded_bias(Passes& passes, Norm& norm, float eps);
 
 // Runs `convolve(sums, centre)` and settles the BatchNorm behind it.
 template <class Convolve>
-void normalise(Passes& passes, Norm& norm, long rows, const NormOptions& options, const NormOutputs& out, Convolve convolve) {
+void normalise(Passes& passes, Norm& norm, int64_t rows, const NormOptions& options, const NormOutputs& out, Convolve convolve) {
   passes.prepare(norm, options.eps);
   if (options.frozen) {
     convolve(static_cast<Totals*>(nullptr), static_cast<float*>(nullptr));

@@ -37,7 +37,7 @@ float* Memory::channels(int count) {
 
 Passes::Passes() : vector(vector_code()), workers_(Pool::instance().size()) {}
 
-void Passes::parallel(long total, long grain, const std::function<void(int, long, long)>& job) {
+void Passes::parallel(int64_t total, int64_t grain, const std::function<void(int, int64_t, int64_t)>& job) {
   std::vector<std::exception_ptr> failures(workers_);
   Pool::instance().run([&](int worker) {
     const Range r = part(total, worker, workers_, grain);
@@ -51,15 +51,15 @@ void Passes::parallel(long total, long grain, const std::function<void(int, long
     if (failure) std::rethrow_exception(failure);
 }
 
-float* Passes::scratch(int worker, long floats) {
+float* Passes::scratch(int worker, int64_t floats) {
   float* data = Pool::instance().arena(worker).reserve(floats);
   if (!data) throw std::bad_alloc();
   return data;
 }
 
-const float* Passes::pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale) {
+const float* Passes::pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale) {
   float* packed = memory.floats(vector.packed_size(depth, columns) + 16);
-  parallel(vector.panels(columns), 1, [&](int, long begin, long end) {
+  parallel(vector.panels(columns), 1, [&](int, int64_t begin, int64_t end) {
     vector.pack(w, k_stride, n_stride, depth, columns, scale, packed, static_cast<int>(begin), static_cast<int>(end));
   });
   return packed;
@@ -68,7 +68,7 @@ const float* Passes::pack(const float* w, long k_stride, long n_stride, int dept
 float* Passes::depthwise_weights(const float* w, int channels, const float* scale) {
   float* out = memory.floats(9L * channels);
   for (int k = 0; k < 9; ++k)
-    for (int c = 0; c < channels; ++c) out[static_cast<long>(k) * channels + c] = w[c * 9 + k] * (scale ? scale[c] : 1.0f);
+    for (int c = 0; c < channels; ++c) out[static_cast<int64_t>(k) * channels + c] = w[c * 9 + k] * (scale ? scale[c] : 1.0f);
   return out;
 }
 
@@ -102,7 +102,7 @@ void Passes::prepare(Norm& norm, float eps) {
   }
 }
 
-void Passes::finish(Norm& norm, const Totals& sums, const float* centre, long rows, const NormOptions& options, float* new_mean,
+void Passes::finish(Norm& norm, const Totals& sums, const float* centre, int64_t rows, const NormOptions& options, float* new_mean,
                    float* new_variance) {
   const double count = static_cast<double>(rows);
   // MindSpore keeps the unbiased variance; of a single value there is none, and the biased one (0) is kept.
@@ -123,8 +123,8 @@ void Passes::finish(Norm& norm, const Totals& sums, const float* centre, long ro
   }
 }
 
-OutputGradient Passes::gradient(const Norm& norm, const Totals& sums, long rows, bool frozen, const float* g, const float* y, float* dgamma,
-                               float* dbeta) {
+OutputGradient Passes::gradient(const Norm& norm, const Totals& sums, int64_t rows, bool frozen, const float* g, const float* y,
+                               float* dgamma, float* dbeta) {
   const int n = norm.channels;
   float *b = memory.channels(n), *shift = memory.channels(n);
   const double count = static_cast<double>(rows);
@@ -145,7 +145,7 @@ OutputGradient Passes::plain_gradient(const float* g, int channels) {
 }
 
 Totals Passes::gather(int channels, const std::function<void(const std::function<Sums(int)>&)>& body) {
-  const long stride = 2L * static_cast<long>(padded_channels(channels));
+  const int64_t stride = 2L * static_cast<int64_t>(padded_channels(channels));
   double* all = memory.doubles(stride * workers_);
   std::memset(all, 0, sizeof(double) * stride * workers_);
   body([&](int worker) { return Sums{all + worker * stride, all + worker * stride + stride / 2}; });
@@ -160,15 +160,17 @@ Totals Passes::gather(int channels, const std::function<void(const std::function
   return totals;
 }
 
-float* Passes::partial(long floats) {
+float* Passes::partial(int64_t floats) {
   float* all = memory.floats(floats * workers_);
-  parallel(workers_, 1, [&](int, long begin, long end) { std::memset(all + begin * floats, 0, sizeof(float) * floats * (end - begin)); });
+  parallel(workers_, 1, [&](int, int64_t begin, int64_t end) {
+    std::memset(all + begin * floats, 0, sizeof(float) * floats * (end - begin));
+  });
   return all;
 }
 
-void Passes::reduce(const float* partials, long floats, float* to) {
-  parallel(floats, 1024, [&](int, long begin, long end) {
-    for (long i = begin; i < end; ++i) {
+void Passes::reduce(const float* partials, int64_t floats, float* to) {
+  parallel(floats, 1024, [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
       float sum = partials[i];
       for (int worker = 1; worker < workers_; ++worker) sum += partials[worker * floats + i];
       to[i] = sum;
@@ -176,8 +178,8 @@ void Passes::reduce(const float* partials, long floats, float* to) {
   });
 }
 
-void Passes::pointwise(Pointwise p, long rows, Totals* sums, float* centre) {
-  const long floats = vector.pointwise_scratch(p.inputs, p.outputs);
+void Passes::pointwise(Pointwise p, int64_t rows, Totals* sums, float* centre) {
+  const int64_t floats = vector.pointwise_scratch(p.inputs, p.outputs);
   if (sums) {  // around one row's values: no cancellation however far the mean lies from zero
     Pointwise one = p;
     one.x = p.x + rows / 2 * p.inputs;
@@ -186,7 +188,9 @@ void Passes::pointwise(Pointwise p, long rows, Totals* sums, float* centre) {
   }
   p.centre = centre;
   const auto all = [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 48, [&](int worker, long begin, long end) { vector.pointwise(p, begin, end, scratch(worker, floats), of(worker)); });
+    parallel(rows, 48, [&](int worker, int64_t begin, int64_t end) {
+      vector.pointwise(p, begin, end, scratch(worker, floats), of(worker));
+    });
   };
   if (sums) *sums = gather(p.outputs, all);
   else all([](int) { return Sums{}; });
@@ -200,18 +204,20 @@ void Passes::depthwise(Depthwise p, Totals* sums, float* centre) {
       for (int k = 0; k < 9; ++k) {
         const int iy = oy * p.stride - p.pad_top + k / 3, ix = ox * p.stride - p.pad_left + k % 3;
         if (iy < 0 || iy >= p.height || ix < 0 || ix >= p.width) continue;
-        float v = p.x[(static_cast<long>(iy) * p.width + ix) * p.channels + c];
+        float v = p.x[(static_cast<int64_t>(iy) * p.width + ix) * p.channels + c];
         if (p.in.scale) v = v * p.in.scale[c] + p.in.shift[c];
         if (p.in.relu6) v = v < 0 ? 0 : v > 6 ? 6 : v;
-        total += v * p.weights[static_cast<long>(k) * p.channels + c];
+        total += v * p.weights[static_cast<int64_t>(k) * p.channels + c];
       }
       centre[c] = total;
     }
   }
   p.centre = centre;
-  const long floats = vector.depthwise_scratch(p), rows = static_cast<long>(p.images) * p.out_height;
+  const int64_t floats = vector.depthwise_scratch(p), rows = static_cast<int64_t>(p.images) * p.out_height;
   const auto all = [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 1, [&](int worker, long begin, long end) { vector.depthwise(p, begin, end, scratch(worker, floats), of(worker)); });
+    parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
+      vector.depthwise(p, begin, end, scratch(worker, floats), of(worker));
+    });
   };
   if (sums) *sums = gather(p.channels, all);
   else all([](int) { return Sums{}; });
@@ -226,36 +232,36 @@ void Passes::stem(Stem p, const float* weights, Totals* sums, float* centre) {
         const int y = iy + k / 3, x = ix + k % 3;
         if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
         for (int c = 0; c < 3; ++c)
-          total += p.pixel[p.image[(static_cast<long>(y) * p.width + x) * 3 + c] * 3 + c] * weights[(o * 3L + c) * 9 + k];
+          total += p.pixel[p.image[(static_cast<int64_t>(y) * p.width + x) * 3 + c] * 3 + c] * weights[(o * 3L + c) * 9 + k];
       }
       centre[o] = total;
     }
   }
   p.centre = centre;
-  const long floats = vector.stem_scratch(p), rows = static_cast<long>(p.images) * p.out_height;
+  const int64_t floats = vector.stem_scratch(p), rows = static_cast<int64_t>(p.images) * p.out_height;
   const auto all = [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 1, [&](int worker, long begin, long end) { vector.stem(p, begin, end, scratch(worker, floats), of(worker)); });
+    parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) { vector.stem(p, begin, end, scratch(worker, floats), of(worker)); });
   };
   if (sums) *sums = gather(p.outputs, all);
   else all([](int) { return Sums{}; });
 }
 
-void Passes::moments(const float* y, int channels, long rows, Totals& sums, float* centre) {
+void Passes::moments(const float* y, int channels, int64_t rows, Totals& sums, float* centre) {
   std::memcpy(centre, y + rows / 2 * channels, sizeof(float) * channels);
   sums = gather(channels, [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 32, [&](int worker, long begin, long end) { vector.moments(y, centre, channels, begin, end, of(worker)); });
+    parallel(rows, 32, [&](int worker, int64_t begin, int64_t end) { vector.moments(y, centre, channels, begin, end, of(worker)); });
   });
 }
 
-void Passes::affine(const float* y, Affine in, const float* residual, float* z, int channels, long rows) {
-  parallel(rows, 32, [&](int, long begin, long end) { vector.affine(y, in, residual, z, channels, begin, end); });
+void Passes::affine(const float* y, Affine in, const float* residual, float* z, int channels, int64_t rows) {
+  parallel(rows, 32, [&](int, int64_t begin, int64_t end) { vector.affine(y, in, residual, z, channels, begin, end); });
 }
 
-void Passes::pointwise_gradient(PointwiseGradient p, long rows, float* dw, Totals* sums) {
-  const long floats = vector.pointwise_scratch(p.inputs, p.outputs), size = static_cast<long>(p.inputs) * p.outputs;
+void Passes::pointwise_gradient(PointwiseGradient p, int64_t rows, float* dw, Totals* sums) {
+  const int64_t floats = vector.pointwise_scratch(p.inputs, p.outputs), size = static_cast<int64_t>(p.inputs) * p.outputs;
   float* partials = dw ? partial(size) : nullptr;
   const auto all = [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 48, [&](int worker, long begin, long end) {
+    parallel(rows, 48, [&](int worker, int64_t begin, int64_t end) {
       vector.pointwise_gradient(p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
     });
   };
@@ -266,10 +272,10 @@ void Passes::pointwise_gradient(PointwiseGradient p, long rows, float* dw, Total
 
 void Passes::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
   const Depthwise& d = p.shape;
-  const long floats = vector.depthwise_scratch(d), size = 9L * d.channels, rows = static_cast<long>(d.images) * d.height;
+  const int64_t floats = vector.depthwise_scratch(d), size = 9L * d.channels, rows = static_cast<int64_t>(d.images) * d.height;
   float* partials = dw ? partial(size) : nullptr;
   const auto all = [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 1, [&](int worker, long begin, long end) {
+    parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
       vector.depthwise_gradient(p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
     });
   };
@@ -279,17 +285,17 @@ void Passes::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
   for (int c = 0; c < d.channels; ++c) {
     for (int k = 0; k < 9; ++k) {
       float sum = 0;
-      for (int worker = 0; worker < workers_; ++worker) sum += partials[worker * size + static_cast<long>(k) * d.channels + c];
+      for (int worker = 0; worker < workers_; ++worker) sum += partials[worker * size + static_cast<int64_t>(k) * d.channels + c];
       dw[c * 9 + k] = sum;
     }
   }
 }
 
 void Passes::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) {
-  const long floats = vector.stem_scratch(p), size = static_cast<long>(kStemWindow) * p.outputs;
-  const long rows = static_cast<long>(p.images) * p.out_height;
+  const int64_t floats = vector.stem_scratch(p), size = static_cast<int64_t>(kStemWindow) * p.outputs;
+  const int64_t rows = static_cast<int64_t>(p.images) * p.out_height;
   float* partials = partial(size);
-  parallel(rows, 1, [&](int worker, long begin, long end) {
+  parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
     vector.stem_gradient(p, out, begin, end, scratch(worker, floats), partials + worker * size);
   });
   for (int o = 0; o < p.outputs; ++o) {
@@ -303,37 +309,38 @@ void Passes::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) 
   }
 }
 
-void Passes::gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, long rows,
+void Passes::gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, int64_t rows,
                           Totals& sums) {
   sums = gather(channels, [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 32,
-             [&](int worker, long begin, long end) { vector.gradient_sums(g, y, mask, mean, masked, channels, begin, end, of(worker)); });
+    parallel(rows, 32, [&](int worker, int64_t begin, int64_t end) {
+      vector.gradient_sums(g, y, mask, mean, masked, channels, begin, end, of(worker));
+    });
   });
 }
 
-void Passes::output_gradient(const OutputGradient& out, float* d, int channels, long rows) {
-  parallel(rows, 32, [&](int, long begin, long end) { vector.output_gradient(out, d, channels, begin, end); });
+void Passes::output_gradient(const OutputGradient& out, float* d, int channels, int64_t rows) {
+  parallel(rows, 32, [&](int, int64_t begin, int64_t end) { vector.output_gradient(out, d, channels, begin, end); });
 }
 
 void Passes::pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums) {
   sums = gather(norm.channels, [&](const std::function<Sums(int)>& of) {
-    parallel(images, 1, [&](int worker, long begin, long end) {
+    parallel(images, 1, [&](int worker, int64_t begin, int64_t end) {
       vector.pool_gradient(dpooled, y, norm.affine(true), norm.mean, g, pixels, norm.channels, begin, end, of(worker));
     });
   });
 }
 
 void Passes::block(const BlockInference& p) {
-  const long floats = vector.block_scratch(p), rows = static_cast<long>(p.depthwise.images) * p.depthwise.out_height;
-  parallel(rows, 1, [&](int worker, long begin, long end) { vector.block(p, begin, end, scratch(worker, floats)); });
+  const int64_t floats = vector.block_scratch(p), rows = static_cast<int64_t>(p.depthwise.images) * p.depthwise.out_height;
+  parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) { vector.block(p, begin, end, scratch(worker, floats)); });
 }
 
 void Passes::pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels) {
-  parallel(images, 1, [&](int, long begin, long end) { vector.pool(y, in, pooled, pixels, channels, begin, end); });
+  parallel(images, 1, [&](int, int64_t begin, int64_t end) { vector.pool(y, in, pooled, pixels, channels, begin, end); });
 }
 
-void Passes::add(const float* a, const float* b, float* c, long count) {
-  parallel(count, 8, [&](int, long begin, long end) { vector.add(a, b, c, begin, end); });
+void Passes::add(const float* a, const float* b, float* c, int64_t count) {
+  parallel(count, 8, [&](int, int64_t begin, int64_t end) { vector.add(a, b, c, begin, end); });
 }
 
 Window window_of(int height, int width, int stride, bool same) {

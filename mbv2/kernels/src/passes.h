@@ -49,11 +49,11 @@ class Passes {
   Memory memory;
   const InstructionSet& vector;
 
-  void parallel(long total, long grain, const std::function<void(int worker, long begin, long end)>& job);
-  float* scratch(int worker, long floats);
+  void parallel(int64_t total, int64_t grain, const std::function<void(int worker, int64_t begin, int64_t end)>& job);
+  float* scratch(int worker, int64_t floats);
 
   // (depth, columns) with element (k, n) at w[k * k_stride + n * n_stride], times scale[n].
-  const float* pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale = nullptr);
+  const float* pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale = nullptr);
   // (C, 3, 3) -> (9, C), times scale.
   float* depthwise_weights(const float* w, int channels, const float* scale = nullptr);
   const float* pixel_values(const float* mean, const float* scale);
@@ -63,35 +63,36 @@ class Passes {
   // Allocates the norm's vectors, and fills them from the moving statistics.
   void prepare(Norm& norm, float eps);
   // Fills them from the batch's sums around `centre`, and gives the new moving statistics.
-  void finish(Norm& norm, const Totals& sums, const float* centre, long rows, const NormOptions&, float* new_mean, float* new_variance);
+  void finish(Norm& norm, const Totals& sums, const float* centre, int64_t rows, const NormOptions&, float* new_mean, float* new_variance);
   // dgamma, dbeta, and the gradient at the convolution's output, from sums of g and g * (y - mean).
-  OutputGradient gradient(const Norm& norm, const Totals& sums, long rows, bool frozen, const float* g, const float* y, float* dgamma,
+  OutputGradient gradient(const Norm& norm, const Totals& sums, int64_t rows, bool frozen, const float* g, const float* y, float* dgamma,
                           float* dbeta);
   OutputGradient plain_gradient(const float* g, int channels);
 
   // Forward. With `sums` (and the operation's centre set by these functions), the moments of y.
-  void pointwise(Pointwise p, long rows, Totals* sums, float* centre);
+  void pointwise(Pointwise p, int64_t rows, Totals* sums, float* centre);
   void depthwise(Depthwise p, Totals* sums, float* centre);
   void stem(Stem p, const float* weights, Totals* sums, float* centre);
-  void moments(const float* y, int channels, long rows, Totals& sums, float* centre);
-  void affine(const float* y, Affine in, const float* residual, float* z, int channels, long rows);
+  void moments(const float* y, int channels, int64_t rows, Totals& sums, float* centre);
+  void affine(const float* y, Affine in, const float* residual, float* z, int channels, int64_t rows);
 
   // Backward. dw: (outputs, inputs), (C, 3, 3), (O, 3, 3, 3) as the parameters lie.
-  void pointwise_gradient(PointwiseGradient p, long rows, float* dw, Totals* sums);
+  void pointwise_gradient(PointwiseGradient p, int64_t rows, float* dw, Totals* sums);
   void depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums);
   void stem_gradient(const Stem& p, const OutputGradient& out, float* dw);
-  void gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, long rows, Totals& sums);
-  void output_gradient(const OutputGradient& out, float* d, int channels, long rows);
+  void gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, int64_t rows,
+                     Totals& sums);
+  void output_gradient(const OutputGradient& out, float* d, int channels, int64_t rows);
   void pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums);
 
   void block(const BlockInference& p);
   void pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels);
-  void add(const float* a, const float* b, float* c, long count);
+  void add(const float* a, const float* b, float* c, int64_t count);
 
  private:
   Totals gather(int channels, const std::function<void(const std::function<Sums(int)>&)>& body);
-  float* partial(long floats);  // zeroed, one a worker
-  void reduce(const float* partials, long floats, float* to);
+  float* partial(int64_t floats);  // zeroed, one a worker
+  void reduce(const float* partials, int64_t floats, float* to);
   int workers_;
 };
 

@@ -4,48 +4,48 @@ constexpr int kForwardRows = 48;  // a multiple of every tile height
 
 // Rows a backward tile holds: both matrices of it in half of a 512 kB second-level cache.
 inline int backward_rows(int inputs, int outputs) {
-  const long fit = (300L << 10) / 4 / (spread(inputs) + spread(outputs)) / 48 * 48;
+  const int64_t fit = (300L << 10) / 4 / (spread(inputs) + spread(outputs)) / 48 * 48;
   return static_cast<int>(fit < 48 ? 48 : fit > 192 ? 192 : fit);
 }
 
 inline int padded(int columns) { return (columns + 15) / 16 * 16; }
 
-long pointwise_scratch(int inputs, int outputs) {
-  const long rows = backward_rows(inputs, outputs) + kMaxTileRows;
+int64_t pointwise_scratch(int inputs, int outputs) {
+  const int64_t rows = backward_rows(inputs, outputs) + kMaxTileRows;
   return rows * (spread(inputs) + spread(outputs)) + 2L * padded(inputs) + 2L * padded(outputs) + 64;
 }
 
 // Rows of in(x) to a buffer of the given stride.
-inline void load_rows(const float* x, const Affine& in, int rows, int channels, float* out, long stride) {
+inline void load_rows(const float* x, const Affine& in, int rows, int channels, float* out, int64_t stride) {
   for (int r = 0; r < rows; ++r) {
-    const float* from = x + static_cast<long>(r) * channels;
+    const float* from = x + static_cast<int64_t>(r) * channels;
     float* to = out + r * stride;
     for (int c = 0; c < channels; c += 8) put(to + c, apply(eight(from + c), in, c));
   }
 }
 
-INLINE Eight output_gradient_at(const OutputGradient& out, long at, int c) {
+INLINE Eight output_gradient_at(const OutputGradient& out, int64_t at, int c) {
   Eight d = eight(out.a + c) * eight(out.g + at);
   if (out.b) d += eight(out.b + c) * (eight(out.y + at) - eight(out.mean + c)) + eight(out.c + c);
   return d;
 }
 
-inline void load_gradient(const OutputGradient& out, long row, int rows, int channels, float* to, long stride) {
+inline void load_gradient(const OutputGradient& out, int64_t row, int rows, int channels, float* to, int64_t stride) {
   for (int r = 0; r < rows; ++r) {
-    const long at = (row + r) * channels;
+    const int64_t at = (row + r) * channels;
     for (int c = 0; c < channels; c += 8) put(to + r * stride + c, output_gradient_at(out, at + c, c));
   }
 }
 
-void pointwise(const Pointwise& p, long begin, long end, float* scratch, Sums sums) {
+void pointwise(const Pointwise& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
   float* buffer = scratch;
-  const long stride = spread(p.inputs);
+  const int64_t stride = spread(p.inputs);
   TileSums tile{buffer + (kForwardRows + kMaxTileRows) * stride, nullptr};
   tile.second = tile.first + padded(p.outputs);
-  for (long row = begin; row < end; row += kForwardRows) {
+  for (int64_t row = begin; row < end; row += kForwardRows) {
     const int rows = static_cast<int>(end - row < kForwardRows ? end - row : kForwardRows);
     const float* left = p.x + row * p.inputs;
-    long left_stride = p.inputs;
+    int64_t left_stride = p.inputs;
     if (p.in.scale || p.in.relu6 || rows < kMaxTileRows) {
       load_rows(left, p.in, rows, p.inputs, buffer, stride);
       left = buffer;
@@ -67,16 +67,16 @@ void pointwise(const Pointwise& p, long begin, long end, float* scratch, Sums su
   }
 }
 
-void pointwise_gradient(const PointwiseGradient& p, long begin, long end, float* scratch, float* dw, Sums sums) {
+void pointwise_gradient(const PointwiseGradient& p, int64_t begin, int64_t end, float* scratch, float* dw, Sums sums) {
   const int tile_height = backward_rows(p.inputs, p.outputs);
-  const long x_stride = spread(p.inputs), d_stride = spread(p.outputs);
+  const int64_t x_stride = spread(p.inputs), d_stride = spread(p.outputs);
   float* activation = scratch;
   float* gradient = activation + (tile_height + kMaxTileRows) * x_stride;
   TileSums tile{gradient + (tile_height + kMaxTileRows) * d_stride, nullptr};
   tile.second = tile.first + padded(p.inputs);
-  for (long row = begin; row < end; row += tile_height) {
+  for (int64_t row = begin; row < end; row += tile_height) {
     const int rows = static_cast<int>(end - row < tile_height ? end - row : tile_height);
-    const long at = row * p.inputs;
+    const int64_t at = row * p.inputs;
     load_rows(p.x + at, p.in, rows, p.inputs, activation, x_stride);
     load_gradient(p.out, row, rows, p.outputs, gradient, d_stride);
     if (dw) product_transposed(gradient, d_stride, p.outputs, activation, x_stride, p.inputs, rows, dw);

@@ -3,63 +3,29 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <pthread.h>
-#include <sched.h>
-#include <sys/mman.h>
-#endif
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
+#include "imnet_prep/images/native/platform.h"
 
 namespace mbv2 {
 namespace {
-
-int usable_threads() {
-#if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1u, std::thread::hardware_concurrency());
-}
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  __asm__ __volatile__("yield");
-#endif
-}
 
 constexpr int kSpins = 4000;  // some tens of microseconds: the gap between two operators of one step
 
 }  // namespace
 
-Arena::~Arena() { std::free(data_); }
+Arena::~Arena() { imnet::FreeAligned(data_); }
 
 float* Arena::reserve(size_t floats) {
   if (floats > size_) {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-    const size_t huge = size_t{2} << 20;
-    const size_t alignment = floats * sizeof(float) >= huge ? huge : 64;
-    const size_t bytes = (floats * sizeof(float) + alignment - 1) / alignment * alignment;
-    void* memory = nullptr;
-    if (posix_memalign(&memory, alignment, bytes) != 0) return nullptr;
-#if defined(__linux__)
-    if (alignment == huge) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: failure changes nothing
-#endif
-    data_ = static_cast<float*>(memory);
-    size_ = bytes / sizeof(float);
+    imnet::FreeAligned(data_);
+    size_t bytes = floats * sizeof(float);
+    data_ = static_cast<float*>(imnet::AllocateAligned(&bytes));
+    size_ = data_ == nullptr ? 0 : bytes / sizeof(float);
   }
   return data_;
 }
@@ -76,20 +42,13 @@ struct Pool::State {
 };
 
 Pool& Pool::instance() {
-  static Pool pool;
+  static Pool& pool = *new Pool;
   return pool;
 }
 
 Pool::Pool() : state_(new State) {
-  start(usable_threads());
-#if defined(__linux__)
-  pthread_atfork(nullptr, nullptr, &Pool::forked);
-#endif
-}
-
-Pool::~Pool() {
-  stop();
-  delete state_;
+  start(imnet::UsableThreads());
+  imnet::AfterFork(&Pool::forked);
 }
 
 // A forked child has none of the threads: it starts its own, and leaves its copy of the parent's bookkeeping alone.
@@ -115,7 +74,7 @@ void Pool::start(int count) {
 
 void Pool::work(State& s, int worker) {
   for (unsigned seen = 0;;) {
-    for (int i = 0; i < kSpins && s.round.load(std::memory_order_acquire) == seen; ++i) relax();
+    for (int i = 0; i < kSpins && s.round.load(std::memory_order_acquire) == seen; ++i) imnet::Pause();
     if (s.round.load(std::memory_order_acquire) == seen) {
       std::unique_lock<std::mutex> lock(s.mutex);
       s.wake.wait(lock, [&] { return s.round.load(std::memory_order_acquire) != seen; });
@@ -145,7 +104,7 @@ void Pool::stop() {
 int Pool::size() { return static_cast<int>(state_->arenas.size()); }
 
 void Pool::resize(int count) {
-  if (count <= 0) count = usable_threads();
+  if (count <= 0) count = imnet::UsableThreads();
   if (count == size()) return;
   stop();
   delete state_;
@@ -169,7 +128,7 @@ void Pool::run(const std::function<void(int)>& job) {
   }
   job(0);
   if (others > 0) {
-    for (int i = 0; i < kSpins && s.pending.load(std::memory_order_acquire) > 0; ++i) relax();
+    for (int i = 0; i < kSpins && s.pending.load(std::memory_order_acquire) > 0; ++i) imnet::Pause();
     if (s.pending.load(std::memory_order_acquire) > 0) {
       std::unique_lock<std::mutex> lock(s.mutex);
       s.finished.wait(lock, [&] { return s.pending.load(std::memory_order_acquire) == 0; });
@@ -177,9 +136,9 @@ void Pool::run(const std::function<void(int)>& job) {
   }
 }
 
-Range part(long total, int worker, int count, long grain) {
-  const long pieces = (total + grain - 1) / grain;
-  const long begin = pieces * worker / count * grain, end = pieces * (worker + 1) / count * grain;
+Range part(int64_t total, int worker, int count, int64_t grain) {
+  const int64_t pieces = (total + grain - 1) / grain;
+  const int64_t begin = pieces * worker / count * grain, end = pieces * (worker + 1) / count * grain;
   return {std::min(begin, total), std::min(end, total)};
 }
 

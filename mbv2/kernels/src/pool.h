@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 
@@ -20,7 +21,7 @@ class Arena {
 
 class Pool {
  public:
-  static Pool& instance();
+  static Pool& instance();  // never destroyed: on Windows its threads are gone before a library can join them
 
   int size();              // workers, the caller included
   void resize(int count);  // 0: as many as the process may use
@@ -35,7 +36,6 @@ class Pool {
 
  private:
   Pool();
-  ~Pool();
   Pool(const Pool&) = delete;
   struct State;
   void start(int count);  // fewer where the system starts no more threads
@@ -48,8 +48,8 @@ class Pool {
 
 // Part `worker` of `count` equal parts of [0, total), cut at multiples of `grain`.
 struct Range {
-  long begin, end;
+  int64_t begin, end;
 };
-Range part(long total, int worker, int count, long grain);
+Range part(int64_t total, int worker, int count, int64_t grain);
 
 }  // namespace mbv2

@@ -29,26 +29,26 @@ int panels(int columns) {
   return n;
 }
 
-long packed_size(int depth, int columns) { return static_cast<long>(depth) * ((columns + LANES - 1) / LANES) * LANES; }
+int64_t packed_size(int depth, int columns) { return static_cast<int64_t>(depth) * ((columns + LANES - 1) / LANES) * LANES; }
 
-void pack(const float* w, long k_stride, long n_stride, int depth, int columns, const float* scale, float* packed, int p0, int p1) {
+void pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed, int p0, int p1) {
   int index = 0;
   for (PanelPlan p(columns); !p.done(); p.next(), ++index) {
     if (index < p0 || index >= p1) continue;
     const int width = p.count() * LANES, first = p.first * LANES;
-    float* panel = packed + static_cast<long>(first) * depth;
+    float* panel = packed + static_cast<int64_t>(first) * depth;
     for (int j = 0; j < width; ++j) {
       const int n = first + j;
       const float factor = n < columns ? (scale ? scale[n] : 1.0f) : 0.0f;
       const float* column = w + (n < columns ? n : 0) * n_stride;
-      for (int k = 0; k < depth; ++k) panel[static_cast<long>(k) * width + j] = column[k * k_stride] * factor;
+      for (int k = 0; k < depth; ++k) panel[static_cast<int64_t>(k) * width + j] = column[k * k_stride] * factor;
     }
   }
 }
 
 // acc[r][j] += sum over k of left(r, k) * right(k, j), left at a[r * ars + k * aks].
 template <int NV, int MR>
-INLINE void multiply(const float* a, long ars, long aks, const float* b, long bks, int depth, Wide (&acc)[MR][NV]) {
+INLINE void multiply(const float* a, int64_t ars, int64_t aks, const float* b, int64_t bks, int depth, Wide (&acc)[MR][NV]) {
   for (int k = 0; k < depth; ++k) {
     Wide right[NV];
 #pragma GCC unroll 4
@@ -67,7 +67,8 @@ INLINE void multiply(const float* a, long ars, long aks, const float* b, long bk
 // One panel: all rows in tiles. The last tile reaches back over rows already done (epilogue gets lo > 0); with fewer rows
 // than a tile it reads past them, which the caller's buffer allows, and the epilogue gets hi < MR.
 template <int NV, class Epilogue>
-INLINE void panel_rows(const float* a, long ars, long aks, int rows, const float* b, long bks, int depth, int column, Epilogue& epilogue) {
+INLINE void panel_rows(const float* a, int64_t ars, int64_t aks, int rows, const float* b, int64_t bks, int depth, int column,
+                       Epilogue& epilogue) {
   constexpr int MR = tile_rows<NV>();
   int r0 = 0;
   for (; r0 + MR <= rows; r0 += MR) {
@@ -85,10 +86,10 @@ INLINE void panel_rows(const float* a, long ars, long aks, int rows, const float
 
 // left (rows, depth) times packed (depth, columns).
 template <class Epilogue>
-inline void product(const float* a, long ars, int rows, const float* packed, int depth, int columns, Epilogue& epilogue) {
+inline void product(const float* a, int64_t ars, int rows, const float* packed, int depth, int columns, Epilogue& epilogue) {
   for (PanelPlan p(columns); !p.done(); p.next()) {
     const int column = p.first * LANES, nv = p.count();
-    const float* b = packed + static_cast<long>(column) * depth;
+    const float* b = packed + static_cast<int64_t>(column) * depth;
     if (nv == 3) panel_rows<3>(a, ars, 1, rows, b, 3 * LANES, depth, column, epilogue);
     else if (nv == 2) panel_rows<2>(a, ars, 1, rows, b, 2 * LANES, depth, column, epilogue);
     else panel_rows<1>(a, ars, 1, rows, b, LANES, depth, column, epilogue);
@@ -107,14 +108,14 @@ struct AddTo {
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         const int c = column + j * LANES;
-        float* p = out + static_cast<long>(row + r) * columns + c;
+        float* p = out + static_cast<int64_t>(row + r) * columns + c;
         put_upto(p, wide_upto(p, columns - c) + acc[r][j], columns - c);
       }
     }
   }
 };
 
-inline void product_transposed(const float* left, long left_stride, int left_columns, const float* right, long right_stride,
+inline void product_transposed(const float* left, int64_t left_stride, int left_columns, const float* right, int64_t right_stride,
                                int right_columns, int depth, float* out) {
   AddTo epilogue{out, right_columns};
   for (PanelPlan p(right_columns); !p.done(); p.next()) {
@@ -127,7 +128,7 @@ inline void product_transposed(const float* left, long left_stride, int left_col
 }
 
 // A row stride of an odd number of cache lines: columns of a tile then fall into different sets of the cache.
-inline long spread(int columns) { return ((columns + 15) / 16 | 1) * 16L; }
+inline int64_t spread(int columns) { return ((columns + 15) / 16 | 1) * 16L; }
 
 // Sums of one tile of rows in single precision, added to the worker's in double: exact enough at any row count.
 struct TileSums {
@@ -157,13 +158,13 @@ struct StoreForward {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const int c = column + j * LANES;
-      float* p = y + static_cast<long>(row) * columns + c;
+      float* p = y + static_cast<int64_t>(row) * columns + c;
       Wide s = {}, q = {}, m = {};
       if (MOMENTS) m = wide(centre + c);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         if (!FULL && (r < lo || r >= hi)) continue;
-        put_upto(p + static_cast<long>(r) * columns, acc[r][j], columns - c);
+        put_upto(p + static_cast<int64_t>(r) * columns, acc[r][j], columns - c);
         if (MOMENTS) {
           const Wide d = acc[r][j] - m;
           s += d;
@@ -181,7 +182,7 @@ struct StoreForward {
 // Inference: y = act(sums + bias) + residual; row r of the product goes to y + places[r], or to row r of y.
 struct StoreInference {
   float* y;
-  const long* places;
+  const int64_t* places;
   int columns;
   const float* bias;
   bool clip;
@@ -197,8 +198,8 @@ struct StoreInference {
         if (!FULL && (r < lo || r >= hi)) continue;
         Wide v = acc[r][j] + add;
         if (clip) v = relu6(v);
-        if (residual) v += wide_upto(residual + static_cast<long>(row + r) * columns + c, columns - c);
-        const long at = places ? places[row + r] : static_cast<long>(row + r) * columns;
+        if (residual) v += wide_upto(residual + static_cast<int64_t>(row + r) * columns + c, columns - c);
+        const int64_t at = places ? places[row + r] : static_cast<int64_t>(row + r) * columns;
         put_upto(y + at + c, v, columns - c);
       }
     }
@@ -212,7 +213,7 @@ struct StoreBackward {
   float* dx;
   int columns;
   const float* activation;  // the tile, with its stride
-  long stride;
+  int64_t stride;
   const float* x;
   const float* centre;
   const float* residual;
@@ -222,14 +223,14 @@ struct StoreBackward {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const int c = column + j * LANES, left = columns - c;
-      const long at = static_cast<long>(row) * columns + c;
+      const int64_t at = static_cast<int64_t>(row) * columns + c;
       const Wide zero = {}, six = zero + 6.0f;
       Wide s = {}, q = {}, m = {};
       if (SUMS) m = wide(centre + c);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         if (!FULL && (r < lo || r >= hi)) continue;
-        const long here = at + static_cast<long>(r) * columns;
+        const int64_t here = at + static_cast<int64_t>(r) * columns;
         Wide v = acc[r][j];
         if (MASK) {
           const Wide a = wide(activation + (row + r) * stride + c);

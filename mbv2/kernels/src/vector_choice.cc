@@ -9,7 +9,7 @@ namespace mbv2 {
 namespace avx512 { extern const InstructionSet code; }
 namespace avx2 { extern const InstructionSet code; }
 #endif
-namespace baseline { extern const InstructionSet code; }
+namespace MBV2_BASE { extern const InstructionSet code; }  // what every such processor has
 
 namespace {
 
@@ -25,7 +25,7 @@ const InstructionSet& choose() {
   if (has2 && (none || std::strcmp(wanted, "baseline"))) return avx2::code;
 #endif
   (void)wanted;
-  return baseline::code;
+  return MBV2_BASE::code;
 }
 
 }  // namespace

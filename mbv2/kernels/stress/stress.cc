@@ -1,24 +1,32 @@
 // Calls the block and head operators at many sizes, on tensors of exactly their size, from two threads at once and with
-// pools of 1 to 3: for AddressSanitizer, ThreadSanitizer and valgrind (`make sanitize`). Exit status 0: nothing refused, no
-// NaN, and the same bits twice.
+// pools of 1 to 3: for AddressSanitizer, ThreadSanitizer and valgrind (`make sanitize`), and on other processors and systems
+// (`make cross`).
+//
+//   mbv2_stress LIBRARY [write|compare RESULTS]
+//
+// Exit status 0: nothing was refused, no NaN came, two threads got the same values, and, with `compare`, each tensor differs
+// from the one that another machine wrote by at most kBound of its norm. Sizes at which BatchNorm sees fewer than kFewest
+// values are left out of that, as it magnifies rounding there.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
-using Operator = int(int, void**, int*, int64_t**, const char**, void*, void*);
-extern "C" {
-Operator mbv2_stem_block_train, mbv2_stem_block_grad, mbv2_stem_block_infer, mbv2_block_train, mbv2_block_grad, mbv2_block_infer,
-    mbv2_head_train, mbv2_head_grad, mbv2_head_infer;
-const char* mbv2_last_error();
-int mbv2_set_threads(int);
-}
+#include "imnet_prep/images/native/stress/library.h"
 
 namespace {
+
+using Operator = int(int, void**, int*, int64_t**, const char**, void*, void*);
+using Results = std::vector<std::vector<float>>;  // of one operator after another, a tensor each
+
+constexpr double kBound = 1e-5;
+constexpr int64_t kFewest = 16;
 
 // A tensor of exactly its size: reading one element past it is an error that a sanitizer sees.
 struct Tensor {
@@ -50,7 +58,8 @@ Tensor filled(Random& r, std::vector<int64_t> shape, float scale, float offset =
   return t;
 }
 
-bool run(Operator* op, const char* name, std::vector<Tensor*> all, size_t outputs) {
+// Calls an operator of the library; `all` ends with its outputs.
+bool run(const Library& library, const std::string& name, const std::vector<Tensor*>& all, size_t outputs, Results& results) {
   std::vector<void*> data;
   std::vector<int> ndims;
   std::vector<int64_t*> shapes;
@@ -61,16 +70,19 @@ bool run(Operator* op, const char* name, std::vector<Tensor*> all, size_t output
     shapes.push_back(t->shape.data());
     types.push_back(t->type);
   }
+  auto* const op = library.function<Operator>("mbv2_" + name);
   if (op(static_cast<int>(all.size()), data.data(), ndims.data(), shapes.data(), types.data(), nullptr, nullptr)) {
-    std::fprintf(stderr, "%s refused: %s\n", name, mbv2_last_error());
+    std::fprintf(stderr, "%s refused: %s\n", name.c_str(), library.function<const char*()>("mbv2_last_error")());
     return false;
   }
-  for (size_t i = all.size() - outputs; i < all.size(); ++i)
-    for (size_t k = 0; k < all[i]->count(); ++k)
-      if (!std::isfinite(all[i]->floats()[k])) {
-        std::fprintf(stderr, "%s: output %zu is not finite\n", name, i);
-        return false;
-      }
+  for (size_t i = all.size() - outputs; i < all.size(); ++i) {
+    results.emplace_back(all[i]->floats(), all[i]->floats() + all[i]->count());
+    for (const float value : results.back()) {
+      if (std::isfinite(value)) continue;
+      std::fprintf(stderr, "%s: output %zu is not finite\n", name.c_str(), i);
+      return false;
+    }
+  }
   return true;
 }
 
@@ -94,8 +106,8 @@ std::vector<Tensor*> pointers(std::vector<Tensor>& all, std::vector<Tensor>& mor
   return p;
 }
 
-// Train, gradient, inference of one block; its outputs end to end, to be compared.
-bool block(const Size& s, std::vector<float>& result) {
+// Train, gradient, inference of one block.
+bool block(const Library& library, const Size& s, Results& results) {
   Random r{42};
   const int64_t hidden = s.hidden, h = s.stem ? (s.height + 1) / 2 : s.height, w = s.stem ? (s.width + 1) / 2 : s.width;
   const int64_t oh = (h + s.stride - 1) / s.stride, ow = (w + s.stride - 1) / s.stride;
@@ -127,7 +139,8 @@ bool block(const Size& s, std::vector<float>& result) {
                                                     {4, hidden}, {4, s.outputs},          {hidden},                  {hidden}, {hidden},
                                                     {hidden},    {s.outputs},             {s.outputs}};
   for (const auto& shape : shapes) out.emplace_back(shape);
-  if (!run(s.stem ? mbv2_stem_block_train : mbv2_block_train, "block_train", pointers(in, out), out.size())) return false;
+  const std::string name = s.stem ? "stem_block" : "block";
+  if (!run(library, name + "_train", pointers(in, out), out.size(), results)) return false;
 
   Tensor dz = filled(r, z, 1);
   std::vector<Tensor*> call{&dz, &in[0]};
@@ -138,17 +151,14 @@ bool block(const Size& s, std::vector<float>& result) {
   for (const int i : {1, 6, 11})
     for (int k = 0; k < 3; ++k) grads.emplace_back(k ? std::vector<int64_t>{in[i].shape[0]} : in[i].shape);
   for (Tensor& t : grads) call.push_back(&t);
-  if (!run(s.stem ? mbv2_stem_block_grad : mbv2_block_grad, "block_grad", call, grads.size())) return false;
+  if (!run(library, name + "_grad", call, grads.size(), results)) return false;
 
   std::vector<Tensor> inferred;
   inferred.emplace_back(z);
-  if (!run(s.stem ? mbv2_stem_block_infer : mbv2_block_infer, "block_infer", pointers(in, inferred), 1)) return false;
-  for (auto* list : {&out, &grads, &inferred})
-    for (Tensor& t : *list) result.insert(result.end(), t.floats(), t.floats() + t.count());
-  return true;
+  return run(library, name + "_infer", pointers(in, inferred), 1, results);
 }
 
-bool head(int64_t batch, int64_t size, int64_t inputs, int64_t outputs) {
+bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, int64_t outputs, Results& results) {
   Random r{7};
   std::vector<Tensor> in, out, inferred;
   in.push_back(filled(r, {batch, size, size, inputs}, 1));
@@ -160,7 +170,7 @@ bool head(int64_t batch, int64_t size, int64_t inputs, int64_t outputs) {
   in.push_back(filled(r, {8}, 0, 0.5f));
   const std::vector<std::vector<int64_t>> shapes = {{batch, outputs}, {batch, size, size, outputs}, {4, outputs}, {outputs}, {outputs}};
   for (const auto& shape : shapes) out.emplace_back(shape);
-  if (!run(mbv2_head_train, "head_train", pointers(in, out), out.size())) return false;
+  if (!run(library, "head_train", pointers(in, out), out.size(), results)) return false;
   std::vector<Tensor> grads;
   grads.emplace_back(in[0].shape);
   grads.emplace_back(in[1].shape);
@@ -168,31 +178,74 @@ bool head(int64_t batch, int64_t size, int64_t inputs, int64_t outputs) {
   grads.emplace_back(std::vector<int64_t>{outputs});
   std::vector<Tensor*> call{&out[0], &in[0], &out[1], &out[2], &in[1], &in[6], &in[7]};
   for (Tensor& t : grads) call.push_back(&t);
-  if (!run(mbv2_head_grad, "head_grad", call, grads.size())) return false;
+  if (!run(library, "head_grad", call, grads.size(), results)) return false;
   inferred.emplace_back(std::vector<int64_t>{batch, outputs});
-  return run(mbv2_head_infer, "head_infer", pointers(in, inferred), 1);
+  return run(library, "head_infer", pointers(in, inferred), 1, results);
 }
 
-}  // namespace
-
-int main() {
+// Every operator at every size; each block from two threads at once.
+bool all_operators(const Library& library, Results& results) {
   const Size sizes[] = {
       {true, 2, 33, 18, 3, 32, 16, 1, 0},  {true, 1, 8, 9, 3, 16, 8, 1, 1},     {true, 1, 3, 1, 3, 48, 24, 1, 0},
       {false, 2, 9, 7, 16, 96, 24, 2, 0},  {false, 3, 8, 6, 24, 144, 24, 1, 0}, {false, 1, 10, 10, 8, 48, 8, 2, 1},
       {false, 4, 2, 2, 40, 240, 40, 1, 1}, {false, 2, 1, 1, 160, 960, 160, 1, 0}, {false, 1, 5, 60, 24, 144, 32, 1, 0},
   };
   bool good = true;
-  for (int threads = 1; threads <= 3; ++threads) {
-    mbv2_set_threads(threads);
-    for (const Size& s : sizes) {
-      std::vector<float> first, second;
-      bool also = true;
-      std::thread beside([&] { also = block(s, second); });
-      good &= block(s, first);
-      beside.join();
-      good &= also && first.size() == second.size() && !std::memcmp(first.data(), second.data(), first.size() * sizeof(float));
+  for (const Size& s : sizes) {
+    Results first, second;
+    bool also = true;
+    std::thread beside([&] { also = block(library, s, second); });
+    good &= block(library, s, first);
+    beside.join();
+    good &= also && first == second;
+    const int64_t halvings = s.stride * (s.stem ? 2 : 1);
+    if (s.batch * s.height * s.width < kFewest * halvings * halvings) continue;
+    results.insert(results.end(), first.begin(), first.end());
+  }
+  return head(library, 3, 7, 112, 1280, results) && head(library, 1, 1, 320, 64, results) && good;
+}
+
+void write(const Results& results, const char* path) {
+  std::ofstream file(path, std::ios::binary);
+  for (const auto& tensor : results) file.write(reinterpret_cast<const char*>(tensor.data()), static_cast<std::streamsize>(4 * tensor.size()));
+}
+
+// The largest difference of a tensor from that of the file, relative to its norm.
+double difference(const Results& results, const char* path) {
+  std::ifstream file(path, std::ios::binary);
+  double largest = 0;
+  for (const auto& tensor : results) {
+    std::vector<float> other(tensor.size());
+    if (!file.read(reinterpret_cast<char*>(other.data()), static_cast<std::streamsize>(4 * other.size()))) return INFINITY;
+    double apart = 0, norm = 0;
+    for (size_t i = 0; i < other.size(); ++i) {
+      apart += std::pow(static_cast<double>(tensor[i]) - other[i], 2);
+      norm += std::pow(static_cast<double>(other[i]), 2);
     }
-    good &= head(3, 7, 112, 1280) && head(1, 1, 320, 64);
+    if (apart > 0) largest = std::max(largest, std::sqrt(apart / norm));
+  }
+  return file.get() == EOF ? largest : INFINITY;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2 && argc != 4) return 2;
+  const Library library(argv[1]);
+  std::printf("operators: %s\n", library.function<const char*()>("mbv2_instruction_set")());
+  bool good = true;
+  for (int threads = 1; threads <= 3; ++threads) {
+    library.function<int(int)>("mbv2_set_threads")(threads);
+    Results results;
+    good &= all_operators(library, results);
+    if (threads > 1 || argc == 2) continue;
+    if (std::strcmp(argv[2], "write") == 0) {
+      write(results, argv[3]);
+    } else {
+      const double found = difference(results, argv[3]);
+      std::printf("largest difference: %.2g of a tensor's norm (at most %.0g)\n", found, kBound);
+      good &= found <= kBound;
+    }
   }
   std::puts(good ? "ok" : "failed");
   return good ? 0 : 1;

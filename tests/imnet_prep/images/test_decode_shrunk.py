@@ -16,16 +16,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from imnet_prep.images import native
+from imnet_prep.images import batch_decoder, native
+from imnet_prep.images.batch_decoder import INTERPOLATIONS
 from imnet_prep.images.check import ValidateOptions, validate
 from imnet_prep.images.decode import decode_jpeg
 from imnet_prep.images.encode import short_side_size, shrink
 from imnet_prep.images.jpeg import read_markers
 from imnet_prep.images.native import decode_shrunk, decoder_status, function
+from imnet_prep.loader.augment import train_geometry
+from imnet_prep.loader.options import TrainOptions
 from imnet_prep.types import ImageFault, ImageRef, RawImage
 from tests.imnet_prep.images.libraries import without_library
+from tests.imnet_prep.images.variants import mutated
 from tests.synthetic import encode, jpeg, odd_images, picture
 
 pytestmark = pytest.mark.skipif(
@@ -55,6 +60,16 @@ def both(data: bytes, short_side: int, reduce: int = 1) -> bool:
     assert end == info.size_bytes
     assert np.array_equal(pixels, shrink(decoded, *wanted))
     return True
+
+
+def batch(images: list[bytes], interpolation: str, side: int) -> NDArray[np.uint8]:
+    """Decode random crops of the images, reduced in the DCT domain where that is allowed."""
+    decoder = batch_decoder.NativeDecoder()
+    sizes, _ = decoder.sizes(images)
+    geometry = train_geometry(TrainOptions(1, side), sizes, 0, 0, np.arange(len(images), dtype=np.uint64))
+    out = np.empty((len(images), side, side, 3), dtype=np.uint8)
+    assert decoder.decode(images, geometry, interpolation, out) == {}
+    return out
 
 
 def grey(label: int, width: int, height: int) -> bytes:
@@ -113,22 +128,6 @@ def samples() -> list[bytes]:
     return [*drawn, grey(2, 70, 50), jpeg(0, 0, 1, 1), jpeg(progressive=True)]
 
 
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    changed, kind = bytearray(data), rng.randrange(6)
-    at = rng.randrange(2, len(data))
-    if kind < 2:
-        changed[at] ^= 1 << rng.randrange(8)
-    elif kind == 2:
-        del changed[at : at + rng.choice((1, 2, 9))]
-    elif kind == 3:
-        changed[at:at] = rng.randbytes(rng.choice((1, 2, 5)))
-    elif kind == 4:
-        changed = changed[:at] + b"\xff\xd9"
-    else:
-        changed[-2:-2] = rng.choice((b"\0", b"\xff", b"\xff\xd0", rng.randbytes(2)))
-    return bytes(changed)
-
-
 def test_what_it_takes_libjpeg_decodes_without_a_complaint() -> None:
     rng, pool, taken = random.Random(5), samples(), 0
     for number in range(6000):
@@ -168,13 +167,19 @@ def test_threads_share_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_machines_without_avx2_make_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [jpeg(k, k, 60 + 31 * k, 40 + 23 * k, subsampling=k % 3) for k in range(12)]
+    with_avx2 = [batch(images, interpolation, side) for interpolation in INTERPOLATIONS for side in (9, 64)]
     library = tmp_path / "portable.so"
     sources = [str(NATIVE / f"{name}.cc") for name in ("decoder", "resample", "entropy", "shrink", "decode_shrunk")]
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DIMNET_FAST_ENTROPY", "-DIMNET_PORTABLE"]
     subprocess.run(["g++", *flags, *sources, "-ljpeg", "-o", str(library)], check=True)
     monkeypatch.setattr(native, "load", lambda: (ctypes.CDLL(str(library)), ""))
     monkeypatch.setattr(native, "function", cache(function.__wrapped__))
+    monkeypatch.setattr(batch_decoder, "function", native.function)
     assert all(both(jpeg(1, 1, 131, 89, **options), short_side) for options in TAKEN.values() for short_side in (9, 50))
+    assert "avx2" not in native.decoder_status()[1]
+    found = [batch(images, interpolation, side) for interpolation in INTERPOLATIONS for side in (9, 64)]
+    assert all(np.array_equal(one, other) for one, other in zip(found, with_avx2, strict=True))
 
 
 @pytest.mark.real_data

@@ -23,6 +23,7 @@ from imnet_prep.images.native import decoder_status
 from imnet_prep.loader.augment import eval_geometry, train_geometry
 from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.types import ImageFault
+from tests.imnet_prep.images.variants import VARIANTS
 from tests.synthetic import encode, picture
 
 pytestmark = pytest.mark.skipif(not decoder_status()[0], reason=decoder_status()[1])
@@ -45,46 +46,6 @@ def _decode(
     out = np.full((len(images), size, size, 3), 77, dtype=np.uint8)
     assert decoder.decode(images, geometry, interpolation, out) == {}
     return out
-
-
-def _variants() -> dict[str, bytes]:
-    """One picture in every form that a JPEG takes."""
-    pixels = picture(5, 0, 157, 121)
-    found = {f"subsampling_{name}": encode(pixels, subsampling=code) for code, name in enumerate(("444", "422", "420"))}
-    for name in ("411", "440"):
-        code = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{name}")
-        found[f"subsampling_{name}"] = cv2.imencode(
-            ".jpg", pixels, [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, code, cv2.IMWRITE_JPEG_QUALITY, 95]
-        )[1].tobytes()
-    found["progressive"] = encode(pixels, progressive=True)
-    found["optimised"] = encode(pixels, optimize=True)
-    found["quality_100"] = encode(pixels, quality=100)
-    found["quality_5"] = encode(pixels, quality=5)
-    found["grey"] = encode(pixels[..., 0])
-    found["restart_every_block"] = encode(pixels, restart_marker_blocks=1)
-    found["restart_every_7_blocks"] = encode(pixels, restart_marker_blocks=7)
-    found["restart_rows"] = encode(pixels, restart_marker_rows=1)
-    found["noise"] = encode(np.random.default_rng(0).integers(0, 256, (121, 157, 3), dtype=np.uint8), quality=100)
-    found["orientation_tag"] = encode(pixels, exif=_rotated_exif())
-    found["extra_bytes_at_the_end"] = encode(pixels) + b"\0" * 500
-    for wide, tall in ((1, 1), (1, 9), (9, 1), (8, 8), (17, 16), (15, 33), (1000, 3)):
-        found[f"size_{wide}x{tall}"] = encode(picture(1, 0, wide, tall))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    found["png"] = buffer.getvalue()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert("CMYK").save(buffer, "JPEG")
-    found["cmyk"] = buffer.getvalue()
-    return found
-
-
-def _rotated_exif() -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return exif
-
-
-VARIANTS = _variants()
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
