@@ -66,7 +66,7 @@ class Photographs:
         """Write them again and again under other names, ``count`` files in class folders, and return the folder."""
         for number in range(count):
             name, data = self.files[number % len(self.files)]
-            path = folder / Path(name).parent / f"{number:06d}_{Path(name).name}"
+            path = folder / Path(name).parent / f"{number:06d}_{Path(name).stem}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         return folder

@@ -5,11 +5,11 @@ Commands::
     python -m benchmarks.pipeline
     python -m benchmarks.pipeline --images my-photos --all
 
-Every photograph is stored four times under other names, as records for us and for MindSpore and as class folders for
-the others, at first as it is, then at short side 256. All make uint8 batches of 64 at 224 px, antialiased bilinear,
-without normalisation (MindSpore's operators know no antialiasing), with a thread or process a core; ours also compares
-the SHA-256 of every image that it reads. Each runs in a process of its own (`loaders.py`) that has started before the
-first round; a round is a window of a second and a half. What the page cache holds, it holds for all.
+Every photograph is stored four times or more under other names, as records for us and for MindSpore and as class
+folders for the others, at first as it is, then at short side 256. All make uint8 batches of 64 at 224 px, antialiased
+bilinear, without normalisation (MindSpore's operators know no antialiasing), with a thread or process a core; ours also
+compares the SHA-256 of every image that it reads. Each runs in a process of its own (`loaders.py`) that has started
+before the first round; a round is a window of a second and a half. What the page cache holds, it holds for all.
 
 `cpu_ms` is processor time an image, all threads and processes. `--all` adds our portable decoder, torchvision on
 Pillow, evaluation from short side 256, our decoder without a reader, and `limit`: libjpeg-turbo's own partial decode
@@ -19,6 +19,7 @@ with the resize, from memory, in one C++ call a thread.
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from ctypes.util import find_library
@@ -30,7 +31,7 @@ from benchmarks.rounds import Result, compare
 from benchmarks.setting import Setting, parser, run
 from imnet_prep.cpu import cpu_count
 
-COPIES = 4
+COPIES, LEAST = 4, 256
 WINDOW_S, SHORT_WINDOW_S = 1.5, 0.7
 CASES = (("originals", "train"), ("originals", "eval"), ("short256", "train"))
 OURS = {"ours": "ours", "MindSpore": "mindspore"}
@@ -43,7 +44,7 @@ def prepare(told: Setting) -> dict[str, Path]:
     """Write the photographs as files and as records, as they are and at short side 256; return both folders."""
     tool = (sys.executable, "-m", "imnet_prep")
     originals, short = told.work / "originals", told.work / "short256"
-    told.photos.write(originals / "files", COPIES * len(told.photos.files))
+    told.photos.write(originals / "files", max(COPIES * len(told.photos.files), LEAST))
     convert = (*tool, "to-mindrecord", originals / "files", "--split", "train", "--shards", 4, "--out")
     output_of([*convert, originals / "records"])
     output_of([*convert, short / "records", "--short-side", SHORT, "--quality", 90])
@@ -73,8 +74,7 @@ def compare_loaders(
     for kind, mode in cases:
         words = ["--root", roots[kind], "--mode", mode, "--threads", cpu_count(), "--seconds", seconds]
         contenders = {name: Contender(python, "loaders", loader, *words) for name, (python, loader) in loaders.items()}
-        size = sum(path.stat().st_size for path in (roots[kind] / "files").rglob("*.*"))
-        size_kb = size / 1e3 / COPIES / len(told.photos.files)
+        size_kb = statistics.mean(path.stat().st_size for path in (roots[kind] / "files").rglob("*.*")) / 1000
         stored = "as they are" if kind == "originals" else f"at short side {SHORT}"
         what = "training" if mode == "train" else "evaluation"
         title = f"{what} batches at {SIZE} px, photographs stored {stored}, {size_kb:.0f} kB each; start-up left out"

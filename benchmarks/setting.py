@@ -67,7 +67,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 @contextmanager
 def setting(args: argparse.Namespace) -> Iterator[Setting]:
     """Yield the setting of parsed options; its work folder is removed at the end."""
-    rounds = args.rounds or (2 if args.short else ROUNDS)
+    rounds = (2 if args.short else ROUNDS) if args.rounds is None else args.rounds
+    if rounds < 1:
+        sys.exit(f"no rounds: expected 1 or more; got {rounds}; change --rounds")
     work = Path(tempfile.mkdtemp(prefix="imnet-bench-"))
     work.chmod(0o755)  # nginx drops its rights
     try:

@@ -72,8 +72,8 @@ def test_a_source_without_photographs_is_named(tmp_path: Path, name: str) -> Non
 def test_photographs_are_written_again_under_other_names(tmp_path: Path) -> None:
     photos = photographs.Photographs("two", (("a/x.jpg", b"1"), ("b/x.jpg", b"2")))
     photos.write(tmp_path, 5)
-    written = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.jpg")}
+    written = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert written == {
-        "a/000000_x.jpg": b"1", "b/000001_x.jpg": b"2", "a/000002_x.jpg": b"1", "b/000003_x.jpg": b"2",
-        "a/000004_x.jpg": b"1",
+        "a/000000_x.JPEG": b"1", "b/000001_x.JPEG": b"2", "a/000002_x.JPEG": b"1", "b/000003_x.JPEG": b"2",
+        "a/000004_x.JPEG": b"1",
     }  # fmt: skip
