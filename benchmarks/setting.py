@@ -18,11 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import photographs
+from benchmarks.contenders import output_of
 from benchmarks.photographs import Photographs
 from benchmarks.rounds import ROUNDS, Result
 from imnet_prep.cpu import cpu_count, library_versions, memory_bytes
 
 ROOT = Path(__file__).parents[1]
+PEER_VERSIONS = """
+import importlib.metadata, json
+names = {"torch", "torchvision", "nvidia-dali-cuda130", "spdl", "img2dataset"}
+found = {one.name: one.version for one in importlib.metadata.distributions()}
+print(json.dumps({name: version for name, version in sorted(found.items()) if name in names}))
+"""
 QUIET_LOAD = 0.5  # processes that wanted a core in the last minute; more is other people's work
 
 
@@ -89,12 +96,14 @@ def _python(venv: Path) -> Path | None:
 
 def run(args: argparse.Namespace, comparisons: Sequence[Callable[[Setting], list[Result]]]) -> None:
     """Run comparisons, print their tables and write the JSON after each."""
-    before = machine()
+    before: dict[str, Any] = machine() | {"peers": {}}
     if before["load_before"] > QUIET_LOAD:
         print(f"this machine is busy (load {before['load_before']}): the figures will be low", file=sys.stderr)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     with setting(args) as told:
+        for python in filter(None, (told.peers, told.img2dataset)):
+            before["peers"] |= json.loads(output_of([python, "-c", PEER_VERSIONS]))
         head = {"machine": before, "photographs": told.photos.describe(), "rounds": told.rounds, "seed": told.seed}
         head |= {"trial": told.short or told.rounds < ROUNDS}
         print(f"{before['cpu']}, {before['cores']} cores\n{told.photos.source}, {told.photos.mean_bytes / 1e3:.0f} kB")
@@ -115,7 +124,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory_bytes() / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": library_versions("mindspore", "numpy", "opencv", "pillow"),
+        "versions": library_versions("mindspore", "numpy", "opencv", "pillow", "onnxruntime"),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "load_before": round(os.getloadavg()[0], 2),
