@@ -223,7 +223,8 @@ def _named(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise RemoteError(f"{shown(url)} does not exist or may not be read", remedy="check the URL") from error
+        why = _text(url, error.__cause__) if isinstance(error.__cause__, Exception) else ""
+        raise RemoteError(f"{shown(url)} does not exist or may not be read", got=why, remedy="check the URL") from error
     except _failures() as error:
         raise RemoteError(
             f"{shown(url)} cannot be read",

@@ -10,9 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,15 @@ import numpy as np
 import pytest
 
 from imnet_prep import remote
+from imnet_prep.errors import ImnetError, IntegrityError, PipelineError, RecordsError, RemoteError
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.loader.options import EvalOptions, TrainOptions
+from imnet_prep.records.record_list import RECORDS
 from tests.imnet_prep.loader.runs import run_epoch, same
-from tests.records import Entry, entries, write_folder
+from tests.imnet_prep.obstacles import small_disk
+from tests.records import Entry, copy, entries, flip, write_folder
 from tests.s3 import put, s3_server
+from tests.served import served
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -41,6 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
+    """The same records on a web server."""
+    with served(folder) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def bucket(folder: Path) -> Iterator[str]:
     """The same records on an S3 server."""
     with s3_server() as address:
         files = {f"imagenet/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in folder.rglob("*.*")}
@@ -51,89 +59,6 @@ def url(folder: Path) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAITS_S", (0.01, 0.01))
-
-
-class Served(SimpleHTTPRequestHandler):
-    """A folder by HTTP, with ranges; how badly, its server says.
-
-    Attributes of the server:
-        pause_s: Before each piece of 64 KiB.
-        cut: Every third answer with a body ends in its middle.
-        refused: Paths that hold this are answered with 403.
-        changed: Paths that hold this are answered with other bytes; how often still.
-    """
-
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        path = Path(self.translate_path(self.path))
-        if self.server.refused and self.server.refused in self.path:
-            self.send_error(403)
-            return
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data = path.read_bytes()
-        span = self.headers.get("Range")
-        first, last = (int(part) for part in span.removeprefix("bytes=").split("-")) if span else (0, len(data) - 1)
-        part = data[first : last + 1]
-        self.send_response(206 if span else 200)
-        if span:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("ETag", f'"{hash(data)}"')
-        self.end_headers()
-        if body:
-            self.write(part)
-
-    def write(self, part: bytes) -> None:
-        with self.server.lock:
-            self.server.answers += 1
-            cut = self.server.cut and self.server.answers % 3 == 0
-            if self.server.changed[1] and self.server.changed[0] in self.path:
-                self.server.changed = (self.server.changed[0], self.server.changed[1] - 1)
-                part = part[:-1] + bytes([part[-1] ^ 1])
-        if cut:
-            part, self.close_connection = part[: len(part) // 2], True
-        for start in range(0, len(part), 1 << 16):
-            time.sleep(self.server.pause_s)
-            self.wfile.write(part[start : start + (1 << 16)])
-
-
-class Server(ThreadingHTTPServer):
-    """See :class:`Served`."""
-
-    def __init__(self, folder: Path, pause_s: float, cut: bool, refused: str, changed: tuple[str, int]) -> None:
-        self.pause_s, self.cut, self.refused, self.changed = pause_s, cut, refused, changed
-        self.answers, self.lock = 0, threading.Lock()
-        super().__init__(("127.0.0.1", 0), partial(Served, directory=str(folder)))
-
-    def handle_error(self, *_: object) -> None:
-        """Say nothing of clients that were killed."""
-
-
-@contextmanager
-def served(
-    folder: Path, *, pause_s: float = 0, cut: bool = False, refused: str = "", changed: tuple[str, int] = ("", 0)
-) -> Iterator[str]:
-    """Serve a folder; yield its URL."""
-    server = Server(folder, pause_s, cut, refused, changed)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def shard_bytes(folder: Path) -> int:
@@ -155,18 +80,22 @@ def kept(cache: Path) -> int:
 def test_batches_from_a_url_are_those_of_the_folder_whatever_the_cache_holds(
     folder: Path, url: str, tmp_path: Path
 ) -> None:
-    limit = 3 * shard_bytes(folder) + 20_000  # of the record list
+    plain, limit = run_epoch(folder, OPTIONS, 1, order="blocks"), 3 * shard_bytes(folder) + 20_000  # of the record list
     for cache_bytes in (limit, None):
         how: dict[str, Any] = {"cache": tmp_path / str(cache_bytes), "cache_bytes": cache_bytes}
-        for epoch in (0, 1):
-            plain = run_epoch(folder, OPTIONS, epoch, order="blocks")
-            assert same(plain, run_epoch(url, OPTIONS, epoch, **how))
+        assert same(plain, run_epoch(url, OPTIONS, 1, **how))
         assert same(plain[7:], run_epoch(url, OPTIONS, 1, start_step=7, **how))
         ranks = [run_epoch(url, OPTIONS, 1, rank=rank, ranks=2, **how) for rank in (0, 1)]
         assert same(plain, [batch for pair in zip(*ranks, strict=True) for batch in pair])
         options = EvalOptions(8, image_size=32)
         assert same(run_epoch(folder, options, split="val"), run_epoch(url, options, split="val", **how))
         assert kept(tmp_path / str(cache_bytes)) <= (cache_bytes or 1 << 40)
+    assert same(run_epoch(folder, OPTIONS, 1), run_epoch(url, OPTIONS, 1, order="global", **how))
+
+
+def test_batches_from_s3_are_those_of_the_folder(folder: Path, bucket: str, tmp_path: Path) -> None:
+    found = run_epoch(bucket, OPTIONS, cache=tmp_path, cache_bytes=3 * shard_bytes(folder) + 20_000)
+    assert same(found, run_epoch(folder, OPTIONS, order="blocks"))
 
 
 def test_a_shard_is_brought_once_an_epoch_and_the_first_of_the_next_ahead_of_it(
@@ -192,6 +121,155 @@ def test_a_shard_is_brought_once_an_epoch_and_the_first_of_the_next_ahead_of_it(
     numbers = [int(where.split("/train-")[1][:5]) for where in brought]
     assert numbers[: SHARDS + 1] == [*turns[0], turns[1][0]]
     assert len(numbers) <= 2 * SHARDS + 1
+
+
+def turns_of(folder: Path) -> list[str]:
+    """Return the names of the training shards in the order of epoch 0."""
+    with open_batches(folder, "train", OPTIONS, 5, order="blocks") as batches:
+        shards = batches._table.shard[batches.order(0).positions]
+        return [batches._table.files[shard].name for shard in dict.fromkeys(shards.tolist())]
+
+
+def test_the_first_batch_needs_one_shard_alone(folder: Path, tmp_path: Path) -> None:
+    first, *others = turns_of(folder)
+    with (
+        served(folder) as server,
+        open_batches(server.url, "train", OPTIONS, 5, cache=tmp_path, prefetch=1, workers=1) as batches,
+    ):
+        server.held.update(others)
+        stream = batches.epoch(0)
+        one = next(stream)
+        server.held.clear()
+        assert same([one, *stream], run_epoch(folder, OPTIONS, order="blocks"))
+    assert first not in others
+
+
+def test_closing_does_not_wait_for_a_shard(folder: Path, tmp_path: Path) -> None:
+    with served(folder) as server:
+        batches = open_batches(server.url, "train", OPTIONS, 5, cache=tmp_path, prefetch=1)
+        server.pause_s = 1  # a minute for what is wanted
+        stream = batches.epoch(0)
+        while not list(tmp_path.glob("imnet-prep-cache/*/train/.*.part")):
+            time.sleep(0.01)
+        server.pause_s = 0
+        batches.close()
+        with pytest.raises(PipelineError, match="closed"):
+            next(stream)
+    assert kept(tmp_path) <= (folder / "train" / RECORDS).stat().st_size + 3 * shard_bytes(folder)
+
+
+# --- what can go wrong -----------------------------------------------------------------------------------------------
+
+
+def one_line(error: pytest.ExceptionInfo[ImnetError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_server_that_cuts_every_third_answer_is_asked_again(folder: Path, tmp_path: Path) -> None:
+    with served(folder) as server:
+        server.cut = True
+        found = run_epoch(server.url, OPTIONS, cache=tmp_path)
+        assert server.answers > 3 * SHARDS
+    assert same(found, run_epoch(folder, OPTIONS, order="blocks"))
+
+
+def test_wrong_bytes_are_fetched_once_more(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = turns_of(folder)[2]
+    with served(folder) as server:
+        server.changed[f"/train/{name}"] = 1
+        assert same(run_epoch(server.url, OPTIONS, cache=tmp_path), run_epoch(folder, OPTIONS, order="blocks"))
+    (line,) = [record.getMessage() for record in caplog.records if "expected" in record.getMessage()]
+    assert f"{server.url}/train/{name}: expected" in line
+
+
+@pytest.mark.parametrize("kind", ["bytes", "index", "size"])
+@pytest.mark.parametrize("skip", ["raise", "skip"])
+def test_a_manifest_that_lies_is_named_and_no_row_of_the_shard_is_used(
+    folder: Path, tmp_path: Path, kind: str, skip: str
+) -> None:
+    name = turns_of(folder)[1] + (".db" if kind == "index" else "")
+    records = copy(folder, tmp_path / "records")
+    path = records / "train" / name
+    if kind == "size":
+        path.write_bytes(path.read_bytes() + b"more")
+    else:
+        flip(path, 8 * (path.stat().st_size - 100))
+    with served(records) as server, pytest.raises(IntegrityError) as error:
+        run_epoch(server.url, OPTIONS, cache=tmp_path / "cache", on_error=skip)
+    text = one_line(error)
+    assert text.startswith(f"{server.url}/train/{name}: is not what its manifest says; expected ")
+    assert text.endswith("2 times; upload the file again, or all the records with manifest.json last")
+    assert not list((tmp_path / "cache").rglob(f"*{name}*"))
+
+
+def test_no_bucket_no_file_and_no_right_are_named(folder: Path, bucket: str, tmp_path: Path) -> None:
+    for wrong in ("s3://no-such-bucket/imagenet", f"{bucket}/train"):
+        with pytest.raises(RemoteError) as error:
+            run_epoch(wrong, OPTIONS, cache=tmp_path)
+        assert one_line(error).startswith(f"{wrong}/manifest.json does not exist or may not be read")
+    name = turns_of(folder)[1]
+    for refused in ("manifest.json", RECORDS, name):
+        with served(folder) as server:
+            server.refused.add(refused)
+            with pytest.raises(RemoteError) as error:
+                run_epoch(server.url, OPTIONS, cache=tmp_path / refused, on_error="skip")
+        assert f"/{refused}" in one_line(error)
+        assert "403" in one_line(error)
+
+
+def test_a_full_disk_is_named(folder: Path, url: str, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2 * shard_bytes(folder)) as disk:
+        with pytest.raises(RecordsError) as error:
+            run_epoch(url, OPTIONS, cache=disk, cache_bytes=1 << 40)
+        assert "No space left on device; make room on that disk" in one_line(error)
+        assert not [path for path in disk.rglob("*.part") if path.name.startswith(".train")]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "name one with --cache DIR"),
+        ({"cache_bytes": 0, "cache": "cache"}, "more than 0 bytes"),
+        ({"cache_bytes": 200_000, "cache": "cache"}, "room for 3 shards"),
+        ({"cache_bytes": 500_000, "cache": "cache", "order": "global"}, "all shards, which are read in random order"),
+        ({"cache": "file/below"}, "cannot be used as a cache"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(url: str, tmp_path: Path, how: dict[str, Any], message: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    where = {"cache": tmp_path / how["cache"]} if "cache" in how else {}
+    with pytest.raises(RecordsError, match=message) as error:
+        open_batches(url, "train", OPTIONS, **{**how, **where})
+    one_line(error)
+
+
+def test_a_cache_for_a_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordsError, match="a cache is for records behind a URL"):
+        open_batches(folder, "train", OPTIONS, cache=tmp_path)
+
+
+def test_other_files_in_the_folder_of_the_cache_stay_and_do_not_count(folder: Path, url: str, tmp_path: Path) -> None:
+    mine = tmp_path / "train" / "mine.mindrecord"
+    mine.parent.mkdir()
+    mine.write_bytes(bytes(1 << 20))
+    limit = 3 * shard_bytes(folder) + 20_000
+    assert run_epoch(url, OPTIONS, cache=tmp_path, cache_bytes=limit)
+    assert mine.stat().st_size == 1 << 20
+
+
+def test_damage_in_the_cache_is_found_before_use_and_mended(
+    folder: Path, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = run_epoch(url, OPTIONS, cache=tmp_path, check="never")
+    first, second, *_ = sorted(tmp_path.rglob("*.mindrecord"))
+    flip(first, 8 * (first.stat().st_size - 100))
+    second.with_name(f"{second.name}.db").unlink()
+    (listed,) = tmp_path.rglob(RECORDS)
+    flip(listed, 800)
+    assert same(run_epoch(url, OPTIONS, cache=tmp_path, check="never"), plain)
+    assert len([record for record in caplog.records if "is damaged; it is fetched again" in record.getMessage()]) == 2
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -239,11 +317,11 @@ def test_ranks_killed_at_any_moment_leave_no_wrong_byte_and_no_more_than_the_lim
     limit, draw, watch = 3 * shard_bytes(folder) + 20_000, random.Random(kills), Watch(tmp_path)
     wanted = [lines_of(folder, rank) for rank in (0, 1)]
     watch.start()
-    with served(folder, pause_s=0.005) as address:
+    with served(folder, pause_s=0.005) as server:
         for number in range(kills + 1):
             ranks = [
                 subprocess.Popen(
-                    [sys.executable, "-c", RANK, address, str(tmp_path), str(limit), str(rank), "2"],
+                    [sys.executable, "-c", RANK, server.url, str(tmp_path), str(limit), str(rank), "2"],
                     stdout=subprocess.PIPE,
                     text=True,
                 )
