@@ -137,6 +137,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, address: str, bucket: str) -
     write(root / "mobilenetv2_100.safetensors", foreign(random_weights(0.35), "timm"))
     for command in commands(ROOT / "README.md"):
         run(command, root)
+    records = (path for path in (root / "records").rglob("*") if path.is_file())
+    put(bucket, "my-bucket", {f"imagenet/{path.relative_to(root / 'records')}": path.read_bytes() for path in records})
     (root / "old-records").mkdir()
     for file in (root / "records" / "train").glob("*.mindrecord*"):  # what others have: shards and no manifest
         shutil.copy(file, root / "old-records")
