@@ -68,7 +68,7 @@ def ours_dataset(root: Path, mode: str, threads: int) -> Iterator[int]:
 
 def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[int]:
     """The C++ decoder alone with libjpeg-turbo's own entropy decoder, from memory."""
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     import numpy as np
 
@@ -95,7 +95,7 @@ def limit(root: Path, mode: str, threads: int, fast: bool = False) -> Iterator[i
 
     with ThreadPoolExecutor(threads) as pool:
         number = 0
-        waiting = []
+        waiting: list[Future[int]] = []
         while True:
             while len(waiting) < 2 * threads:
                 waiting.append(pool.submit(work, number, number // len(parts)))
@@ -148,7 +148,7 @@ def dali_pipeline(root: Path, mode: str, threads: int) -> Any:
     """Return DALI's pipeline of uint8 (N, H, W, 3) images and labels."""
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None)
+    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None)  # type: ignore[untyped-decorator]
     def build() -> Any:
         data, label = fn.readers.file(file_root=str(root / "files"), random_shuffle=mode == "train", name="reader")
         if mode == "train":
