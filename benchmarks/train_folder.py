@@ -11,13 +11,12 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import ROOT, run_json
+from benchmarks.contenders import ROOT, output_of, run_json
 from imnet_prep.cpu import cpu_count
 from mbv2.show.curves import Line, draw_panels
 from mbv2.training.logs import read_metrics
@@ -34,7 +33,7 @@ def make_records(folder: Path, work: Path) -> Path:
     if (records / "manifest.json").exists():
         return records
     command = [Path(sys.executable).parent / "imnet-prep", "to-mindrecord", folder, "--out", records]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    output_of(command)
     return records
 
 
@@ -102,7 +101,7 @@ def accuracy(venv: Path, folder: Path, seeds: list[int], epochs: int, work: Path
                 out = work / f"seed{seed}"
                 shutil.rmtree(out, ignore_errors=True)
                 train_ours(records, out, epochs, seed)
-                top1 = [row.val_top1 for row in read_metrics(out)]
+                top1 = [row.val_top1 or 0.0 for row in read_metrics(out)]
             else:
                 # One thread and no loading process: the least processor time, which is all that counts here.
                 flags = ("--score", "--seed", str(seed), "--threads", "1")
