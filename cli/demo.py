@@ -8,6 +8,7 @@ from typing import Any
 
 from imnet_prep.cli.drawings import CLASSES
 from imnet_prep.cli.small_set import BROKEN, SEED, Stage, make_records, verify_records
+from imnet_prep.errors import Interrupted
 from imnet_prep.records.manifest import MANIFEST
 from imnet_prep.records.publish import refuse_inside_records
 from imnet_prep.types import Stop
@@ -37,6 +38,8 @@ class DemoResult:
 def run_demo(out: Path, epochs: int | None, stage: Stage, stop: Stop = lambda: False) -> DemoResult:
     """Go the whole way. Records and a training run that are there already are gone on with.
 
+    An interruption says how far the same command would begin.
+
     Args:
         out: The folder for everything.
         epochs: Training epochs; the recipe's where None.
@@ -46,6 +49,16 @@ def run_demo(out: Path, epochs: int | None, stage: Stage, stop: Stop = lambda: F
     Raises:
         ImnetError: Whatever a stage raises.
     """
+    try:
+        return _run(out, epochs, stage, stop)
+    except Interrupted as interrupted:
+        same = f"`imnet-prep demo --out {out}{'' if epochs is None else f' --epochs {epochs}'}`"
+        made = (out / "records" / MANIFEST).exists()
+        remedy = f"{same} goes on from there" if made else f"{same} begins again: the records were not finished"
+        raise Interrupted(interrupted.what, got=interrupted.got, remedy=remedy) from interrupted
+
+
+def _run(out: Path, epochs: int | None, stage: Stage, stop: Stop) -> DemoResult:
     refuse_inside_records(out / "records")
     out.mkdir(parents=True, exist_ok=True)
     records, run = out / "records", out / "run"

@@ -43,7 +43,8 @@ def make_records(out: Path, per_class: Mapping[str, int], stage: Stage, stop: St
                 _download(out, split, files, address, progress, stop)
     sources = [out / "download" / split for split in per_class]
     with stage("to-mindrecord") as progress:
-        convert(sources, out / "records", None, PlanOptions(seed=SEED), ConvertOptions(), progress, stop)
+        anew = ConvertOptions(force=True)  # what an earlier call began names another port
+        convert(sources, out / "records", None, PlanOptions(seed=SEED), anew, progress, stop)
 
 
 def verify_records(records: Path, stage: Stage) -> VerifyResult:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from imnet_prep.cli import demo
+from imnet_prep.build.workdir import Workdir
+from imnet_prep.cli import demo, small_set
+from imnet_prep.errors import Interrupted
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.types import ProgressCallback
 from tests.records import read_records
@@ -38,3 +41,31 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stages.clear()
     assert demo.run_demo(tmp_path, 1, stage).top1 == result.top1  # what is there is not made again
     assert stages == ["verify", "train", "eval"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_says_what_goes_on_and_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PER_CLASS", {"train": 4, "val": 1})
+    monkeypatch.setattr(demo, "verify_records", lambda *_: pytest.fail("it went on"))
+    current = ""
+
+    @contextmanager
+    def stage(name: str) -> Iterator[ProgressCallback]:
+        nonlocal current
+        current = name
+        yield lambda state: None
+
+    command = f"`imnet-prep demo --out {tmp_path} --epochs 1`"
+    begun = Workdir(tmp_path / "records").note
+    for stop in (lambda: current == "download val", begun.exists):
+        with pytest.raises(Interrupted, match=re.escape(f"{command} begins again")):
+            demo.run_demo(tmp_path, 1, stage, stop)
+    assert begun.exists()
+    small_set.make_records(tmp_path, {"train": 4, "val": 1}, stage)  # though a conversion of other URLs was begun
+
+    def stopped(*_: object) -> None:
+        raise Interrupted("stopped after step 3 of 5, saved", remedy="go on with --resume")
+
+    monkeypatch.setattr(demo, "verify_records", stopped)
+    with pytest.raises(Interrupted, match=re.escape(f"saved; {command} goes on from there")):
+        demo.run_demo(tmp_path, 1, stage)
