@@ -117,8 +117,6 @@ def train(
     )  # fmt: skip
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)
-    if result.already_done and not as_json:
-        click.echo("already done", err=True)
     if runtime().rank == 0:
         show(result.to_json(), as_json, result.rows())
 

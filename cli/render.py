@@ -199,8 +199,9 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
             now - last >= LOG_EVERY_S or (progress.done == progress.total and now - started >= LOG_EVERY_S)
         ):
             last = now
-            rate = progress.per_s or progress.done / max(1e-9, now - started)
-            line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}, {rate:.1f}/s"
+            rate = progress.done / max(1e-9, now - started) if progress.per_s is None else progress.per_s
+            line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}"
+            line += f", {rate:.1f}/s" if rate else ""
             if progress.total and rate:
                 line += f", {(progress.total - progress.done) / rate:.0f} s left"
             click.echo(", ".join(filter(None, (line, extras))), err=True)

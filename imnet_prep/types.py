@@ -241,7 +241,7 @@ class Progress:
         bytes_done: Bytes handled so far.
         counts: Further counters by name, e.g. ``{"rejected": 2}``.
         note: A short text, e.g. the loss.
-        per_s: Units a second as the job measures it, start-up left out; None: not measured.
+        per_s: Units a second as the job measures it, start-up left out, 0 while it is unknown; None: not measured.
     """
 
     done: int

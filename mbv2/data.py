@@ -80,6 +80,7 @@ class RunData:
         val: Batches for scoring, or None where the records have no ``val`` split.
         val_images: Images of the ``val`` split.
         loaders: What reads the splits, by name; none where batches do not come from records.
+        small: The images are stored at a short side.
     """
 
     classes: tuple[str, ...]
@@ -91,6 +92,7 @@ class RunData:
     val: BatchSource | None
     val_images: int
     loaders: Mapping[str, Batches] = field(default_factory=dict)
+    small: bool = False
 
     @property
     def skipped(self) -> tuple[SkippedRow, ...]:
@@ -195,7 +197,10 @@ def open_run_data(
             train.add_skipped({row.position: row.reason for row in batches.skipped})
 
     counts = manifest.splits["train"].class_counts
-    return RunData(manifest.classes, manifest.digest, train, images, counts, train_view, val, val_images, loaders)
+    small = manifest.options.get("short_side") is not None
+    return RunData(
+        manifest.classes, manifest.digest, train, images, counts, train_view, val, val_images, loaders, small
+    )
 
 
 def rank_share(runtime: Runtime, workers: int | None = None) -> dict[str, int]:

@@ -85,7 +85,7 @@ class Scores:
         return [
             ("images", f"{self.images}"),
             ("top-1", f"{self.top1:.4f} ({self.correct1})"),
-            ("top-5", f"{self.top5:.4f} ({self.correct5})"),
+            *([("top-5", f"{self.top5:.4f} ({self.correct5})")] if len(self.confusion) > TOP else []),
             ("loss", f"{self.loss:.4f}"),
             *(row for tally in self.tallies for row in tally.rows()),
         ]

@@ -72,7 +72,10 @@ def feature_data(
         pixels = {"seed": options.seed if view else 0, **asdict(replace(view_options(recipe, view), batch_size=1))}
         name = f"{split}-{view}-{cache_key({**common, 'split': split, 'view': view, **pixels})}"
         loader = data.loaders.get(split)
-        return load_features(folder, name, images) or compute_features(
+        if (found := load_features(folder, name, images)) is not None:
+            return found
+        _logger.info("computing the features of %d %s images, once; they are kept in %s", images, split, folder)
+        return compute_features(
             folder,
             name,
             lambda image: predict(fill_rows(image, recipe.batch_size))[: len(image)],

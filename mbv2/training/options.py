@@ -8,7 +8,8 @@ from typing import Any
 from imnet_prep.errors import TrainError
 from mbv2.data import SKIP
 from mbv2.recipe import MODEL_FIELDS, Recipe, recipe_from_fields, stored_fields
-from mbv2.training.logs import verdict
+from mbv2.scoring.score import TOP
+from mbv2.training.logs import DATA_BOUND_FRAC, verdict
 from mbv2.weights.checkpoint import read_checkpoint
 
 LAST, BEST, CONFIG, CURVES, LOCK = "last.ckpt", "best.ckpt", "config.json", "curves.png", ".lock"
@@ -80,6 +81,9 @@ class RunResult:
         already_done: The folder held this very run, finished.
         stopped_early: The recipe's patience came to an end.
         skipped: Names of the bad records that were skipped.
+        classes: Classes of the records.
+        cached: Features were trained on in place of images.
+        small: The images are stored at a short side.
     """
 
     top1: float | None
@@ -91,6 +95,9 @@ class RunResult:
     already_done: bool = False
     stopped_early: bool = False
     skipped: tuple[str, ...] = ()
+    classes: int = 0
+    cached: bool = False
+    small: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``mbv2 train --json`` prints."""
@@ -106,16 +113,24 @@ class RunResult:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the same as lines for a person."""
-        scored = self.top1 is not None and self.top5 is not None
-        return [
-            ("top-1", f"{self.top1:.4f}" if scored else "not scored: the records have no val split"),
-            ("top-5", f"{self.top5:.4f}" if scored else "not scored"),
-            ("epochs", f"{self.epochs}, stopped early: no better top-1" if self.stopped_early else f"{self.epochs}"),
-            ("images/s", f"{self.images_per_s:.1f}"),
-            ("waiting for data", f"{self.data_wait_frac:.1%}; {verdict(self.data_wait_frac)}"),
-            *([("skipped records", _named(self.skipped))] if self.skipped else []),
-            ("checkpoint", str(self.checkpoint)),
-        ]
+        epochs = f"{self.epochs}, stopped early: no better top-1" if self.stopped_early else f"{self.epochs}"
+        rows = [("already done", "nothing was trained")] if self.already_done else []
+        if self.top1 is None or self.top5 is None:
+            rows.append(("top-1", "not scored: the records have no val split"))
+        else:
+            rows.append(("top-1", f"{self.top1:.4f}"))
+            rows += [("top-5", f"{self.top5:.4f}")] if self.classes > TOP else []
+        rows.append(("epochs", epochs))
+        if self.images_per_s:
+            rows.append(("speed", f"{self.images_per_s:,.1f} {'features' if self.cached else 'images'}/s"))
+            rows.append(("waiting for data", self._waiting()))
+        rows += [("skipped records", _named(self.skipped))] if self.skipped else []
+        return [*rows, ("checkpoint", str(self.checkpoint))]
+
+    def _waiting(self) -> str:
+        if self.data_wait_frac < DATA_BOUND_FRAC:
+            return f"{self.data_wait_frac:.1%}"
+        return f"{self.data_wait_frac:.1%}; {verdict(self.data_wait_frac, cached=self.cached, small=self.small)}"
 
 
 def _named(names: tuple[str, ...]) -> str:

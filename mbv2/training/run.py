@@ -88,7 +88,9 @@ def train(
             refuse_others(identity, run_identity(options, data, here.ranks, origin))
         if last is not None and saved_position(last).finished(options.recipe):
             rows, skipped = read_metrics(options.out), [name for name, _ in read_skipped(options.out)]
-            return _result(options, saved_position(last), rows[-1] if rows else Pace(), skipped, already_done=True)
+            return _result(
+                options, data, saved_position(last), rows[-1] if rows else Pace(), skipped, already_done=True
+            )
         _check(options, data, here.ranks)
         if here.rank == 0:
             log_what_computes(options, data)
@@ -138,7 +140,13 @@ def _check(options: RunOptions, data: RunData, ranks: int) -> None:
 
 
 def _result(
-    options: RunOptions, position: Position, pace: Pace | EpochRow, skipped: list[str], *, already_done: bool = False
+    options: RunOptions,
+    data: RunData,
+    position: Position,
+    pace: Pace | EpochRow,
+    skipped: list[str],
+    *,
+    already_done: bool = False,
 ) -> RunResult:
     return RunResult(
         position.best_top1,
@@ -150,6 +158,9 @@ def _result(
         already_done=already_done,
         stopped_early=position.stopped_early(options.recipe),
         skipped=tuple(skipped),
+        classes=len(data.classes),
+        cached=options.recipe.freeze == "backbone",
+        small=data.small,
     )
 
 
@@ -181,7 +192,7 @@ class _Run:
             data = feature_data(options, data, self.learner, stop=stop, progress=progress)
         self.data, self.steps_per_epoch = data, data.train.steps_per_epoch
         self.state = RunState(options, self.learner, identity, data, writes=self.writes, rate=self.rate)
-        self.results = StepResults(recipe, self.steps_per_epoch, here.ranks, self.state.not_finite)
+        self.results = StepResults(recipe, data, here.ranks, self.state.not_finite)
         self.log: RunLog | None = None
 
     def carry_out(self) -> RunResult:
@@ -200,7 +211,8 @@ class _Run:
         finally:
             if self.log is not None:
                 self.log.close()
-        return _result(self.options, position, self.results.run_pace, [row.file_name for row in self.data.skipped])
+        skipped = [row.file_name for row in self.data.skipped]
+        return _result(self.options, self.data, position, self.results.run_pace, skipped)
 
     def _epoch(self) -> None:
         position = self.state.position
@@ -218,6 +230,7 @@ class _Run:
             self.log.add_skipped(self.data.skipped, row.epoch - 1, row.step)
             shape = f"width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
             draw_curves(self.options.out / CURVES, read_metrics(self.options.out), f"{self.recipe.name}: {shape}")
+            _logger.info(self.results.epoch_line(row, position))
             self._tell(row)
         self._save_last()
 
@@ -230,6 +243,7 @@ class _Run:
         for batch in self.data.train.epoch(position.epoch, position.epoch_step):
             waited = time.perf_counter()
             lr = self.rate(position.step)
+            self.results.before_step()
             result = self.learner.train(batch, position.step, lr, stop=self.stop())
             finished = time.perf_counter()
             position.step, position.epoch_step = position.step + 1, position.epoch_step + 1
@@ -269,7 +283,8 @@ class _Run:
 
     def _evaluate(self, *, live: bool = False) -> Scores:
         try:
-            return self.learner.evaluate(self.data, live=live, stop=self.stop if self.ranks == 1 else lambda: False)
+            with self.results.evaluation():
+                return self.learner.evaluate(self.data, live=live, stop=self.stop if self.ranks == 1 else lambda: False)
         except Interrupted as interrupted:
             self._save_last()
             what = f"stopped in the evaluation after step {self.state.position.step}, saved"
