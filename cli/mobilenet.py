@@ -24,7 +24,7 @@ TOLD = "told from the weights"
 def main() -> None:
     """Train MobileNetV2 on verified records, and evaluate, run or export it.
 
-    Example: mbv2 train --records records --image-size 64 --epochs 2 --out run
+    Example: mbv2 train --records records --recipe finetune --pretrained pretrained.ckpt --out run
     """
 
 
