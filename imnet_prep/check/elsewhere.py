@@ -1,7 +1,8 @@
 """Verify records behind a URL: the files that are there, and the SHA-256 of each, without keeping any of it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
@@ -16,7 +17,6 @@ from imnet_prep.records.manifest import MANIFEST, Manifest
 from imnet_prep.types import Progress, ProgressCallback
 
 _File = tuple[str, int, str]  # name, size in bytes, SHA-256
-_Task = tuple[int, _File]
 
 
 def verify_url(
@@ -58,11 +58,9 @@ def verify_url(
     manifest = folder.manifest
     files = list(_files(manifest))
     problems = [*check_expectation(manifest, expect), *_check_unlisted(url, manifest)]
-    check = partial(_check_file, url, level)
-    tasks = run_tasks(check, enumerate(files), workers, scheduler, lambda *_: None, task="file")
     done, total = 0, sum(size for _, size, _ in files)
-    with closing(tasks):
-        for (_, size, _), problem in zip(files, in_order(tasks), strict=True):
+    with closing(_check_files(url, level, files, workers, scheduler)) as found:
+        for (_, size, _), problem in zip(files, found, strict=True):
             problems += [problem] if problem else []
             done += size
             progress(Progress(done, total, "bytes"))
@@ -85,24 +83,40 @@ def _check_unlisted(url: str, manifest: Manifest) -> Iterator[Problem]:
             yield Problem("unexpected", name, "is not in the manifest")
 
 
-def _check_file(url: str, level: str, task: _Task, _advance: Advance) -> tuple[int, Problem | None]:
-    """Return the number of a file, and its problem if it has one."""
-    number, (name, size, expected) = task
+def _check_files(
+    url: str, level: str, files: list[_File], workers: int, scheduler: str | None
+) -> Generator[Problem | None, None, None]:
+    """Yield the problem of each file, or None, in their order."""
+    if scheduler is None:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(partial(_check_file, url, level), files)
+    else:
+        check = partial(_check_on_worker, url, level)
+        yield from in_order(run_tasks(check, enumerate(files), workers, scheduler, lambda *_: None, task="file"))
+
+
+def _check_on_worker(url: str, level: str, task: tuple[int, _File], _advance: Advance) -> tuple[int, Problem | None]:
+    number, file = task
+    return number, _check_file(url, level, file)
+
+
+def _check_file(url: str, level: str, wanted: _File) -> Problem | None:
+    """Return the problem of a file, if it has one."""
+    name, size, expected = wanted
     try:
         file = remote.look_up(f"{url}/{name}")
     except RemoteError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        return number, Problem("missing", name, "is not there")
+        return Problem("missing", name, "is not there, or may not be read")
     if file is None:
-        return number, Problem("missing", name, "is a folder")
+        return Problem("missing", name, "is a folder")
     if file.size_bytes not in (None, size):
-        return number, Problem("size", name, f"has {file.size_bytes} bytes, expected {size}")
+        return Problem("size", name, f"has {file.size_bytes} bytes, expected {size}")
     if level == "quick":
-        return number, None
+        return None
     digest = hashlib.sha256()
     for data in remote.read(file):
         digest.update(data)
     got = digest.hexdigest()
-    wrong = got != expected
-    return number, Problem("digest", name, f"expected SHA-256 {expected[:12]}, got {got[:12]}") if wrong else None
+    return None if got == expected else Problem("digest", name, f"expected SHA-256 {expected[:12]}, got {got[:12]}")
