@@ -9,6 +9,9 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.cc mbv2/kernels/*.h mbv2/kernels/*/*.cc mbv2/kernels/*/*.h mbv2/kernels/*/*.inl \
           imnet_prep/images/native/CMakeLists.txt imnet_prep/images/native/*.cc imnet_prep/images/native/*.h)
 
+# The tests start processes by the hundred, which would each compile the modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast test-light test-long test-wheel check wheel bench sanitize venv docs clean
 
 venv: $(VENV)/.installed

@@ -150,7 +150,7 @@ def check_named(command: str, code: int, said: str, path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("put", ["pipe", "folder", "nothing", "/dev/zero", "loop"])
 def test_what_is_no_file_is_named(name: str, put: str, records: Path) -> None:
-    path = next(records.glob(name))
+    path = min(records.glob(name))
     path.unlink()
     if put == "pipe":
         make_fifo(path)
@@ -167,7 +167,7 @@ def test_what_is_no_file_is_named(name: str, put: str, records: Path) -> None:
 
 def test_a_file_without_permission_is_named(records: Path) -> None:
     for name in FILES:
-        path = next(records.glob(name))
+        path = min(records.glob(name))
         path.chmod(0)
         command = [sys.executable, "-m", "imnet_prep", "report", str(records), "--workers=1"]
         done = subprocess.run(

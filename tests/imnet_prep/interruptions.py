@@ -40,6 +40,7 @@ from typing import Any
 
 import pytest
 
+from tests.memory_disk import MEMORY_DISK, memory_disk
 from tests.records import command
 from tests.synthetic import WNIDS, make_image_folder
 
@@ -49,7 +50,6 @@ if sys.platform != "linux":
 REPOSITORY = Path(__file__).parents[2]
 ANOTHER_SYSTEM = Path(__file__).parent / "another_system"  # its sitecustomize.py turns Linux into Windows
 CASE = "case"  # the folder of a run
-MEMORY_DISK = Path("/dev/shm")  # many small runs: a real disk's fsync would take most of the time
 MEMORY_NEEDED_BYTES = 512 << 20
 RUN_LIMIT_S = 60.0
 KINDS = ("kill", "ENOSPC", "EIO")
@@ -232,8 +232,7 @@ def server(*, windows: bool = False) -> Iterator[Server]:
     """
     if shutil.which("strace") is None:
         raise Refused("strace is not installed")
-    roomy = os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > MEMORY_NEEDED_BYTES
-    with tempfile.TemporaryDirectory(prefix="interruptions-", dir=MEMORY_DISK if roomy else None) as folder:
+    with tempfile.TemporaryDirectory(prefix="interruptions-", dir=memory_disk(MEMORY_NEEDED_BYTES)) as folder:
         started = Server(Path(folder).resolve(), windows=windows)
         try:
             started.run(["--version"], ["-f"])

@@ -24,7 +24,7 @@ from tests.synthetic import WNIDS, encode, picture
 
 def spoil(source: Path) -> None:
     """A broken image and a PNG: one is rejected, the other converted."""
-    folder = next((source / "train").iterdir())
+    folder = min((source / "train").iterdir())
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     (folder / "drawn.png").write_bytes(encode(picture(0, 77), "PNG"))
 
@@ -180,7 +180,7 @@ def test_the_hash_depends_on_every_record_and_on_no_order() -> None:
 
 def odd_names(source: Path) -> None:
     """Images in folders below a class, and names with blanks and joiners that Python calls unprintable."""
-    folder = next((source / "train").iterdir())
+    folder = min((source / "train").iterdir())
     (folder / "sub" / "deeper").mkdir(parents=True)
     for number, name in enumerate(ODD_NAMES):
         (folder / name).write_bytes(encode(picture(0, 200 + number), "JPEG"))

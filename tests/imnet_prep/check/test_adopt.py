@@ -221,7 +221,7 @@ def bare(records: Path) -> Path:
 )
 def test_a_forced_adoption_that_fails_leaves_everything_as_it_was(tmp_path: Path, fault: str, error: str) -> None:
     records = make_records(tmp_path, shards=1)
-    val = next(records.glob("val/*.mindrecord"))
+    val = min(records.glob("val/*.mindrecord"))
     names = tmp_path / "names.txt"
     names.write_text("a\nb\n" if fault == "labels" else "a\nb\nc\n")
     data = bytearray(val.read_bytes())
@@ -387,7 +387,7 @@ def test_what_was_interrupted_is_finished_and_only_an_adoption_is_done_again(
 ) -> None:
     records = make_records(tmp_path, shards=1)
     before = digests(records)
-    index = next(records.glob("train/*.db"))
+    index = min(records.glob("train/*.db"))
     index.unlink()
     if interrupted == "adopt":
         bare(records)

@@ -142,7 +142,7 @@ def test_a_list_that_contradicts_the_shards_is_refused(
 
 @pytest.mark.parametrize("label", ["'cat'", "NULL", "1.5"])
 def test_an_index_whose_labels_are_no_numbers_is_refused(records: Path, label: str) -> None:
-    index = next((records / "train").glob("*.db"))
+    index = min((records / "train").glob("*.db"))
     index.chmod(0o600)
     with sqlite3.connect(index) as connection:
         column = next(row[1] for row in connection.execute("PRAGMA table_info(INDEXES)") if "label" in row[1])
@@ -153,7 +153,7 @@ def test_an_index_whose_labels_are_no_numbers_is_refused(records: Path, label: s
 
 
 def test_an_index_that_leads_outside_the_shard_is_refused(records: Path) -> None:
-    index = next((records / "train").glob("*.db"))
+    index = min((records / "train").glob("*.db"))
     index.chmod(0o600)
     with sqlite3.connect(index) as connection:
         connection.execute("UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = 1 << 50")
@@ -163,7 +163,7 @@ def test_an_index_that_leads_outside_the_shard_is_refused(records: Path) -> None
 
 
 def test_an_index_that_is_no_database_is_refused(records: Path) -> None:
-    index = next((records / "train").glob("*.db"))
+    index = min((records / "train").glob("*.db"))
     index.chmod(0o600)
     index.write_bytes(b"no database" * 1000)
     with pytest.raises(RecordsError, match=index.name):
