@@ -19,6 +19,7 @@ from tests.records import read_records
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_network")
 def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PER_CLASS", {"train": 4, "val": 1})
     stages: list[str] = []

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import nn, ops
 from numpy.typing import NDArray
 
-from mbv2.network.model import MobileNetV2, block_shapes
+from mbv2.network.model import MobileNetV2
 from tests.mbv2.blocks import BlockCall, Floats, head_train, sides_of
 from tests.mbv2.reference import Sides, sides
 
@@ -70,10 +70,10 @@ def native_sides(net: MobileNetV2, image: NDArray[np.uint8]) -> dict[str, Sides]
     found: dict[str, Sides] = {}
     values = parameter_values(net)
     x: NDArray[Any] = image
-    for i, shape in enumerate(block_shapes(net.config.width)):
+    for i, block in enumerate(net.blocks):
         first = f"blocks.{i}.expand" if i else "stem"
         call = BlockCall(
-            shape, (first, f"blocks.{i}.depthwise", f"blocks.{i}.project"), int(net.config.padding == "same")
+            block.shape, (first, f"blocks.{i}.depthwise", f"blocks.{i}.project"), int(net.config.padding == "same")
         )
         made = call.train(values, x)
         found |= call.sides(made)

@@ -1,5 +1,0 @@
-"""The fixture of all tests here."""
-
-from tests.mbv2.small_network import small_network
-
-__all__ = ["small_network"]
