@@ -115,7 +115,7 @@ def convert_and_check(command: list[str], folder: Path, **environment: str) -> N
     assert json.loads(run([*command, "info", "records", "--json"], folder, **environment))["images"] == 28
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_command_starts_there(own: Path) -> None:
     for script, group in (("imnet-prep", prep), ("mbv2", mobilenet)):
         for name in group.commands:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import fields
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,8 +25,10 @@ import pytest
 
 import imnet_prep
 from imnet_prep import catalog, download, sources
+from imnet_prep.cli import mobilenet
 from imnet_prep.cli.prep import main
 from imnet_prep.sources.tar import BLOCK
+from mbv2.recipe import Recipe
 from tests.imnet_prep.sources.parquets import Row, write_parquet
 from tests.imnet_prep.sources.test_parquet import hub_words
 from tests.imnet_prep.sources.test_webdataset import img2dataset
@@ -36,7 +39,9 @@ from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet, tar_b
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OURS = ("imnet-prep ", "mbv2 ")
+PROGRAMS = {"imnet-prep": main, "mbv2": mobilenet.main}
+OURS = tuple(f"{program} " for program in PROGRAMS)
+FIELDS = {field.name for field in fields(Recipe)}
 ON_MANY = "many-machines.md"  # needs several hosts; tests/e2e/test_many_machines.py runs it
 SERVING = ("imnet-prep browse",)  # does not end by itself; tests/imnet_prep/show/test_browse.py runs it
 ADDED = {
@@ -46,6 +51,7 @@ ADDED = {
 }
 
 
+@cache
 def commands(page: Path) -> list[str]:
     """Return the command lines of a page's fenced blocks, continued lines joined, comments left out."""
     lines: list[str] = []
@@ -159,17 +165,37 @@ def test_the_commands_of_the_readme_run(world: Path) -> None:
     assert (world / "web-records" / "manifest.json").is_file()
 
 
+def own_commands(page: Path) -> list[str]:
+    """Return the commands of a page that README does not have."""
+    known = set(commands(ROOT / "README.md"))
+    return [command for command in commands(page) if command not in known and not command.startswith(SERVING)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES[1:] if page.name != ON_MANY and commands(page)], ids=lambda page: page.name
+    "page",
+    [
+        # Each command of mbv2 compiles a whole network: README's are run by make test.
+        pytest.param(page, marks=[pytest.mark.long] * any(line.startswith("mbv2 ") for line in own_commands(page)))
+        for page in PAGES[1:]
+        if page.name != ON_MANY and own_commands(page)
+    ],
+    ids=lambda page: page.name,
 )
 def test_the_commands_of_a_page_run(world: Path, tmp_path: Path, page: Path) -> None:
-    known = set(commands(ROOT / "README.md"))
-    todo = [command for command in commands(page) if command not in known and not command.startswith(SERVING)]
-    if todo:
-        shutil.copytree(world, tmp_path / "world")
-    for command in todo:
+    shutil.copytree(world, tmp_path / "world")
+    for command in own_commands(page):
         run(command, tmp_path / "world")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_the_options_of_a_page_are_known(page: Path) -> None:
+    """Parse every command of a page, those too that only make test-long runs."""
+    for command in commands(page):
+        program, name, *words = shlex.split(command)
+        given = PROGRAMS[program].commands[name].make_context(name, words).params
+        for assignment in given.get("assignments", ()):
+            assert assignment.partition("=")[0] in FIELDS, command
 
 
 def test_the_chinese_readme_is_in_step() -> None:

@@ -259,7 +259,7 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
         image_size(bytes(data))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_damaged_bytes_raise_no_sanitizer_alarm(tmp_path: Path) -> None:
     source = Path(__file__).parents[3] / "imnet_prep" / "images" / "native"

@@ -118,7 +118,7 @@ def test_the_command_line_imports_neither_mindspore_nor_opencv_for_help() -> Non
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stock_model_trains_on_our_dataset(records: Path) -> None:
     pytest.importorskip("mindspore")
     # In a process of its own: MindSpore compiles from source files and remembers its settings.
