@@ -121,9 +121,9 @@ def mindspore(root: Path, mode: str, threads: int) -> Iterator[int]:
     else:
         operations = [vision.Decode(), vision.Resize(SHORT), vision.CenterCrop(SIZE)]
     data = data.map(operations, input_columns=["image"]).batch(BATCH, drop_remainder=mode == "train")
+    rows = data.create_tuple_iterator(num_epochs=-1, output_numpy=True)
     while True:
-        for row in data.create_tuple_iterator(num_epochs=1, output_numpy=True):
-            yield len(row[0])
+        yield from (len(row[0]) for row in rows)
 
 
 def dali(root: Path, mode: str, threads: int) -> Iterator[int]:
@@ -188,12 +188,16 @@ def torchvision(root: Path, mode: str, threads: int, pil: bool = False) -> Itera
         else [kind.Resize(SHORT, antialias=True), kind.CenterCrop(SIZE)]
     )
     data = datasets.ImageFolder(str(root / "files"), transform=kind.Compose(steps + last), loader=loader)
-    batches = torch.utils.data.DataLoader(
-        data, BATCH, shuffle=mode == "train", num_workers=threads, persistent_workers=True, prefetch_factor=4
-    )
+    order = endless(len(data), mode)
+    for images, _ in torch.utils.data.DataLoader(data, BATCH, sampler=order, num_workers=threads, prefetch_factor=4):
+        yield len(images)
+
+
+def endless(count: int, mode: str) -> Iterator[int]:
+    """Yield places for ever, in training in another order each epoch. Epochs are short here, and an end of one costs."""
+    draw = random.Random(0)
     while True:
-        for images, _ in batches:
-            yield len(images)
+        yield from draw.sample(range(count), count) if mode == "train" else range(count)
 
 
 def torchvision_pil(root: Path, mode: str, threads: int) -> Iterator[int]:
@@ -236,11 +240,8 @@ def spdl(root: Path, mode: str, threads: int) -> Iterator[int]:
 
     paths = [str(path) for path in sorted((root / "files").rglob("*.JPEG"))]
 
-    def source() -> Iterator[str]:
-        while True:
-            yield from draw.sample(paths, len(paths)) if mode == "train" else paths
-
-    builder = PipelineBuilder().add_source(source()).pipe(decode, concurrency=threads).aggregate(BATCH)
+    source = (paths[number] for number in endless(len(paths), mode))
+    builder = PipelineBuilder().add_source(source).pipe(decode, concurrency=threads).aggregate(BATCH)
     pipeline = builder.pipe(join).add_sink(4).build(num_threads=threads)
     with pipeline.auto_stop():
         for batch in pipeline:
