@@ -194,7 +194,7 @@ def torchvision(root: Path, mode: str, threads: int, pil: bool = False) -> Itera
 
 
 def endless(count: int, mode: str) -> Iterator[int]:
-    """Yield places for ever, in training in another order each epoch. Epochs are short here, and an end of one costs."""
+    """Yield places for ever, in another order each epoch in training. Epochs are short here, and each end costs."""
     draw = random.Random(0)
     while True:
         yield from draw.sample(range(count), count) if mode == "train" else range(count)
