@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from imnet_prep.build.differences import Made, begun_plan, differences, options_of
 from imnet_prep.build.plan import Plan
 from imnet_prep.build.shard_task import PLAN_DATABASE, PLAN_NOTE
 from imnet_prep.errors import ImnetError, IntegrityError, Interrupted, PlanError, RemoteError
@@ -204,9 +205,7 @@ def finished_before(workdir: Workdir, plan: Plan, *, force: bool) -> Manifest | 
         return None
     if there.plan != plan.digest:
         raise PlanError(
-            f"{workdir.out}: holds the result of another plan (other images, options or version)",
-            expected=f"plan {plan.digest[:12]}",
-            got=f"plan {there.plan[:12] or 'none'}",
+            f"{workdir.out}: holds the result of another plan: {differences(Made.of_manifest(there), plan)}",
             remedy="choose another --out, or --force to replace it once the new one is whole",
         )
     if missing := _missing(workdir.out, there):
@@ -233,9 +232,8 @@ def check_begun(workdir: Workdir, plan: Plan, *, force: bool) -> None:
         _forget(workdir, plan)
     elif begun["plan"] != plan.digest:
         raise PlanError(
-            f"{workdir.partial}: holds an unfinished conversion with another plan (other images, options or version)",
-            expected=f"plan {plan.digest[:12]}",
-            got=f"plan {begun['plan'][:12]}",
+            f"{workdir.partial}: holds an unfinished conversion with another plan: "
+            f"{differences(begun_plan(workdir.database, begun, plan), plan)}",
             remedy="repeat its command to continue it, or --force to start over",
         )
 
@@ -271,7 +269,8 @@ def begin(workdir: Workdir, plan: Plan, note: dict[str, Any], *, force: bool) ->
     for folder in (workdir.work / "tmp", workdir.work / "done", *(workdir.partial / split for split in plan.splits)):
         folder.mkdir(exist_ok=True)
     if begun is None:
-        write_atomically(workdir.note, json.dumps({"plan": plan.digest, **note}).encode())
+        document = {"plan": plan.digest, "options": options_of(plan), **note}
+        write_atomically(workdir.note, json.dumps(document).encode())
     return replace(plan, database=workdir.database)
 
 

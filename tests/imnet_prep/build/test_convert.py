@@ -390,7 +390,7 @@ def test_finished_folder_with_a_shard_missing_is_not_done(source: Path, records:
 def test_another_plan_needs_force_and_replaces_at_the_end(source: Path, records: Path, tmp_path: Path) -> None:
     out = shutil.copytree(records, tmp_path / "out")
     before = digests(out)
-    with pytest.raises(PlanError, match="another plan"):
+    with pytest.raises(PlanError, match="another plan: --shards was 2, now 3; choose"):
         run(source, out, shards=3)
     assert digests(out) == before
 
@@ -508,7 +508,7 @@ def test_unfinished_work_of_another_plan_is_not_thrown_away(source: Path, tmp_pa
         convert([source], tmp_path / "out", None, PlanOptions(shards=4), ConvertOptions(workers=1), leave,
                 lambda: False)  # fmt: skip
     before = digests(tmp_path / "out.partial")
-    with pytest.raises(PlanError, match="unfinished conversion with another plan"):
+    with pytest.raises(PlanError, match="unfinished conversion with another plan: --seed was 0, now 1; repeat"):
         run(source, tmp_path / "out", shards=4, seed=1)
     assert digests(tmp_path / "out.partial") == before
     run(source, tmp_path / "out", shards=4, seed=1, force=True)

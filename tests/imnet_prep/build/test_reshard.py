@@ -159,7 +159,7 @@ def test_asked_for_again_it_is_already_done(clean: Path, tmp_path: Path) -> None
     again = run([clean], tmp_path / "out", shards=3)
     assert (first.built.already_done, again.built.already_done) == (False, True)
     assert first.written == again.written
-    with pytest.raises(PlanError, match="another plan"):
+    with pytest.raises(PlanError, match="another plan: --shards was 3, now 4; choose"):
         run([clean], tmp_path / "out", shards=4)
 
 
