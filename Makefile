@@ -12,7 +12,7 @@ NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.c
 # The tests start processes by the hundred, which would each compile the modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-light test-long test-wheel check wheel bench sanitize venv docs clean
+.PHONY: demo test test-fast test-light test-long test-wheel check wheel bench sanitize cross venv docs clean
 
 venv: $(VENV)/.installed
 
@@ -96,8 +96,15 @@ sanitize:
 	for kind in address thread; do \
 	  cmake -S . -B build/sanitize-$$kind -DMBV2_SANITIZE=$$kind && \
 	  cmake --build build/sanitize-$$kind --target mbv2_stress && \
-	  build/sanitize-$$kind/mbv2/kernels/mbv2_stress || exit 1; \
+	  build/sanitize-$$kind/mbv2/kernels/mbv2_stress build/sanitize-$$kind/mbv2/kernels/mbv2_kernels.so || exit 1; \
 	done
+
+# The C++ for arm64 and for Windows, run under qemu and Wine, must make what it makes here. On Debian: installs the compilers,
+# qemu and Wine. IMAGES: a tar of JPEGs to decode beside those that the target makes.
+IMAGES ?= $(wildcard ../shared/data/imagenet-samples-250.tar)
+
+cross: venv
+	tests/e2e/cross.sh $(abspath $(IMAGES))
 
 clean:
 	rm -rf $(VENV) $(LIGHT) .venv-peers .venv-img2dataset build .mypy_cache .ruff_cache .pytest_cache
