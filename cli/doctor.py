@@ -5,6 +5,7 @@ Libraries are imported, and the C++ parts loaded, in processes of their own: a b
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -239,6 +240,11 @@ def _examine_libraries(report: Report) -> None:
     if not light and not (report.libraries["numpy"] or "1").startswith("1."):
         what = f"mbv2: MindSpore does not work with NumPy {report.libraries['numpy']}"
         report.problems.append(Problem(what, numpy.install(light), False))
+    if not light and sys.platform == "linux":
+        try:
+            ctypes.CDLL("libgomp.so.1")
+        except OSError as error:  # the one library that MindSpore's wheel does not bring
+            report.problems.append(Problem(f"mbv2: MindSpore cannot load {error}", "apt-get install libgomp1", False))
 
 
 def _import(modules: list[str]) -> dict[str, str]:

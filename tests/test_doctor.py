@@ -148,6 +148,18 @@ def test_numpy_2_beside_mindspore_is_a_problem_of_training(monkeypatch: pytest.M
     )  # fmt: skip
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a library of Linux")
+def test_the_library_that_mindspore_does_not_bring_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr("ctypes.CDLL", absent)
+    (problem,) = libraries(monkeypatch, mindspore="2.10.0", numpy="1.26.4").problems
+    assert problem.what.startswith("mbv2: MindSpore cannot load libgomp.so.1: cannot open")
+    assert (problem.remedy, problem.needed) == ("apt-get install libgomp1", False)
+    assert libraries(monkeypatch, mindspore="", numpy="2.4.0").problems[0].what == "mbv2 needs MindSpore"
+
+
 def refused(_: Path) -> Any:
     raise OSError(37, "No locks available")
 
