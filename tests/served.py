@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Iterator
@@ -27,14 +26,14 @@ class Server(ThreadingHTTPServer):
         answers: Answers with a body so far.
     """
 
-    def __init__(self, folder: Path, pause_s: float) -> None:
+    def __init__(self, folder: Path, pause_s: float = 0, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.pause_s, self.cut, self.answers = pause_s, False, 0
         self.refused: set[str] = set()
         self.held: set[str] = set()
         self.changed: dict[str, int] = {}
         self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(address, partial(_Handler, directory=str(folder)))
+        self.url = f"http://{address[0]}:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
         """Say nothing of clients that were killed."""
@@ -60,17 +59,19 @@ class _Handler(SimpleHTTPRequestHandler):
         if not path.is_file() or self.path.endswith(tuple(self.server.refused)):
             self.send_error(403 if path.is_file() else 404)
             return
-        data, span = path.read_bytes(), self.headers.get("Range")
-        first, last = (int(part) for part in span.removeprefix("bytes=").split("-")) if span else (0, len(data) - 1)
-        part = data[first : last + 1]
+        stat, span = path.stat(), self.headers.get("Range")
+        first, last = (int(part) for part in span.removeprefix("bytes=").split("-")) if span else (0, stat.st_size - 1)
+        last = min(last, stat.st_size - 1)
         self.send_response(206 if span else 200)
         if span:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("Content-Range", f"bytes {first}-{last}/{stat.st_size}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.send_header("ETag", f'"{stat.st_mtime_ns}-{stat.st_size}"')
         self.end_headers()
         if body:
-            self.send(part)
+            with path.open("rb") as file:
+                file.seek(first)
+                self.send(file.read(last + 1 - first))
 
     def send(self, part: bytes) -> None:
         with self.server.lock:
@@ -82,7 +83,8 @@ class _Handler(SimpleHTTPRequestHandler):
         if cut:
             part, self.close_connection = part[: len(part) // 2], True
         for start in range(0, len(part), PIECE):
-            time.sleep(self.server.pause_s)
+            if self.server.pause_s:
+                time.sleep(self.server.pause_s)
             self.wfile.write(part[start : start + PIECE])
 
 
