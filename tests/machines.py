@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,20 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
+def inside(network: str) -> list[str]:
+    """Return the words before a command that run it in a network namespace."""
+    return ["ip", "netns", "exec", network]
+
+
 @contextmanager
-def network(hub_addresses: Sequence[str] = ()) -> Iterator[tuple[list[str], list[list[str]]]]:
+def network(hub_addresses: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]]:
     """Make five network namespaces on a bridge, or skip: a hub, and four with the addresses ``MACHINES``.
 
     Args:
         hub_addresses: Further addresses of the hub.
 
     Yields:
-        The words before a command that run it in the hub, and in each of the others.
+        Their names: the hub's, and those of the others.
     """
     names = [f"imnet-{os.getpid()}-{number}" for number in range(5)]
     hub, *others = names
@@ -46,7 +52,7 @@ def network(hub_addresses: Sequence[str] = ()) -> Iterator[tuple[list[str], list
                 ip("-n", name, "link", "set", "eth0", "up")
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no network namespaces: {getattr(error, 'stderr', b'').decode() or error}")
-        yield ["ip", "netns", "exec", hub], [["ip", "netns", "exec", name] for name in others]
+        yield hub, others
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
@@ -56,28 +62,43 @@ class Host:
     """A machine with a host name, an own folder in place of ``here``, and host names for all addresses.
 
     Args:
-        around: The words before a command that run it with the host's network.
+        network: The name of its network namespace.
         name: Its host name.
         here: The folder in whose place it has its own, which is ``folder``.
         folder: Its own folder; made here.
         hosts: In place of ``/etc/hosts``.
     """
 
-    def __init__(self, around: Sequence[str], name: str, here: Path, folder: Path, hosts: Path) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, network: str, name: str, here: Path, folder: Path, hosts: Path) -> None:
+        self.name, self.folder, self._network = name, folder, network
         folder.mkdir(parents=True)
         begin = 'hostname "$0" && mount --bind "$1" "$2" && mount --bind "$3" /etc/hosts && echo ready && exec cat'
         words = ["unshare", "--mount", "--uts", "sh", "-c", begin, name, str(folder), str(here), str(hosts)]
-        self._holds = subprocess.Popen([*around, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._holds = subprocess.Popen([*inside(network), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._holds.stdout is not None
         if self._holds.stdout.readline() != b"ready\n":
             self.close()
             pytest.skip("no mount namespaces")
-        self.around = ["nsenter", "--target", str(self._holds.pid), "--mount", "--uts", "--net", f"--wd={here}"]
+        enter = ["nsenter", "--target", str(self._holds.pid), "--mount", "--uts", "--net"]
+        self.around = [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(here)]
 
     def hide(self, folder: Path) -> None:
         """Put an empty folder in place of one."""
         subprocess.run([*self.around, "mount", "-t", "tmpfs", "none", str(folder)], check=True)
+
+    def stop(self) -> None:
+        """Stop all that runs on it, but for what holds the namespaces."""
+        self._signal("SIGSTOP")
+
+    def kill(self) -> None:
+        """Kill all that runs on it, but for what holds the namespaces."""
+        self._signal("SIGKILL")
+
+    def _signal(self, name: str) -> None:
+        found = subprocess.run(["ip", "netns", "pids", self._network], check=True, capture_output=True).stdout
+        for process in set(map(int, found.split())) - {self._holds.pid}:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.Signals[name])
 
     def close(self) -> None:
         """End the process that holds the namespaces; they end with the last one in them."""
@@ -86,19 +107,21 @@ class Host:
 
 
 @contextmanager
-def hosts(folder: Path, here: Path) -> Iterator[tuple[Host, list[Host]]]:
-    """Make a hub and four machines named ``host1`` to ``host4``, each with an own folder in place of ``here``.
+def hosts(folder: Path, here: Path, addresses: Sequence[str] = ()) -> Iterator[list[Host]]:
+    """Make ``head`` and ``host1`` to ``host4``, each with an own folder in place of ``here``.
 
     Args:
         folder: Takes their folders.
         here: A folder.
+        addresses: Further addresses of ``head``.
     """
-    names = {"hub": HUB, **{f"host{number}": address for number, address in enumerate(MACHINES, 1)}}
+    names = {"head": HUB, **{f"host{number}": address for number, address in enumerate(MACHINES, 1)}}
     listed = folder / "hosts"
-    listed.write_text("".join(f"{address} {name}\n" for name, address in names.items()) + "127.0.0.1 localhost\n")
-    with network() as (hub, others), ExitStack() as stack:
+    lines = [f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **names}.items()]
+    listed.write_text("".join(lines), "utf-8")
+    with network(addresses) as (hub, others), ExitStack() as stack:
         found = []
-        for name, around in zip(names, [hub, *others], strict=True):
-            found.append(Host(around, name, here, folder / name, listed))
+        for name, network_name in zip(names, [hub, *others], strict=True):
+            found.append(Host(network_name, name, here, folder / name, listed))
             stack.callback(found[-1].close)
-        yield found[0], found[1:]
+        yield found

@@ -26,7 +26,7 @@ from imnet_prep.records.folder import RecordsFolder
 from tests.dask_cluster import Cluster
 from tests.imnet_prep.download.servers import Exchange, Route, Server, images
 from tests.imnet_prep.obstacles import kill
-from tests.machines import HUB, MACHINES, network
+from tests.machines import HUB, MACHINES, inside, network
 
 ROOT = Path(__file__).parent.parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Dask's own threads and sockets
@@ -309,9 +309,9 @@ def seen_by(server: subprocess.Popen[str]) -> dict[str, dict[str, Any]]:
 @pytest.mark.long
 def test_four_machines_ask_forty_hosts_as_one_would(tmp_path: Path) -> None:
     with (
-        network(HOSTS) as (hub, others),
-        many_hosts(hub) as (server, urls),
-        closing(Cluster(tmp_path / "dask", others, around=hub, host=HUB, options=())) as four,
+        network(HOSTS) as (name, others),
+        many_hosts(hub := inside(name)) as (server, urls),
+        closing(Cluster(tmp_path / "dask", [inside(one) for one in others], around=hub, host=HUB, options=())) as four,
     ):
         lines = write_lines(tmp_path / "list", urls, 30)
         done = subprocess.run([*hub, *command(lines, tmp_path / "out", four.address)], capture_output=True, check=True)
