@@ -198,6 +198,7 @@ def test_bad_input_is_named_in_one_line(records: Path, tmp_path: Path) -> None:
     assert "image_size" in refused("train", "--records", records, "--out", out, "--image-size", "300")
     assert "24" in refused("train", "--records", records, "--out", out, "--batch-size", "25")
     assert "nothing to resume" in refused("train", "--records", records, "--out", out, "--resume")
+    assert run("train", "--records", records, "--out", out, "--device-target", "TPU").exit_code == 2
     assert "absent.ckpt" in refused("eval", "--records", records, "--checkpoint", tmp_path / "absent.ckpt")
     assert "train, val" in refused("eval", "--records", records, "--checkpoint", "x", "--split", "test")
     assert "no such file" in refused("predict", "--checkpoint", "x", tmp_path / "absent.jpg")
@@ -252,7 +253,7 @@ def options() -> list[tuple[str, str, str]]:
         (name, max(option.opts, key=len), str(option.name))
         for name, command in main.commands.items()
         for option in command.params
-        if isinstance(option, click.Option)
+        if isinstance(option, click.Option) and option.name not in ("quiet", "verbose")  # taken by the guard
     ]
 
 

@@ -29,8 +29,8 @@ def made(folder: Path, refs: Sequence[ImageRef] = REFS, **options: object) -> Pl
     ("refs", "options", "said"),
     [
         (REFS, {"seed": 4}, "--seed was 0, now 4"),
-        (REFS, {"val_fraction": 0.34}, "--val-fraction was not given, now 0.34"),
-        (REFS, {"shards": 2, "max_per_class": 9}, "--max-per-class was not given, now 9, --shards was not given, now 2"),
+        (REFS, {"shards": 2}, "--shards was not given, now 2"),
+        (REFS, {"seed": 1, "val_fraction": 0.4}, "--seed was 0, now 1, --val-fraction was not given, now 0.4"),
         (REFS[:3], {}, "1 class is gone (dog)"),
         ([*REFS, replace(REFS[0], class_name="owl", file_name="owl/0.jpg")], {}, "1 class is new (owl)"),
         ([*REFS[:2], *REFS[3:]], {}, "1 image is gone (the first cat/2.jpg)"),
