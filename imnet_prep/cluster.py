@@ -172,7 +172,10 @@ class WorkerWatch:
         """Return whether no worker is left, as of at most two seconds ago; warn when the last one has gone."""
         if time.monotonic() - self._looked_at >= _LOOK_EVERY_S:
             self._looked_at = time.monotonic()
-            is_alone = not self._client.nthreads()
+            try:
+                is_alone = not self._client.nthreads()
+            except OSError:  # the scheduler is lost, which the tasks tell
+                return self._is_alone
             if is_alone and not self._is_alone:
                 _log.warning("no Dask worker is left (their logs say why); waiting for one")
             self._is_alone = is_alone
