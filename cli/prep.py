@@ -106,8 +106,7 @@ def download(
     if dry_run:
         with progress_bar("read lists") as progress:
             found = plan(options, progress)
-        shown = found | {"largest_hosts": ", ".join(f"{one['host']} {one['urls']}" for one in found["largest_hosts"])}
-        show(found, as_json, [(name.replace("_", " "), str(value)) for name, value in shown.items()])
+        show(found, as_json, summary.lists_rows(found))
         return
     with stop_requested() as stop, progress_bar("download") as progress:
         result = run(options, progress, stop)
@@ -115,16 +114,8 @@ def download(
     elsewhere = totals.pop("elsewhere")
     if part is not None:
         totals["elsewhere"] = elsewhere
-    rows = [
-        *((name, str(totals[name])) for name in ("requested", "ok")),
-        ("failed", str(sum(totals["failed"].values()))),
-        *((f"  {reason}", str(count)) for reason, count in totals["failed"].items()),
-        *((name, str(totals[name])) for name in ("pending", "malformed", "repeated", "bytes")),
-        ("seconds", f"{result.seconds:.1f}"),
-        ("folder", str(out)),
-        *((f"  failed at {host}", str(count)) for host, count in result.top_hosts),
-    ]
-    show(totals | {"seconds": round(result.seconds, 3)}, as_json, rows)
+    shown = totals | {"seconds": round(result.seconds, 3)}
+    show(shown, as_json, summary.download_rows(shown, out, result.top_hosts))
     if result.verdict is not None:
         raise result.verdict
 

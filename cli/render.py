@@ -75,10 +75,18 @@ def painted(text: str, stream: TextIO, **style: Any) -> str:
 
 
 class _Lines(logging.Handler):
-    """Prints the log to stderr, above a progress bar where there is one."""
+    """Prints the log to stderr, above a progress bar where there is one; a notice once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._notices: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
+        if record.levelno == logging.INFO:
+            if text in self._notices:
+                return
+            self._notices.add(text)
         if record.levelno >= logging.WARNING:
             text = f"{painted('warning:', sys.stderr, fg='yellow')} {text}"
         with suppress(OSError, ValueError):  # the terminal may be gone

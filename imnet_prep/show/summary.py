@@ -14,6 +14,30 @@ SHORT_S = 60  # a run of less is mostly start-up
 ALREADY_DONE = ("already done", "nothing was written")
 
 
+def lists_rows(found: Mapping[str, Any]) -> Rows:
+    """Return the lines of a dry run of ``imnet-prep download``."""
+    hosts = ", ".join(f"{one['host']} {one['urls']:,}" for one in found["largest_hosts"])
+    rows = [(name.replace("_", " "), value) for name, value in {**found, "largest_hosts": hosts}.items() if value]
+    return [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in rows]
+
+
+def download_rows(result: Mapping[str, Any], out: Path, hosts: Sequence[tuple[str, int]]) -> Rows:
+    """Return the lines of a download into a folder, with the hosts that failed most."""
+    failed, listing = sum(result["failed"].values()), out / "failures.jsonl"
+    listed = f", listed in {listing}" if failed and listing.exists() else ""
+    others = ("pending", "malformed", "repeated", "elsewhere")
+    return [
+        ("requested", f"{result['requested']:,}"),
+        ("ok", f"{result['ok']:,}, {_size(result['bytes'])}"),
+        *([("failed", f"{failed:,}{listed}")] if failed else []),
+        *((f"  {reason}", f"{count:,}") for reason, count in result["failed"].items()),
+        *((f"  at {host}", f"{count:,}") for host, count in hosts),
+        *((name, f"{result[name]:,}") for name in others if result.get(name)),
+        ("time", f"{result['seconds']:,.1f} s"),
+        ("folder", str(out)),
+    ]
+
+
 def conversion_rows(result: Mapping[str, Any]) -> Rows:
     """Return the lines of a conversion."""
     manifest = Path(result["manifest"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -45,8 +46,12 @@ def test_without_json_people_get_a_table(tmp_path: Path) -> None:
             "--urls", write_list(tmp_path / "list", [server.url("/x")]), "--out", tmp_path / "out", "--allow-private"
         )
     assert done.exit_code == 0
-    assert [line.split() for line in done.stdout.splitlines()[2:4]] == [["failed", "1"], ["gone", "1"]]
-    assert f"failed at 127.0.0.1:{server.port}" in done.stdout
+    failures = tmp_path / "out" / "failures.jsonl"
+    assert [re.split("  +", line.strip()) for line in done.stdout.splitlines()[:5]] == [
+        ["requested", "1"], ["ok", "0, 0.0 MB"], ["failed", f"1, listed in {failures}"], ["gone", "1"],
+        [f"at 127.0.0.1:{server.port}", "1"],
+    ]  # fmt: skip
+    assert "pending" not in done.stdout
 
 
 def test_private_addresses_are_refused_unless_allowed(tmp_path: Path) -> None:

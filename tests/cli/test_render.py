@@ -30,6 +30,7 @@ def command(fail: bool) -> None:
     log = logging.getLogger("imnet_prep.test")
     log.debug("a detail")
     log.info("a notice")
+    log.info("a notice")
     log.warning("a doubt")
     with progress_bar("work") as progress:
         progress(Progress(2, 2))
