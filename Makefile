@@ -27,7 +27,7 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Leaves out what takes more than a few seconds: two to four minutes.
+# Leaves out what takes more than a second of processor time.
 test-fast: venv
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not long'
 

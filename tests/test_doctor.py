@@ -63,7 +63,7 @@ def test_a_whole_installation_is_described_without_an_import_of_mindspore(tmp_pa
     assert found["operators"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_ends_with_the_result(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0

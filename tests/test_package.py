@@ -100,7 +100,13 @@ def test_the_wheel_converts_and_verifies_beside_modules_of_the_same_names(wheel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [[str(SCRIPTS / "imnet-prep")], [sys.executable, "-P", "-m", "imnet_prep"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [str(SCRIPTS / "imnet-prep")],
+        pytest.param([sys.executable, "-P", "-m", "imnet_prep"], marks=pytest.mark.long),
+    ],
+)
 def test_the_installed_command_converts_and_verifies_there(command: list[str], own: Path) -> None:
     convert_and_check(command, own)
 

@@ -165,6 +165,7 @@ def test_what_is_no_file_is_named(name: str, put: str, records: Path) -> None:
             assert (code, said) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_file_without_permission_is_named(records: Path) -> None:
     for name in FILES:
         path = min(records.glob(name))

@@ -61,6 +61,7 @@ def test_private_addresses_are_refused_unless_allowed(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["failed"] == {"address_refused": 1}
 
 
+@pytest.mark.slow
 def test_opt_outs_are_honoured_unless_ignored(tmp_path: Path) -> None:
     def route(exchange: Exchange) -> None:
         exchange.headers.setdefault("x", "")
@@ -122,6 +123,7 @@ def test_missing_flags_are_a_usage_error() -> None:
     assert _run("--out", "x").exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_asked_to_stop_it_finishes_what_is_in_hand_and_exits_130(tmp_path: Path, number: int) -> None:
     if signal.getsignal(number) == signal.SIG_IGN:

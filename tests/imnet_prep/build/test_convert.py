@@ -200,6 +200,7 @@ def test_duplicates_are_counted_or_rejected(tmp_path: Path) -> None:
     assert (only["train"].duplicates, only["val"].duplicates) == (0, 0)
 
 
+@pytest.mark.slow
 def test_row_that_outgrows_its_page_is_stored_all_the_same(tmp_path: Path) -> None:
     source = make_image_folder(tmp_path / "in", 1, 40, (), width=64, height=64)
     flat = synthetic.encode(synthetic.picture(0, 0, 8, 8).repeat(150, 0).repeat(150, 1), "PNG")

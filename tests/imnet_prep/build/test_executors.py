@@ -48,6 +48,7 @@ def test_no_task_is_no_process() -> None:
     assert list(cluster.run_tasks(run_task, [], 0, "tcp://127.0.0.1:9", lambda *_: None, task="shard")) == []
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     run(source, tmp_path / "records", shards=6, workers=3)
     assert digests(tmp_path / "records") == expected

@@ -287,6 +287,7 @@ def test_a_killed_export_starts_over(records: Path, tmp_path: Path) -> None:
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_the_command(records: Path, tmp_path: Path) -> None:
     result = prep_json("export", records, "--to", "webdataset", "--out", tmp_path / "out", "--split", "val")
     assert (result["images"], result["splits"], result["format"]) == (6, {"val": 6}, "webdataset")

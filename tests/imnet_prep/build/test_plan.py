@@ -225,6 +225,7 @@ def test_names_and_folders_of_any_letters_come_back(tmp_path: Path) -> None:
     assert list(shard_refs(made.database, 1, 2)) == items
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tracemalloc
 

@@ -89,6 +89,7 @@ def test_rejections_and_conversions_come_along_and_nothing_changes(mixed: Path, 
     assert verify(tmp_path / "three", "decode", 1, quiet).ok
 
 
+@pytest.mark.slow
 def test_worker_count_changes_no_byte(mixed: Path, tmp_path: Path) -> None:
     run([mixed], tmp_path / "one", shards=3)
     reshard([mixed], tmp_path / "two", ReshardOptions(shards=3, workers=2), quiet)
@@ -279,6 +280,7 @@ def test_no_folder_is_made_inside_records(clean: Path, tmp_path: Path) -> None:
     assert verify(records, "quick", 1, quiet).ok
 
 
+@pytest.mark.slow
 def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     records = make_records(tmp_path, classes=5, per_class=30, shards=128, splits=("train",))
     call = command("reshard", records, "--shards", 3, "--out", tmp_path / "three", "--workers", 1)

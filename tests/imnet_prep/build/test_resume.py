@@ -95,6 +95,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_asked_to_stop_it_leaves_a_clean_checkpoint(
     source: Path, expected: dict[str, str], tmp_path: Path, number: int
@@ -153,6 +154,7 @@ def test_shard_that_went_missing_is_made_again(source: Path, expected: dict[str,
     assert digests(out) == expected
 
 
+@pytest.mark.slow
 def test_archives_killed_and_resumed(tmp_path: Path) -> None:
     made = make_imagenet(tmp_path / "archives", classes=6, per_class=12)
     arguments = ("to-mindrecord", made.train, made.val, made.devkit, "--max-rejected", "100%", "--shards", "5")
@@ -178,7 +180,14 @@ def small_disk(tmp_path: Path) -> Path:
     return disk
 
 
-@pytest.mark.parametrize("filler", [5_200_000, 4_600_000, 4_000_000, 3_400_000, 2_900_000])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "filler",
+    [
+        *(5_200_000, 3_400_000),
+        *(pytest.param(size, marks=pytest.mark.long) for size in (4_600_000, 4_000_000, 2_900_000)),
+    ],
+)
 def test_full_disk_then_freed(
     source: Path,
     expected: dict[str, str],
@@ -206,6 +215,7 @@ def test_full_disk_then_freed(
         subprocess.run(["umount", str(small_disk)], check=True)
 
 
+@pytest.mark.slow
 def test_resumed_elsewhere_the_folder_may_have_moved(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """The source moved between two runs: the plan is the same, so the work goes on."""
     copy = shutil.copytree(source, tmp_path / "in")

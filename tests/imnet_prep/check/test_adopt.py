@@ -254,7 +254,7 @@ def test_a_forced_adoption_that_finds_a_name_twice_keeps_the_list(tmp_path: Path
     assert names_below(folder) == {*before, "train"}
 
 
-@pytest.mark.parametrize("free_pages", [0, 1, 2, 4])
+@pytest.mark.parametrize("free_pages", [0, 2, *(pytest.param(pages, marks=pytest.mark.long) for pages in (1, 4))])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(
     tmp_path: Path, free_pages: int, indexed: bool

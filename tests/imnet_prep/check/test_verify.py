@@ -65,6 +65,7 @@ def test_whole_folder_is_ok_at_every_level(whole: Path, level: str) -> None:
     assert result.to_json()["problems"] == []
 
 
+@pytest.mark.slow
 def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
     records = make_records(tmp_path, classes=4, per_class=150, splits=("train",), shards=3)
     path, start, _ = place_of_image(records, 5)
@@ -74,6 +75,7 @@ def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
     assert alone == together
 
 
+@pytest.mark.slow
 def test_hash_finds_every_one_of_200_bit_flips(records: Path) -> None:
     draw = random.Random(8)
     files = shard_files(records)
@@ -89,6 +91,7 @@ def test_hash_finds_every_one_of_200_bit_flips(records: Path) -> None:
     assert look(records, "hash").ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("withheld", [("shards",), ("shards", "records")])
 def test_decode_never_falls_over_whatever_bit_is_flipped(records: Path, withheld: tuple[str, ...]) -> None:
     draw = random.Random(len(withheld))
@@ -127,6 +130,7 @@ def contents(records: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
     return found
 
 
+@pytest.mark.slow
 def test_decode_finds_by_record_digests_every_flip_that_changes_a_record(records: Path) -> None:
     before = contents(records)
     draw = random.Random(3)

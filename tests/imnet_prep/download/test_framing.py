@@ -137,6 +137,7 @@ def fetch_all(count: int) -> Counter[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_random_answers_never_reach_another_url() -> None:
     seen = fetch_all(600)
     assert seen["good"] >= 180

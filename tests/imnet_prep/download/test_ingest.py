@@ -112,6 +112,7 @@ def test_the_classes_asked_for_are_kept_and_others_are_no_failures(tmp_path: Pat
     journal.close()
 
 
+@pytest.mark.slow
 def test_a_list_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     good = b"n00000001_1 http://a.com/1\n"
     rng = random.Random(0)

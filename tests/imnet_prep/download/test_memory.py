@@ -152,6 +152,7 @@ def test_pixels_are_counted_by_the_header() -> None:
     assert pixels_of(b"<html>") == pixels_of(b"") == pixels_of(b"\xff\xd8\xff") == 0
 
 
+@pytest.mark.slow
 def test_a_large_jpeg_that_is_read_as_a_stream_waits_for_no_other() -> None:
     if not decoder_status()[0]:
         pytest.skip("no C++ library")

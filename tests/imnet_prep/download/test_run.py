@@ -84,6 +84,7 @@ def test_small_storage_is_jpeg_of_the_short_side_and_keeps_the_source_digest(tmp
         assert image.source_sha256 == hashlib.sha256(picture(5, kind)).hexdigest()
 
 
+@pytest.mark.slow
 def test_connections_are_reused_and_never_more_than_allowed(tmp_path: Path) -> None:
     busy = threading.Semaphore(3)
     over: list[str] = []
@@ -112,6 +113,7 @@ def test_the_rate_of_a_host_is_kept(tmp_path: Path) -> None:
     assert times[-1] - times[0] >= 11 / 8 - 0.2
 
 
+@pytest.mark.slow
 def test_a_slow_host_costs_the_others_nothing(tmp_path: Path) -> None:
     def slow(exchange: Exchange) -> None:
         time.sleep(2)
@@ -159,6 +161,7 @@ def test_a_host_that_asks_for_too_much_patience_is_left(tmp_path: Path) -> None:
         assert sum(host.hits.values()) <= 4
 
 
+@pytest.mark.slow
 def test_a_dead_host_is_given_up_without_asking_for_each_url(tmp_path: Path) -> None:
     with Server(lambda exchange: exchange.reset()) as dead, Server(images) as fine:
         urls = [dead.url(f"/{number}") for number in range(300)] + [fine.url(f"/{number}") for number in range(5)]
@@ -177,6 +180,7 @@ def test_a_dead_host_is_given_up_without_asking_for_each_url(tmp_path: Path) -> 
         assert again.totals.failed == {"connect": 300}
 
 
+@pytest.mark.slow
 def test_only_passing_failures_are_tried_again_and_only_when_asked(tmp_path: Path) -> None:
     broken = {"/1": 500, "/2": 404}
 
@@ -196,6 +200,7 @@ def test_only_passing_failures_are_tried_again_and_only_when_asked(tmp_path: Pat
         assert server.hits - before == Counter({"/1": 1})
 
 
+@pytest.mark.slow
 def test_what_a_limit_refused_is_tried_again_once_it_is_lifted(tmp_path: Path) -> None:
     def route(exchange: Exchange) -> None:
         exchange.answer(200, picture(1), **({"X_Robots_Tag": "noai"} if exchange.path == "/kept-out" else {}))
@@ -234,6 +239,7 @@ def test_the_same_bytes_from_many_urls_are_a_placeholder(tmp_path: Path) -> None
     assert len(_tree(tmp_path / "out")) == 8
 
 
+@pytest.mark.slow
 def test_a_known_placeholder_is_known_when_it_comes_alone_later(tmp_path: Path) -> None:
     sign = picture(3)
 
@@ -258,6 +264,7 @@ def test_a_list_that_names_each_photograph_often_loses_none(tmp_path: Path) -> N
     assert result.totals.failed == {}
 
 
+@pytest.mark.slow
 def test_interruption_finishes_what_is_in_hand(tmp_path: Path) -> None:
     with Server(images) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(400)])
@@ -273,12 +280,14 @@ def test_interruption_finishes_what_is_in_hand(tmp_path: Path) -> None:
         assert max(server.hits.values()) == 1
 
 
+@pytest.mark.slow
 def test_an_answer_without_a_body_keeps_its_connection(tmp_path: Path) -> None:
     with Server(lambda exchange: exchange.answer(404)) as server:
         _download(write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(60)]), tmp_path / "out")
         assert server.connections <= 4
 
 
+@pytest.mark.slow
 def test_too_many_failures_are_a_failed_run(tmp_path: Path) -> None:
     with Server(lambda exchange: exchange.answer(404)) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(30)])
@@ -288,6 +297,7 @@ def test_too_many_failures_are_a_failed_run(tmp_path: Path) -> None:
     assert "30 gone" in str(verdict)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_nowhere_is_stopped_early(tmp_path: Path) -> None:
     with Server(lambda exchange: exchange.answer(404)) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(4000)])

@@ -53,6 +53,7 @@ def test_a_host_that_serves_nothing_is_given_up(tmp_path: Path, storm: str) -> N
     assert "given up" in (tmp_path / "out" / "failures.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_host_that_serves_some_loses_none(tmp_path: Path, status: int) -> None:
     """Every URL is refused once, and half of the requests at any time."""
@@ -71,6 +72,7 @@ def test_a_host_that_serves_some_loses_none(tmp_path: Path, status: int) -> None
     assert (result.totals.ok, result.totals.failed) == (60, {})
 
 
+@pytest.mark.slow
 def test_one_refusal_with_a_long_pause_does_not_end_a_host_that_has_served(tmp_path: Path) -> None:
     """The answers that were in flight are kept, and what has been refused once is asked for again."""
     once = threading.Event()

@@ -185,6 +185,7 @@ def test_ids_that_differ_in_case_alone_are_one(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.slow
 def test_the_other_columns_reach_the_records(tmp_path: Path) -> None:
     with Server(images) as server:
         lines = [{"url": server.url(f"/{n}.jpg"), "label": "ab"[n % 2], "caption": f"é {n}", "n": n} for n in range(6)]
@@ -202,6 +203,7 @@ def test_the_other_columns_reach_the_records(tmp_path: Path) -> None:
     assert seen == {line["url"]: {"caption": line["caption"], "n": line["n"]} for line in lines}
 
 
+@pytest.mark.slow
 def test_deleted_images_are_noticed_and_fetched_again(tmp_path: Path) -> None:
     with Server(images) as server:
         (tmp_path / "list").write_text("".join(f"ab{n % 2} {server.url(f'/{n}.jpg')}\n" for n in range(8)))

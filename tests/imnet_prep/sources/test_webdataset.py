@@ -247,6 +247,7 @@ def test_sources_that_would_call_one_number_by_two_names_are_refused(tmp_path: P
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_option_names_classes_and_is_in_the_manifest_when_used(tmp_path: Path) -> None:
     put(tmp_path / "ds", "train-0.tar", {"1.jpg": A, "1.cls": 0, "2.jpg": B, "2.cls": 2})
     (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in CLASSES))

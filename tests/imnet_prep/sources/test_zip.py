@@ -378,6 +378,7 @@ def test_no_damage_loses_an_image_in_silence_in_many_archives(tmp_path: Path) ->
         check_damaged(tmp_path, seed)
 
 
+@pytest.mark.slow
 def test_many_members_take_little_memory(tmp_path: Path) -> None:
     """Sixteen bytes for each, and a part of the directory."""
     import tracemalloc

@@ -31,6 +31,7 @@ from mbv2.training.options import RunOptions
 from mbv2.training.ranks import sum_counts, sum_floats
 from mbv2.training.run import train
 from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
+from tests.mbv2.training.test_reference_values import accumulated
 from tests.mbv2.weights.test_convert import random_weights
 from tests.records import spoil_image
 from tests.synthetic import WNIDS, picture
@@ -125,7 +126,7 @@ def under_msrun(log: Path, *arguments: str | Path) -> int:
 
 @pytest.fixture(scope="module")
 def two(records: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on two ranks, undisturbed."""
+    """The run on two ranks, undisturbed, and beside it the weights of :func:`accumulated`."""
     out = tmp_path_factory.mktemp("two") / "run"
     assert on_two_ranks(out, records, start) == 0, (out.parent / "run-log" / "worker_0.log").read_text()[-2000:]
     return out
@@ -167,6 +168,12 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
         assert np.abs(second[name] - value).max() <= within, name
     assert [row.val_top1 for row in read_metrics(one)] == [row.val_top1 for row in read_metrics(two)]
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
+
+
+@pytest.mark.slow
+def test_weighted_classes_on_two_ranks_equal_one_with_all_images(two: Path) -> None:
+    for one, both in zip(accumulated(0, 1), np.load(f"{two}-accumulated.npz").values(), strict=True):
+        np.testing.assert_allclose(both, one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long
@@ -294,6 +301,10 @@ def main() -> None:
         run = options(Path(records), Path(out), Path(pretrained), GLOBAL_BATCH // 2, resume=resume, recipe=recipe)
         train(replace(run, seed=1) if second and "seed" in rest else run, stop=stop, progress=progress)
     assert (runtime().local_ranks, runtime().threads) == (2, max(1, cpu_count() // 2))
+    if not rest:
+        weights = accumulated(runtime().rank, 2)
+        if runtime().rank == 0:
+            np.savez(f"{out}-accumulated.npz", *weights)
 
 
 if __name__ == "__main__":

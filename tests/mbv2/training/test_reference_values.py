@@ -1,7 +1,6 @@
 """Schedules, optimizers and losses against what PyTorch and timm gave (``tests/mbv2/reference_values``)."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import pytest
 from mindspore import nn
 
 from mbv2.recipe import Recipe
-from mbv2.runtime import start_mindspore
 from mbv2.training.optimizer import step_controls
 from mbv2.training.schedule import learning_rate
 from mbv2.training.step import ApplyAccumulated, TrainStep
-from tests.mbv2.training.test_ranks import under_msrun
 
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parents[1] / "reference_values" / "training.json").read_bytes())
 TRAININGS = REFERENCE["trainings"]
@@ -125,27 +122,3 @@ def accumulated(rank: int, ranks: int) -> list[np.ndarray[Any, Any]]:
         if number % 2:
             update(controls)
     return [parameter.asnumpy() for parameter in net.get_parameters()]
-
-
-@pytest.mark.slow
-def test_weighted_classes_on_two_ranks_equal_one_with_all_images(tmp_path: Path) -> None:
-    out = tmp_path / "two.npz"
-    log = tmp_path / "log"
-    assert under_msrun(log, "-m", "tests.mbv2.training.test_reference_values", out) == 0, (
-        log / "worker_0.log"
-    ).read_text()[-2000:]
-    for one, two in zip(accumulated(0, 1), np.load(out).values(), strict=True):
-        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
-
-
-def main() -> None:
-    """Train as one of two ranks; the first writes the weights."""
-    here = start_mindspore("CPU")
-    weights = accumulated(here.rank, here.ranks)
-    assert here.ranks == 2
-    if here.rank == 0:
-        np.savez(sys.argv[1], *weights)
-
-
-if __name__ == "__main__":
-    main()

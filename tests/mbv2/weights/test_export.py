@@ -39,7 +39,16 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mindir", "onnx"])
+@pytest.mark.parametrize(
+    ("checkpoint", "kind"),
+    [
+        ("symmetric", "mindir"),
+        ("symmetric", "onnx"),
+        ("same", "onnx"),
+        pytest.param("same", "mindir", marks=pytest.mark.long),
+    ],
+    indirect=["checkpoint"],
+)
 def test_the_file_gives_the_checkpoint_s_logits_at_batch_1_and_7(checkpoint: Path, kind: str, tmp_path: Path) -> None:
     result = export_checkpoint(checkpoint, kind, tmp_path / f"net.{kind}")
     assert result.max_difference < 1e-4
