@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import os
 import shutil
 import socket
 import subprocess
@@ -83,9 +84,10 @@ def served(root: Path, work: Path, hosts: Sequence[str] = ("127.0.0.1",)) -> Any
     if nginx:
         config = work / "nginx.conf"
         temps = " ".join(f"{name}_temp_path {work}/ngx_{name};" for name in ("proxy", "fastcgi", "uwsgi", "scgi"))
+        user = "user root; " if os.geteuid() == 0 else ""  # it would drop its rights, and see no private folder
         listen = " ".join(f"listen {host}:{port};" for host in hosts)
         config.write_text(
-            f"daemon off; worker_processes 1; pid {work}/nginx.pid; error_log {work}/nginx.err;\n"
+            f"{user}daemon off; worker_processes 1; pid {work}/nginx.pid; error_log {work}/nginx.err;\n"
             f"events {{ worker_connections 1024; }}\n"
             f"http {{ access_log off; sendfile on; keepalive_requests 1000000;\n"
             f"client_body_temp_path {work}/ngx_body; {temps}\n"

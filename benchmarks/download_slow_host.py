@@ -40,7 +40,6 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        work.chmod(0o755)  # nginx drops its rights
         loaded = photographs.load(args.images)
         loaded.write(work / "www", len(loaded.files))
         photos = sorted(path for path in (work / "www").rglob("*") if path.is_file())

@@ -132,6 +132,10 @@ def compare(
     for number in range(0 if warm_up else 1, rounds + 1):
         for contender in draw.sample(list(contenders), len(contenders)):
             measured = contenders[contender]()
+            if measured[RATE] <= 0:
+                sys.exit(
+                    f"{name}: expected images from {contender}; got none: {dict(measured)}; run it alone to see why"
+                )
             what = f"round {number} of {rounds}" if number else "warm-up"
             print(f"{name} {what}, {contender}: {figure(measured[RATE])} {unit}", file=sys.stderr, flush=True)
             if number:

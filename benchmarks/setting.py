@@ -78,7 +78,6 @@ def setting(args: argparse.Namespace) -> Iterator[Setting]:
     if rounds < 1:
         sys.exit(f"no rounds: expected 1 or more; got {rounds}; change --rounds")
     work = Path(tempfile.mkdtemp(prefix="imnet-bench-"))
-    work.chmod(0o755)  # nginx drops its rights
     try:
         photos = photographs.load(args.images, seed=args.seed)
         peers, img2dataset = _python(args.peers), _python(args.img2dataset)

@@ -46,6 +46,12 @@ def test_a_line_whose_rounds_are_far_apart_is_marked() -> None:
     assert marked[0].startswith("| a | 100 | 90 | 120 | 30% (!) | 1.00 |")
 
 
+def test_a_contender_that_makes_nothing_ends_the_comparison() -> None:
+    broken = {"ours": lambda: {"images_per_s": 0.0, "lost": 20.0}}
+    with pytest.raises(SystemExit, match=r"case: expected images from ours; got none: .*'lost': 20"):
+        compare("case", "title", broken, 5, 0)
+
+
 @pytest.mark.parametrize(("largest", "steady"), [(115.0, True), (115.1, False)])
 def test_the_limit_is_15_percent_of_the_median(largest: float, steady: bool) -> None:
     assert Line("a", (100.0, 100.0, largest), {}).steady is steady
