@@ -229,6 +229,7 @@ class CachedReader(RowReader):
                 shard = next((shard for shard in soon if shard not in self._tried), None)
                 if shard is not None:
                     self._tried.add(shard)
+                    soon = soon[: soon.index(shard) + 1]  # what comes later makes room for it
                 elif soon == pinned:
                     self._changed.wait()
                     continue
