@@ -12,7 +12,7 @@ from mbv2.recipe import PADDINGS
 from mbv2.runtime import DEVICE_TARGETS
 from mbv2.weights.names import SOURCES
 
-from .options import CACHE, CACHE_BYTES, CHECKPOINT, DEVICE, GROUP, JSON, PATH, PLACE, RECORDS, REPLACE, THREADS
+from .options import CACHE, CACHE_BYTES, CHECKPOINT, DEVICE, GROUP, JSON, PATH, PLACE, RECORDS, REPLACE, SPLIT, THREADS
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
@@ -126,7 +126,7 @@ def train(
 @CACHE
 @CACHE_BYTES
 @CHECKPOINT
-@click.option("--split", default="val", help="The split to evaluate on.")
+@click.option("--split", default="val", type=SPLIT, help="The split to evaluate on.")
 @click.option("--per-class", type=PATH, metavar="FILE.csv", help="Write one row per class.")
 @click.option("--real-labels", type=PATH, metavar="FILE.json", help="Several correct labels per image (ReaL).")
 @click.option("--confusion", type=PATH, metavar="FILE.png", help="Draw the confusion matrix.")
@@ -238,7 +238,7 @@ def predict(
 )
 @click.option("--out", required=True, type=PATH, help="The file to write.")
 @click.option("--calibrate", type=PATH, metavar="RECORDS", help="Records for choosing 8-bit ranges and for scoring.")
-@click.option("--split", default="val", help="The split of --calibrate.")
+@click.option("--split", default="val", type=SPLIT, help="The split of --calibrate.")
 @click.option("--check-images", default=256, help="Most images of --calibrate that both are scored on.")
 @JSON
 @guard
@@ -284,7 +284,7 @@ def bench(standard_ops: bool, as_json: bool, **options: Any) -> None:
 @click.argument("run", type=PATH, metavar="RUN")
 @click.option("--out", default=Path("run.html"), type=PATH, help="The HTML file to write.")
 @click.option("--records", type=PATH, help="Evaluate the best checkpoint on these records, by class.")
-@click.option("--split", default="val", help="The split of --records.")
+@click.option("--split", default="val", type=SPLIT, help="The split of --records.")
 @DEVICE
 @REPLACE
 @JSON

@@ -53,18 +53,18 @@ def _named(command: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return command(*args, **kwargs)
     except ImnetError as error:
         LOG.debug("raised here:", exc_info=True)
-        say_error(str(error))
+        _say_error(str(error))
         sys.exit(error.exit_code)
     except ImportError as error:
         LOG.debug("raised here:", exc_info=True)
-        say_error(_missing(error))
+        _say_error(_missing(error))
         sys.exit(ImnetError.exit_code)
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(Interrupted.exit_code)
 
 
-def say_error(text: str) -> None:
+def _say_error(text: str) -> None:
     """Print an error to stderr."""
     click.echo(f"{painted('error:', sys.stderr, fg='red')} {text}", err=True)
 
@@ -211,7 +211,7 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
             line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}"
             line += f", {rate:.1f}/s" if rate else ""
             if progress.total and rate:
-                line += f", {(progress.total - progress.done) / rate:.0f} s left"
+                line += f", {tqdm.format_interval((progress.total - progress.done) / rate)} left"
             click.echo(", ".join(filter(None, (line, extras))), err=True)
 
     hidden = not (shown and live)

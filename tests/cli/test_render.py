@@ -33,7 +33,7 @@ def command(fail: bool) -> None:
     log.info("a notice")
     log.warning("a doubt")
     with progress_bar("work") as progress:
-        progress(Progress(2, 2))
+        progress(Progress(2, 20_000, per_s=2.0))
     if fail:
         raise IntegrityError("it is broken", got="a hole")
     show({"images": 2, "rejected": {}, "notes": [], "name": "", "ok": False}, as_json=False)
@@ -49,7 +49,7 @@ def test_notices_and_progress_go_to_stderr_and_nothing_empty_is_shown() -> None:
     assert done.stdout == "images  2\nok      no\n"
     notice, doubt, progress = done.stderr.splitlines()
     assert (notice, doubt) == ("a notice", "warning: a doubt")
-    assert progress.startswith("work: 2/2 images")
+    assert progress == "work: 2/20000 images, 2.0/s, 2:46:39 left"
 
 
 def test_quiet_leaves_warnings_and_errors() -> None:
