@@ -173,13 +173,13 @@ def renaming(function: Callable[..., Any], replaces: bool) -> Callable[..., Any]
 
     @wraps(function)
     def rename(source: Any, target: Any, **options: Any) -> None:
-        source, target = spelled(source), spelled(target)
-        if str(target).startswith(FOLDER) and is_there(str(target)) and not os.path.samefile(source, target):
+        source, target = spelled(source), os.path.abspath(os.fsdecode(spelled(target)))
+        if target.startswith(f"{FOLDER}/") and is_there(target) and not os.path.samefile(source, target):
             if not replaces:
-                raise FileExistsError(17, "the name is taken", str(source), None, str(target))
+                raise FileExistsError(17, "the name is taken", str(source), None, target)
             if os.path.isdir(target):
-                raise PermissionError(13, "a folder has the name", str(source), None, str(target))
-        stall_before(Path(os.fsdecode(target)))
+                raise PermissionError(13, "a folder has the name", str(source), None, target)
+        stall_before(Path(target))
         with alone():
             function(source, target, **options)
 
