@@ -3,7 +3,7 @@
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ from imnet_prep.build.plan import Plan, load_plan, shard_refs
 from imnet_prep.records.manifest import Manifest
 
 _UNKNOWN = "other images, options or version"
-_OF_RESHARDING = ("seed", "shards")  # the other options in its manifest are those of the records that it took
+_NO_OPTIONS = {"max_pixels"}
+_OF_RESHARDING = {"seed", "shards"}  # the other options in its manifest are those of the records that it took
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,12 @@ def differences(before: Made | None, plan: Plan) -> str:
     if before is None:
         return _UNKNOWN
     now = Made.of_plan(plan, options_of(plan))
-    names = _OF_RESHARDING if _takes_records(plan) else tuple({**before.options, **now.options})
-    other = [name for name in names if before.options.get(name) != now.options.get(name)]
+    names = _OF_RESHARDING if _takes_records(plan) else {**before.options, **now.options}.keys() - _NO_OPTIONS
+    other = [name for name in sorted(names) if before.options.get(name) != now.options.get(name)]
     if other:
         values = ((f"--{name.replace('_', '-')}", before.options.get(name), now.options.get(name)) for name in other)
         return ", ".join(f"{name} was {_value(one)}, now {_value(two)}" for name, one, two in values)
-    parts = _new_and_gone("class", before.classes, now.classes)
+    parts = list(_classes(before.classes, now.classes))
     if before.database is not None and not parts:
         with suppress(sqlite3.Error):
             parts = _images(before.database, plan.database)
@@ -85,18 +86,14 @@ def _takes_records(plan: Plan) -> bool:
 
 def _value(value: object) -> str:
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
+        return f"{len(value)} names from {value[0]} on"
     return "not given" if value is None else str(value)
 
 
-def _new_and_gone(noun: str, before: Sequence[str], now: Sequence[str]) -> list[str]:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    parts = []
+def _classes(before: Sequence[str], now: Sequence[str]) -> Iterator[str]:
     for names, what in ((sorted(set(now) - set(before)), "new"), (sorted(set(before) - set(now)), "gone")):
         if names:
-            count = f"1 {noun} is" if len(names) == 1 else f"{len(names):,} {plural} are"
-            parts.append(f"{count} {what} ({names[0]}{', ...' if len(names) > 1 else ''})")
-    return parts
+            yield f"{'1 class is' if len(names) == 1 else f'{len(names):,} classes are'} {what} (the first {names[0]})"
 
 
 def _images(before: Path, now: Path) -> list[str]:
