@@ -27,7 +27,7 @@ LIST
 if [ ${#need[@]} -gt 0 ]; then
   root=$([ "$(id -u)" = 0 ] || echo sudo)
   $root apt-get update
-  DEBIAN_FRONTEND=noninteractive $root apt-get install --yes --no-install-recommends "${need[@]}"
+  $root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${need[@]}"
 fi
 
 # libjpeg-turbo as its authors released it, from Debian's source package.
@@ -48,7 +48,7 @@ if [ ! -e "$archive" ]; then
   mv "$apt/$(basename "$archive")" "$archive"
 fi
 sha256sum --check --quiet - <<< "$jpeg_sha256  $archive"
-[ -e "$jpeg" ] || tar -xzf "$archive" -C "$work"
+tar -xzf "$archive" -C "$work"
 
 # build NAME CMAKE_OPTION...: both libraries and their test programs; but for native, with a libjpeg of its own.
 build() {
