@@ -126,8 +126,8 @@ def adopt(folder: Path, as_json: bool, **options: Any) -> None:
     from imnet_prep.check import adopt as adoption
 
     with progress_bar("adopt") as progress:
-        result = adoption.adopt(folder, adoption.AdoptOptions(**options), progress)
-    show(result.to_json(), as_json)
+        result = adoption.adopt(folder, adoption.AdoptOptions(**options), progress).to_json()
+    show(result, as_json, summary.adoption_rows(result))
 
 
 @click.command()
@@ -194,7 +194,7 @@ def report(records: Path, out: Path, no_images: bool, force: bool, workers: int 
 
     with progress_bar("report") as progress:
         result = write_report(records, out, ReportOptions(not no_images, workers, force), progress)
-    show(result, as_json)
+    show(result, as_json, summary.report_rows(result))
 
 
 @click.command()

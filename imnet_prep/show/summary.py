@@ -134,6 +134,30 @@ def repair_rows(result: Mapping[str, Any]) -> Rows:
     ]
 
 
+def adoption_rows(result: Mapping[str, Any]) -> Rows:
+    """Return the lines of ``imnet-prep adopt``."""
+    splits, undecodable = result["images"], result["undecodable"]
+    return [
+        ("images", f"{_counts(splits)} in {_counted(result['shards'], 'shard')}"),
+        ("classes", f"{result['classes']:,}"),
+        ("columns", ", ".join(f"{name} ({kind})" for name, kind in result["columns"].items())),
+        *([("undecodable", f"{undecodable:,}, adopted as they are")] if undecodable else []),
+        ("labels", result["label_convention"]),
+        *(("note", note) for note in result["notes"]),
+        ("manifest", result["manifest"]),
+    ]
+
+
+def report_rows(result: Mapping[str, Any]) -> Rows:
+    """Return the lines of ``imnet-prep report``."""
+    duplicates = {name: count for name, count in result["duplicates"].items() if count}
+    return [
+        ("report", f"{result['report']}, {_size(result['bytes'])}"),
+        ("images", f"{result['images']:,}"),
+        *([("duplicates", _counts(duplicates))] if duplicates else []),
+    ]
+
+
 def _rejected(rejected: Mapping[str, int], records: str) -> Rows:
     return [("rejected", f"{_counts(rejected)}, listed in {records}/{REJECTED}")] if rejected else []
 
@@ -179,4 +203,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= length:
+            return f"{count / length:,.1f} {unit}"
+    return _counted(count, "byte")

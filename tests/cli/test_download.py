@@ -48,7 +48,7 @@ def test_without_json_people_get_a_table(tmp_path: Path) -> None:
     assert done.exit_code == 0
     failures = tmp_path / "out" / "failures.jsonl"
     assert [re.split("  +", line.strip()) for line in done.stdout.splitlines()[:5]] == [
-        ["requested", "1"], ["ok", "0, 0.0 MB"], ["failed", f"1, listed in {failures}"], ["gone", "1"],
+        ["requested", "1"], ["ok", "0, 0 bytes"], ["failed", f"1, listed in {failures}"], ["gone", "1"],
         [f"at 127.0.0.1:{server.port}", "1"],
     ]  # fmt: skip
     assert "pending" not in done.stdout
