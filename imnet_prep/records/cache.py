@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from imnet_prep import remote
 from imnet_prep.errors import IntegrityError, RecordsError
-from imnet_prep.files import exclusive_lock, file_digest
+from imnet_prep.files import exclusive_lock, file_digest, rename
 
 LOG = logging.getLogger(__name__)
 FOLDER, USERS = "imnet-prep-cache", ".users"
@@ -110,7 +110,7 @@ class Cache:
         with suppress(OSError):  # a full disk: it is only advice
             part = _beside(self._pinned, PART)
             part.write_text("\n".join(names), encoding="utf-8")
-            part.replace(self._pinned)
+            rename(part, self._pinned)
 
     def bring(self, files: Sequence[Wanted], use: Callable[[], _T]) -> _T:
         """Bring files that belong together if they are not there, and use them while nobody may remove them.
@@ -180,7 +180,7 @@ class Cache:
             for file in files:
                 self._fetch(file)
             for file in reversed(files):  # where the first is there, all are
-                _beside(self.folder / file.name, PART).replace(self.folder / file.name)
+                rename(_beside(self.folder / file.name, PART), self.folder / file.name)
         except BaseException:
             for file in files:
                 _beside(self.folder / file.name, PART).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ Source: ``manifests/records.schema.json`` and ``docs/manifest.md`` define the fi
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,9 @@ def _contradiction(manifest: Manifest) -> str:
 
 
 def _missing(records: Path) -> RecordsError:
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(records)):  # a path has lost one of the slashes
+        remedy = "only verify, info, bench, mbv2 train and mbv2 eval read records behind a URL: copy them to a folder"
+        return RecordsError(f"{records}: a URL", expected="a folder", remedy=remedy)
     if not records.is_dir():
         return RecordsError(f"{records}: no such folder", expected="a folder made by `imnet-prep to-mindrecord`")
     unfinished = "an unfinished conversion: run the same to-mindrecord command again"

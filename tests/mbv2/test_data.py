@@ -10,7 +10,7 @@ import pytest
 from imnet_prep.errors import PipelineError
 from imnet_prep.loader.batches import Batches
 from imnet_prep.loader.options import TrainOptions
-from mbv2.data import RunData, bad_record_options, open_run_data, rank_share
+from mbv2.data import RunData, bad_record_options, batch_inputs, open_run_data, rank_share, sampling_of
 from mbv2.recipe import Recipe
 from mbv2.runtime import Runtime
 from tests.records import entries, write_folder
@@ -46,6 +46,26 @@ def test_balanced_sampling_shows_each_class_equally_often(records: Path) -> None
         for sampling, most in (("plain", 36), ("balanced", 14)):
             labels = np.concatenate([batch.label for batch in opened(records, stack, sampling=sampling).train.epoch(0)])
             assert np.bincount(labels).max() == most
+
+
+def test_records_behind_a_url_come_shard_by_shard_in_the_same_batches(records: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    url = f"file://{records}"
+    assert [sampling_of(Recipe(sampling=kind), url) for kind in ("plain", "balanced")] == ["blocks", "balanced"]
+    assert sampling_of(Recipe(), records) == "plain"
+    recipe = Recipe(batch_size=6, image_size=32, sampling="blocks")
+    with ExitStack() as stack:
+        here = open_run_data(records, recipe, 3, stack, Runtime("CPU", threads=2))
+        there = open_run_data(url, recipe, 3, stack, Runtime("CPU", threads=2), cache=tmp_path)
+        assert (here.digest, here.val_images) == (there.digest, there.val_images)
+        for one, other in ((here.train, there.train), (here.val, there.val)):
+            assert one is not None
+            assert other is not None
+            pairs = list(zip(one.epoch(1), other.epoch(1), strict=True))
+            assert pairs
+            assert all((batch_inputs(a) == batch_inputs(b)).all() for a, b in pairs)
+        views = list(zip(here.train_view(1), there.train_view(1), strict=True))
+        assert all((batch_inputs(a) == batch_inputs(b)).all() for a, b in views)
 
 
 def test_every_augmentation_of_a_recipe_reaches_the_loader(records: Path) -> None:

@@ -65,6 +65,13 @@ def test_rows_behind_a_url_are_not_decoded(records: Path) -> None:
         check(records, "decode")
 
 
+def test_other_commands_say_that_they_take_no_url(records: Path) -> None:
+    done = prep("report", f"file://{records}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: file:/")
+    assert done.stderr.endswith("copy them to a folder\n")
+
+
 def test_the_commands_take_a_url_and_hide_what_is_secret_in_it(records: Path) -> None:
     with served(records) as server:
         url = server.url.replace("://", "://user:hunter2@")
