@@ -295,7 +295,8 @@ class Cache:
         for lock in (self.folder / USERS).glob(f"*{LOCK}"):
             pinned = lock.with_suffix(PINNED)
             with suppress(BlockingIOError), exclusive_lock(lock):
-                pinned.unlink(missing_ok=True)
+                for path in (pinned, _beside(pinned, PART)):
+                    path.unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 names |= {self.folder / name for name in pinned.read_text(encoding="utf-8").splitlines()}
         return names
