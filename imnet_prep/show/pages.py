@@ -30,7 +30,7 @@ def _environment(package: str) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"grouped": _grouped, "bytes": _bytes, "json": _json}
+    environment.filters |= {"grouped": _grouped, "counted": _counted, "bytes": _bytes, "json": _json}
     environment.tests["digest"] = lambda value: re.fullmatch("[0-9a-f]{16,64}", str(value)) is not None
     return environment
 
@@ -52,6 +52,12 @@ def _grouped(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def _counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 image", "2,000 classes"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _json(value: object) -> str:

@@ -101,6 +101,10 @@ def write_report(records: Path, out: Path, options: ReportOptions, progress: Pro
     check_target(out, force=options.force)
     gathered = gather(records, options.workers, progress)
     manifest = gathered.folder.manifest
+    names = [
+        f"{name} {words.partition(',')[0]}".rstrip()
+        for name, words in zip(manifest.classes, manifest.class_words, strict=True)
+    ]
     html = render(
         "report.html",
         name=records.resolve().name,
@@ -108,10 +112,7 @@ def write_report(records: Path, out: Path, options: ReportOptions, progress: Pro
         manifest=manifest,
         gathered=gathered,
         splits={name: describe_split(split) for name, split in manifest.splits.items()},
-        balance={
-            name: class_balance(f"{name}: images per class", split.class_counts, manifest.classes)
-            for name, split in manifest.splits.items()
-        },
+        balance=[class_balance(name, split.class_counts, names) for name, split in manifest.splits.items()],
         sizes=_size_charts(gathered),
         colours=_colour_rows(gathered),
         max_colours=MAX_COLOURS,
@@ -129,14 +130,14 @@ def write_report(records: Path, out: Path, options: ReportOptions, progress: Pro
 
 
 def _size_charts(gathered: Gathered) -> list[BarChart]:
-    sides = np.stack([gathered.widths, gathered.heights]).astype(np.float64)
+    sides = np.stack([gathered.widths, gathered.heights])
     widths, heights = sides[:, (sides > 0).all(axis=0)]
     return [
-        histogram("Width", widths, unit=" px"),
-        histogram("Height", heights, unit=" px"),
-        histogram("Short side", np.minimum(widths, heights), unit=" px"),
-        histogram("Aspect ratio (width / height)", widths / heights, log=True),
-        histogram("Stored bytes per image", gathered.sizes.astype(np.float64), unit=" B", log=True),
+        histogram("Width", widths, "pixels"),
+        histogram("Height", heights, "pixels"),
+        histogram("Short side", np.minimum(widths, heights), "pixels"),
+        histogram("Aspect ratio", widths / heights, "width / height", log=True),
+        histogram("Stored size of an image", gathered.sizes / 1000, "kB", log=True),
     ]
 
 

@@ -5,7 +5,7 @@ Curves and recipe are read from the folder of the run. To find mistakes, ``best.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from imnet_prep.show.charts import Curve, CurveChart
 from imnet_prep.show.pages import check_target, render, write_page
 from imnet_prep.show.pictures import Picture, picture_of
 from imnet_prep.types import ProgressCallback
+from mbv2.recipe import load_recipe, recipe_names
 from mbv2.scoring.guesses import Guesses, best_guesses
 from mbv2.show.curves import epoch_points
 from mbv2.training.logs import LOG, EpochRow, read_metrics, read_skipped, verdict
@@ -82,12 +83,13 @@ def write_run_report(run: Path, out: Path, options: RunReportOptions, progress: 
         "mbv2.show",
         name=run.resolve().name,
         config=config,
+        differs=_differs(config["recipe"]),
         epochs=rows,
         last=rows[-1] if rows else None,
         best=max((row for row in rows if row.val_top1 is not None), key=lambda row: row.val_top1 or 0.0, default=None),
         skipped=read_skipped(run),
-        charts=_charts(run, rows),
-        speed=CurveChart("Images per second", (_curve(rows, "images per second", "images_per_s", 1),), low=0),
+        charts=_charts(run, rows, config.get("classes") or 6),
+        speed=CurveChart("Speed", (_curve(rows, "images per second", "images_per_s", 1),), "images per second", low=0),
         verdict=verdict(rows[-1].data_wait_frac) if rows else "",
         **values,
     )
@@ -107,23 +109,33 @@ def _read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+def _differs(recipe: dict[str, Any]) -> list[tuple[str, object, object]] | None:
+    """Return the fields in which a run differs from the packaged recipe of its name; None where there is none."""
+    if recipe.get("name") not in recipe_names():
+        return None
+    packaged = asdict(load_recipe(recipe["name"]))
+    return [(field, value, packaged[field]) for field, value in recipe.items() if packaged.get(field, value) != value]
+
+
 # --- from the logs ---------------------------------------------------------------------------------------------------
 
 
-def _curve(rows: list[EpochRow], name: str, column: str, style: int) -> Curve:
-    return Curve(name, style, epoch_points(rows, column))
+def _curve(rows: list[EpochRow], name: str, column: str, style: int, factor: float = 1) -> Curve:
+    return Curve(name, style, tuple((x, factor * y) for x, y in epoch_points(rows, column)))
 
 
-def _charts(run: Path, rows: list[EpochRow]) -> list[CurveChart]:
+def _charts(run: Path, rows: list[EpochRow], classes: int) -> list[CurveChart]:
     losses = _curve(rows, "training", "train_loss", 1), _curve(rows, "validation", "val_loss", 2)
-    accuracies = [_curve(rows, "top-1", "val_top1", 3), _curve(rows, "top-5", "val_top5", 4)]
+    accuracies = [_curve(rows, "top-1", "val_top1", 3, 100)]
+    if classes > 5:
+        accuracies.append(_curve(rows, "top-5", "val_top5", 4, 100))
     if any(row.live_top1 is not None for row in rows):
-        accuracies.append(_curve(rows, "top-1 of the live weights", "live_top1", 2))
+        accuracies.append(_curve(rows, "top-1 of the live weights", "live_top1", 2, 100))
     return [
-        CurveChart("Loss", losses),
-        CurveChart("Accuracy", tuple(accuracies), low=0, high=1),
-        CurveChart("Learning rate", (_curve(rows, "learning rate", "lr", 1),), low=0),
-        CurveChart("Loss of single steps", (Curve("loss", 1, _step_losses(run)),), x_name="step"),
+        CurveChart("Loss", losses, "loss"),
+        CurveChart("Accuracy", tuple(accuracies), "% of the images", low=0, high=100),
+        CurveChart("Learning rate", (_curve(rows, "learning rate", "lr", 1),), "rate of a step", low=0),
+        CurveChart("Loss of single steps", (Curve("loss", 1, _step_losses(run)),), "loss", x_name="step"),
     ]
 
 

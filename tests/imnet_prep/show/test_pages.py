@@ -8,21 +8,24 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from imnet_prep.show.pages import _bytes, _environment, _grouped, render
+from imnet_prep.show.charts import Bar, BarChart, Curve, CurveChart, Tick
+from imnet_prep.show.pages import _bytes, _counted, _environment, _grouped, render
 
 MACROS = """
 {% from "parts.html" import bar_chart, curve_chart, fact, row, table, thumbnail %}
 {{ fact(evil, evil) }}{{ fact(evil, [evil, evil]) }}{{ thumbnail({"alt": evil, "caption": evil, "jpeg": evil}) }}
 {% call table(evil, [evil]) %}{{ row(evil, evil) }}{% endcall %}
-{{ bar_chart({"caption": evil, "bars": [{"name": evil, "value": 1}], "ends": [evil]}) }}
-{{ bar_chart({"caption": evil, "bars": []}) }}{{ curve_chart({"caption": evil, "rows": []}) }}
+{% for chart in bars %}{{ bar_chart(chart) }}{% endfor %}{{ curve_chart(curves) }}
 """
 
 
 def test_parts_of_pages_escape_what_they_show() -> None:
     evil = "<script>alert('x')</script>\"&"
-    html = _environment("imnet_prep.show").from_string(MACROS).render(evil=evil)
-    assert html.count("&lt;script&gt;") > 12
+    bar, tick = (Bar(evil, 1),), (Tick(0, evil),)
+    bars = BarChart(evil, bar), BarChart(evil, bar, tick, evil, evil), BarChart(evil, sentence=evil)
+    curves = CurveChart(evil, (Curve(evil, 1, ((0, 1),)), Curve(evil, 2, ((0, 1),))), evil, x_name=evil)
+    html = _environment("imnet_prep.show").from_string(MACROS).render(evil=evil, bars=bars, curves=curves)
+    assert html.count("&lt;script&gt;") > 30
     assert "<script" not in html
     assert '"&"' not in html
 
@@ -57,3 +60,11 @@ def test_every_template_is_beside_the_code() -> None:
         assert "base.html" in names
         for name in names:
             assert Path(str(environment.get_template(name).filename)).is_file()
+
+
+def test_nouns_have_their_number() -> None:
+    assert [_counted(1, "image"), _counted(2000, "class"), _counted(0, "host")] == [
+        "1 image",
+        "2,000 classes",
+        "0 hosts",
+    ]
