@@ -27,6 +27,7 @@ WAITS_S = (0.5, 2.0, 8.0, 30.0)  # before each further attempt
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://")
 _VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "mtime", "created")
 _T = TypeVar("_T")
+Pause = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,18 @@ def shown(text: str) -> str:
     return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", re.sub(r"://[^/\s@]*@", "://", text))
 
 
-def look_up(url: str) -> RemoteFile | None:
+def look_up(url: str, pause: Pause = time.sleep) -> RemoteFile | None:
     """Return the file behind a URL, or None for a folder.
+
+    Args:
+        url: The URL.
+        pause: Waits so many seconds before another attempt, or raises to give up.
 
     Raises:
         RemoteError: It does not exist or cannot be read, or a library for it is missing.
     """
     system, path = _opened(url)
-    info = _repeated(url, lambda: system.info(path))
+    info = _repeated(url, lambda: system.info(path), pause)
     return None if info["type"] == "directory" else _file_of(url, info)
 
 
@@ -90,20 +95,24 @@ def list_files(url: str) -> dict[str, RemoteFile]:
     }
 
 
-def read(file: RemoteFile) -> Iterator[bytes]:
+def read(file: RemoteFile, pause: Pause = time.sleep) -> Iterator[bytes]:
     """Yield a file's bytes in order, by several large range reads at a time; a lost connection is tried again.
+
+    Args:
+        file: What :func:`look_up` returned.
+        pause: See there.
 
     Raises:
         RemoteError: It cannot be read, or it changed meanwhile.
     """
     system, path = _opened(file.url)
     done = 0
-    parts = _ranges(file, system, path) if _has_ranges(file, system, path) else _stream(file, system, path)
-    for part in parts:
+    ranges = _has_ranges(file, system, path, pause)
+    for part in _ranges(file, system, path, pause) if ranges else _stream(file, system, path):
         done += len(part)
         yield part
     system.invalidate_cache()
-    now = look_up(file.url)
+    now = look_up(file.url, pause)
     wrong = file.size_bytes not in (None, done)  # some web servers do not say a size
     if wrong or now is None or (now.size_bytes, now.version) != (file.size_bytes, file.version):
         raise RemoteError(
@@ -114,7 +123,7 @@ def read(file: RemoteFile) -> Iterator[bytes]:
         )
 
 
-def _ranges(file: RemoteFile, system: Any, path: str) -> Iterator[bytes]:
+def _ranges(file: RemoteFile, system: Any, path: str, pause: Pause) -> Iterator[bytes]:
     more = {"headers": {"Accept-Encoding": "identity"}} if _is_http(file.url) else {}
     size = file.size_bytes or 0
 
@@ -127,7 +136,7 @@ def _ranges(file: RemoteFile, system: Any, path: str) -> Iterator[bytes]:
                 raise OSError(f"{len(data)} bytes came for bytes {start} to {end}")
             return data
 
-        return _repeated(file.url, once)
+        return _repeated(file.url, once, pause)
 
     pool = ThreadPoolExecutor(PARALLEL)
     try:
@@ -148,7 +157,7 @@ def _stream(file: RemoteFile, system: Any, path: str) -> Iterator[bytes]:
             yield data
 
 
-def _has_ranges(file: RemoteFile, system: Any, path: str) -> bool:
+def _has_ranges(file: RemoteFile, system: Any, path: str, pause: Pause) -> bool:
     """Return whether parts of a file can be asked for: all stores can, and most web servers."""
     if not _is_http(file.url) or file.size_bytes == 0:
         return True
@@ -163,7 +172,7 @@ def _has_ranges(file: RemoteFile, system: Any, path: str) -> bool:
             except ValueError:  # the whole file came
                 return False
 
-    return _repeated(file.url, ask)
+    return _repeated(file.url, ask, pause)
 
 
 def _is_http(url: str) -> bool:
@@ -192,7 +201,7 @@ def _file_of(url: str, info: dict[str, Any]) -> RemoteFile:
     return RemoteFile(url, info["size"], version)
 
 
-def _repeated(url: str, action: Callable[[], _T]) -> _T:
+def _repeated(url: str, action: Callable[[], _T], pause: Pause = time.sleep) -> _T:
     """Return what an action returns; after a failure that may pass, wait and try again."""
     for wait_s in WAITS_S:
         try:
@@ -203,7 +212,7 @@ def _repeated(url: str, action: Callable[[], _T]) -> _T:
             if not _may_pass(url, error):
                 break
             LOG.warning("%s: %s; another attempt in %s s", shown(url), _text(url, error), wait_s)
-            time.sleep(wait_s)
+            pause(wait_s)
     with _named(url):
         return action()
 

@@ -204,12 +204,12 @@ class Cache:
 
     def _fetch_once(self, file: Wanted) -> str:
         """Write a file into its part; return what is wrong with it, or an empty string."""
-        found = remote.look_up(file.url)
+        found = remote.look_up(file.url, self._pause)
         if found is None or found.size_bytes not in (None, file.size_bytes):
             return "a folder" if found is None else f"{found.size_bytes} bytes"
         digest, done = hashlib.sha256(), 0
         with _beside(self.folder / file.name, PART).open("r+b") as part:
-            for data in remote.read(found):
+            for data in remote.read(found, self._pause):
                 self._check_stopped()
                 done += len(data)
                 if done > file.size_bytes:
@@ -311,8 +311,8 @@ class Cache:
                 return
             self._pause()
 
-    def _pause(self) -> None:
-        self._stopped.wait(POLL_S)
+    def _pause(self, seconds: float = POLL_S) -> None:
+        self._stopped.wait(seconds)
         self._check_stopped()
 
     def _check_stopped(self) -> None:

@@ -104,10 +104,10 @@ def test_a_shard_is_brought_once_an_epoch_and_the_first_of_the_next_ahead_of_it(
     brought: list[str] = []
     look_up = remote.look_up
 
-    def noted(where: str) -> remote.RemoteFile | None:
+    def noted(where: str, *how: Any) -> remote.RemoteFile | None:
         if where.endswith(".mindrecord") and (not brought or brought[-1] != where):
             brought.append(where)
-        return look_up(where)
+        return look_up(where, *how)
 
     monkeypatch.setattr(remote, "look_up", noted)
     limit = 3 * shard_bytes(folder) + 20_000
@@ -156,6 +156,17 @@ def test_closing_does_not_wait_for_a_shard(folder: Path, tmp_path: Path) -> None
         with pytest.raises(PipelineError, match="closed"):
             next(stream)
     assert kept(tmp_path) <= (folder / "train" / RECORDS).stat().st_size + 3 * shard_bytes(folder)
+
+
+def test_closing_does_not_wait_for_another_attempt(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "WAITS_S", (1000.0,))
+    with served(folder) as server, open_batches(server.url, "train", OPTIONS, 5, cache=tmp_path) as batches:
+        server.cut = True
+        batches.epoch(0)
+        while "another attempt" not in caplog.text:
+            time.sleep(0.01)
 
 
 # --- what can go wrong -----------------------------------------------------------------------------------------------
