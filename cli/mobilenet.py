@@ -1,5 +1,7 @@
 """``mbv2``: train, evaluate and convert MobileNetV2."""
 
+import shlex
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,7 @@ def train(
     options = RunOptions(
         records, out, resolved, seed, device_target, save_every=save_every, resume=resume, pretrained=pretrained,
         features=features, tensorboard=tensorboard, workers=workers, on_bad_record=on_bad_record,
-        cache=cache, cache_bytes=cache_bytes,
+        cache=cache, cache_bytes=cache_bytes, command=shlex.join(["mbv2", *sys.argv[1:]]),
     )  # fmt: skip
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)

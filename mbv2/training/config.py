@@ -32,9 +32,11 @@ def write_config(options: RunOptions, data: RunData, learner: "Learner", identit
         "instruction_set": kernels.instruction_set(),
         "decoder": decoder if built else "OpenCV",
     }
-    if options.resume:
-        _warn_of_others(path, {**computed_with, **versions()})
+    before = _read(path) if options.resume else {}
+    commands = before["commands"] if isinstance(before.get("commands"), list) else []
+    _warn_of_others(before, {**computed_with, **versions()})
     document = {
+        "commands": [*commands, *([options.command] if options.command else [])],
         "recipe": asdict(options.recipe),
         "seed": options.seed,
         "device_target": options.device_target,
@@ -70,10 +72,17 @@ def log_what_computes(options: RunOptions, data: RunData) -> None:
         _logger.info("%s; threads: %d", describe_decoder(SLOWER_BATCHES), data.loaders["train"].workers)
 
 
-def _warn_of_others(path: Path, now: dict[str, Any]) -> None:
-    before: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError, AttributeError):
+def _read(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
         document = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict):
+            return document
+    return {}
+
+
+def _warn_of_others(document: dict[str, Any], now: dict[str, Any]) -> None:
+    before: dict[str, Any] = {}
+    with suppress(TypeError):  # of a damaged document
         before = {**document.get("computed_with", {}), **document.get("versions", {})}
     other = [f"{name} {before[name]}, now {now[name]}" for name in now if name in before and before[name] != now[name]]
     if other:

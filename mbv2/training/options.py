@@ -36,6 +36,7 @@ class RunOptions:
         workers: Decode threads of this process; as many as the operators use if not given.
         on_bad_record: ``fail``, ``skip`` or how many to skip, see :func:`mbv2.data.bad_record_options`.
         cache: For a URL: the folder in which this machine keeps shards. cache_bytes: Most bytes to keep there.
+        command: The command line, which ``config.json`` keeps for the reader.
     """
 
     records: Path | str
@@ -54,6 +55,7 @@ class RunOptions:
     on_bad_record: str = SKIP
     cache: Path | None = None
     cache_bytes: int | None = None
+    command: str = ""
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from imnet_prep.errors import CheckpointError, RecordsError, TrainError
 from imnet_prep.loader.bad_rows import SkippedRow
 from imnet_prep.types import Batch
+from mbv2.recipe import load_recipe
 from mbv2.scoring.guesses import GuessCollector, best_guesses
 from mbv2.scoring.score import score_batches
 from mbv2.show.report import RunReportOptions, write_run_report
@@ -48,8 +50,6 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint of random weights, whose mistakes are many."""
-    from dataclasses import asdict
-
     from mbv2.network.model import MobileNetV2, ModelConfig
     from mbv2.weights.checkpoint import Meta, parameter_tensors, save_checkpoint
 
@@ -68,6 +68,17 @@ def test_logs_and_recipe_are_in_it_without_records(tmp_path: Path) -> None:
     for text in ("best top-1, epoch 3", "60.0%", "image_size", "2.10.0", "compute-bound", "Without --records"):
         assert text in said
     assert not re.findall(r'(?:src|href)="(?!data:|#)', (tmp_path / "r.html").read_text())
+
+
+def test_what_differs_from_the_recipe_comes_before_all_its_fields(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config |= {"recipe": asdict(load_recipe("tiny")) | {"lr": 0.05}, "commands": ["mbv2 train --lr 0.05"]}
+    (run / "config.json").write_text(json.dumps(config))
+    write_run_report(run, tmp_path / "r.html", RunReportOptions(), quiet)
+    said = words(tmp_path / "r.html")
+    first = "mbv2 train --lr 0.05 What differs from the recipe tiny field here in the recipe lr 0.05 0.1 All fields"
+    assert first in said
 
 
 def test_a_run_that_was_only_begun_is_reported(tmp_path: Path) -> None:
