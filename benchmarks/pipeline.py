@@ -21,7 +21,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes.util import find_library
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def prepare(told: Setting) -> dict[str, Path]:
     return {"originals": originals, "short256": short}
 
 
-def measure(told: Setting, *, everything: bool = False) -> list[Result]:
+def measure(told: Setting, *, everything: bool = False) -> Iterator[Result]:
     """Compare the loaders on each kind of images."""
     names = OURS | (MORE if everything else {})
     peers = PEERS | (MORE_PEERS if everything else {}) if told.peers else {}
@@ -67,9 +67,9 @@ def measure(told: Setting, *, everything: bool = False) -> list[Result]:
 
 def compare_loaders(
     told: Setting, prefix: str, loaders: Mapping[str, tuple[str, str]], cases: Sequence[tuple[str, str]] = CASES
-) -> list[Result]:
+) -> Iterator[Result]:
     """Compare loaders, each an interpreter and a name of `loaders.py`, on kinds of images."""
-    roots, results = prepare(told), []
+    roots = prepare(told)
     seconds = SHORT_WINDOW_S if told.short else WINDOW_S
     for kind, mode in cases:
         words = ["--root", roots[kind], "--mode", mode, "--threads", cpu_count(), "--seconds", seconds]
@@ -79,8 +79,7 @@ def compare_loaders(
         what = "training" if mode == "train" else "evaluation"
         title = f"{what} batches at {SIZE} px, photographs stored {stored}, {size_kb:.0f} kB each; start-up left out"
         with together(contenders) as ready:
-            results.append(compare(f"{prefix}-{kind}-{mode}", title, ready, told.rounds, told.seed))
-    return results
+            yield compare(f"{prefix}-{kind}-{mode}", title, ready, told.rounds, told.seed)
 
 
 def main() -> None:

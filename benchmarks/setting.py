@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +93,13 @@ def _python(venv: Path) -> Path | None:
     return None
 
 
-def run(args: argparse.Namespace, comparisons: Sequence[Callable[[Setting], list[Result]]]) -> None:
+def run(args: argparse.Namespace, comparisons: Sequence[Callable[[Setting], Iterable[Result]]]) -> None:
     """Run comparisons, print their tables and write the JSON after each."""
     before: dict[str, Any] = machine() | {"peers": {}}
     if before["load_before"] > QUIET_LOAD:
         print(f"this machine is busy (load {before['load_before']}): the figures will be low", file=sys.stderr)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
+    results: list[dict[str, Any]] = []
     with setting(args) as told:
         for python in filter(None, (told.peers, told.img2dataset)):
             before["peers"] |= json.loads(output_of([python, "-c", PEER_VERSIONS]))
@@ -109,9 +109,8 @@ def run(args: argparse.Namespace, comparisons: Sequence[Callable[[Setting], list
         for comparison in comparisons:
             for result in comparison(told):
                 print(f"\n{result.table()}", flush=True)
-                results.append(result)
-            text = json.dumps({**head, "results": [result.to_json() for result in results]}, indent=1)
-            args.json.write_text(text + "\n", encoding="utf-8")
+                results.append(result.to_json())
+                args.json.write_text(json.dumps({**head, "results": results}, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {args.json}" + ("; a trial: no table is to be published from it" if head["trial"] else ""))
 
 

@@ -11,6 +11,7 @@ The photographs and the rules are those of `pipeline.py`. All run in this enviro
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from benchmarks.pipeline import compare_loaders
 from benchmarks.rounds import Result
@@ -19,7 +20,7 @@ from benchmarks.setting import Setting, parser, run
 LOADERS = {"ours": "ours", "to_dataset": "ours_dataset", "MindDataset": "mindspore"}
 
 
-def measure(told: Setting) -> list[Result]:
+def measure(told: Setting) -> Iterator[Result]:
     """Compare them on each kind of images."""
     return compare_loaders(told, "stock", {name: (sys.executable, loader) for name, loader in LOADERS.items()})
 

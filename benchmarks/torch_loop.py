@@ -11,6 +11,7 @@ there is no MindSpore, and makes tensors: uint8 batches of 64 at 224 px.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from benchmarks.pipeline import compare_loaders
 from benchmarks.rounds import Result
@@ -19,7 +20,7 @@ from benchmarks.setting import Setting, parser, run
 LOADERS = {"ours": "ours_torch", "DataLoader, torchvision v2": "torchvision", "DALI": "dali_torch"}
 
 
-def measure(told: Setting) -> list[Result]:
+def measure(told: Setting) -> Iterator[Result]:
     """Compare the loaders on each kind of images."""
     if told.peers is None:
         sys.exit("no PyTorch: expected an environment of the peers; got none; `make .venv-peers/.installed` makes it")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +92,12 @@ def contenders(case: Case, told: Setting, *, standard: bool) -> dict[str, Conten
     return found
 
 
-def measure(told: Setting, only: tuple[str, ...] = DEFAULT, *, standard: bool = False) -> list[Result]:
+def measure(told: Setting, only: tuple[str, ...] = DEFAULT, *, standard: bool = False) -> Iterator[Result]:
     """Measure the cases of the given names."""
-    results = []
     for case in CASES:
         if case.name in only:
             with together(contenders(case, told, standard=standard)) as ready:
-                results.append(compare(case.name, case.title, ready, told.rounds, told.seed))
-    return results
+                yield compare(case.name, case.title, ready, told.rounds, told.seed)
 
 
 def main() -> None:
