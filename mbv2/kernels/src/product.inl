@@ -234,7 +234,7 @@ struct StoreBackward {
         Wide v = acc[r][j];
         if (MASK) {
           const Wide a = wide(activation + (row + r) * stride + c);
-          v = (a > zero) & (a < six) ? v : zero;
+          v = ((a > zero) & (a < six)) ? v : zero;
         }
         if (RESIDUAL) v += wide_upto(residual + here, left);
         put_upto(dx + here, v, left);
