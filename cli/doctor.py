@@ -240,7 +240,7 @@ def _examine_libraries(report: Report) -> None:
     if not light and not (report.libraries["numpy"] or "1").startswith("1."):
         what = f"mbv2: MindSpore does not work with NumPy {report.libraries['numpy']}"
         report.problems.append(Problem(what, numpy.install(light), False))
-    if not light and platform.system() == "Linux":
+    if not light and sysconfig.get_platform().startswith("linux"):
         try:
             ctypes.CDLL("libgomp.so.1")
         except OSError as error:  # the one library that MindSpore's wheel does not bring
