@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -95,18 +94,21 @@ class Contender:
         if not self._ready:
             self._answer()
             self._ready = True
-            os.killpg(self.pid, signal.SIGSTOP)
+            self._signal("SIGSTOP")
 
     def __call__(self) -> dict[str, float]:
         assert self._process.stdin is not None
         self.wait_until_ready()
-        os.killpg(self.pid, signal.SIGCONT)
+        self._signal("SIGCONT")
         with suppress(BrokenPipeError):  # the answer says why
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         answer = self._answer()
-        os.killpg(self.pid, signal.SIGSTOP)
+        self._signal("SIGSTOP")
         return answer
+
+    def _signal(self, name: str) -> None:
+        os.killpg(self.pid, getattr(signal, name))  # type: ignore[attr-defined, unused-ignore]
 
     def _answer(self) -> dict[str, float]:
         assert self._process.stdout is not None
@@ -128,7 +130,8 @@ def on_cores(cores: int | None) -> list[str]:
     """Return the start of a command that may run on so many of this process's cores alone; None: on all."""
     if cores is None:
         return []
-    return ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))]
+    mine = sorted(os.sched_getaffinity(0))  # type: ignore[attr-defined, unused-ignore]
+    return ["taskset", "--cpu-list", ",".join(map(str, mine[:cores]))]
 
 
 @contextmanager
@@ -143,8 +146,8 @@ def together(contenders: Mapping[str, Contender]) -> Iterator[Mapping[str, Conte
 
 def children_s() -> float:
     """Return the processor time of all children that have ended, in seconds."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def processor_s(pid: int) -> float:
@@ -153,7 +156,8 @@ def processor_s(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ticks: int = os.sysconf("SC_CLK_TCK")  # type: ignore[attr-defined, unused-ignore]
+    return (int(fields[11]) + int(fields[12])) / ticks
 
 
 def run_json(command: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def served(root: Path, work: Path, hosts: Sequence[str] = ("127.0.0.1",)) -> Any
     if nginx:
         config = work / "nginx.conf"
         temps = " ".join(f"{name}_temp_path {work}/ngx_{name};" for name in ("proxy", "fastcgi", "uwsgi", "scgi"))
-        user = "user root; " if os.geteuid() == 0 else ""  # it would drop its rights, and see no private folder
+        is_root = os.geteuid() == 0  # type: ignore[attr-defined, unused-ignore]
+        user = "user root; " if is_root else ""  # it would drop its rights, and see no private folder
         listen = " ".join(f"listen {host}:{port};" for host in hosts)
         config.write_text(
             f"{user}daemon off; worker_processes 1; pid {work}/nginx.pid; error_log {work}/nginx.err;\n"

@@ -125,7 +125,7 @@ def machine() -> dict[str, Any]:
         "versions": library_versions("mindspore", "numpy", "opencv", "pillow", "onnxruntime"),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": round(os.getloadavg()[0], 2),  # type: ignore[attr-defined, unused-ignore]
     }
 
 

@@ -108,7 +108,7 @@ def alone() -> Iterator[None]:
         return
     descriptor = really_open(__file__, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # type: ignore[attr-defined, unused-ignore]
         held.is_held = True
         yield
     finally:

@@ -130,7 +130,7 @@ def test_a_thousand_urls_of_storming_hosts_end_within_ten_minutes(tmp_path: Path
 def test_a_probe_is_a_url_that_was_asked_for_least() -> None:
     """One that failed before tells less of the host."""
     tasks = [Task(row, f"http://a.example/{row}", attempts) for row, attempts in enumerate((3, 1, 0, 2, 0))]
-    host = Host(0, QUICK, [0.0], 0, Counter({0: 1}), 1, queue=deque(tasks), probes=0)
+    host = Host(0, QUICK, [0.0], 0, Counter({0: 1}), queue=deque(tasks), probes=0)
     assert [host.next_tasks()[0].row for _ in tasks] == [2, 4, 1, 3, 0]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -349,7 +348,7 @@ def test_ranks_killed_at_any_moment_leave_no_wrong_byte_and_no_more_than_the_lim
                 lines = process.communicate(timeout=300)[0].split("\n")
                 assert set(lines[:-1]) <= set(wanted[rank])
                 assert rank in killed or lines[:-1] == wanted[rank]
-                assert process.returncode in ((-signal.SIGKILL, 0) if rank in killed else (0,))
+                assert process.returncode in ((-9, 0) if rank in killed else (0,))
     watch.over.set()
     watch.join()
     assert shard_bytes(folder) < watch.most <= limit

@@ -97,15 +97,16 @@ def test_the_function_is_called_with_what_the_logs_hold(straight: tuple[Path, li
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(
-    straight: tuple[Path, list[StepRow | EpochRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    straight: tuple[Path, list[StepRow | EpochRow]], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = json.loads((straight[0] / CONFIG).read_text())
     now = {**config["computed_with"], **config["versions"]}
     assert {"operators", "operator_threads", "instruction_set", "decoder", "mindspore", "numpy"} <= set(now)
-    _warn_of_others(straight[0] / CONFIG, now)
-    _warn_of_others(tmp_path / CONFIG, now)  # lost, or of an old version that did not say
+    _warn_of_others(config, now)
+    for unknown in ({}, {"computed_with": 5}):  # lost, of an old version that did not say, or damaged
+        _warn_of_others(unknown, now)
     assert caplog.text == ""
-    _warn_of_others(straight[0] / CONFIG, now | {"operator_threads": 99, "numpy": "0"})
+    _warn_of_others(config, now | {"operator_threads": 99, "numpy": "0"})
     assert len(caplog.records) == 1
     assert f"operator_threads {now['operator_threads']}, now 99; numpy {now['numpy']}, now 0" in caplog.text
 

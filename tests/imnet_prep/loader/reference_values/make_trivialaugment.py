@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.autoaugment import TrivialAugmentWide, _apply_op  # type: ignore[import-not-found]
-from torchvision.transforms.functional import InterpolationMode  # type: ignore[import-not-found]
+from torchvision.transforms.autoaugment import TrivialAugmentWide, _apply_op
+from torchvision.transforms.functional import InterpolationMode
 
 SIDE, FILL = 32, [124, 116, 104]
 
