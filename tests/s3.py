@@ -14,8 +14,10 @@ KEY = "AKIATESTONLYKEY"
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Run a server, with the environment set so that every client finds it; yield its address."""
+    import fsspec
     from moto.server import ThreadedMotoServer
 
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # those of a server before know its address
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

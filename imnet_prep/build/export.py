@@ -121,7 +121,7 @@ def export(
                 (partial / f".{NOTE}").touch()  # marks the folder as ours
                 result = _Export(folder, partial, target, to, splits, progress, stop).run(started)
                 write_atomically(partial / NOTE, json.dumps(result.note(), indent=1, sort_keys=True).encode() + b"\n")
-                (partial / f".{NOTE}").unlink()
+                remove(partial / f".{NOTE}")
                 flush_all(partial)
                 with suppress(FileNotFoundError):
                     target.rmdir()  # an empty folder

@@ -150,7 +150,7 @@ def hold(workdir: Workdir) -> Iterator[bool]:
                 raise
             finally:
                 with suppress(OSError):
-                    (workdir.work / PLAN_FRESH).unlink()
+                    remove(workdir.work / PLAN_FRESH)
                 if not keep and not workdir.note.exists() and workdir.work.exists():
                     shutil.rmtree(workdir.work, ignore_errors=True)
                     if not (workdir.partial / MANIFEST).exists():

@@ -97,7 +97,7 @@ def _carry_out(journal: Path, moves: Sequence[Move], discard: Sequence[Path]) ->
         sync(move.place.parent)
     for path in discard:
         remove(path)
-    journal.unlink()
+    remove(journal)
     sync(journal.parent)
 
 

@@ -100,13 +100,12 @@ def test_eval_scores_every_image_as_training_did(
     records: Path, trained: tuple[Path, dict[str, object]], tmp_path: Path
 ) -> None:
     out, printed = trained
+    plain = ("eval", "--records", records, "--checkpoint", out / "best.ckpt")
+    assert "behind a URL" in refused(*plain, "--cache", tmp_path, "--cache-bytes", "1000000")
     table, matrix, real = tmp_path / "classes.csv", tmp_path / "matrix.png", tmp_path / "real.json"
     names = [f"{WNIDS[number % CLASSES]}_{number}.JPEG" for number in range(11)]
     real.write_text(json.dumps({name: [number % CLASSES] for number, name in enumerate(names[:9])}))
-    result = run(
-        *("eval", "--records", records, "--checkpoint", out / "best.ckpt", "--json"),
-        *("--per-class", table, "--confusion", matrix, "--real-labels", real),
-    )
+    result = run(*plain, "--json", "--per-class", table, "--confusion", matrix, "--real-labels", real)
     assert result.exit_code == 0, result.output
     scores = json.loads(result.stdout)
     reals = {key: scores.pop(key) for key in list(scores) if key.startswith("real_")}
@@ -202,6 +201,9 @@ def test_bad_input_is_named_in_one_line(records: Path, tmp_path: Path) -> None:
     assert "absent.ckpt" in refused("eval", "--records", records, "--checkpoint", tmp_path / "absent.ckpt")
     assert "train, val" in refused("eval", "--records", records, "--checkpoint", "x", "--split", "test")
     assert "no such file" in refused("predict", "--checkpoint", "x", tmp_path / "absent.jpg")
+    assert "behind a URL" in refused(
+        "train", "--records", records, "--out", out, "--batch-size", "8", "--cache-bytes", "1000000"
+    )
     assert not out.exists()
 
 

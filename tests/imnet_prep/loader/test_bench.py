@@ -72,12 +72,10 @@ def test_the_command_says_which_decoder_ran_and_what_limits_it(records: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--mode", "test"], "train, eval"),
         (["--seconds", "0"], "seconds"),
         (["--batch-size", "0"], "batch_size"),
         (["--image-size", "-3"], "image_size"),
         (["--workers", "0"], "workers"),
-        (["--native", "maybe"], "auto, on, off"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_1(records: Path, arguments: list[str], named: str) -> None:
