@@ -27,7 +27,7 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Leaves out what takes more than a second of processor time.
+# Leaves out what takes more than a second of processor time: about three minutes.
 test-fast: venv
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not long'
 
