@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from imnet_prep.remote import shown
 from imnet_prep.types import Progress
 from mbv2.bench import MODES, BenchOptions
 from mbv2.recipe import PADDINGS
@@ -115,7 +116,7 @@ def train(
     options = RunOptions(
         records, out, resolved, seed, device_target, save_every=save_every, resume=resume, pretrained=pretrained,
         features=features, tensorboard=tensorboard, workers=workers, on_bad_record=on_bad_record,
-        cache=cache, cache_bytes=cache_bytes, command=shlex.join(["mbv2", *sys.argv[1:]]),
+        cache=cache, cache_bytes=cache_bytes, command=shown(shlex.join(["mbv2", *sys.argv[1:]])),
     )  # fmt: skip
     with stop_requested() as stop, progress_bar("train") as progress:
         result = run(options, stop=stop, progress=progress)

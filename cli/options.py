@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from imnet_prep.cluster import EXECUTORS
 from imnet_prep.remote import is_url
 from imnet_prep.types import SPLITS
 from mbv2.runtime import DEVICE_TARGETS
@@ -39,9 +40,7 @@ WORKERS = click.option(
 THREADS = click.option(
     "--workers", type=int, metavar="N", show_default="the cores, shared among ranks", help="Decode threads."
 )
-EXECUTOR = click.option(
-    "--executor", default="local", type=click.Choice(("local", "dask")), help="Where the work is done."
-)
+EXECUTOR = click.option("--executor", default="local", type=click.Choice(EXECUTORS), help="Where the work is done.")
 SCHEDULER = click.option("--scheduler", metavar="ADDR", help="Address of the Dask scheduler.")
 KEEP_CLASSES = click.option("--keep-classes", type=PATH, metavar="FILE", help="Keep only these classes, one per line.")
 REPLACE = click.option("--force", is_flag=True, help="Replace OUT even if it is not a report.")

@@ -63,7 +63,7 @@ def base_name(url: str) -> str:
 
 def shown(text: str) -> str:
     """Return a URL, or a message that holds URLs, without user names, passwords and queries (signatures)."""
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", re.sub(r"://[^/\s@]*@", "://", text))
+    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", re.sub(r"://[^/\s?'\"]*@", "://", text))
 
 
 def look_up(url: str, pause: Pause = time.sleep) -> RemoteFile | None:
@@ -247,7 +247,7 @@ def _named(url: str) -> Iterator[None]:
 def _text(url: str, error: Exception) -> str:
     """Return the text of an error without what is secret in the URL."""
     text = shown(str(error)) or type(error).__name__
-    for secret in re.findall(r"://([^/@]*)@|\?(.*)", url):
+    for secret in re.findall(r"://([^/?]*)@|\?(.*)", url):
         for part in filter(None, secret):
             text = text.replace(part, "***")
     return text

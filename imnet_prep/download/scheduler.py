@@ -113,7 +113,7 @@ class Host:
         flight together is one refusal.
 
         Each refusal for the rate of requests (429, Retry-After) doubles the gap between them, and each answer that is
-        served shortens it by a tenth, so that about one request of eight finds the limit again.
+        served shortens it by a tenth, so that about one request of six finds the limit again.
 
         Many attempts in a row that are not served open the circuit breaker: the host is paused, then probed with single
         requests. An attempt that began before the pause is no probe. A host that serves nothing for longer than two of

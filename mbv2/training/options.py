@@ -36,7 +36,7 @@ class RunOptions:
         workers: Decode threads of this process; as many as the operators use if not given.
         on_bad_record: ``fail``, ``skip`` or how many to skip, see :func:`mbv2.data.bad_record_options`.
         cache: For a URL: the folder in which this machine keeps shards. cache_bytes: Most bytes to keep there.
-        command: The command line, which ``config.json`` keeps for the reader.
+        command: The command line, without passwords of URLs, which ``config.json`` keeps for the reader.
     """
 
     records: Path | str

@@ -21,7 +21,9 @@ from PIL import Image
 from imnet_prep.build.convert import convert
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.mobilenet import main
+from imnet_prep.errors import Interrupted
 from mbv2.recipe import Recipe, recipe_names
+from mbv2.training.options import RunOptions
 from mbv2.weights.checkpoint import read_checkpoint
 from tests.synthetic import WNIDS, picture
 
@@ -205,6 +207,21 @@ def test_bad_input_is_named_in_one_line(records: Path, tmp_path: Path) -> None:
         "train", "--records", records, "--out", out, "--batch-size", "8", "--cache-bytes", "1000000"
     )
     assert not out.exists()
+
+
+def test_a_run_keeps_its_command_line_without_passwords(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+
+    def begin(options: RunOptions, **_: object) -> None:
+        kept.append(options.command)
+        raise Interrupted("far enough")
+
+    monkeypatch.setattr("mbv2.training.run.train", begin)
+    monkeypatch.setattr(sys, "argv", ["mbv2", "train", "--records=https://me:pa@ss@host/x?signature=1", "--out", "r"])
+    assert run("train", "--records", records, "--out", tmp_path / "r").exit_code == Interrupted.exit_code
+    assert kept == ["mbv2 train '--records=https://host/x' --out r"]
 
 
 def test_a_truncated_checkpoint_is_named(records: Path, tmp_path: Path) -> None:

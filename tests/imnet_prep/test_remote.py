@@ -109,7 +109,11 @@ def test_what_cannot_be_read_is_one_line(s3: str, url: str, message: str) -> Non
 
 
 def test_what_is_secret_in_a_url_is_never_shown(s3: str) -> None:
-    for url in ("s3://key:hunter2@plain/x", "http://user:hunter2@127.0.0.1:1/a/x.tar?X-Amz-Signature=hunter2"):
+    for url in (
+        "s3://key:hunter2@plain/x",
+        "s3://key:p@hunter2@plain/x",
+        "http://user:hunter2@127.0.0.1:1/a/x.tar?X-Amz-Signature=hunter2",
+    ):
         with pytest.raises(RemoteError) as error:
             content(url)
         assert "hunter2" not in str(error.value)
