@@ -106,10 +106,9 @@ class Fetcher:
         BUDGET.start(self._options, time.monotonic() + max(0.1, self._options.timeout_s - spent_s))
         request = requests.PreparedRequest()
         request.method, request.url, request.headers = "GET", url, self._headers
-        timeout = (self._options.connect_timeout_s, self._options.read_timeout_s)
         status: int | None = None
         try:
-            response = self._adapter.send(request, stream=True, timeout=timeout)
+            response = self._adapter.send(request, stream=True, timeout=self._options.read_timeout_s)
             status = response.status_code
             try:
                 with ExitStack() as own:

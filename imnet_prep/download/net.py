@@ -24,6 +24,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util.wait import wait_for_read
 
 from imnet_prep.download.addresses import Resolver, allowed
 from imnet_prep.download.options import FetchOptions
@@ -83,8 +84,14 @@ BUDGET = Budget()
 class _Budgeted:
     """A mixin for socket classes whose reads keep to the thread's budget."""
 
+    def settimeout(self: Any, value: float | None) -> None:
+        if value != self.gettimeout():  # a system call, for which the threads of a process queue
+            super().settimeout(value)  # type: ignore[misc]
+
     def recv_into(self: Any, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        self.settimeout(0 if BUDGET.is_peeking else min(BUDGET.left(), BUDGET.options.read_timeout_s))
+        if BUDGET.is_peeking:
+            return 0  # for what was read already, the system is not asked
+        self.settimeout(min(BUDGET.left(), BUDGET.options.read_timeout_s))
         try:
             count: int = super().recv_into(buffer, nbytes or len(memoryview(buffer)), flags)  # type: ignore[misc]
         except TimeoutError:
@@ -146,7 +153,7 @@ class _Answer(http.client.HTTPResponse):
         return int(line.split(b";")[0], 16)
 
     def _close_conn(self) -> None:
-        """End the answer, and the connection where anything follows on it."""
+        """End the answer, and the connection where anything was read that follows on it."""
         if not self.will_close and self._is_followed():
             self._connection.distrust()
             with suppress(OSError):
@@ -156,9 +163,7 @@ class _Answer(http.client.HTTPResponse):
     def _is_followed(self) -> bool:
         BUDGET.is_peeking = True
         try:
-            return bool(self.fp.peek(1))
-        except OSError:  # TLS says so where nothing has come
-            return False
+            return bool(self.fp.peek(1)) or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0)
         finally:
             BUDGET.is_peeking = False
 
@@ -169,10 +174,24 @@ class _Checked:
     adapter: "SafeAdapter"
     host: str
     port: int
+    sock: socket.socket | None
 
     def response_class(self, sock: socket.socket, **kwargs: Any) -> _Answer:
         """Return the answer that is about to come."""
         return _Answer(sock, self, **kwargs)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection can be used again: it has not ended, and nothing has come since the last answer."""
+        if self.sock is None:
+            return False
+        if not wait_for_read(self.sock, timeout=0.0):
+            return True
+        self.sock.settimeout(0)
+        with suppress(OSError):  # it was cut; or TLS had something of its own to say
+            if self.sock.recv(1):
+                self.distrust()
+        return False
 
     def distrust(self) -> None:
         """Use every later connection to this host for one request."""

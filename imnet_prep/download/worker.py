@@ -177,9 +177,10 @@ class _Runner:
         reencoded = data is not body.data
         ext = _EXTENSION[sniff(data)]
         temp = f"{task.row}-{os.getpid()}-{self.place}.{ext}"
-        with (self.options.out / INCOMING / temp).open("wb") as file:
-            file.write(data)
-            file.flush()
+        left = memoryview(data)
+        with (self.options.out / INCOMING / temp).open("wb", buffering=0) as file:
+            while left:
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
         return Outcome(
             row=task.row,
