@@ -176,6 +176,31 @@ def test_every_photograph_is_its_own(route: Callable[[Exchange], None], tmp_path
         assert image.sha256 == hashlib.sha256(picture(int(image.name.partition("_")[2]))).hexdigest()
 
 
+def test_what_follows_an_answer_later_ends_the_reuse_of_a_hosts_connections() -> None:
+    followed = threading.Event()
+
+    def late(x: Exchange) -> None:
+        x.answer(200, payload(x.path))
+        if x.path == "/1":
+            time.sleep(0.05)  # by now the client has read its answer
+            x.raw(_length(payload("/another")))
+            followed.set()
+
+    with Server(late) as server:
+        fetcher = Fetcher(FetchOptions(allow_private=True, timeout_s=5), 1, Resolver())
+
+        def fetch(path: str) -> tuple[bytes, int]:
+            found = fetcher.fetch(server.url(path), 0)
+            assert isinstance(found, Body), found
+            return found.data, server.connections
+
+        assert fetch("/0") == (payload("/0"), 1)
+        assert fetch("/1") == (payload("/1"), 1)
+        assert followed.wait(10)
+        assert fetch("/2") == (payload("/2"), 2)
+        assert fetch("/3") == (payload("/3"), 3), "a host that does this once is not trusted again"
+
+
 def test_a_negative_chunk_size_does_not_read_to_the_end_of_the_stream() -> None:
     sent = 0
     ended = threading.Event()
