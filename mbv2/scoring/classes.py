@@ -83,6 +83,6 @@ class SubsetTally:
     def rows(self) -> list[tuple[str, str]]:
         """Return the same as lines for a person."""
         images, *correct = self.counts.tolist()
-        shares = [f"{count / images:.4f} ({count})" for count in correct]
-        title = f"among the {len(self._labels)} classes of the records"
-        return [(title, f"top-1 {shares[0]}, top-5 {shares[1]}")]
+        shares = [f"top-{k} {count / images:.4f} ({count})" for k, count in zip((1, TOP), correct, strict=True)]
+        shown = shares if len(self._labels) > TOP else shares[:1]
+        return [(f"among the {len(self._labels)} classes of the records", ", ".join(shown))]

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imnet_prep.errors import TrainError
 from imnet_prep.files import rename
+from mbv2.scoring.score import TOP
 from mbv2.training.logs import EpochRow
 
 _SIZE = (1200, 520)
@@ -27,22 +28,22 @@ class Line:
     points: tuple[tuple[float, float], ...]
 
 
-def draw_curves(path: Path, rows: list[EpochRow], title: str) -> None:
+def draw_curves(path: Path, rows: list[EpochRow], title: str, classes: int) -> None:
     """Draw the losses on the left and the accuracies on the right.
 
     Args:
         path: The PNG to write; replaced as a whole.
         rows: One an epoch; none draws empty axes.
         title: Printed over both panels.
+        classes: Of the run; top-5 is drawn where there are more than five.
     """
     losses = [
         Line("training loss", "#1f6fb4", epoch_points(rows, "train_loss")),
         Line("validation loss", "#d1495b", epoch_points(rows, "val_loss")),
     ]
-    scores = [
-        Line("top-1", "#2a8a4a", epoch_points(rows, "val_top1")),
-        Line("top-5", "#b07c1c", epoch_points(rows, "val_top5")),
-    ]
+    scores = [Line("top-1", "#2a8a4a", epoch_points(rows, "val_top1"))]
+    if classes > TOP:
+        scores.append(Line("top-5", "#b07c1c", epoch_points(rows, "val_top5")))
     draw_panels(path, [(losses, None), (scores, (0.0, 1.0))], title)
 
 

@@ -19,6 +19,7 @@ from imnet_prep.show.pictures import Picture, picture_of
 from imnet_prep.types import ProgressCallback
 from mbv2.recipe import load_recipe, recipe_names
 from mbv2.scoring.guesses import Guesses, best_guesses
+from mbv2.scoring.score import TOP
 from mbv2.show.curves import epoch_points
 from mbv2.training.logs import LOG, EpochRow, read_metrics, read_skipped, verdict
 
@@ -127,7 +128,7 @@ def _curve(rows: list[EpochRow], name: str, column: str, style: int, factor: flo
 def _charts(run: Path, rows: list[EpochRow], classes: int) -> list[CurveChart]:
     losses = _curve(rows, "training", "train_loss", 1), _curve(rows, "validation", "val_loss", 2)
     accuracies = [_curve(rows, "top-1", "val_top1", 3, 100)]
-    if classes > 5:
+    if classes > TOP:
         accuracies.append(_curve(rows, "top-5", "val_top5", 4, 100))
     if any(row.live_top1 is not None for row in rows):
         accuracies.append(_curve(rows, "top-1 of the live weights", "live_top1", 2, 100))

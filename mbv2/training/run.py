@@ -228,8 +228,8 @@ class _Run:
         if self.log is not None:
             self.log.add_epoch(row)
             self.log.add_skipped(self.data.skipped, row.epoch - 1, row.step)
-            shape = f"width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
-            draw_curves(self.options.out / CURVES, read_metrics(self.options.out), f"{self.recipe.name}: {shape}")
+            title = f"{self.recipe.name}: width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
+            draw_curves(self.options.out / CURVES, read_metrics(self.options.out), title, len(self.data.classes))
             _logger.info(self.results.epoch_line(row, position))
             self._tell(row)
         self._save_last()

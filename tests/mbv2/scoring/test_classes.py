@@ -84,6 +84,7 @@ def test_scores_among_a_few_classes_leave_the_other_logits_out() -> None:
     # The first is right; in the second class 1 comes before 4 as both are equal; the third is broken.
     assert tally.counts.tolist() == [3, 1, 2]
     assert tally.to_json() == {"subset_classes": 2, "subset_top1": 1 / 3, "subset_top5": 2 / 3}
+    assert tally.rows() == [("among the 2 classes of the records", "top-1 0.3333 (1)")]
 
 
 # --- an evaluation set as people have it -----------------------------------------------------------------------------

@@ -18,12 +18,22 @@ def test_curves_are_drawn_for_any_number_of_epochs(tmp_path: Path) -> None:
     rows.append(EpochRow(4, 40, 0.1, float("nan"), None, None, None, 10.0, 0.0))
     inks = []
     for count in (0, 1, 4):
-        draw_curves(tmp_path / "curves.png", rows[:count], "a title")
+        draw_curves(tmp_path / "curves.png", rows[:count], "a title", classes=6)
         with Image.open(tmp_path / "curves.png") as picture:
             pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
         inks.append(int((pixels == (0x2A, 0x8A, 0x4A)).all(1).sum()))  # the colour of top-1
     assert inks[0] < inks[1] < inks[2]
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_curves_show_top_5_where_there_are_more_classes_than_five(tmp_path: Path) -> None:
+    rows = [EpochRow(n, n * 10, 0.1, 2.0 / n, 2.5 / n, 0.1 * n, 0.2 * n, 10.0, 0.0) for n in range(1, 4)]
+    seen = []
+    for classes in (5, 6):
+        draw_curves(tmp_path / "curves.png", rows, "a title", classes)
+        with Image.open(tmp_path / "curves.png") as picture:
+            seen.append(bool((np.asarray(picture.convert("RGB")) == (0xB0, 0x7C, 0x1C)).all(-1).any()))
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
