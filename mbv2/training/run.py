@@ -215,12 +215,12 @@ class _Run:
         return _result(self.options, self.data, position, self.results.run_pace, skipped)
 
     def _epoch(self) -> None:
-        position = self.state.position
+        position, recipe = self.state.position, self.recipe
         self._train_epoch()
         scores = live = None
         if self._due(position.epoch + 1):
             scores = self._evaluate()
-            live = self._evaluate(live=True) if self.recipe.score_live else None
+            live = self._evaluate(live=True) if recipe.score_live else None
         self.data.share_skipped(sum_floats)
         position.epoch, position.epoch_step = position.epoch + 1, 0
         self.state.keep(scores, scored=self.data.val is not None)
@@ -228,7 +228,7 @@ class _Run:
         if self.log is not None:
             self.log.add_epoch(row)
             self.log.add_skipped(self.data.skipped, row.epoch - 1, row.step)
-            title = f"{self.recipe.name}: width {self.recipe.width:g}, {self.recipe.image_size} px, seed {self.options.seed}"
+            title = f"{recipe.name}: width {recipe.width:g}, {recipe.image_size} px, seed {self.options.seed}"
             draw_curves(self.options.out / CURVES, read_metrics(self.options.out), title, len(self.data.classes))
             _logger.info(self.results.epoch_line(row, position))
             self._tell(row)
