@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,26 @@ ELSEWHERE = {  # and who may use what more, and why
 HEAVY = ("mindspore", "cv2", "torch", "scipy", "dask", "distributed", "matplotlib", "pandas")
 
 
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Parse a file, once for all tests, and return its nodes."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nodes_are_forgotten() -> Iterator[None]:
+    """Two million objects would slow every garbage collection of the tests that follow."""
+    yield
+    nodes_of.cache_clear()
+
+
+def dotted(node: ast.expr) -> str:
+    """Return ``name`` or ``name.attribute``, and nothing for other expressions."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def modules() -> Iterator[tuple[str, Path]]:
     """Yield the dotted name and the file of every installed module; the folder cli is imnet_prep.cli."""
     for package in PACKAGES:
@@ -61,7 +82,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 def imported(name: str, path: Path) -> Iterator[str]:
     """Yield the dotted name of everything that a module imports, also inside functions and relative to itself."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -147,19 +168,19 @@ def test_nothing_installed_imports_tests_or_benchmarks() -> None:
         assert not {other.split(".")[0] for other in imported(name, path)} & {"tests", "benchmarks"}, path
 
 
-def named(tree: ast.Module) -> Iterator[str]:
+def named(path: Path) -> Iterator[str]:
     """Yield what a module reads of others by a dotted name, or by getattr and hasattr."""
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            yield f"{node.value.id}.{node.attr}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            yield dotted(node)
+        elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "hasattr"):
             yield f"{ast.unparse(node.args[0])}.{ast.unparse(node.args[1])}".replace("'", "")
 
 
 def test_three_modules_alone_know_the_operating_system() -> None:
     for name, path in modules():
         if name not in KNOW_THE_SYSTEM:
-            used = {*imported(name, path), *named(ast.parse(path.read_text(encoding="utf-8")))}
+            used = {*imported(name, path), *named(path)}
             systems = {one for one in used if one.split(".")[0] in OF_A_SYSTEM or one.startswith(("os.", "signal."))}
             assert systems <= EVERYWHERE | ELSEWHERE.get(name, set()) | {"platform"}, name
             assert "sys.platform" not in used, name
@@ -172,9 +193,8 @@ def test_no_module_is_long() -> None:
 
 def test_mbv2_has_no_long_file_function_or_class() -> None:
     for path in sorted((ROOT / "mbv2").rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n") <= 350, path
-        for node in ast.walk(ast.parse(text)):
+        assert path.read_text(encoding="utf-8").count("\n") <= 350, path
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Recipe":  # a list of fields
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= (150 if isinstance(node, ast.ClassDef) else 60), (path.name, node.name, lines)
@@ -214,18 +234,18 @@ MAY = {  # who may use what of the formats, and why
 WRITERS = {"ShardWriter", "read_back", "write_index", "write_lines", "rejected_bytes"}
 
 
-def outside_records() -> Iterator[tuple[str, ast.Module]]:
+def outside_records() -> Iterator[tuple[str, tuple[ast.AST, ...]]]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
             if not name.startswith("imnet_prep/records/"):
-                yield name, ast.parse(path.read_text(encoding="utf-8"))
+                yield name, nodes_of(path)
 
 
-def names_from_records(tree: ast.Module) -> set[str]:
+def names_from_records(nodes: tuple[ast.AST, ...]) -> set[str]:
     """Names that a module takes from imnet_prep.records, however it imports them."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(RECORDS):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -235,52 +255,52 @@ def names_from_records(tree: ast.Module) -> set[str]:
     return found
 
 
-def calls(tree: ast.Module) -> set[str]:
-    functions = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+def calls(nodes: tuple[ast.AST, ...]) -> set[str]:
+    functions = (node.func for node in nodes if isinstance(node, ast.Call))
     return {f.id if isinstance(f, ast.Name) else f.attr for f in functions if isinstance(f, ast.Name | ast.Attribute)}
 
 
-def texts(tree: ast.Module) -> set[str]:
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+def texts(nodes: tuple[ast.AST, ...]) -> set[str]:
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def test_only_records_opens_what_is_in_a_records_folder() -> None:
-    wrong = {name: used for name, tree in outside_records() if (used := names_from_records(tree) & OPENERS)}
+    wrong = {name: used for name, nodes in outside_records() if (used := names_from_records(nodes) & OPENERS)}
     assert not wrong
 
 
 def test_only_the_shard_task_and_the_commit_write_what_is_in_a_records_folder() -> None:
-    for name, tree in outside_records():
-        assert names_from_records(tree) & WRITERS <= MAY.get(name, set()), name
+    for name, nodes in outside_records():
+        assert names_from_records(nodes) & WRITERS <= MAY.get(name, set()), name
 
 
 def test_only_the_commit_makes_a_manifest() -> None:
-    makers = {name for name, tree in outside_records() if {"Manifest", "SplitInfo"} & calls(tree)}
+    makers = {name for name, nodes in outside_records() if {"Manifest", "SplitInfo"} & calls(nodes)}
     assert makers == {"imnet_prep/build/commit.py"}
 
 
 def test_only_records_lists_a_records_folder_and_chooses_its_columns() -> None:
-    for name, tree in outside_records():
-        assert not [text for text in texts(tree) if "*.mindrecord" in text or text.endswith("*.db")], name
-        assert not [text for text in texts(tree) if "FROM INDEXES" in text], name
-        assert "blob_fields" not in {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}, name
+    for name, nodes in outside_records():
+        assert not [text for text in texts(nodes) if "*.mindrecord" in text or text.endswith("*.db")], name
+        assert not [text for text in texts(nodes) if "FROM INDEXES" in text], name
+        assert "blob_fields" not in {n.attr for n in nodes if isinstance(n, ast.Attribute)}, name
 
 
 def test_only_one_place_chooses_the_image_column() -> None:
-    def chooses(tree: ast.Module) -> bool:
-        pairs = (node.elts for node in ast.walk(tree) if isinstance(node, ast.Tuple | ast.List))
+    def chooses(nodes: tuple[ast.AST, ...]) -> bool:
+        pairs = (node.elts for node in nodes if isinstance(node, ast.Tuple | ast.List))
         return any({"image", "data"} == {e.value for e in pair if isinstance(e, ast.Constant)} for pair in pairs)
 
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    found = [path.name for path in files if chooses(ast.parse(path.read_text(encoding="utf-8")))]
+    found = [path.name for path in files if chooses(nodes_of(path))]
     assert found == ["mindrecord.py"]
 
 
 def test_a_publishing_rename_is_made_in_one_place() -> None:
     """Shards, notes and plans move inside a work folder; a name that others read is given by publish.py alone."""
-    for name, tree in outside_records():
+    for name, nodes in outside_records():
         if name.startswith("imnet_prep/") and not name.startswith("imnet_prep/download/"):
             allowed = {"imnet_prep/files.py", "imnet_prep/build/shard_task.py", "imnet_prep/build/workdir.py"}
-            calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-            renames = [call for call in calls if ast.unparse(call) in ("rename", "shutil.move")]
+            functions = [dotted(node.func) for node in nodes if isinstance(node, ast.Call)]
+            renames = [function for function in functions if function in ("rename", "shutil.move")]
             assert not renames or name in allowed, name
