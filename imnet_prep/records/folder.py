@@ -16,6 +16,7 @@ from imnet_prep.cluster import run_tasks, this_worker
 from imnet_prep.errors import ImnetError, IntegrityError, RecordsError
 from imnet_prep.files import file_digest, max_open_files
 from imnet_prep.process_pool import Advance, in_order, process_count
+from imnet_prep.records.line_index import ListIndex, RejectedIndex
 from imnet_prep.records.manifest import MANIFEST, Manifest, load_manifest
 from imnet_prep.records.mindrecord import Shard, open_shard
 from imnet_prep.records.publish import refuse_interrupted
@@ -197,16 +198,18 @@ class RecordsFolder:
         with opened_list(self.list_path(split)) as lines:
             return sum(1 for _ in lines)
 
-    def line(self, position: int) -> RecordLine:
-        """Read the line of one record. It reads the list from its beginning: about a second per million records.
+    def index(self, split: str) -> ListIndex:
+        """Index the record list of a split, to read any of its lines at once; raises as :meth:`count_lines`."""
+        return ListIndex(self.list_path(split))
 
-        Raises:
-            RecordsError: The list cannot be read, or does not list the record there.
-        """
+    def line(self, position: int, index: ListIndex) -> RecordLine:
+        """Read the line of one record, by the index of its split's list; raises as :meth:`lines`."""
         row = self.row(position)
-        with opened_list(self.list_path(row.split)) as lines:
-            row.listed = next(islice(lines, position - self.span(row.split).start, None), None)
+        row.listed = index.line(position - self.span(row.split).start)
+        try:
             return row.line()
+        except ValueError as error:
+            raise RecordsError(f"{index.path}: the record list cannot be read", got=str(error)) from error
 
     def list_path(self, split: str) -> Path:
         """Return the path of a split's record list."""
@@ -266,9 +269,18 @@ class RecordsFolder:
             IntegrityError: The list cannot be read, or is not the manifest's.
             RecordsError: A line is damaged.
         """
+        if path := self._rejected_path():
+            yield from read_rejected(path)
+
+    def index_rejected(self) -> RejectedIndex:
+        """Index that list, to read any of its entries at once; raises as :meth:`rejected`."""
+        return RejectedIndex(self._rejected_path())
+
+    def _rejected_path(self) -> Path | None:
         if entry := self.manifest.rejected:
             self._check_digest(entry, "the list of rejected images", IntegrityError)
-            yield from read_rejected(self.path / str(entry["file"]))
+            return self.path / str(entry["file"])
+        return None
 
 
 _Chunk = tuple[int, Path, Row, int, list[bytes]]  # number, data file, first row, row count, lines (perhaps too few)

@@ -7,31 +7,30 @@ a name of its own that points here (DNS rebinding).
 
 import ipaddress
 import logging
-import math
 import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from imnet_prep.errors import ImnetError, PipelineError, RecordsError
-from imnet_prep.loader.options import EvalOptions, TrainOptions
+from imnet_prep.errors import ImnetError, RecordsError
+from imnet_prep.loader.options import EvalOptions
 from imnet_prep.loader.random_numbers import MAX_EPOCH, MAX_SEED
-from imnet_prep.show.browse_data import THUMB_SIDE, VIEW_SIDE, Library
+from imnet_prep.show.browse_data import VIEW_SIDE, Library, kept_picture
+from imnet_prep.show.browse_lists import number_of
 from imnet_prep.show.pages import render
 
 try:
     from flask import Flask, Response, abort, request
+    from werkzeug.exceptions import NotFound
     from werkzeug.serving import make_server
+
+    from imnet_prep.show.browse_pages import Route, add_lists, add_record, add_reviews, train_options, train_values
 except ImportError as missing:
     raise RecordsError("browse: Flask is not installed", remedy="pip install 'imnet-prep[browse]'") from missing
 
-Route = Callable[[str], Callable[[Callable[..., Any]], object]]
-PAGE_IMAGES = 60
 _ASSETS = {
     "style.css": "text/css",
     "browse.css": "text/css",
-    "script.js": "text/javascript",
     "browse.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
@@ -43,13 +42,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
-}
-_FIELDS = {  # of the form on a record's page: captions and defaults
-    "crop": ("smallest crop", 0.08),
-    "flip": ("flip", 0.5),
-    "jitter": ("colour jitter", 0.0),
-    "ops": ("RandAugment operations", 0.0),
-    "erase": ("erasing", 0.0),
 }
 
 
@@ -73,19 +65,30 @@ def create_app(records: Path, host: str = "127.0.0.1") -> Flask:
         if not host_is_ours(request.host, host):
             abort(403, "This name is not one of this server's.")
         asked = request.view_args or {}
-        if "position" in asked and asked["position"] >= len(library.tables.get(asked["split"], ())):
-            abort(404)
+        if "number" in asked:
+            records_there = library.splits.get(asked["split"], slice(0, 0))
+            if asked["number"] >= records_there.stop - records_there.start:
+                abort(404)
 
     def add_headers(response: Response) -> Response:
         response.headers.update(_HEADERS)
         return response
 
+    def unusable(error: ImnetError) -> tuple[str, int]:
+        return page("browse_error.html", error=error), 422
+
+    def missing(_: NotFound) -> tuple[str, int]:
+        return page("browse_error.html", error="There is no such page or record."), 404
+
     page = partial(render, name=records.resolve().name, library=library)
     app.before_request(check_request)
     app.after_request(add_headers)
-    app.register_error_handler(ImnetError, lambda error: (page("browse_error.html", error=error), 422))
-    _add_pages(app.get, library, page)
-    _add_images(app.get, library)
+    app.register_error_handler(ImnetError, unusable)
+    app.register_error_handler(NotFound, missing)
+    add_lists(app.get, library, page)
+    add_reviews(app.get, library, page)
+    add_record(app.get, library, page)
+    _add_files(app.get, library)
     return app
 
 
@@ -109,57 +112,32 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _add_pages(get: Route, library: Library, page: Callable[..., str]) -> None:
-    @get("/")
-    def index() -> str:
-        search = request.args.get("q", "")[:200]
-        return page("browse_classes.html", search=search, labels=library.find_classes(search))
+def _add_files(get: Route, library: Library) -> None:
+    def start(split: str) -> int:
+        return int(library.splits[split].start)
 
-    @get("/class/<int(signed=True):label>")
-    def class_page(label: int) -> str:
-        there = (name for name in library.tables if len(library.of_class(name, label)))
-        split = request.args.get("split") or next(there, next(iter(library.tables), ""))
-        number = _number("page", 1 << 31)
-        if not -1 <= label < len(library.manifest.classes) or split not in library.tables:
-            abort(404)
-        positions = library.of_class(split, label)
-        pages = max(1, -(-len(positions) // PAGE_IMAGES))
-        if number >= pages:
-            abort(404)
-        shown = positions[number * PAGE_IMAGES : (number + 1) * PAGE_IMAGES].tolist()
-        images = [(position, library.row(split, position).name) for position in shown]
-        return page(
-            "browse_class.html",
-            label=label,
-            split=split,
-            page=number,
-            pages=pages,
-            images=images,
-            side=THUMB_SIDE,
-        )
+    @get("/image/<split>/<int:number>")
+    def image(split: str, number: int) -> Response:
+        return _file(*library.image(start(split) + number))
 
-    @get("/record/<split>/<int:position>")
-    def record_page(split: str, position: int) -> str:
-        table = library.tables[split]
-        label, values = int(table.label[position]), _train_values()
-        _train_options(values)
-        siblings = library.of_class(split, label)
-        return page(
-            "browse_record.html",
-            split=split,
-            position=position,
-            record=library.row(split, position),
-            record_id=int(table.ids[position]),
-            label=label,
-            siblings=siblings,
-            here=int(siblings.searchsorted(position)),
-            line=library.line(split, position),
-            fields=library.fields(split, position),
-            form=_FIELDS,
-            values=values,
-            seed=_number("seed", MAX_SEED),
-            side=VIEW_SIDE,
+    @get("/thumb/<split>/<int:number>")
+    def thumb(split: str, number: int) -> Response:
+        return _file(library.thumb(start(split) + number), "image/jpeg")
+
+    @get("/view/<split>/<int:number>")
+    def view(split: str, number: int) -> Response:
+        evaluation = EvalOptions(batch_size=1, image_size=VIEW_SIDE)
+        options = evaluation if request.args.get("eval") else train_options(train_values(request.args))
+        seed, epoch = (
+            number_of(request.args, name, 0, high, 0) for name, high in (("seed", MAX_SEED), ("epoch", MAX_EPOCH))
         )
+        return _file(library.view(start(split) + number, options, seed, epoch), "image/png")
+
+    @get("/kept/<int:rejection>")
+    def kept(rejection: int) -> Response:
+        if rejection >= len(library.rejected().reasons):
+            abort(404)
+        return _file(kept_picture(next(library.rejected().read([rejection]))), "image/jpeg")
 
     @get("/<name>")
     def asset(name: str) -> Response:
@@ -168,65 +146,8 @@ def _add_pages(get: Route, library: Library, page: Callable[..., str]) -> None:
         return _file(render(name).encode(), _ASSETS[name])
 
 
-def _add_images(get: Route, library: Library) -> None:
-    @get("/image/<split>/<int:position>")
-    def image(split: str, position: int) -> Response:
-        return _file(*library.image(split, position))
-
-    @get("/thumb/<split>/<int:position>")
-    def thumb(split: str, position: int) -> Response:
-        return _file(library.thumb(split, position), "image/jpeg")
-
-    @get("/view/<split>/<int:position>")
-    def view(split: str, position: int) -> Response:
-        evaluation = EvalOptions(batch_size=1, image_size=VIEW_SIDE)
-        options = evaluation if request.args.get("eval") else _train_options(_train_values())
-        seed, epoch = _number("seed", MAX_SEED), _number("epoch", MAX_EPOCH)
-        return _file(library.view(split, position, options, seed, epoch), "image/png")
-
-
 def _file(data: bytes, kind: str) -> Response:
     return Response(data, mimetype=kind, headers={"Cache-Control": "private, max-age=300"})
-
-
-def _number(name: str, high: int) -> int:
-    """Return a number of the query, 0 by default."""
-    text = request.args.get(name) or "0"
-    if not text.isascii() or not text.isdecimal() or int(text[:24]) > high:
-        raise PipelineError(f"{name} is out of range", expected=f"0 to {high}", got=repr(text[:40]))
-    return int(text[:24])
-
-
-def _train_values() -> dict[str, float]:
-    """Return the augmentation that the query asks for."""
-    values: dict[str, float] = {}
-    for name, (caption, default) in _FIELDS.items():
-        given = request.args.get(name) or default
-        try:
-            values[name] = float(given)
-            if not math.isfinite(values[name]):
-                raise ValueError(given)
-        except ValueError as error:
-            raise PipelineError(f"{caption} is not a number", got=repr(given)[:40]) from error
-    return values
-
-
-def _train_options(values: dict[str, float]) -> TrainOptions:
-    """Turn the values of the form into the loader's options.
-
-    Raises:
-        PipelineError: One is out of range.
-    """
-    jitter = values["jitter"]
-    return TrainOptions(
-        batch_size=1,
-        image_size=VIEW_SIDE,
-        scale=(values["crop"], 1.0),
-        flip_prob=values["flip"],
-        color_jitter=(jitter, jitter, jitter, 0.0),
-        randaugment_ops=int(values["ops"]),
-        erasing_prob=values["erase"],
-    )
 
 
 def serve(records: Path, host: str, port: int, announce: Callable[[str], None]) -> None:

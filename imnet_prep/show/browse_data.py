@@ -1,29 +1,41 @@
 """Read what the browser's pages show: classes, images, the stored fields of a record, and its augmented views."""
 
-import json
+import base64
+import binascii
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from imnet_prep.errors import PipelineError
+from imnet_prep.errors import PipelineError, RecordsError
 from imnet_prep.images.formats import sniff
 from imnet_prep.loader.options import Options
 from imnet_prep.loader.render import choose_decoder, render
 from imnet_prep.records.folder import RecordsFolder, Row
+from imnet_prep.records.line_index import RejectedIndex
+from imnet_prep.records.record_list import RecordLine
+from imnet_prep.show.browse_lists import Columns, Positions, Query
 from imnet_prep.show.pictures import thumbnail
-from imnet_prep.types import ImageFault
+from imnet_prep.types import ImageFault, Rejected
 
 THUMB_SIDE, VIEW_SIDE = 192, 160
 
 
 class Library:
-    """A records folder opened for reading; safe to share between threads. Positions are within a split, as stored."""
+    """A records folder opened for reading; safe to share between threads.
+
+    Positions number the records through all splits, as stored; the URLs count within a split.
+
+    Attributes:
+        folder: The records. manifest: Its manifest.
+        splits: The splits that have images, and the positions of their records.
+        columns: What lists need of every record.
+    """
 
     def __init__(self, records: Path) -> None:
-        """Open a folder; about 100 bytes per record are held in memory.
+        """Open a folder and read its record lists; about 250 bytes per record are held in memory.
 
         Raises:
             RecordsError: It is missing, or a shard, index or record list is missing or damaged.
@@ -32,15 +44,21 @@ class Library:
         self.folder = RecordsFolder.open(records)
         self.manifest = self.folder.manifest
         self._decoder = choose_decoder("auto")
-        self.tables = {name: self.folder.table(name) for name, split in self.manifest.splits.items() if split.images}
-        # Rows of each label, one after the other, in stored order.
-        self._order = {name: np.argsort(table.label, kind="stable") for name, table in self.tables.items()}
-        self._sorted = {name: table.label[self._order[name]] for name, table in self.tables.items()}
+        self.splits = {name: self.folder.span(name) for name, split in self.manifest.splits.items() if split.images}
+        if not self.splits:
+            raise RecordsError(f"{records}: holds no images")
+        tables = [self.folder.table(name) for name in self.splits]
+        self.lists = {name: self.folder.index(name) for name in self.splits}
+        self.columns = Columns(tables, list(self.lists.values()))
 
-    def of_class(self, split: str, label: int) -> NDArray[np.int64]:
-        """Return the positions of a class's records in a split."""
-        low, high = np.searchsorted(self._sorted[split], [label, label + 1])
-        return self._order[split][low:high]
+    def find(self, query: Query) -> Positions:
+        """Return the positions of the records that a query asks for, in its order."""
+        return self.columns.find(query, list(self.splits).index(query.split) if query.split else None)
+
+    def place(self, position: int) -> tuple[str, int]:
+        """Return the split of a record, and its number there."""
+        split, number = self.columns.place(position)
+        return list(self.splits)[split], number
 
     def find_classes(self, search: str) -> list[int]:
         """Return the labels of the classes that match every word; without words, of those that have images."""
@@ -52,60 +70,69 @@ class Library:
             and (searched or any(split.class_counts[label] for split in manifest.splits.values()))
         ]
 
-    def row(self, split: str, position: int) -> Row:
-        """Return a record."""
-        return self.folder.row(self.folder.span(split).start + position)
+    @lru_cache(1)  # noqa: B019 - one library lives as long as its server
+    def rejected(self) -> RejectedIndex:
+        """Return the index of the rejected images.
 
-    def image(self, split: str, position: int) -> tuple[bytes, str]:
+        Raises:
+            IntegrityError: The list cannot be read, or is not the manifest's.
+            RecordsError: A line is damaged.
+        """
+        return self.folder.index_rejected()
+
+    def row(self, position: int) -> Row:
+        """Return a record."""
+        return self.folder.row(position)
+
+    def image(self, position: int) -> tuple[bytes, str]:
         """Read an image as stored, and its media type.
 
         Raises:
             RecordsError: It cannot be read.
         """
-        data = self.row(split, position).image
+        data = self.row(position).image
         try:
             return data, f"image/{sniff(data).lower()}"
         except ImageFault:
             return data, "application/octet-stream"
 
-    def thumb(self, split: str, position: int) -> bytes:
+    def thumb(self, position: int) -> bytes:
         """Make a small JPEG of an image.
 
         Raises:
             RecordsError: It cannot be read.
             PipelineError: It does not decode.
         """
-        row = self.row(split, position)
+        row = self.row(position)
         jpeg = thumbnail(row.image, THUMB_SIDE)
         if not jpeg:
             raise PipelineError(f"{row.file}: row {row.row} ({row.name}): does not decode")
         return jpeg
 
-    def fields(self, split: str, position: int) -> dict[str, Any]:
+    def fields(self, position: int) -> dict[str, Any]:
         """Read the stored fields of a record; of columns of bytes other than the image, return the sizes.
 
         Raises:
             RecordsError: They cannot be read.
         """
-        row = self.row(split, position)
+        row = self.row(position)
         shard = row.opened
         others = {name: data for name, data in shard.blobs(row.row).items() if name != shard.header.image_field}
         return dict(sorted((row.fields | {f"{name} (bytes)": len(data) for name, data in others.items()}).items()))
 
-    def line(self, split: str, position: int) -> dict[str, Any]:
+    def line(self, position: int) -> RecordLine:
         """Read the record list's line of a record.
 
         Raises:
             RecordsError: The list cannot be read.
         """
-        return dict(json.loads(self.folder.line(self.row(split, position).position).to_json()))
+        return self.folder.line(position, self.lists[self.place(position)[0]])
 
-    def view(self, split: str, position: int, options: Options, seed: int, epoch: int) -> bytes:
+    def view(self, position: int, options: Options, seed: int, epoch: int) -> bytes:
         """Return the pixels that the loader makes of a record in an epoch, as a PNG.
 
         Args:
-            split: The split.
-            position: The record's place in it.
+            position: The record.
             options: Of training or evaluation; images are not mixed.
             seed: Of the run.
             epoch: From 0.
@@ -114,11 +141,19 @@ class Library:
             RecordsError: It cannot be read.
             PipelineError: It does not decode.
         """
-        row, table = self.row(split, position), self.tables[split]
-        sizes = np.array([[table.width[position], table.height[position]]])
+        row, columns = self.row(position), self.columns
+        sizes = np.array([[columns.width[position], columns.height[position]]])
         pixels = np.empty((1, options.image_size, options.image_size, 3), dtype=np.uint8)
-        ids = table.ids[position : position + 1]
+        ids = columns.ids[position : position + 1]
         faults = render([row.image], sizes, ids, options, seed, epoch, pixels, self._decoder)
         if faults:
             raise PipelineError(f"{row.file}: row {row.row} ({row.name}): does not decode", got=faults[0])
         return bytes(cv2.imencode(".png", pixels[0, :, :, ::-1])[1])
+
+
+def kept_picture(item: Rejected) -> bytes:
+    """Return the picture that was kept of a rejected image, a JPEG; empty without one."""
+    try:
+        return base64.b64decode(item.thumbnail, validate=True)
+    except binascii.Error:
+        return b""

@@ -23,6 +23,18 @@ from imnet_prep.types import ProgressCallback
 MAX_COLOURS = 10_000  # images whose colours are measured; more would change the third digit at most
 MAX_PRINTS = 50_000  # records among which near-duplicates are searched; `verify` does it for any number
 PER_CLASS, PER_CHANGE = 6, 6  # records that are shown
+CHANGES = {  # what was changed or noticed, in words
+    "format": "Not a JPEG",
+    "cmyk": "CMYK",
+    "sixteen_bit": "More than 8 bits per channel",
+    "alpha": "Transparent",
+    "oriented": "With an EXIF orientation",
+    "progressive": "Progressive JPEG",
+    "greyscale": "Greyscale",
+    "exif_damaged": "Damaged EXIF",
+    "trailing_bytes": "Bytes after the end marker",
+    "resized": "Larger than asked for",
+}
 CONVERTED = {  # the changes that alter an image, and what was done
     "format": "converted to JPEG",
     "cmyk": "converted to RGB",

@@ -10,7 +10,7 @@ import numpy as np
 
 from imnet_prep.records.manifest import Manifest
 from imnet_prep.show.charts import BarChart, class_balance, histogram
-from imnet_prep.show.gather import CONVERTED, MAX_COLOURS, MAX_PRINTS, Gathered, Shown, gather
+from imnet_prep.show.gather import CHANGES, CONVERTED, MAX_COLOURS, MAX_PRINTS, Gathered, Shown, gather
 from imnet_prep.show.info import describe_split
 from imnet_prep.show.pages import check_target, render, write_page
 from imnet_prep.show.pictures import Picture, picture_of
@@ -19,18 +19,6 @@ from imnet_prep.types import ProgressCallback, Rejected
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in torchvision's reference scripts
 PICTURE_BYTES = 3_300_000  # of all pictures in base64, so that the file stays under 5 MB
 MAX_REJECTED, MAX_PAIRS = 100, 24
-_CHANGES = {
-    "format": "Not a JPEG",
-    "cmyk": "CMYK",
-    "sixteen_bit": "More than 8 bits per channel",
-    "alpha": "Transparent",
-    "oriented": "With an EXIF orientation",
-    "progressive": "Progressive JPEG",
-    "greyscale": "Greyscale",
-    "exif_damaged": "Damaged EXIF",
-    "trailing_bytes": "Bytes after the end marker",
-    "resized": "Larger than asked for",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +143,7 @@ def _changes(manifest: Manifest) -> dict[str, Any]:
     return {
         "changes": [
             (text, counts[change], CONVERTED.get(change, "unchanged"))
-            for change, text in _CHANGES.items()
+            for change, text in CHANGES.items()
             if counts[change]
         ],
         "reasons": [(reason, *(split.rejected.get(reason, 0) for split in splits)) for reason in reasons],
@@ -166,7 +154,7 @@ def _shown(gathered: Gathered, pictures: _Pictures) -> dict[str, Any]:
     """Make the pictures of each section, in the order of the page."""
     manifest = gathered.folder.manifest
     converted = {
-        f"{_CHANGES[change]}, {CONVERTED[change]}": [pictures.of(item, item.line.file_name) for item in shown]
+        f"{CHANGES[change]}, {CONVERTED[change]}": [pictures.of(item, item.line.file_name) for item in shown]
         for change, shown in gathered.converted.items()
     }
     stored = {f"{item.split}/{item.line.file_name}": item for shown in gathered.samples.values() for item in shown}
