@@ -30,9 +30,11 @@ def make_run(folder: Path, epochs: int = 3) -> Path:
     log = RunLog(folder, 0, 0)
     for epoch in range(1, epochs + 1):
         for step in (1, 2):
-            row = StepRow(epoch - 1, 2 * epoch - 2 + step, 2.0 / epoch, 0.1, 0.0, 12.5, 80.0, 0.02, "compute-bound")
+            row = StepRow(
+                epoch - 1, 500 * (2 * epoch - 2 + step), 2.0 / epoch, 0.1, 0.0, 12.5, 80.0, 0.02, "compute-bound"
+            )
             log.add_step(row)
-        log.add_epoch(EpochRow(epoch, 2 * epoch, 0.1 / epoch, 2 / epoch, 1.9 / epoch, 0.2 * epoch, 0.9, 81.5, 0.03))
+        log.add_epoch(EpochRow(epoch, 1000 * epoch, 0.1 / epoch, 2 / epoch, 1.9 / epoch, 0.2 * epoch, 0.9, 81.5, 0.03))
     config = {"recipe": {"name": "tiny", "lr": 0.1, "image_size": 32}, "seed": 5, "versions": {"mindspore": "2.10.0"}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
