@@ -41,7 +41,17 @@ for options in (TrainOptions(4, 32, randaugment_ops=2, mixup_alpha=0.2), EvalOpt
     with open_batches(sys.argv[1], "train", options) as batches:
         print(sum(len(batch) for batch in batches))
 """
+COMMANDS = """
+import json, sys
+from importlib import import_module
+from click.testing import CliRunner
+for words in json.loads(sys.argv[2]):
+    done = CliRunner().invoke(import_module(sys.argv[1]).main, words)
+    print(json.dumps([done.exit_code, done.stdout, done.stderr]))
+"""
+PREP, MOBILENET = "imnet_prep.cli.prep", "imnet_prep.cli.mobilenet"
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Results = Callable[..., list[tuple[int, str, str]]]
 
 
 @pytest.fixture(scope="module")
@@ -64,34 +74,50 @@ def without_mindspore(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def records(without_mindspore: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(without_mindspore: Run) -> Results:
+    """Run commands one after another in one such process; return exit code, output and errors of each."""
+
+    def run(module: str, *commands: list[str]) -> list[tuple[int, str, str]]:
+        done = without_mindspore(sys.executable, "-c", COMMANDS, module, json.dumps(commands))
+        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def records(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records of downloaded images, made and verified without MindSpore."""
     folder = tmp_path_factory.mktemp("records")
     with Server(images) as server:
         lists = write_list(folder / "list", [server.url(f"/{number}") for number in range(12)])
-        without_mindspore(*COMMAND, "download", "--urls", lists, "--out", folder / "images", "--allow-private")
-    without_mindspore(*COMMAND, "to-mindrecord", folder / "images", "--out", folder / "records", "--shards", 2)
-    without_mindspore(*COMMAND, "verify", folder / "records", "--level", "decode")
+        found = results(
+            PREP,
+            ["download", "--urls", str(lists), "--out", str(folder / "images"), "--allow-private"],
+            ["to-mindrecord", str(folder / "images"), "--out", str(folder / "records"), "--shards", "2"],
+            ["verify", str(folder / "records"), "--level", "decode"],
+        )
+    assert [code for code, *_ in found] == [0, 0, 0], found
     return folder / "records"
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["info RECORDS", "report RECORDS --out OUT.html", "export RECORDS --to imagefolder --out OUT",
-     "reshard RECORDS --shards 1 --out OUT", "bench RECORDS --batch-size 4 --image-size 32 --seconds 0.2"],
-    ids=lambda command: command.split()[0],
-)  # fmt: skip
-def test_a_command_needs_no_mindspore(command: str, records: Path, without_mindspore: Run, tmp_path: Path) -> None:
-    places = {"RECORDS": str(records), "OUT": str(tmp_path / "out"), "OUT.html": str(tmp_path / "out.html")}
-    without_mindspore(*COMMAND, *(places.get(word, word) for word in command.split()))
-
-
-def test_records_are_repaired_and_adopted_without_it(records: Path, without_mindspore: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(records, tmp_path / "records"))
-    min(folder.glob("train/*.db")).unlink()
-    without_mindspore(*COMMAND, "repair-index", folder)
-    (folder / "manifest.json").unlink()
-    without_mindspore(*COMMAND, "adopt", folder, "--workers", 1)
+def test_the_commands_need_no_mindspore(records: Path, results: Results, tmp_path: Path) -> None:
+    damaged, plain = (Path(shutil.copytree(records, tmp_path / name)) for name in ("damaged", "plain"))
+    min(damaged.glob("train/*.db")).unlink()
+    (plain / "manifest.json").unlink()
+    found = results(
+        PREP,
+        ["info", str(records)],
+        ["report", str(records), "--out", str(tmp_path / "out.html")],
+        ["export", str(records), "--to", "imagefolder", "--out", str(tmp_path / "exported")],
+        ["reshard", str(records), "--shards", "1", "--out", str(tmp_path / "resharded")],
+        ["bench", str(records), "--batch-size", "4", "--image-size", "32", "--seconds", "0.2"],
+        ["repair-index", str(damaged)],
+        ["adopt", str(plain), "--workers", "1"],
+    )
+    assert [code for code, *_ in found] == [0] * 7, found
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged", "plain", "out.html", "exported", "resharded"}
+    assert (plain / "manifest.json").exists()
+    assert len(list(damaged.glob("train/*.db"))) == 2
 
 
 def test_batches_are_read_without_it(records: Path, without_mindspore: Run) -> None:
@@ -108,18 +134,19 @@ print(create_app(Path({str(records)!r})).test_client().get("/").status_code)
     assert without_mindspore(sys.executable, "-c", program).stdout == "200\n"
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["train --records RECORDS --out run", "bench", "eval --records RECORDS --split train --checkpoint none",
-     "export --checkpoint none --format onnx --out model.onnx"],
-    ids=lambda command: command.split()[0],
-)  # fmt: skip
-def test_training_says_in_one_line_that_it_needs_mindspore(command: str, records: Path, without_mindspore: Run) -> None:
-    words = command.replace("RECORDS", str(records)).split()
-    done = without_mindspore(sys.executable, "-m", "mbv2", *words, code=1)
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: this command needs MindSpore, which is not installed; pip install imnet-prep")
-    assert done.stderr.count("\n") == 1
+def test_training_says_in_one_line_that_it_needs_mindspore(records: Path, results: Results) -> None:
+    found = results(
+        MOBILENET,
+        ["train", "--records", str(records), "--out", "run"],
+        ["bench"],
+        ["eval", "--records", str(records), "--split", "train", "--checkpoint", "none"],
+        ["export", "--checkpoint", "none", "--format", "onnx", "--out", "model.onnx"],
+    )
+    assert len(found) == 4
+    for code, out, said in found:
+        assert (code, out) == (1, "")
+        assert said.startswith("error: this command needs MindSpore, which is not installed; pip install imnet-prep")
+        assert said.count("\n") == 1
 
 
 def requirements(lines: list[str]) -> dict[str, set[str]]:
