@@ -137,7 +137,9 @@ def test_transparency_is_composed_over_white() -> None:
 def test_transparency_of_a_large_image_is_composed_in_bands_as_at_once(mode: str) -> None:
     rng = np.random.default_rng(7)
     image = Image.fromarray(rng.integers(0, 256, (1100, 1500, 4), np.uint8))
-    image = image.convert("RGB").quantize(64) if mode in ("P", "PA") else image
+    if mode in ("P", "PA"):
+        image = Image.frombytes("P", image.size, rng.integers(0, 64, (1100, 1500), np.uint8).tobytes())
+        image.putpalette(rng.integers(0, 256, 3 * 64, np.uint8).tobytes())
     image = image.convert(mode) if image.mode != mode else image
     if mode in ("P", "L", "RGB"):
         image.info["transparency"] = {"P": bytes(range(64)), "L": 17, "RGB": image.getpixel((3, 5))}[mode]
