@@ -1,6 +1,6 @@
 """Train on records in a process of its own, and end it with SIGKILL after a step.
 
-Usage: python -m tests.mbv2.training.run_pairs RUN.json [KILL_STEP]: without a step, the run goes on to its end.
+Usage: python -m tests.mbv2.training.run_pairs RUN.json KILL_STEP
 """
 
 import json
@@ -27,10 +27,10 @@ def run_options(document: dict[str, Any], out: Path, *, resume: bool = False) ->
 
 
 def main() -> None:
-    """Carry out the run; it goes on where it was begun."""
+    """Begin the run."""
     document = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    kill_after = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    options = run_options(document, Path(document["out"]), resume=not kill_after)
+    kill_after = int(sys.argv[2])
+    options = run_options(document, Path(document["out"]))
     batch, begun = options.recipe.batch_size, False
 
     def progress(state: Progress) -> None:

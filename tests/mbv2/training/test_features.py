@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from imnet_prep.errors import Interrupted, TrainError
 from imnet_prep.types import Batch
+from mbv2.network.model import ModelConfig
 from mbv2.recipe import Recipe
 from mbv2.training.features import FeatureSet, FeatureSource, _check_views, cache_key, compute_features, load_features
 from mbv2.training.options import RunOptions
 from mbv2.training.run import train
-from mbv2.weights.checkpoint import read_checkpoint
+from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
 from tests.mbv2.standin import memory_data
+from tests.mbv2.weights.test_convert import random_weights
 
 LENGTH = 4
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -153,11 +155,10 @@ def test_scoring_takes_every_row_in_order() -> None:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of another class count, from a short run."""
-    out = tmp_path_factory.mktemp("pretrained") / "run"
-    recipe = Recipe(epochs=1, batch_size=8, image_size=32, width=0.35, lr=0.01)
-    train(RunOptions(out, out, recipe), data=memory_data(images=80, val=0, classes=5))
-    return out / "best.ckpt"
+    """A checkpoint of another class count."""
+    path = tmp_path_factory.mktemp("pretrained") / "start.ckpt"
+    save_checkpoint(path, random_weights(0.35, classes=5), Meta(asdict(ModelConfig(5, width=0.35)), (), 32, 0.875))
+    return path
 
 
 @pytest.mark.slow
