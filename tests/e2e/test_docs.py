@@ -11,8 +11,6 @@ import gzip
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import fields
@@ -29,6 +27,7 @@ from imnet_prep.cli import mobilenet
 from imnet_prep.cli.prep import main
 from imnet_prep.sources.tar import BLOCK
 from mbv2.recipe import Recipe
+from tests.e2e.pages import PAGES, README, README_CN, ROOT, blocks, commands, run
 from tests.imnet_prep.sources.parquets import Row, write_parquet
 from tests.imnet_prep.sources.test_parquet import hub_words
 from tests.imnet_prep.sources.test_webdataset import img2dataset
@@ -37,30 +36,16 @@ from tests.mbv2.weights.test_convert import foreign, random_weights, write
 from tests.s3 import put, s3_server
 from tests.synthetic import WNIDS, jpeg, make_image_folder, make_imagenet, tar_bytes
 
-ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = {"imnet-prep": main, "mbv2": mobilenet.main}
-OURS = tuple(f"{program} " for program in PROGRAMS)
 FIELDS = {field.name for field in fields(Recipe)}
 ON_MANY = "many-machines.md"  # needs several hosts; tests/e2e/test_many_machines.py runs it
 SERVING = ("imnet-prep browse",)  # does not end by itself; tests/imnet_prep/show/test_browse.py runs it
+_SHAPE = (r"^#+ ", r"\]\(([^)]+)\)")  # headings and links
 ADDED = {
     "imnet-prep download": ["--allow-private"],
     "imnet-prep bench": ["--seconds", "1"],
     "mbv2 train": ["--epochs", "1", "--image-size", "32", "--batch-size", "16"],
 }
-
-
-@cache
-def commands(page: Path) -> list[str]:
-    """Return the command lines of a page's fenced blocks, continued lines joined, comments left out."""
-    lines: list[str] = []
-    for _, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            text = line.strip().removeprefix("$ ")
-            if text.startswith(OURS) and not re.search(r"[<\[|]|\.\.\.", text):
-                lines.append(re.sub(r"\s+#.*$", "", text))
-    return lines
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -141,8 +126,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, address: str, bucket: str) -
     (root / "photos.csv").write_text("\n".join(["link,species,caption", *table]), "utf-8")
     (root / "keep.txt").write_text("\n".join(WNIDS[:2]) + "\n", encoding="utf-8")
     write(root / "mobilenetv2_100.safetensors", foreign(random_weights(0.35), "timm"))
-    for command in commands(ROOT / "README.md"):
-        run(command, root)
+    for command in commands(README):
+        run_shortened(command, root)
     records = (path for path in (root / "records").rglob("*") if path.is_file())
     put(bucket, "my-bucket", {f"imagenet/{path.relative_to(root / 'records')}": path.read_bytes() for path in records})
     (root / "old-records").mkdir()
@@ -151,12 +136,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, address: str, bucket: str) -
     return root
 
 
-def run(command: str, folder: Path) -> None:
-    words = shlex.split(command)
-    words += next((added for start, added in ADDED.items() if command.startswith(start)), [])
-    words[0] = str(Path(sys.executable).with_name(words[0]))
-    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
-    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+def run_shortened(command: str, folder: Path) -> None:
+    """Run a command with the options that make it short."""
+    run(command, folder, *next((added for start, added in ADDED.items() if command.startswith(start)), []))
 
 
 @pytest.mark.slow
@@ -167,7 +149,7 @@ def test_the_commands_of_the_readme_run(world: Path) -> None:
 
 def own_commands(page: Path) -> list[str]:
     """Return the commands of a page that README does not have."""
-    known = set(commands(ROOT / "README.md"))
+    known = set(commands(README))
     return [command for command in commands(page) if command not in known and not command.startswith(SERVING)]
 
 
@@ -185,7 +167,7 @@ def own_commands(page: Path) -> list[str]:
 def test_the_commands_of_a_page_run(world: Path, tmp_path: Path, page: Path) -> None:
     shutil.copytree(world, tmp_path / "world")
     for command in own_commands(page):
-        run(command, tmp_path / "world")
+        run_shortened(command, tmp_path / "world")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
@@ -199,19 +181,42 @@ def test_the_options_of_a_page_are_known(page: Path) -> None:
 
 
 def test_the_chinese_readme_is_in_step() -> None:
-    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md")]
-    blocks, headings = (
-        [re.findall(pattern, page, re.MULTILINE | re.DOTALL) for page in pages]
-        for pattern in (r"^```.*?^```", r"^##? ")
-    )
-    assert blocks[0] == blocks[1]
-    assert len(headings[0]) == len(headings[1])
+    english, chinese = (page.read_text(encoding="utf-8") for page in (README, README_CN))
+    assert blocks(english) == blocks(chinese)
+    levels, links = ([re.findall(pattern, page, re.MULTILINE) for page in (english, chinese)] for pattern in _SHAPE)
+    assert levels[0] == levels[1]
+    assert set(links[0]) - {README_CN.name} == set(links[1]) - {README.name}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 120
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@cache
+def modules() -> dict[Path, str]:
+    """Return the text of each module of the packages."""
+    folders = (ROOT / name for name in ("imnet_prep", "mbv2", "cli"))
+    return {file: file.read_text(encoding="utf-8") for folder in folders for file in folder.rglob("*.py")}
+
+
+def test_every_message_that_is_explained_is_printed() -> None:
+    """Compare the words between what varies: numbers (N, M), lists, and the parts of an error."""
+    page = (ROOT / "docs" / "what-can-go-wrong.md").read_text(encoding="utf-8")
+    messages = re.findall(r"`([^`]{10,})`", "".join(re.findall(r"^\|([^|]+)\|", page, re.MULTILINE)))
+    parts = {part.strip() for one in messages for part in re.split(r"\bN\b|\bM\b|\(\.\.\.\)|; expected", one)}
+    parts.remove("numpy.core.multiarray")  # NumPy's own
+    assert len(parts) > 12
+    assert {part for part in parts if not any(part in text for text in modules().values())} == set()
+
+
+def test_docstrings_begin_with_what_a_function_does() -> None:
+    assert [file for file, text in modules().items() if re.search(r'"""Gives?\b', text)] == []
 
 
 @pytest.mark.parametrize("command", main.commands)
