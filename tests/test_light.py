@@ -191,6 +191,7 @@ def run_plain(plain: Path, module: str, *arguments: object, **more: str) -> subp
     return done
 
 
+@pytest.mark.slow
 def test_a_conversion_says_once_which_decoder_is_in_use(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "photos", 2, {"train": 8, "val": 2})
     command = [*COMMAND, "to-mindrecord", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--json"]
@@ -205,6 +206,7 @@ def test_a_conversion_says_once_which_decoder_is_in_use(tmp_path: Path) -> None:
     assert again.stderr == ""  # nothing is decoded
 
 
+@pytest.mark.slow
 def test_without_the_library_a_conversion_says_why_and_what_it_costs(plain: Path, tmp_path: Path) -> None:
     words = ("to-mindrecord", "photos", "--shards", 2, "--workers", 2, "--json", "--out")
     done = run_plain(plain, "imnet_prep", *words, tmp_path / "missing")
@@ -218,6 +220,7 @@ def test_without_the_library_a_conversion_says_why_and_what_it_costs(plain: Path
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_download_says_once_which_decoder_is_in_use(plain: Path, tmp_path: Path) -> None:
     with Server(images) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(8)])

@@ -27,6 +27,7 @@ assert ms.ops.add(ms.Tensor(np.ones(2)), 1).asnumpy().tolist() == [2, 2]
 """
 
 
+@pytest.mark.slow
 def test_it_starts_where_the_caller_has_used_mindspore_before() -> None:
     pytest.importorskip("mindspore")
     done = subprocess.run([sys.executable, "-c", USED_BEFORE], capture_output=True, text=True, timeout=120, check=False)

@@ -129,6 +129,7 @@ def test_synthetic_images_become_the_same_bytes(case: str, synthetic: dict[str, 
     check(case, synthetic)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize("case", REAL)
 def test_real_images_become_the_same_bytes(case: str, real: dict[str, Path]) -> None:

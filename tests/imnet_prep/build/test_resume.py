@@ -139,6 +139,7 @@ def wait_for(ready: object, process: subprocess.Popen[str]) -> None:
     raise AssertionError("it never came so far")
 
 
+@pytest.mark.slow
 def test_shard_that_went_missing_is_made_again(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "records"
     call = command("to-mindrecord", source, "--out", out, "--shards", 8, "--workers", 1)

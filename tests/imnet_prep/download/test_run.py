@@ -423,6 +423,7 @@ def test_a_worker_that_dies_costs_no_url(tmp_path: Path) -> None:
     assert len(_tree(tmp_path / "out")) == 80
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -229,6 +229,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["n01440764"]
 
 
+@pytest.mark.slow
 def test_parts_take_each_host_once_and_are_together_what_one_machine_gets(tmp_path: Path) -> None:
     with ExitStack() as stack:
         servers = [stack.enter_context(Server(images)) for _ in range(12)]

@@ -182,6 +182,7 @@ def test_machines_without_avx2_make_the_same_pixels(tmp_path: Path, monkeypatch:
     assert all(np.array_equal(one, other) for one, other in zip(found, with_avx2, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_photographs_are_taken_and_come_out_as_pillow_shrinks_them(shared_data: Path) -> None:
     taken, distances, whole = 0, [], 0

@@ -114,6 +114,7 @@ def test_large_images_are_halved_within_the_tolerance() -> None:
     assert difference.mean(axis=(1, 2, 3)).max() < MEAN_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_photographs_are_within_one_level_of_pillow(shared_data: Path) -> None:
     with tarfile.open(shared_data / "imagenet-samples-250.tar") as archive:

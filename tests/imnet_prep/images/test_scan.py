@@ -110,6 +110,7 @@ def test_clean_means_that_libjpeg_has_no_complaint() -> None:
     assert clean > 500  # flips that only change values: the test has something to compare
 
 
+@pytest.mark.slow
 def test_several_lanes_come_to_the_answer_of_one() -> None:
     rng, clean = random.Random(17), 0
     pool = periodic()

@@ -92,10 +92,17 @@ def reference_update(
     "recipe",
     [
         Recipe(optimizer="sgd", weight_decay=0.1, dropout=0.5, label_smoothing=0.1),
-        Recipe(optimizer="nesterov", weight_decay=0.1, clip_norm=0.3),
-        Recipe(optimizer="adamw", weight_decay=0.1, beta1=0.8, beta2=0.99, ema_decay=0.9),
-        Recipe(optimizer="rmsprop", weight_decay=0.1, epsilon=1e-3, ema_decay=0.9),
-        Recipe(distill_from="teacher.ckpt", distill_weight=0.7, distill_temperature=3, dropout=0.5),
+        pytest.param(Recipe(optimizer="nesterov", weight_decay=0.1, clip_norm=0.3), marks=pytest.mark.slow),
+        pytest.param(
+            Recipe(optimizer="adamw", weight_decay=0.1, beta1=0.8, beta2=0.99, ema_decay=0.9), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Recipe(optimizer="rmsprop", weight_decay=0.1, epsilon=1e-3, ema_decay=0.9), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Recipe(distill_from="teacher.ckpt", distill_weight=0.7, distill_temperature=3, dropout=0.5),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sgd", "nesterov", "adamw", "rmsprop", "distilled"],
 )
