@@ -24,6 +24,11 @@ def on_page_content(html: str, **_: Any) -> str:
     return _ROLE.sub(r"<code>\1</code>", html)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Return the page without what makes the theme ask api.github.com how many stars the repository has."""
+    return output.replace(' data-md-component="source"', "")
+
+
 def _texts(group: click.Group, name: str) -> list[str]:
     context = click.Context(group, info_name=name, **{**group.context_settings, "terminal_width": 76})
     texts = [f"\n## {name}\n\n```text\n{context.get_help()}\n```\n"]

@@ -27,7 +27,7 @@ from tests.e2e.photographs import KINDS, draw_photographs
 HERE = Path(__file__).parent
 WORK = ROOT / "build" / "pictures"
 SHOWN = ("to-mindrecord", "verify", "convert", "train", "predict")  # of the commands in README
-SECTIONS = {"run": "#overview, #curves", "records": "#overview, #classes"}  # by report: what is shown of it
+SECTIONS = {"run": "#overview, #curves", "records": "#classes"}  # by report: what is shown of it
 WIDTH_PX = 1120
 COLOURS = 128  # a third of the bytes of all colours
 
