@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import click
@@ -63,13 +64,25 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    result = run(
-        *("train", "--records", records, "--out", out, "--image-size", "32", "--epochs", "2", "--width", "0.35"),
-        *("--batch-size", "8", "--set", "label_smoothing=0.05", "--tensorboard", "--json"),
+def official(records: Path) -> Path:
+    """A configuration in the words of MindSpore's own trainer."""
+    config = records.parent / "official.yaml"
+    config.write_text(
+        f"dataset_path: {records}\nplatform: CPU\nbatch_size: 8\nepoch_size: 2\nwarmup_epochs: 0\nlr_max: 0.01\n"
+        "image_height: 32\nimage_width: 32\nnum_classes: 3\nlabel_smooth: 0.05\n",
+        encoding="utf-8",
     )
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(official: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    given = ("--config", official, "--width", "0.35", "--set", "dropout=0.1", "--tensorboard", "--json")
+    result = run("train", "--out", out, *given)
     assert result.exit_code == 0, result.output
+    assert "lr_max -> lr 0.01" in result.stderr
+    assert "num_classes -> not needed" in result.stderr
     return out, json.loads(result.stdout)
 
 
@@ -88,13 +101,15 @@ def test_help_imports_no_mindspore() -> None:
 
 
 @pytest.mark.slow
-def test_train_prints_one_json_object(trained: tuple[Path, dict[str, object]]) -> None:
+def test_an_official_configuration_trains_and_prints_one_json_object(trained: tuple[Path, dict[str, object]]) -> None:
     out, printed = trained
     assert printed.keys() == {"top1", "top5", "epochs", "images_per_s", "data_wait_frac", "checkpoint"}
     assert printed["epochs"] == 2
     assert list((out / "events").iterdir())
     assert printed["checkpoint"] == str(out / "best.ckpt")
-    assert json.loads((out / "config.json").read_text())["recipe"]["label_smoothing"] == 0.05
+    recipe = json.loads((out / "config.json").read_text())["recipe"]
+    assert (recipe["name"], recipe["lr"], recipe["label_smoothing"]) == ("official", 0.01, 0.05)
+    assert (recipe["image_size"], recipe["width"], recipe["dropout"]) == (32, 0.35, 0.1)
 
 
 @pytest.mark.slow
@@ -125,12 +140,11 @@ def test_eval_scores_every_image_as_training_did(
 
 
 @pytest.mark.slow
-def test_the_same_command_again_is_already_done(records: Path, trained: tuple[Path, dict[str, object]]) -> None:
+def test_the_same_command_again_is_already_done(
+    records: Path, official: Path, trained: tuple[Path, dict[str, object]]
+) -> None:
     out, printed = trained
-    result = run(
-        *("train", "--records", records, "--out", out, "--image-size", "32", "--epochs", "2", "--width", "0.35"),
-        *("--batch-size", "8", "--set", "label_smoothing=0.05"),
-    )
+    result = run("train", "--out", out, "--config", official, "--width", "0.35", "--set", "dropout=0.1")
     assert result.exit_code == 0
     assert re.search("^already done ", result.stdout, re.MULTILINE)
     resumed = run("train", "--records", records, "--out", out, "--resume", "--json")
@@ -266,6 +280,12 @@ def test_bench_prints_its_figures() -> None:
     assert "width" in refused("bench", "--width", "2")
 
 
+@cache
+def all_text(files: str, but: str = "") -> str:
+    """Return what all such files say, read once."""
+    return "\n".join(path.read_text() for path in ROOT.glob(files) if path.name != but)
+
+
 def options() -> list[tuple[str, str, str]]:
     """Return (command, flag, name of the argument that carries it) of every option."""
     return [
@@ -285,30 +305,14 @@ def test_every_option_is_read_and_named(command: str, flag: str, argument: str) 
     rest = {item.name for item in inspect.signature(function).parameters.values() if item.kind is item.VAR_KEYWORD}
     assert argument in read or rest & read  # passed on whole, to a function that refuses a name it does not know
     named = re.compile(rf"{re.escape(flag)}(?![\w-])")
-    assert any(named.search(path.read_text()) for path in (ROOT / "docs").glob("*.md")), f"no page names {flag}"
-    assert any(named.search(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")), f"no test names {flag}"
+    assert named.search(all_text("docs/*.md")), f"no page names {flag}"
+    assert named.search(all_text("tests/**/test_*.py")), f"no test names {flag}"
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe)])
 def test_every_field_of_a_recipe_is_read_and_documented(field: str) -> None:
-    code = "".join(path.read_text() for path in (ROOT / "mbv2").rglob("*.py") if path.name != "recipe.py")
+    code = all_text("mbv2/**/*.py", but="recipe.py")
     assert re.search(rf"recipe\.{field}\b|\"{field}\"", code), f"nothing reads {field}"
     about = {"name", "command", "source", "expected_top1"}
     page = (ROOT / "docs" / "recipes.md").read_text()
     assert field in about or f"`{field}`" in page, f"docs/recipes.md does not name {field}"
-
-
-@pytest.mark.slow
-def test_an_official_configuration_trains(records: Path, tmp_path: Path) -> None:
-    config = tmp_path / "official.yaml"
-    config.write_text(
-        f"dataset_path: {records}\nplatform: CPU\nbatch_size: 8\nepoch_size: 1\nwarmup_epochs: 0\nlr_max: 0.01\n"
-        "image_height: 32\nimage_width: 32\nnum_classes: 3\nlabel_smooth: 0\n",
-        encoding="utf-8",
-    )
-    result = run("train", "--config", config, "--width", "0.35", "--out", tmp_path / "run", "--json")
-    assert result.exit_code == 0, result.output
-    assert "lr_max -> lr 0.01" in result.stderr
-    assert "num_classes -> not needed" in result.stderr
-    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
-    assert (recipe["name"], recipe["lr"], recipe["label_smoothing"]) == ("official", 0.01, 0)
