@@ -17,7 +17,7 @@ from imnet_prep.types import Change
 Positions = NDArray[np.int32]
 MAX_SIDE = 1 << 20
 MAX_TEXT = 200
-SHORT_WORD = 3  # bytes
+FEW = 10_000  # occurrences of a word
 CACHED_LISTS = 8  # lists that are kept, of 4 to 8 bytes per record
 SHAPES = {
     "landscape": "wider than tall",
@@ -209,21 +209,24 @@ class Columns:
     def _with_word(self, word: bytes) -> NDArray[np.bool_]:
         """Return which names contain a word; A to Z match a to z.
 
-        A short word is compared byte by byte with all text at once: "0" may be there ten million times. Occurrences of
-        a longer one are marked by a byte that UTF-8 never has. A name ends with a newline, which no word contains.
+        A word of few names is found one occurrence after the other, another by comparing all text with each byte of it.
         """
         parts = []
         for index, names in zip(self._lists, self._lowered, strict=True):
-            if len(word) <= SHORT_WORD:
+            at = names.find(word)
+            places: list[int] = []
+            while at >= 0 and len(places) < FEW:
+                places.append(at)
+                at = names.find(word, at + 1)
+            if at < 0:
+                found = np.zeros(len(index.changes), np.bool_)
+                found[np.searchsorted(index.starts, places, "right") - 1] = True
+            else:
                 text = np.frombuffer(names, np.uint8)
-                hits = text == word[0]
+                begins = text == word[0]
                 for place, byte in enumerate(word[1:], 1):
-                    hits[:-place] &= text[place:] == byte
-                parts.append(np.logical_or.reduceat(hits, index.starts[:-1]))
-                continue
-            marked = np.frombuffer(names.replace(word, b"\xff" + word[1:]), np.uint8)
-            found = np.zeros(len(index.changes), np.bool_)
-            found[np.searchsorted(index.starts, np.flatnonzero(marked == 0xFF), "right") - 1] = True
+                    begins[:-place] &= text[place:] == byte  # no name is left before its end: no word has a newline
+                found = np.logical_or.reduceat(begins, index.starts[:-1])
             parts.append(found)
         return np.concatenate(parts)
 

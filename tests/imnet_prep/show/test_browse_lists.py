@@ -17,6 +17,7 @@ from imnet_prep.records.folder import RecordsFolder, Row
 from imnet_prep.records.line_index import ListIndex
 from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.record_list import RecordLine
+from imnet_prep.show import browse_lists
 from imnet_prep.show.browse import create_app
 from imnet_prep.show.browse_data import Library
 from imnet_prep.show.browse_lists import SHAPES, SORTS, Query
@@ -119,8 +120,14 @@ QUERIES = [
 ]
 
 
+@pytest.mark.parametrize("few", [0, 10_000])
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: str(query.values()))
-def test_a_filter_keeps_what_a_loop_keeps(query: Query, library: Library, listed: list[Listed]) -> None:
+def test_a_filter_keeps_what_a_loop_keeps(
+    query: Query, few: int, library: Library, listed: list[Listed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where each word is searched as one of many names."""
+    monkeypatch.setattr(browse_lists, "FEW", few)
+    library.columns.find.cache_clear()
     assert library.find(query).tolist() == [place for _, place, _, _ in obvious(query, listed)]
 
 
@@ -323,6 +330,7 @@ def test_pages_read_a_bounded_part_of_a_million_records(tmp_path: Path, monkeypa
     code = """
 import resource, sys
 from pathlib import Path
+from imnet_prep.show import browse_lists
 from imnet_prep.show.browse import create_app
 client = create_app(Path(sys.argv[1])).test_client()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
