@@ -23,6 +23,8 @@ from tests.chromium import Chromium, needs_chromium
 from tests.records import make_records, quiet
 from tests.synthetic import WNIDS
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def make_run(folder: Path, epochs: int = 3) -> Path:
     """A run's folder as training leaves it, without its checkpoints."""
@@ -36,6 +38,7 @@ def make_run(folder: Path, epochs: int = 3) -> Path:
             log.add_step(row)
         log.add_epoch(EpochRow(epoch, 1000 * epoch, 0.1 / epoch, 2 / epoch, 1.9 / epoch, 0.2 * epoch, 0.9, 81.5, 0.03))
     config = {"recipe": {"name": "tiny", "lr": 0.1, "image_size": 32}, "seed": 5, "versions": {"mindspore": "2.10.0"}}
+    config["commands"] = ["mbv2 train --records records --out run --recipe tiny --pretrained weights.ckpt --width 0.35"]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
