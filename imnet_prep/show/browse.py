@@ -135,9 +135,9 @@ def _add_files(get: Route, library: Library) -> None:
 
     @get("/kept/<int:rejection>")
     def kept(rejection: int) -> Response:
-        if rejection >= len(library.rejected().reasons):
-            abort(404)
-        return _file(kept_picture(next(library.rejected().read([rejection]))), "image/jpeg")
+        index = library.rejected()
+        picture = kept_picture(next(index.read([rejection]))) if rejection < len(index.reasons) else b""
+        return _file(picture, "image/jpeg") if picture else abort(404)
 
     @get("/<name>")
     def asset(name: str) -> Response:

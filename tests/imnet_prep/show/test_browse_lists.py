@@ -210,6 +210,7 @@ def test_rejected_images_are_listed_by_reason_with_what_was_kept(client: Any, re
     assert "0 images" in client.get("/rejected?reason=empty").text
     kept = re.findall(r'src="(/kept/\d+)"', page)
     assert kept
+    assert {client.get(f"/kept/{number}").status_code for number in range(7)} == {200, 404}
     answer = client.get(kept[0])
     assert (answer.status_code, answer.mimetype, answer.data[:2]) == (200, "image/jpeg", b"\xff\xd8")
 
