@@ -19,7 +19,7 @@ from imnet_prep.show.gather import CHANGES
 
 Route = Callable[[str], Callable[[Callable[..., Any]], object]]
 Page = Callable[..., str]
-MOSAIC, PAGE_IMAGES, PAGE_CLASSES, PAGE_REJECTED, PAGE_GROUPS, GROUP_IMAGES = 32, 60, 40, 50, 18, 8
+MOSAIC, PAGE_IMAGES, PAGE_CLASSES, PAGE_REJECTED, PAGE_GROUPS, GROUP_IMAGES = 32, 60, 40, 50, 16, 8
 _MAX_NUMBER = 1 << 31
 _DRAWS = {  # of the form on a record's page: captions and defaults
     "crop": ("smallest crop", 0.08),
