@@ -4,7 +4,8 @@ VENV   := .venv
 LIGHT  := .venv-light
 BIN    := $(VENV)/bin
 # A file's tests share fixtures, so they stay in one process; the slowest files begin (tests/conftest.py).
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes for two cores: a fifth of their time they wait, for servers and for what they have killed.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 # Sources whose change means a new native build.
 NATIVE := CMakeLists.txt $(wildcard mbv2/kernels/CMakeLists.txt mbv2/kernels/*.cc mbv2/kernels/*.h mbv2/kernels/*/*.cc mbv2/kernels/*/*.h mbv2/kernels/*/*.inl \
           imnet_prep/images/native/CMakeLists.txt imnet_prep/images/native/*.cc imnet_prep/images/native/*.h)
