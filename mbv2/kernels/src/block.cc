@@ -11,7 +11,7 @@ struct Block {
   Options options;
   const unsigned char* image = nullptr;
   int64_t image_shape[4] = {};
-  Activation x, hidden, z;  // x of an expanding block; hidden: the depthwise filter's input
+  Activation<> x, hidden, z;  // x of an expanding block; hidden: the depthwise filter's input
   const float *expand = nullptr, *depthwise = nullptr, *project = nullptr;
   Norm norms[3];
 };
@@ -67,15 +67,17 @@ Block read_block(Call& call, bool stem) {
   return b;
 }
 
+// Y: how the convolutions' outputs, and in grad_block their gradients, are stored.
+template <class Y>
 void train_block(Call& call, bool stem) {
   Block b = read_block(call, stem);
   const Options& o = b.options;
   const int hidden = b.hidden.channels, outputs = b.z.channels;
-  const Activation filtered{nullptr, b.z.images, b.z.height, b.z.width, hidden};
+  const Activation<> filtered{nullptr, b.z.images, b.z.height, b.z.width, hidden};
   float* z = read_like<float>(call, "z", b.z);
-  float* y1 = read_like<float>(call, "y1", b.hidden);
-  float* y2 = read_like<float>(call, "y2", filtered);
-  float* y3 = read_like<float>(call, "y3", b.z);
+  Y* y1 = read_like<Y>(call, "y1", b.hidden);
+  Y* y2 = read_like<Y>(call, "y2", filtered);
+  Y* y3 = read_like<Y>(call, "y3", b.z);
   float* saved[3];
   for (int i = 0; i < 3; ++i) saved[i] = call.exactly<float>("saved", {4, i < 2 ? hidden : outputs});
   NormOutputs out[3];
@@ -85,12 +87,12 @@ void train_block(Call& call, bool stem) {
   Passes passes;
   normalise(passes, b.norms[0], b.hidden.rows(), o.norm, out[0], [&](Totals* sums, float* centre) {
     if (stem) {
-      Stem p = stem_of(passes, b.image, b.image_shape, hidden, o);
+      Stem<Y> p = stem_of<Y>(passes, b.image, b.image_shape, hidden, o);
       p.packed = passes.stem_weights(b.expand, hidden);
       p.y = y1;
       passes.stem(p, b.expand, sums, centre);
     } else {
-      Pointwise p;
+      Pointwise<float, Y> p;
       p.x = b.x.data;
       p.inputs = b.x.channels;
       p.outputs = hidden;
@@ -99,15 +101,15 @@ void train_block(Call& call, bool stem) {
       passes.pointwise(p, b.hidden.rows(), sums, centre);
     }
   });
-  b.hidden.data = y1;
+  const Activation<Y> first{y1, b.hidden.images, b.hidden.height, b.hidden.width, hidden};
   normalise(passes, b.norms[1], filtered.rows(), o.norm, out[1], [&](Totals* sums, float* centre) {
-    Depthwise p = depthwise_of(b.hidden, o, passes.depthwise_weights(b.depthwise, hidden));
+    Depthwise<Y> p = depthwise_of(first, o, passes.depthwise_weights(b.depthwise, hidden));
     p.in = b.norms[0].affine(true);
     p.y = y2;
     passes.depthwise(p, sums, centre);
   });
   normalise(passes, b.norms[2], b.z.rows(), o.norm, out[2], [&](Totals* sums, float* centre) {
-    Pointwise p;
+    Pointwise<Y, Y> p;
     p.x = y2;
     p.in = b.norms[1].affine(true);
     p.inputs = hidden;
@@ -119,12 +121,13 @@ void train_block(Call& call, bool stem) {
   passes.affine(y3, b.norms[2].affine(false), o.residual ? b.x.data : nullptr, z, outputs, b.z.rows());
 }
 
+template <class Y>
 void grad_block(Call& call, bool stem) {
   Passes passes;
   Block b;
-  const Activation dz = read_activation(call, "dz");
+  const Activation<> dz = read_activation(call, "dz");
   read_block_input(call, stem, b);
-  const Activation y1 = read_activation(call, "y1"), y2 = read_activation(call, "y2"), y3 = read_activation(call, "y3");
+  const auto y1 = read_activation<Y>(call, "y1"), y2 = read_activation<Y>(call, "y2"), y3 = read_activation<Y>(call, "y3");
   const int hidden = y1.channels, outputs = y3.channels;
   for (int i = 0; i < 3; ++i) b.norms[i] = read_saved(call, passes, i < 2 ? hidden : outputs);
   int64_t first;
@@ -132,10 +135,10 @@ void grad_block(Call& call, bool stem) {
   b.depthwise = call.exactly<float>("depthwise weights", {hidden, 1, 3, 3});
   b.project = call.exactly<float>("projection weights", {outputs, hidden, 1, 1});
   finish_block(call, stem, hidden, outputs, b);
-  const auto same = [](const Activation& m, const Activation& n) {
+  const auto same = [](const auto& m, const auto& n) {
     return m.images == n.images && m.height == n.height && m.width == n.width && m.channels == n.channels;
   };
-  const Activation filtered{nullptr, b.z.images, b.z.height, b.z.width, hidden};
+  const Activation<> filtered{nullptr, b.z.images, b.z.height, b.z.width, hidden};
   if (first != hidden || !same(y1, b.hidden) || !same(y2, filtered) || !same(y3, b.z) || !same(dz, b.z))
     call.refuse("the sizes of dz, y1, y2, y3 do not fit each other");
   float* dx = stem ? nullptr : read_like<float>(call, "dx", b.x);
@@ -146,12 +149,12 @@ void grad_block(Call& call, bool stem) {
   call.done();
 
   const Options& o = b.options;
-  float* g1 = passes.memory.floats(y1.rows() * hidden);
-  float* g2 = passes.memory.floats(y2.rows() * hidden);
+  Y* g1 = passes.memory.values<Y>(y1.rows() * hidden);
+  Y* g2 = passes.memory.values<Y>(y2.rows() * hidden);
   Totals sums;
   passes.gradient_sums(dz.data, y3.data, Affine{}, b.norms[2].mean, nullptr, outputs, dz.rows(), sums);
   {
-    PointwiseGradient p;
+    PointwiseGradient<float, Y, Y> p;
     p.out = passes.gradient(b.norms[2], sums, dz.rows(), o.norm.frozen, dz.data, y3.data, d3.gamma, d3.beta);
     p.x = y2.data;
     p.in = b.norms[1].affine(true);
@@ -163,20 +166,20 @@ void grad_block(Call& call, bool stem) {
     passes.pointwise_gradient(p, dz.rows(), d3.weight, &sums);
   }
   {
-    DepthwiseGradient p;
-    p.out = passes.gradient(b.norms[1], sums, y2.rows(), o.norm.frozen, g2, y2.data, d2.gamma, d2.beta);
+    DepthwiseGradient<Y> p;
+    p.out = passes.gradient<Y, Y>(b.norms[1], sums, y2.rows(), o.norm.frozen, g2, y2.data, d2.gamma, d2.beta);
     p.shape = depthwise_of(y1, o, passes.depthwise_weights(b.depthwise, hidden));
     p.shape.in = b.norms[0].affine(true);
     p.dx = g1;
     p.centre = b.norms[0].mean;
     passes.depthwise_gradient(p, d2.weight, &sums);
   }
-  const OutputGradient out = passes.gradient(b.norms[0], sums, y1.rows(), o.norm.frozen, g1, y1.data, d1.gamma, d1.beta);
+  const OutputGradient<Y, Y> out = passes.gradient<Y, Y>(b.norms[0], sums, y1.rows(), o.norm.frozen, g1, y1.data, d1.gamma, d1.beta);
   if (stem) {
-    passes.stem_gradient(stem_of(passes, b.image, b.image_shape, hidden, o), out, d1.weight);
+    passes.stem_gradient(stem_of<Y>(passes, b.image, b.image_shape, hidden, o), out, d1.weight);
     return;
   }
-  PointwiseGradient p;
+  PointwiseGradient<Y, Y> p;
   p.out = out;
   p.x = b.x.data;
   p.inputs = b.x.channels;
@@ -218,11 +221,15 @@ void infer_block(Call& call, bool stem) {
   passes.block(p);
 }
 
-OPERATOR(stem_block_train) { train_block(call, true); }
-OPERATOR(stem_block_grad) { grad_block(call, true); }
+OPERATOR(stem_block_train) { train_block<float>(call, true); }
+OPERATOR(stem_block_grad) { grad_block<float>(call, true); }
+OPERATOR(stem_block_train_bfloat16) { train_block<bfloat16>(call, true); }
+OPERATOR(stem_block_grad_bfloat16) { grad_block<bfloat16>(call, true); }
 OPERATOR(stem_block_infer) { infer_block(call, true); }
-OPERATOR(block_train) { train_block(call, false); }
-OPERATOR(block_grad) { grad_block(call, false); }
+OPERATOR(block_train) { train_block<float>(call, false); }
+OPERATOR(block_grad) { grad_block<float>(call, false); }
+OPERATOR(block_train_bfloat16) { train_block<bfloat16>(call, false); }
+OPERATOR(block_grad_bfloat16) { grad_block<bfloat16>(call, false); }
 OPERATOR(block_infer) { infer_block(call, false); }
 
 }  // namespace

@@ -5,7 +5,7 @@ struct BandPlan {
   int out_rows, ring_rows;
   int64_t row_floats;  // one hidden row with its two zero columns
   explicit BandPlan(const BlockInference& p) {
-    const Depthwise& d = p.depthwise;
+    const Depthwise<>& d = p.depthwise;
     out_rows = (kForwardRows + d.out_width - 1) / d.out_width;
     if (out_rows > d.out_height) out_rows = d.out_height;
     ring_rows = (out_rows - 1) * d.stride + 3;
@@ -21,11 +21,13 @@ int64_t block_scratch(const BlockInference& p) {
   const BandPlan plan(p);
   const int64_t filtered = (static_cast<int64_t>(plan.out_rows) * p.depthwise.out_width + kMaxTileRows) * p.hidden;
   const int64_t copy = static_cast<int64_t>(kMaxTileRows) * 2 * spread(p.inputs);
-  return (plan.ring_rows + 1) * plan.row_floats + filtered + copy + places_floats(p, plan) + (p.stem ? stem_scratch(p.first_stem) : 0) + 64;
+  const Stem<>& s = p.first_stem;
+  const int64_t stem = p.stem ? stem_scratch(s.width, s.out_width, s.outputs) : 0;
+  return (plan.ring_rows + 1) * plan.row_floats + filtered + copy + places_floats(p, plan) + stem + 64;
 }
 
 void block(const BlockInference& p, int64_t begin, int64_t end, float* scratch) {
-  const Depthwise& d = p.depthwise;
+  const Depthwise<>& d = p.depthwise;
   const BandPlan plan(p);
   float* ring = scratch;
   float* zero_row = ring + plan.ring_rows * plan.row_floats;
@@ -36,9 +38,9 @@ void block(const BlockInference& p, int64_t begin, int64_t end, float* scratch) 
   std::memset(scratch, 0, sizeof(float) * (plan.ring_rows + 1) * plan.row_floats);
   for (int r = 0; r < plan.ring_rows; ++r)
     for (int x = 0; x < d.width; ++x) places[r * d.width + x] = r * plan.row_floats + static_cast<int64_t>(x + 1) * p.hidden;
-  StemRows* stem_rows = nullptr;
-  alignas(StemRows) unsigned char stem_place[sizeof(StemRows)];
-  if (p.stem) stem_rows = new (stem_place) StemRows(p.first_stem, stem_memory);
+  StemRows<float>* stem_rows = nullptr;
+  alignas(StemRows<float>) unsigned char stem_place[sizeof(StemRows<float>)];
+  if (p.stem) stem_rows = new (stem_place) StemRows<float>(p.first_stem, stem_memory);
 
   const auto expand = [&](int64_t n, int from, int to) {  // hidden rows [from, to), neighbours in the ring
     float* first = ring + (from % plan.ring_rows) * plan.row_floats;

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "instruction_set.h"
+
 namespace mbv2 {
 
 // What a refused call says; the binding shows it to the user.
@@ -82,6 +84,8 @@ class Call {
 
 template <>
 inline const char* Call::type_name<float>() { return "float32"; }
+template <>
+inline const char* Call::type_name<bfloat16>() { return "bfloat16"; }
 template <>
 inline const char* Call::type_name<int32_t>() { return "int32"; }
 template <>

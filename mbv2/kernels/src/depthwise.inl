@@ -1,12 +1,13 @@
 // Depthwise 3x3, forward and backward: a ring of three activated rows, then channels in eights along the row.
 
-int64_t depthwise_scratch(const Depthwise& p) {
-  const int64_t wide_row = static_cast<int64_t>((p.width > p.out_width ? p.width : p.out_width) + 3) * p.channels;
+int64_t depthwise_scratch(int width, int out_width, int channels) {
+  const int64_t wide_row = static_cast<int64_t>((width > out_width ? width : out_width) + 3) * channels;
   return 4 * wide_row + 64;
 }
 
 // Input row `iy` of image `n` with a zero column on each side; zero where it lies outside.
-inline void load_padded_row(const Depthwise& p, int64_t n, int iy, float* to) {
+template <class T>
+inline void load_padded_row(const Depthwise<T>& p, int64_t n, int iy, float* to) {
   const int channels = p.channels;
   const size_t column = sizeof(float) * channels;
   if (iy < 0 || iy >= p.height) {
@@ -35,8 +36,8 @@ INLINE void window(const float* const (&rows)[3], int64_t channels, const Eight 
   }
 }
 
-template <int S>
-inline void depthwise_row(const Depthwise& p, const float* const (&rows)[3], float* y, Sums sums) {
+template <int S, class T>
+inline void depthwise_row(const Depthwise<T>& p, const float* const (&rows)[3], T* y, Sums sums) {
   const int64_t channels = p.channels;
   const int skip = 1 - p.pad_left;
   for (int c = 0; c < channels; c += 8) {
@@ -80,7 +81,8 @@ inline void depthwise_row(const Depthwise& p, const float* const (&rows)[3], flo
   }
 }
 
-void depthwise(const Depthwise& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
+template <class T>
+void depthwise(const Depthwise<T>& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
   // The last column under a window at stride 2 without left padding is width + 1: the zero column on the right.
   const int64_t row_size = static_cast<int64_t>(p.width + 2) * p.channels;
   int64_t held[3] = {-100, -100, -100};  // n * (height + 4) + iy, by place in the ring
@@ -99,15 +101,16 @@ void depthwise(const Depthwise& p, int64_t begin, int64_t end, float* scratch, S
       }
       rows[ky] = to;
     }
-    float* y = p.y + row * p.out_width * p.channels;
+    T* y = p.y + row * p.out_width * p.channels;
     if (p.stride == 1) depthwise_row<1>(p, rows, y, sums);
     else depthwise_row<2>(p, rows, y, sums);
   }
 }
 
 // Row `oy` of the gradient at the output, with a zero column on each side.
-inline void load_gradient_row(const DepthwiseGradient& p, int64_t n, int oy, float* to) {
-  const Depthwise& d = p.shape;
+template <class T>
+inline void load_gradient_row(const DepthwiseGradient<T>& p, int64_t n, int oy, float* to) {
+  const Depthwise<T>& d = p.shape;
   const size_t column = sizeof(float) * d.channels;
   if (oy < 0 || oy >= d.out_height) {
     std::memset(to, 0, column * (d.out_width + 2));
@@ -126,10 +129,10 @@ struct Reach {
 };
 
 // The gradient of one input row from the rows of the output's gradient above it; at stride 2 a column has 1 or 2 taps.
-template <int S>
-INLINE void gradient_row(const DepthwiseGradient& p, const Reach& reach, const float* activation, const float* x, float* dx, float* dw,
+template <int S, class T>
+INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, const float* activation, const T* x, T* dx, float* dw,
                          Sums sums) {
-  const Depthwise& d = p.shape;
+  const Depthwise<T>& d = p.shape;
   const int64_t channels = d.channels;
   for (int c = 0; c < channels; c += 8) {
     const Eight centre = sums.first ? eight(p.centre + c) : Eight{};
@@ -221,8 +224,9 @@ INLINE void gradient_row(const DepthwiseGradient& p, const Reach& reach, const f
   }
 }
 
-void depthwise_gradient(const DepthwiseGradient& p, int64_t begin, int64_t end, float* scratch, float* dw, Sums sums) {
-  const Depthwise& d = p.shape;
+template <class T>
+void depthwise_gradient(const DepthwiseGradient<T>& p, int64_t begin, int64_t end, float* scratch, float* dw, Sums sums) {
+  const Depthwise<T>& d = p.shape;
   // Two columns more than the output: a right-hand tap may lie one past it.
   const int64_t row_size = static_cast<int64_t>(d.out_width + 2) * d.channels;
   float* activation = scratch + 3 * row_size;
@@ -245,9 +249,9 @@ void depthwise_gradient(const DepthwiseGradient& p, int64_t begin, int64_t end, 
       reach.ky[reach.count] = ky;
       reach.row[reach.count++] = to;
     }
-    const float* x = d.x ? d.x + row * x_row : nullptr;
+    const T* x = d.x ? d.x + row * x_row : nullptr;
     if (x) load_rows(x, d.in, d.width, d.channels, activation, d.channels);
-    float* dx = p.dx ? p.dx + row * x_row : nullptr;
+    T* dx = p.dx ? p.dx + row * x_row : nullptr;
     if (d.stride == 1) gradient_row<1>(p, reach, activation, x, dx, dw, sums);
     else gradient_row<2>(p, reach, activation, x, dx, dw, sums);
   }

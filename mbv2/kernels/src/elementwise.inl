@@ -3,7 +3,8 @@
 // Rows summed in single precision before they are added to the double sums.
 constexpr int kSumRows = 32;
 
-void affine(const float* y, Affine in, const float* residual, float* z, int channels, int64_t begin, int64_t end) {
+template <class Y>
+void affine(const Y* y, Affine in, const float* residual, float* z, int channels, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = row * channels;
     for (int c = 0; c < channels; c += 8) {
@@ -36,7 +37,8 @@ void moments(const float* y, const float* centre, int channels, int64_t begin, i
   });
 }
 
-void gradient_sums(const float* g, const float* y, Affine mask, const float* centre, float* to, int channels, int64_t begin,
+template <class Y>
+void gradient_sums(const float* g, const Y* y, Affine mask, const float* centre, float* to, int channels, int64_t begin,
                    int64_t end, Sums sums) {
   sum_rows(channels, begin, end, sums, [&](int64_t r, int c, Eight& s, Eight& q) __attribute__((always_inline)) {
     const int64_t at = r * channels + c;
@@ -49,7 +51,7 @@ void gradient_sums(const float* g, const float* y, Affine mask, const float* cen
   });
 }
 
-void output_gradient(const OutputGradient& out, float* d, int channels, int64_t begin, int64_t end) {
+void output_gradient(const OutputGradient<>& out, float* d, int channels, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row)
     for (int c = 0; c < channels; c += 8) put(d + row * channels + c, output_gradient_at(out, row * channels + c, c));
 }
@@ -58,7 +60,8 @@ void add(const float* a, const float* b, float* c, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += 8) put(c + i, eight(a + i) + eight(b + i));
 }
 
-void pool(const float* y, Affine in, float* pooled, int pixels, int channels, int64_t begin, int64_t end) {
+template <class Y>
+void pool(const Y* y, Affine in, float* pooled, int pixels, int channels, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     for (int c = 0; c < channels; c += 8) {
       Eight s = {};
@@ -68,7 +71,8 @@ void pool(const float* y, Affine in, float* pooled, int pixels, int channels, in
   }
 }
 
-void pool_gradient(const float* dpooled, const float* y, Affine in, const float* centre, float* g, int pixels, int channels, int64_t begin,
+template <class Y>
+void pool_gradient(const float* dpooled, const Y* y, Affine in, const float* centre, Y* g, int pixels, int channels, int64_t begin,
                    int64_t end, Sums sums) {
   for (int64_t n = begin; n < end; ++n) {
     for (int c = 0; c < channels; c += 8) {

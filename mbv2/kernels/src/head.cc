@@ -5,18 +5,20 @@
 namespace mbv2 {
 namespace {
 
-OPERATOR(head_train) {
+// Y: how the convolution's output and its gradient are stored.
+template <class Y>
+void train_head(Call& call) {
   const Matrix h = read_matrix(call);
   Norm norm = read_norm(call, h.outputs);
   const Options o = read_options(call);
   float* pooled = call.exactly<float>("pooled", {h.x.images, h.outputs});
-  float* y = call.exactly<float>("y", {h.x.images, h.x.height, h.x.width, h.outputs});
+  Y* y = call.exactly<Y>("y", {h.x.images, h.x.height, h.x.width, h.outputs});
   float* saved = call.exactly<float>("saved", {4, h.outputs});
   const NormOutputs out = read_norm_outputs(call, h.outputs, saved);
   call.done();
   Passes passes;
   normalise(passes, norm, h.x.rows(), o.norm, out, [&](Totals* sums, float* centre) {
-    Pointwise p;
+    Pointwise<float, Y> p;
     p.x = h.x.data;
     p.inputs = h.x.channels;
     p.outputs = h.outputs;
@@ -27,13 +29,14 @@ OPERATOR(head_train) {
   passes.pool(y, norm.affine(true), pooled, h.x.images, h.x.height * h.x.width, h.outputs);
 }
 
-OPERATOR(head_grad) {
+template <class Y>
+void grad_head(Call& call) {
   Passes passes;
   int64_t s[2];
   const float* dpooled = call.next<float>("dpooled", 2, s);
-  const Activation x = read_activation(call, "x");
+  const Activation<> x = read_activation(call, "x");
   const int outputs = call.channels("outputs", s[1]);
-  const float* y = call.exactly<float>("y", {x.images, x.height, x.width, outputs});
+  const Y* y = call.exactly<Y>("y", {x.images, x.height, x.width, outputs});
   const Norm norm = read_saved(call, passes, outputs);
   const float* weights = call.exactly<float>("weights", {outputs, x.channels, 1, 1});
   const Options o = read_options(call);
@@ -41,10 +44,10 @@ OPERATOR(head_grad) {
   float* dx = read_like<float>(call, "dx", x);
   const ParameterGradients d = read_gradients(call, {outputs, x.channels, 1, 1}, outputs);
   call.done();
-  float* g = passes.memory.floats(x.rows() * outputs);
+  Y* g = passes.memory.values<Y>(x.rows() * outputs);
   Totals sums;
   passes.pool_gradient(dpooled, y, norm, g, x.images, x.height * x.width, sums);
-  PointwiseGradient p;
+  PointwiseGradient<Y, Y> p;
   p.out = passes.gradient(norm, sums, x.rows(), o.norm.frozen, g, y, d.gamma, d.beta);
   p.x = x.data;
   p.inputs = x.channels;
@@ -54,6 +57,10 @@ OPERATOR(head_grad) {
   passes.pointwise_gradient(p, x.rows(), d.weight, nullptr);
 }
 
+OPERATOR(head_train) { train_head<float>(call); }
+OPERATOR(head_grad) { grad_head<float>(call); }
+OPERATOR(head_train_bfloat16) { train_head<bfloat16>(call); }
+OPERATOR(head_grad_bfloat16) { grad_head<bfloat16>(call); }
 OPERATOR(head_infer) {
   const Matrix h = read_matrix(call);
   Norm norm = read_norm(call, h.outputs);
@@ -61,7 +68,7 @@ OPERATOR(head_infer) {
   float* pooled = call.exactly<float>("pooled", {h.x.images, h.outputs});
   call.done();
   Passes passes;
-  Pointwise p;
+  Pointwise<> p;
   p.x = h.x.data;
   p.bias = folded_bias(passes, norm, o.norm.eps);
   p.relu6 = true;

@@ -1,13 +1,28 @@
 // What the operators and the vector code (vector.cc, compiled once per instruction set) share.
 //
-// Activations are float32 and channels-last: a tensor (N, H, W, C) is a matrix of N*H*W rows and C columns. Every channel
-// count is a multiple of 8, as in every MobileNetV2. A convolution's output `y` is kept before BatchNorm; whoever reads it
-// applies scale, shift and ReLU6 while loading, so that no normalised copy is ever stored.
+// Activations are channels-last: a tensor (N, H, W, C) is a matrix of N*H*W rows and C columns. Every channel count is a
+// multiple of 8, as in every MobileNetV2. A convolution's output `y` is kept before BatchNorm; whoever reads it applies
+// scale, shift and ReLU6 while loading, so that no normalised copy is ever stored. What blocks hand to each other is float32;
+// the `y` between, and the gradients there, are float32 or bfloat16. All arithmetic is in float32.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace mbv2 {
+
+// The upper half of a float32.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float value(float v) { return v; }
+inline float value(bfloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float whole;
+  std::memcpy(&whole, &bits, sizeof whole);
+  return whole;
+}
 
 // y -> y * scale + shift, then perhaps ReLU6. No scale: the tensor is used as it is.
 struct Affine {
@@ -17,9 +32,10 @@ struct Affine {
 };
 
 // The gradient at a convolution's output, from the gradient g behind its BatchNorm: a * g + b * (y - mean) + c.
+template <class G = float, class Y = float>
 struct OutputGradient {
-  const float* g = nullptr;
-  const float* y = nullptr;
+  const G* g = nullptr;
+  const Y* y = nullptr;
   const float* a = nullptr;
   const float* b = nullptr;  // none: frozen statistics, or no BatchNorm: a * g
   const float* mean = nullptr;
@@ -33,76 +49,110 @@ struct Sums {
   double* second = nullptr;
 };
 
+template <class X = float, class Y = float>
 struct Pointwise {  // y (rows, outputs) = in(x (rows, inputs)) * weights
-  const float* x = nullptr;
+  const X* x = nullptr;
   Affine in;
   int inputs = 0, outputs = 0;
   const float* packed = nullptr;  // by `pack`
-  float* y = nullptr;
+  Y* y = nullptr;
   const float* centre = nullptr;  // of the sums
   const float* bias = nullptr;    // inference: y = relu6(product + bias) + residual
   bool relu6 = false;
   const float* residual = nullptr;
 };
 
+template <class G = float, class Y = float, class X = float>
 struct PointwiseGradient {
-  OutputGradient out;
-  const float* x = nullptr;
+  OutputGradient<G, Y> out;
+  const X* x = nullptr;
   Affine in;
   int inputs = 0, outputs = 0;
   const float* packed = nullptr;      // the transposed weights; none: no gradient of the input is wanted
-  float* dx = nullptr;                // with in.relu6, already masked by it
+  X* dx = nullptr;                    // with in.relu6, already masked by it
   const float* residual = nullptr;    // added to dx
   const float* centre = nullptr;      // of the sums of dx, dx * (x - centre)
 };
 
+template <class T = float>
 struct Depthwise {  // 3x3
-  const float* x = nullptr;
+  const T* x = nullptr;
   Affine in;
   int images = 0, height = 0, width = 0, channels = 0, out_height = 0, out_width = 0;
   int stride = 1, pad_top = 1, pad_left = 1;
   const float* weights = nullptr;  // (9, channels)
-  float* y = nullptr;
+  T* y = nullptr;
   const float* centre = nullptr;
   const float* bias = nullptr;  // inference, as above
   bool relu6 = false;
 };
 
+template <class T = float>
 struct DepthwiseGradient {
-  OutputGradient out;
-  Depthwise shape;      // x, in, sizes, weights
-  float* dx = nullptr;  // masked by in.relu6
+  OutputGradient<T, T> out;
+  Depthwise<T> shape;  // x, in, sizes, weights
+  T* dx = nullptr;     // masked by in.relu6
   const float* centre = nullptr;
 };
 
+template <class Y = float>
 struct Stem {  // 3x3, stride 2, from uint8 (N, H, W, 3)
   const unsigned char* image = nullptr;
   const float* pixel = nullptr;  // (256, 3): the normalised value of each byte
   int images = 0, height = 0, width = 0, out_height = 0, out_width = 0, pad_top = 1, pad_left = 1, outputs = 0;
   const float* packed = nullptr;
-  float* y = nullptr;
+  Y* y = nullptr;
   const float* centre = nullptr;
-  const float* bias = nullptr;
-  bool relu6 = false;
 };
 
 constexpr int kStemDepth = 27;  // in the order ky, kx, colour
 
 struct BlockInference {  // one image's inverted residual in bands of rows, the hidden layer never leaving the cache
   bool stem = false;
-  Stem first_stem;
+  Stem<> first_stem;
   const float* x = nullptr;
   int inputs = 0, hidden = 0, outputs = 0;
   const float* expand = nullptr;   // packed, BatchNorm folded in
   const float* expand_bias = nullptr;
-  Depthwise depthwise;             // sizes, weights, bias
+  Depthwise<> depthwise;           // sizes, weights, bias
   const float* project = nullptr;  // packed
   const float* project_bias = nullptr;
   bool residual = false;
   float* z = nullptr;
 };
 
-// One instruction set's functions. Each works on part [begin, end) of the rows it names; `scratch` belongs to the worker.
+// The kinds of functions. Each works on part [begin, end) of the rows that its comment names; `scratch` belongs to the worker.
+template <class P>
+using Forward = void (*)(const P&, int64_t begin, int64_t end, float* scratch, Sums);
+template <class P>
+using Backward = void (*)(const P&, int64_t begin, int64_t end, float* scratch, float* dw, Sums);
+template <class Y>
+using StemBackward = void (*)(const Stem<Y>&, const OutputGradient<Y, Y>&, int64_t begin, int64_t end, float* scratch, float* dw);
+template <class Y>
+using AffineOf = void (*)(const Y* y, Affine, const float* residual, float* z, int channels, int64_t begin, int64_t end);
+template <class Y>
+using GradientSums = void (*)(const float* g, const Y* y, Affine mask, const float* centre, float* masked, int channels, int64_t begin,
+                              int64_t end, Sums);
+template <class Y>
+using PoolOf = void (*)(const Y* y, Affine in, float* pooled, int pixels, int channels, int64_t begin, int64_t end);
+template <class Y>
+using PoolBackward = void (*)(const float* dpooled, const Y* y, Affine in, const float* centre, Y* g, int pixels, int channels, int64_t begin,
+                              int64_t end, Sums);
+
+// A function for each of several types, found by its own: of<Forward<Stem<float>>>().
+template <class F>
+struct One {
+  F function;
+};
+template <class... F>
+struct Each : One<F>... {
+  template <class G>
+  constexpr G of() const {
+    return One<G>::function;
+  }
+};
+
+// One instruction set's functions.
 struct InstructionSet {
   const char* name;
   int lanes;
@@ -112,34 +162,36 @@ struct InstructionSet {
   void (*pack)(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed, int p0,
                int p1);
 
-  int64_t (*pointwise_scratch)(int inputs, int outputs);
-  void (*pointwise)(const Pointwise&, int64_t begin, int64_t end, float* scratch, Sums);            // matrix rows
-  void (*pointwise_gradient)(const PointwiseGradient&, int64_t begin, int64_t end, float* scratch, float* dw, Sums);
+  int64_t (*pointwise_scratch)(int inputs, int outputs);  // matrix rows
+  Each<Forward<Pointwise<>>, Forward<Pointwise<float, bfloat16>>, Forward<Pointwise<bfloat16, float>>,
+             Forward<Pointwise<bfloat16, bfloat16>>>
+      pointwise;
+  Each<Backward<PointwiseGradient<>>, Backward<PointwiseGradient<float, bfloat16, bfloat16>>,
+             Backward<PointwiseGradient<bfloat16, bfloat16, float>>>
+      pointwise_gradient;
 
-  int64_t (*depthwise_scratch)(const Depthwise&);
-  void (*depthwise)(const Depthwise&, int64_t begin, int64_t end, float* scratch, Sums);            // output rows of all images
+  int64_t (*depthwise_scratch)(int width, int out_width, int channels);
+  Each<Forward<Depthwise<>>, Forward<Depthwise<bfloat16>>> depthwise;  // output rows of all images
   // Input rows of all images; dw (9, channels) is added to. Null dx or dw: not wanted.
-  void (*depthwise_gradient)(const DepthwiseGradient&, int64_t begin, int64_t end, float* scratch, float* dw, Sums);
+  Each<Backward<DepthwiseGradient<>>, Backward<DepthwiseGradient<bfloat16>>> depthwise_gradient;
 
-  int64_t (*stem_scratch)(const Stem&);
-  void (*stem)(const Stem&, int64_t begin, int64_t end, float* scratch, Sums);                      // output rows of all images
-  void (*stem_gradient)(const Stem&, const OutputGradient&, int64_t begin, int64_t end, float* scratch, float* dw);  // dw (27, outputs)
+  int64_t (*stem_scratch)(int width, int out_width, int outputs);
+  Each<Forward<Stem<>>, Forward<Stem<bfloat16>>> stem;                        // output rows of all images
+  Each<StemBackward<float>, StemBackward<bfloat16>> stem_gradient;            // dw (27, outputs)
 
   // Elementwise over matrix rows.
-  void (*affine)(const float* y, Affine, const float* residual, float* z, int channels, int64_t begin, int64_t end);
+  Each<AffineOf<float>, AffineOf<bfloat16>> affine;
   void (*moments)(const float* y, const float* centre, int channels, int64_t begin, int64_t end, Sums);
   // Sums of g and g * (y - centre), g masked by mask.relu6 of y; the masked g is stored if `masked` is there.
-  void (*gradient_sums)(const float* g, const float* y, Affine mask, const float* centre, float* masked, int channels, int64_t begin,
-                        int64_t end, Sums);
-  void (*output_gradient)(const OutputGradient&, float* d, int channels, int64_t begin, int64_t end);
-  void (*add)(const float* a, const float* b, float* c, int64_t begin, int64_t end);                // single values, in eights
+  Each<GradientSums<float>, GradientSums<bfloat16>> gradient_sums;
+  void (*output_gradient)(const OutputGradient<>&, float* d, int channels, int64_t begin, int64_t end);
+  void (*add)(const float* a, const float* b, float* c, int64_t begin, int64_t end);  // single values, in eights
   // Mean over the pixels of images [begin, end) of in(y), and the gradient of it, masked, with its sums.
-  void (*pool)(const float* y, Affine in, float* pooled, int pixels, int channels, int64_t begin, int64_t end);
-  void (*pool_gradient)(const float* dpooled, const float* y, Affine in, const float* centre, float* g, int pixels, int channels,
-                        int64_t begin, int64_t end, Sums);
+  Each<PoolOf<float>, PoolOf<bfloat16>> pool;
+  Each<PoolBackward<float>, PoolBackward<bfloat16>> pool_gradient;
 
   int64_t (*block_scratch)(const BlockInference&);
-  void (*block)(const BlockInference&, int64_t begin, int64_t end, float* scratch);                 // output rows of all images
+  void (*block)(const BlockInference&, int64_t begin, int64_t end, float* scratch);  // output rows of all images
 };
 
 const InstructionSet& vector_code();  // the best that this processor has

@@ -15,12 +15,6 @@ Options read_options(Call& call) {
   return {s[0], s[1], s[2] == 1, s[3] == 1, {f[0], f[1], s[4] == 1}, f + 2, f + 5};
 }
 
-Activation read_activation(Call& call, const char* what) {
-  int64_t s[4];
-  const float* data = call.next<float>(what, 4, s);
-  return {data, static_cast<int>(s[0]), static_cast<int>(s[1]), static_cast<int>(s[2]), call.channels("channels", s[3])};
-}
-
 Norm read_norm(Call& call, int channels) {
   Norm norm;
   norm.channels = channels;
@@ -71,39 +65,6 @@ Matrix read_matrix(Call& call) {
   if (s[1] != h.x.channels || s[2] != 1 || s[3] != 1) call.refuse("weights must be (*, " + std::to_string(h.x.channels) + ", 1, 1)");
   h.outputs = call.channels("outputs", s[0]);
   return h;
-}
-
-Stem stem_of(Passes& passes, const unsigned char* image, const int64_t* shape, int outputs, const Options& o) {
-  const Window w = window_of(static_cast<int>(shape[1]), static_cast<int>(shape[2]), 2, o.same);
-  Stem p;
-  p.image = image;
-  p.pixel = passes.pixel_values(o.pixel_mean, o.pixel_scale);
-  p.images = static_cast<int>(shape[0]);
-  p.height = static_cast<int>(shape[1]);
-  p.width = static_cast<int>(shape[2]);
-  p.out_height = w.out_height;
-  p.out_width = w.out_width;
-  p.pad_top = w.pad_top;
-  p.pad_left = w.pad_left;
-  p.outputs = outputs;
-  return p;
-}
-
-Depthwise depthwise_of(const Activation& x, const Options& o, const float* weights) {
-  const Window w = window_of(x.height, x.width, o.stride, o.same);
-  Depthwise p;
-  p.x = x.data;
-  p.images = x.images;
-  p.height = x.height;
-  p.width = x.width;
-  p.channels = x.channels;
-  p.out_height = w.out_height;
-  p.out_width = w.out_width;
-  p.stride = o.stride;
-  p.pad_top = w.pad_top;
-  p.pad_left = w.pad_left;
-  p.weights = weights;
-  return p;
 }
 
 const float* folded_bias(Passes& passes, Norm& norm, float eps) {

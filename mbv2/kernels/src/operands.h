@@ -24,16 +24,22 @@ struct Options {
 Options read_options(Call& call);
 
 // An activation (N, H, W, C).
+template <class T = float>
 struct Activation {
-  const float* data = nullptr;
+  const T* data = nullptr;
   int images = 0, height = 0, width = 0, channels = 0;
   int64_t rows() const { return static_cast<int64_t>(images) * height * width; }
 };
 
-Activation read_activation(Call& call, const char* what);
+template <class T = float>
+Activation<T> read_activation(Call& call, const char* what) {
+  int64_t s[4];
+  const T* data = call.next<T>(what, 4, s);
+  return {data, static_cast<int>(s[0]), static_cast<int>(s[1]), static_cast<int>(s[2]), call.channels("channels", s[3])};
+}
 
-template <class T>
-T* read_like(Call& call, const char* what, const Activation& m) {
+template <class T, class M>
+T* read_like(Call& call, const char* what, const Activation<M>& m) {
   return call.exactly<T>(what, {m.images, m.height, m.width, m.channels});
 }
 
@@ -54,15 +60,48 @@ ParameterGradients read_gradients(Call& call, std::initializer_list<int64_t> wei
 
 // A 1x1 convolution's input and weights.
 struct Matrix {
-  Activation x;
+  Activation<> x;
   const float* weights;
   int outputs;
 };
 Matrix read_matrix(Call& call);
 
 // The stem and the depthwise filter as the passes take them, without their output.
-Stem stem_of(Passes& passes, const unsigned char* image, const int64_t* shape, int outputs, const Options& o);
-Depthwise depthwise_of(const Activation& x, const Options& o, const float* weights);
+template <class Y = float>
+Stem<Y> stem_of(Passes& passes, const unsigned char* image, const int64_t* shape, int outputs, const Options& o) {
+  const Window w = window_of(static_cast<int>(shape[1]), static_cast<int>(shape[2]), 2, o.same);
+  Stem<Y> p;
+  p.image = image;
+  p.pixel = passes.pixel_values(o.pixel_mean, o.pixel_scale);
+  p.images = static_cast<int>(shape[0]);
+  p.height = static_cast<int>(shape[1]);
+  p.width = static_cast<int>(shape[2]);
+  p.out_height = w.out_height;
+  p.out_width = w.out_width;
+  p.pad_top = w.pad_top;
+  p.pad_left = w.pad_left;
+  p.outputs = outputs;
+  return p;
+}
+
+template <class T>
+Depthwise<T> depthwise_of(const Activation<T>& x, const Options& o, const float* weights) {
+  const Window w = window_of(x.height, x.width, o.stride, o.same);
+  Depthwise<T> p;
+  p.x = x.data;
+  p.images = x.images;
+  p.height = x.height;
+  p.width = x.width;
+  p.channels = x.channels;
+  p.out_height = w.out_height;
+  p.out_width = w.out_width;
+  p.stride = o.stride;
+  p.pad_top = w.pad_top;
+  p.pad_left = w.pad_left;
+  p.weights = weights;
+  return p;
+}
+
 // The bias of a BatchNorm folded into the weights before it, which are to be multiplied by norm.scale.
 const float* folded_bias(Passes& passes, Norm& norm, float eps);
 

@@ -13,7 +13,7 @@ OPERATOR(stem) {
   const int outputs = call.channels("outputs", w[0]);
   const Options o = read_options(call);
   Passes passes;
-  Stem p = stem_of(passes, image, s, outputs, o);
+  Stem<> p = stem_of(passes, image, s, outputs, o);
   p.y = call.exactly<float>("y", {s[0], p.out_height, p.out_width, outputs});
   call.done();
   p.packed = passes.stem_weights(weights, outputs);
@@ -22,12 +22,12 @@ OPERATOR(stem) {
 
 OPERATOR(stem_grad_weights) {
   int64_t s[4];
-  const Activation dy = read_activation(call, "dy");
+  const Activation<> dy = read_activation(call, "dy");
   const uint8_t* image = call.next<uint8_t>("image", 4, s);
   if (s[3] != 3) call.refuse("image must be (N, H, W, 3)");
   const Options o = read_options(call);
   Passes passes;
-  const Stem p = stem_of(passes, image, s, dy.channels, o);
+  const Stem<> p = stem_of(passes, image, s, dy.channels, o);
   if (dy.images != s[0] || dy.height != p.out_height || dy.width != p.out_width) call.refuse("dy does not fit the image");
   float* dw = call.exactly<float>("dw", {dy.channels, 3, 3, 3});
   call.done();
@@ -35,26 +35,26 @@ OPERATOR(stem_grad_weights) {
 }
 
 OPERATOR(depthwise) {
-  const Activation x = read_activation(call, "x");
+  const Activation<> x = read_activation(call, "x");
   const float* weights = call.exactly<float>("weights", {x.channels, 1, 3, 3});
   const Options o = read_options(call);
   Passes passes;
-  Depthwise p = depthwise_of(x, o, passes.depthwise_weights(weights, x.channels));
+  Depthwise<> p = depthwise_of(x, o, passes.depthwise_weights(weights, x.channels));
   p.y = call.exactly<float>("y", {x.images, p.out_height, p.out_width, x.channels});
   call.done();
   passes.depthwise(p, nullptr, nullptr);
 }
 
 OPERATOR(depthwise_grad_data) {
-  const Activation dy = read_activation(call, "dy");
+  const Activation<> dy = read_activation(call, "dy");
   const float* weights = call.exactly<float>("weights", {dy.channels, 1, 3, 3});
   const Options o = read_options(call);
   int64_t s[4];
   float* dx = call.next<float>("dx", 4, s);
   call.done();
-  const Activation x{nullptr, static_cast<int>(s[0]), static_cast<int>(s[1]), static_cast<int>(s[2]), call.channels("channels", s[3])};
+  const Activation<> x{nullptr, static_cast<int>(s[0]), static_cast<int>(s[1]), static_cast<int>(s[2]), call.channels("channels", s[3])};
   Passes passes;
-  DepthwiseGradient p;
+  DepthwiseGradient<> p;
   p.shape = depthwise_of(x, o, passes.depthwise_weights(weights, x.channels));
   if (x.images != dy.images || x.channels != dy.channels || p.shape.out_height != dy.height || p.shape.out_width != dy.width)
     call.refuse("dx does not fit dy");
@@ -64,10 +64,10 @@ OPERATOR(depthwise_grad_data) {
 }
 
 OPERATOR(depthwise_grad_weights) {
-  const Activation dy = read_activation(call, "dy"), x = read_activation(call, "x");
+  const Activation<> dy = read_activation(call, "dy"), x = read_activation(call, "x");
   const Options o = read_options(call);
   Passes passes;
-  DepthwiseGradient p;
+  DepthwiseGradient<> p;
   p.shape = depthwise_of(x, o, nullptr);
   if (x.images != dy.images || x.channels != dy.channels || p.shape.out_height != dy.height || p.shape.out_width != dy.width)
     call.refuse("x does not fit dy");
@@ -83,7 +83,7 @@ OPERATOR(pointwise) {
   float* y = call.exactly<float>("y", {h.x.images, h.x.height, h.x.width, h.outputs});
   call.done();
   Passes passes;
-  Pointwise p;
+  Pointwise<> p;
   p.x = h.x.data;
   p.inputs = h.x.channels;
   p.outputs = h.outputs;
@@ -93,14 +93,14 @@ OPERATOR(pointwise) {
 }
 
 OPERATOR(pointwise_grad) {
-  const Activation dy = read_activation(call, "dy"), x = read_activation(call, "x");
+  const Activation<> dy = read_activation(call, "dy"), x = read_activation(call, "x");
   const float* weights = call.exactly<float>("weights", {dy.channels, x.channels, 1, 1});
   if (dy.rows() != x.rows()) call.refuse("x does not fit dy");
   float* dx = read_like<float>(call, "dx", x);
   float* dw = call.exactly<float>("dw", {dy.channels, x.channels, 1, 1});
   call.done();
   Passes passes;
-  PointwiseGradient p;
+  PointwiseGradient<> p;
   p.out = passes.plain_gradient(dy.data, dy.channels);
   p.x = x.data;
   p.inputs = x.channels;
@@ -112,7 +112,7 @@ OPERATOR(pointwise_grad) {
 
 // BatchNorm; kind 1: with ReLU6, kind 0: without.
 OPERATOR(batchnorm_train) {
-  const Activation x = read_activation(call, "x");
+  const Activation<> x = read_activation(call, "x");
   Norm norm = read_norm(call, x.channels);
   const Options o = read_options(call);
   float* y = read_like<float>(call, "y", x);
@@ -128,7 +128,7 @@ OPERATOR(batchnorm_train) {
 
 OPERATOR(batchnorm_grad) {
   Passes passes;
-  const Activation dy = read_activation(call, "dy");
+  const Activation<> dy = read_activation(call, "dy");
   const float* x = read_like<float>(call, "x", dy);
   const Norm norm = read_saved(call, passes, dy.channels);
   const Options o = read_options(call);
@@ -145,7 +145,7 @@ OPERATOR(batchnorm_grad) {
 }
 
 OPERATOR(batchnorm_infer) {
-  const Activation x = read_activation(call, "x");
+  const Activation<> x = read_activation(call, "x");
   Norm norm = read_norm(call, x.channels);
   const Options o = read_options(call);
   float* y = read_like<float>(call, "y", x);
@@ -156,7 +156,7 @@ OPERATOR(batchnorm_infer) {
 }
 
 OPERATOR(add) {
-  const Activation a = read_activation(call, "a");
+  const Activation<> a = read_activation(call, "a");
   const float* b = read_like<float>(call, "b", a);
   float* c = read_like<float>(call, "sum", a);
   call.done();

@@ -123,8 +123,9 @@ void Passes::finish(Norm& norm, const Totals& sums, const float* centre, int64_t
   }
 }
 
-OutputGradient Passes::gradient(const Norm& norm, const Totals& sums, int64_t rows, bool frozen, const float* g, const float* y,
-                               float* dgamma, float* dbeta) {
+template <class G, class Y>
+OutputGradient<G, Y> Passes::gradient(const Norm& norm, const Totals& sums, int64_t rows, bool frozen, const G* g, const Y* y, float* dgamma,
+                                      float* dbeta) {
   const int n = norm.channels;
   float *b = memory.channels(n), *shift = memory.channels(n);
   const double count = static_cast<double>(rows);
@@ -138,7 +139,7 @@ OutputGradient Passes::gradient(const Norm& norm, const Totals& sums, int64_t ro
   return {g, y, norm.scale, frozen ? nullptr : b, norm.mean, shift};
 }
 
-OutputGradient Passes::plain_gradient(const float* g, int channels) {
+OutputGradient<> Passes::plain_gradient(const float* g, int channels) {
   float* one = memory.channels(channels);
   for (int c = 0; c < channels; ++c) one[c] = 1.0f;
   return {g, g, one, nullptr, nullptr, nullptr};
@@ -178,25 +179,31 @@ void Passes::reduce(const float* partials, int64_t floats, float* to) {
   });
 }
 
-void Passes::pointwise(Pointwise p, int64_t rows, Totals* sums, float* centre) {
+template <class X, class Y>
+void Passes::pointwise(Pointwise<X, Y> p, int64_t rows, Totals* sums, float* centre) {
   const int64_t floats = vector.pointwise_scratch(p.inputs, p.outputs);
   if (sums) {  // around one row's values: no cancellation however far the mean lies from zero
-    Pointwise one = p;
+    Pointwise<X> one;
     one.x = p.x + rows / 2 * p.inputs;
+    one.in = p.in;
+    one.inputs = p.inputs;
+    one.outputs = p.outputs;
+    one.packed = p.packed;
     one.y = centre;
-    vector.pointwise(one, 0, 1, scratch(0, floats), Sums{});
+    vector.pointwise.template of<Forward<Pointwise<X>>>()(one, 0, 1, scratch(0, floats), Sums{});
   }
   p.centre = centre;
   const auto all = [&](const std::function<Sums(int)>& of) {
     parallel(rows, 48, [&](int worker, int64_t begin, int64_t end) {
-      vector.pointwise(p, begin, end, scratch(worker, floats), of(worker));
+      vector.pointwise.template of<Forward<Pointwise<X, Y>>>()(p, begin, end, scratch(worker, floats), of(worker));
     });
   };
   if (sums) *sums = gather(p.outputs, all);
   else all([](int) { return Sums{}; });
 }
 
-void Passes::depthwise(Depthwise p, Totals* sums, float* centre) {
+template <class T>
+void Passes::depthwise(Depthwise<T> p, Totals* sums, float* centre) {
   if (sums) {  // one pixel's values, from the middle of the first image
     const int oy = p.out_height / 2, ox = p.out_width / 2;
     for (int c = 0; c < p.channels; ++c) {
@@ -204,7 +211,7 @@ void Passes::depthwise(Depthwise p, Totals* sums, float* centre) {
       for (int k = 0; k < 9; ++k) {
         const int iy = oy * p.stride - p.pad_top + k / 3, ix = ox * p.stride - p.pad_left + k % 3;
         if (iy < 0 || iy >= p.height || ix < 0 || ix >= p.width) continue;
-        float v = p.x[(static_cast<int64_t>(iy) * p.width + ix) * p.channels + c];
+        float v = value(p.x[(static_cast<int64_t>(iy) * p.width + ix) * p.channels + c]);
         if (p.in.scale) v = v * p.in.scale[c] + p.in.shift[c];
         if (p.in.relu6) v = v < 0 ? 0 : v > 6 ? 6 : v;
         total += v * p.weights[static_cast<int64_t>(k) * p.channels + c];
@@ -213,17 +220,18 @@ void Passes::depthwise(Depthwise p, Totals* sums, float* centre) {
     }
   }
   p.centre = centre;
-  const int64_t floats = vector.depthwise_scratch(p), rows = static_cast<int64_t>(p.images) * p.out_height;
+  const int64_t floats = vector.depthwise_scratch(p.width, p.out_width, p.channels), rows = static_cast<int64_t>(p.images) * p.out_height;
   const auto all = [&](const std::function<Sums(int)>& of) {
     parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
-      vector.depthwise(p, begin, end, scratch(worker, floats), of(worker));
+      vector.depthwise.template of<Forward<Depthwise<T>>>()(p, begin, end, scratch(worker, floats), of(worker));
     });
   };
   if (sums) *sums = gather(p.channels, all);
   else all([](int) { return Sums{}; });
 }
 
-void Passes::stem(Stem p, const float* weights, Totals* sums, float* centre) {
+template <class Y>
+void Passes::stem(Stem<Y> p, const float* weights, Totals* sums, float* centre) {
   if (sums) {
     const int iy = p.out_height / 2 * 2 - p.pad_top, ix = p.out_width / 2 * 2 - p.pad_left;
     for (int o = 0; o < p.outputs; ++o) {
@@ -238,9 +246,11 @@ void Passes::stem(Stem p, const float* weights, Totals* sums, float* centre) {
     }
   }
   p.centre = centre;
-  const int64_t floats = vector.stem_scratch(p), rows = static_cast<int64_t>(p.images) * p.out_height;
+  const int64_t floats = vector.stem_scratch(p.width, p.out_width, p.outputs), rows = static_cast<int64_t>(p.images) * p.out_height;
   const auto all = [&](const std::function<Sums(int)>& of) {
-    parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) { vector.stem(p, begin, end, scratch(worker, floats), of(worker)); });
+    parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
+      vector.stem.template of<Forward<Stem<Y>>>()(p, begin, end, scratch(worker, floats), of(worker));
+    });
   };
   if (sums) *sums = gather(p.outputs, all);
   else all([](int) { return Sums{}; });
@@ -253,16 +263,21 @@ void Passes::moments(const float* y, int channels, int64_t rows, Totals& sums, f
   });
 }
 
-void Passes::affine(const float* y, Affine in, const float* residual, float* z, int channels, int64_t rows) {
-  parallel(rows, 32, [&](int, int64_t begin, int64_t end) { vector.affine(y, in, residual, z, channels, begin, end); });
+template <class Y>
+void Passes::affine(const Y* y, Affine in, const float* residual, float* z, int channels, int64_t rows) {
+  parallel(rows, 32, [&](int, int64_t begin, int64_t end) {
+    vector.affine.template of<AffineOf<Y>>()(y, in, residual, z, channels, begin, end);
+  });
 }
 
-void Passes::pointwise_gradient(PointwiseGradient p, int64_t rows, float* dw, Totals* sums) {
+template <class G, class Y, class X>
+void Passes::pointwise_gradient(PointwiseGradient<G, Y, X> p, int64_t rows, float* dw, Totals* sums) {
   const int64_t floats = vector.pointwise_scratch(p.inputs, p.outputs), size = static_cast<int64_t>(p.inputs) * p.outputs;
   float* partials = dw ? partial(size) : nullptr;
   const auto all = [&](const std::function<Sums(int)>& of) {
     parallel(rows, 48, [&](int worker, int64_t begin, int64_t end) {
-      vector.pointwise_gradient(p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
+      vector.pointwise_gradient.template of<Backward<PointwiseGradient<G, Y, X>>>()(
+          p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
     });
   };
   if (sums) *sums = gather(p.inputs, all);
@@ -270,13 +285,15 @@ void Passes::pointwise_gradient(PointwiseGradient p, int64_t rows, float* dw, To
   if (dw) reduce(partials, size, dw);
 }
 
-void Passes::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
-  const Depthwise& d = p.shape;
-  const int64_t floats = vector.depthwise_scratch(d), size = 9L * d.channels, rows = static_cast<int64_t>(d.images) * d.height;
+template <class T>
+void Passes::depthwise_gradient(DepthwiseGradient<T> p, float* dw, Totals* sums) {
+  const Depthwise<T>& d = p.shape;
+  const int64_t floats = vector.depthwise_scratch(d.width, d.out_width, d.channels), size = 9L * d.channels, rows = static_cast<int64_t>(d.images) * d.height;
   float* partials = dw ? partial(size) : nullptr;
   const auto all = [&](const std::function<Sums(int)>& of) {
     parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
-      vector.depthwise_gradient(p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
+      vector.depthwise_gradient.template of<Backward<DepthwiseGradient<T>>>()(
+          p, begin, end, scratch(worker, floats), dw ? partials + worker * size : nullptr, of(worker));
     });
   };
   if (sums) *sums = gather(d.channels, all);
@@ -291,12 +308,13 @@ void Passes::depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums) {
   }
 }
 
-void Passes::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) {
-  const int64_t floats = vector.stem_scratch(p), size = static_cast<int64_t>(kStemWindow) * p.outputs;
+template <class Y>
+void Passes::stem_gradient(const Stem<Y>& p, const OutputGradient<Y, Y>& out, float* dw) {
+  const int64_t floats = vector.stem_scratch(p.width, p.out_width, p.outputs), size = static_cast<int64_t>(kStemWindow) * p.outputs;
   const int64_t rows = static_cast<int64_t>(p.images) * p.out_height;
   float* partials = partial(size);
   parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
-    vector.stem_gradient(p, out, begin, end, scratch(worker, floats), partials + worker * size);
+    vector.stem_gradient.template of<StemBackward<Y>>()(p, out, begin, end, scratch(worker, floats), partials + worker * size);
   });
   for (int o = 0; o < p.outputs; ++o) {
     for (int c = 0; c < 3; ++c) {
@@ -309,23 +327,26 @@ void Passes::stem_gradient(const Stem& p, const OutputGradient& out, float* dw) 
   }
 }
 
-void Passes::gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, int64_t rows,
-                          Totals& sums) {
+template <class Y>
+void Passes::gradient_sums(const float* g, const Y* y, Affine mask, const float* mean, float* masked, int channels, int64_t rows,
+                           Totals& sums) {
   sums = gather(channels, [&](const std::function<Sums(int)>& of) {
     parallel(rows, 32, [&](int worker, int64_t begin, int64_t end) {
-      vector.gradient_sums(g, y, mask, mean, masked, channels, begin, end, of(worker));
+      vector.gradient_sums.template of<GradientSums<Y>>()(g, y, mask, mean, masked, channels, begin, end, of(worker));
     });
   });
 }
 
-void Passes::output_gradient(const OutputGradient& out, float* d, int channels, int64_t rows) {
+void Passes::output_gradient(const OutputGradient<>& out, float* d, int channels, int64_t rows) {
   parallel(rows, 32, [&](int, int64_t begin, int64_t end) { vector.output_gradient(out, d, channels, begin, end); });
 }
 
-void Passes::pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums) {
+template <class Y>
+void Passes::pool_gradient(const float* dpooled, const Y* y, const Norm& norm, Y* g, int images, int pixels, Totals& sums) {
   sums = gather(norm.channels, [&](const std::function<Sums(int)>& of) {
     parallel(images, 1, [&](int worker, int64_t begin, int64_t end) {
-      vector.pool_gradient(dpooled, y, norm.affine(true), norm.mean, g, pixels, norm.channels, begin, end, of(worker));
+      vector.pool_gradient.template of<PoolBackward<Y>>()(dpooled, y, norm.affine(true), norm.mean, g, pixels, norm.channels, begin, end,
+                                                          of(worker));
     });
   });
 }
@@ -335,8 +356,11 @@ void Passes::block(const BlockInference& p) {
   parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) { vector.block(p, begin, end, scratch(worker, floats)); });
 }
 
-void Passes::pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels) {
-  parallel(images, 1, [&](int, int64_t begin, int64_t end) { vector.pool(y, in, pooled, pixels, channels, begin, end); });
+template <class Y>
+void Passes::pool(const Y* y, Affine in, float* pooled, int images, int pixels, int channels) {
+  parallel(images, 1, [&](int, int64_t begin, int64_t end) {
+    vector.pool.template of<PoolOf<Y>>()(y, in, pooled, pixels, channels, begin, end);
+  });
 }
 
 void Passes::add(const float* a, const float* b, float* c, int64_t count) {
@@ -351,5 +375,30 @@ Window window_of(int height, int width, int stride, bool same) {
   };
   return {(height + stride - 1) / stride, (width + stride - 1) / stride, before(height), before(width)};
 }
+
+// Float32 throughout, and with bfloat16 within a block.
+template OutputGradient<> Passes::gradient(const Norm&, const Totals&, int64_t, bool, const float*, const float*, float*, float*);
+template OutputGradient<float, bfloat16> Passes::gradient(const Norm&, const Totals&, int64_t, bool, const float*, const bfloat16*, float*,
+                                                          float*);
+template OutputGradient<bfloat16, bfloat16> Passes::gradient(const Norm&, const Totals&, int64_t, bool, const bfloat16*, const bfloat16*,
+                                                             float*, float*);
+template void Passes::pointwise(Pointwise<>, int64_t, Totals*, float*);
+template void Passes::pointwise(Pointwise<float, bfloat16>, int64_t, Totals*, float*);
+template void Passes::pointwise(Pointwise<bfloat16, bfloat16>, int64_t, Totals*, float*);
+template void Passes::pointwise_gradient(PointwiseGradient<>, int64_t, float*, Totals*);
+template void Passes::pointwise_gradient(PointwiseGradient<float, bfloat16, bfloat16>, int64_t, float*, Totals*);
+template void Passes::pointwise_gradient(PointwiseGradient<bfloat16, bfloat16, float>, int64_t, float*, Totals*);
+#define FOR_EACH_TYPE(T)                                                                                                      \
+  template void Passes::depthwise(Depthwise<T>, Totals*, float*);                                                             \
+  template void Passes::stem(Stem<T>, const float*, Totals*, float*);                                                         \
+  template void Passes::affine(const T*, Affine, const float*, float*, int, int64_t);                                         \
+  template void Passes::depthwise_gradient(DepthwiseGradient<T>, float*, Totals*);                                            \
+  template void Passes::stem_gradient(const Stem<T>&, const OutputGradient<T, T>&, float*);                                   \
+  template void Passes::gradient_sums(const float*, const T*, Affine, const float*, float*, int, int64_t, Totals&);           \
+  template void Passes::pool_gradient(const float*, const T*, const Norm&, T*, int, int, Totals&);                            \
+  template void Passes::pool(const T*, Affine, float*, int, int, int);
+FOR_EACH_TYPE(float)
+FOR_EACH_TYPE(bfloat16)
+#undef FOR_EACH_TYPE
 
 }  // namespace mbv2

@@ -19,6 +19,8 @@ inline size_t padded_channels(int channels) { return (static_cast<size_t>(channe
 class Memory {
  public:
   float* floats(size_t count);  // throws std::bad_alloc
+  template <class T>
+  T* values(size_t count) { return reinterpret_cast<T*>(floats((count * sizeof(T) + sizeof(float) - 1) / sizeof(float))); }
   double* doubles(size_t count) { return reinterpret_cast<double*>(floats(2 * count)); }
   float* channels(int count);   // zeroed
 
@@ -65,28 +67,38 @@ class Passes {
   // Fills them from the batch's sums around `centre`, and gives the new moving statistics.
   void finish(Norm& norm, const Totals& sums, const float* centre, int64_t rows, const NormOptions&, float* new_mean, float* new_variance);
   // dgamma, dbeta, and the gradient at the convolution's output, from sums of g and g * (y - mean).
-  OutputGradient gradient(const Norm& norm, const Totals& sums, int64_t rows, bool frozen, const float* g, const float* y, float* dgamma,
-                          float* dbeta);
-  OutputGradient plain_gradient(const float* g, int channels);
+  template <class G, class Y>
+  OutputGradient<G, Y> gradient(const Norm& norm, const Totals& sums, int64_t rows, bool frozen, const G* g, const Y* y, float* dgamma,
+                                float* dbeta);
+  OutputGradient<> plain_gradient(const float* g, int channels);
 
   // Forward. With `sums` (and the operation's centre set by these functions), the moments of y.
-  void pointwise(Pointwise p, int64_t rows, Totals* sums, float* centre);
-  void depthwise(Depthwise p, Totals* sums, float* centre);
-  void stem(Stem p, const float* weights, Totals* sums, float* centre);
+  template <class X, class Y>
+  void pointwise(Pointwise<X, Y> p, int64_t rows, Totals* sums, float* centre);
+  template <class T>
+  void depthwise(Depthwise<T> p, Totals* sums, float* centre);
+  template <class Y>
+  void stem(Stem<Y> p, const float* weights, Totals* sums, float* centre);
   void moments(const float* y, int channels, int64_t rows, Totals& sums, float* centre);
-  void affine(const float* y, Affine in, const float* residual, float* z, int channels, int64_t rows);
+  template <class Y>
+  void affine(const Y* y, Affine in, const float* residual, float* z, int channels, int64_t rows);
 
   // Backward. dw: (outputs, inputs), (C, 3, 3), (O, 3, 3, 3) as the parameters lie.
-  void pointwise_gradient(PointwiseGradient p, int64_t rows, float* dw, Totals* sums);
-  void depthwise_gradient(DepthwiseGradient p, float* dw, Totals* sums);
-  void stem_gradient(const Stem& p, const OutputGradient& out, float* dw);
-  void gradient_sums(const float* g, const float* y, Affine mask, const float* mean, float* masked, int channels, int64_t rows,
-                     Totals& sums);
-  void output_gradient(const OutputGradient& out, float* d, int channels, int64_t rows);
-  void pool_gradient(const float* dpooled, const float* y, const Norm& norm, float* g, int images, int pixels, Totals& sums);
+  template <class G, class Y, class X>
+  void pointwise_gradient(PointwiseGradient<G, Y, X> p, int64_t rows, float* dw, Totals* sums);
+  template <class T>
+  void depthwise_gradient(DepthwiseGradient<T> p, float* dw, Totals* sums);
+  template <class Y>
+  void stem_gradient(const Stem<Y>& p, const OutputGradient<Y, Y>& out, float* dw);
+  template <class Y>
+  void gradient_sums(const float* g, const Y* y, Affine mask, const float* mean, float* masked, int channels, int64_t rows, Totals& sums);
+  void output_gradient(const OutputGradient<>& out, float* d, int channels, int64_t rows);
+  template <class Y>
+  void pool_gradient(const float* dpooled, const Y* y, const Norm& norm, Y* g, int images, int pixels, Totals& sums);
 
   void block(const BlockInference& p);
-  void pool(const float* y, Affine in, float* pooled, int images, int pixels, int channels);
+  template <class Y>
+  void pool(const Y* y, Affine in, float* pooled, int images, int pixels, int channels);
   void add(const float* a, const float* b, float* c, int64_t count);
 
  private:

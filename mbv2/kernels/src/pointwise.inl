@@ -16,58 +16,70 @@ int64_t pointwise_scratch(int inputs, int outputs) {
 }
 
 // Rows of in(x) to a buffer of the given stride.
-inline void load_rows(const float* x, const Affine& in, int rows, int channels, float* out, int64_t stride) {
+template <class X>
+inline void load_rows(const X* x, const Affine& in, int rows, int channels, float* out, int64_t stride) {
   for (int r = 0; r < rows; ++r) {
-    const float* from = x + static_cast<int64_t>(r) * channels;
+    const X* from = x + static_cast<int64_t>(r) * channels;
     float* to = out + r * stride;
     for (int c = 0; c < channels; c += 8) put(to + c, apply(eight(from + c), in, c));
   }
 }
 
-INLINE Eight output_gradient_at(const OutputGradient& out, int64_t at, int c) {
+template <class G, class Y>
+INLINE Eight output_gradient_at(const OutputGradient<G, Y>& out, int64_t at, int c) {
   Eight d = eight(out.a + c) * eight(out.g + at);
   if (out.b) d += eight(out.b + c) * (eight(out.y + at) - eight(out.mean + c)) + eight(out.c + c);
   return d;
 }
 
-inline void load_gradient(const OutputGradient& out, int64_t row, int rows, int channels, float* to, int64_t stride) {
+template <class G, class Y>
+inline void load_gradient(const OutputGradient<G, Y>& out, int64_t row, int rows, int channels, float* to, int64_t stride) {
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (row + r) * channels;
     for (int c = 0; c < channels; c += 8) put(to + r * stride + c, output_gradient_at(out, at + c, c));
   }
 }
 
-void pointwise(const Pointwise& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
+template <class X, class Y>
+void pointwise(const Pointwise<X, Y>& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
   float* buffer = scratch;
   const int64_t stride = spread(p.inputs);
   TileSums tile{buffer + (kForwardRows + kMaxTileRows) * stride, nullptr};
   tile.second = tile.first + padded(p.outputs);
   for (int64_t row = begin; row < end; row += kForwardRows) {
     const int rows = static_cast<int>(end - row < kForwardRows ? end - row : kForwardRows);
-    const float* left = p.x + row * p.inputs;
-    int64_t left_stride = p.inputs;
-    if (p.in.scale || p.in.relu6 || rows < kMaxTileRows) {
-      load_rows(left, p.in, rows, p.inputs, buffer, stride);
-      left = buffer;
-      left_stride = stride;
+    const X* x = p.x + row * p.inputs;
+    const float* left = buffer;
+    int64_t left_stride = stride;
+    bool loads = true;
+    if constexpr (std::is_same_v<X, float>) {
+      if (!p.in.scale && !p.in.relu6 && rows >= kMaxTileRows) {
+        left = x;
+        left_stride = p.inputs;
+        loads = false;
+      }
     }
-    float* y = p.y + row * p.outputs;
-    if (p.bias) {
-      StoreInference store{y, nullptr, p.outputs, p.bias, p.relu6, p.residual ? p.residual + row * p.outputs : nullptr};
-      product(left, left_stride, rows, p.packed, p.inputs, p.outputs, store);
-    } else if (sums.first) {
+    if (loads) load_rows(x, p.in, rows, p.inputs, buffer, stride);
+    Y* y = p.y + row * p.outputs;
+    const auto run = [&](auto store) { product(left, left_stride, rows, p.packed, p.inputs, p.outputs, store); };
+    if constexpr (std::is_same_v<Y, float>) {
+      if (p.bias) {
+        run(StoreInference{y, nullptr, p.outputs, p.bias, p.relu6, p.residual ? p.residual + row * p.outputs : nullptr});
+        continue;
+      }
+    }
+    if (sums.first) {
       tile.clear(padded(p.outputs));
-      StoreForward<true> store{y, p.outputs, p.centre, tile};
-      product(left, left_stride, rows, p.packed, p.inputs, p.outputs, store);
+      run(StoreForward<true, Y>{y, p.outputs, p.centre, tile});
       tile.flush(sums, p.outputs);
     } else {
-      StoreForward<false> store{y, p.outputs, nullptr, tile};
-      product(left, left_stride, rows, p.packed, p.inputs, p.outputs, store);
+      run(StoreForward<false, Y>{y, p.outputs, nullptr, tile});
     }
   }
 }
 
-void pointwise_gradient(const PointwiseGradient& p, int64_t begin, int64_t end, float* scratch, float* dw, Sums sums) {
+template <class G, class Y, class X>
+void pointwise_gradient(const PointwiseGradient<G, Y, X>& p, int64_t begin, int64_t end, float* scratch, float* dw, Sums sums) {
   const int tile_height = backward_rows(p.inputs, p.outputs);
   const int64_t x_stride = spread(p.inputs), d_stride = spread(p.outputs);
   float* activation = scratch;
@@ -81,19 +93,19 @@ void pointwise_gradient(const PointwiseGradient& p, int64_t begin, int64_t end, 
     load_gradient(p.out, row, rows, p.outputs, gradient, d_stride);
     if (dw) product_transposed(gradient, d_stride, p.outputs, activation, x_stride, p.inputs, rows, dw);
     if (!p.packed) continue;
-    float* dx = p.dx + at;
-    const float* x = p.x + at;
+    X* dx = p.dx + at;
+    const X* x = p.x + at;
     const float* residual = p.residual ? p.residual + at : nullptr;
     if (sums.first) tile.clear(padded(p.inputs));
     auto run = [&](auto store) { product(gradient, d_stride, rows, p.packed, p.outputs, p.inputs, store); };
     if (p.in.relu6 && sums.first)
-      run(StoreBackward<true, true, false>{dx, p.inputs, activation, x_stride, x, p.centre, nullptr, tile});
+      run(StoreBackward<true, true, false, X>{dx, p.inputs, activation, x_stride, x, p.centre, nullptr, tile});
     else if (p.in.relu6)
-      run(StoreBackward<true, false, false>{dx, p.inputs, activation, x_stride, nullptr, nullptr, nullptr, tile});
+      run(StoreBackward<true, false, false, X>{dx, p.inputs, activation, x_stride, nullptr, nullptr, nullptr, tile});
     else if (residual)
-      run(StoreBackward<false, false, true>{dx, p.inputs, nullptr, 0, nullptr, nullptr, residual, tile});
+      run(StoreBackward<false, false, true, X>{dx, p.inputs, nullptr, 0, nullptr, nullptr, residual, tile});
     else
-      run(StoreBackward<false, false, false>{dx, p.inputs, nullptr, 0, nullptr, nullptr, nullptr, tile});
+      run(StoreBackward<false, false, false, X>{dx, p.inputs, nullptr, 0, nullptr, nullptr, nullptr, tile});
     if (sums.first) tile.flush(sums, p.inputs);
   }
 }

@@ -147,9 +147,9 @@ struct TileSums {
 };
 
 // y = sums; and the moments around `centre`.
-template <bool MOMENTS>
+template <bool MOMENTS, class Y>
 struct StoreForward {
-  float* y;
+  Y* y;
   int columns;
   const float* centre;
   TileSums sums;
@@ -158,7 +158,7 @@ struct StoreForward {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const int c = column + j * LANES;
-      float* p = y + static_cast<int64_t>(row) * columns + c;
+      Y* p = y + static_cast<int64_t>(row) * columns + c;
       Wide s = {}, q = {}, m = {};
       if (MOMENTS) m = wide(centre + c);
 #pragma GCC unroll 16
@@ -208,13 +208,13 @@ struct StoreInference {
 
 // Backward: dx = sums, masked by where the activation lies inside (0, 6), with the sums of dx and dx * (x - centre); or
 // dx = sums + residual.
-template <bool MASK, bool SUMS, bool RESIDUAL>
+template <bool MASK, bool SUMS, bool RESIDUAL, class X>
 struct StoreBackward {
-  float* dx;
+  X* dx;
   int columns;
   const float* activation;  // the tile, with its stride
   int64_t stride;
-  const float* x;
+  const X* x;
   const float* centre;
   const float* residual;
   TileSums sums;

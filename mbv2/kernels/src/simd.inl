@@ -10,6 +10,12 @@ typedef float WideAt __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 typedef float Eight __attribute__((vector_size(32)));
 typedef float EightAt __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int EightInt __attribute__((vector_size(32)));
+typedef uint32_t WideBits __attribute__((vector_size(LANES * 4)));
+typedef uint32_t EightBits __attribute__((vector_size(32)));
+typedef uint16_t WideHalves __attribute__((vector_size(LANES * 2)));
+typedef uint16_t WideHalvesAt __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint16_t EightHalves __attribute__((vector_size(16)));
+typedef uint16_t EightHalvesAt __attribute__((vector_size(16), aligned(2), may_alias));
 
 INLINE Wide wide(const float* p) { return *reinterpret_cast<const WideAt*>(p); }
 INLINE void put(float* p, Wide v) { *reinterpret_cast<WideAt*>(p) = v; }
@@ -18,8 +24,31 @@ INLINE Eight eight(const float* p) { return *reinterpret_cast<const EightAt*>(p)
 INLINE void put(float* p, Eight v) { *reinterpret_cast<EightAt*>(p) = v; }
 #endif
 
+INLINE Wide wide(const bfloat16* p) {
+  return reinterpret_cast<Wide>(__builtin_convertvector(*reinterpret_cast<const WideHalvesAt*>(p), WideBits) << 16);
+}
+INLINE Eight eight(const bfloat16* p) {
+  return reinterpret_cast<Eight>(__builtin_convertvector(*reinterpret_cast<const EightHalvesAt*>(p), EightBits) << 16);
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+template <class Bits, class V>
+INLINE Bits rounded(V v) {
+  const Bits bits = reinterpret_cast<Bits>(v), up = bits + 0x7fff + ((bits >> 16) & 1);
+  return (v == v ? up : bits | 0x400000) >> 16;
+}
+INLINE void put(bfloat16* p, Wide v) {
+  *reinterpret_cast<WideHalvesAt*>(p) = __builtin_convertvector(rounded<WideBits>(v), WideHalves);
+}
+#if LANES != 8
+INLINE void put(bfloat16* p, Eight v) {
+  *reinterpret_cast<EightHalvesAt*>(p) = __builtin_convertvector(rounded<EightBits>(v), EightHalves);
+}
+#endif
+
 // The first `count` of a wide vector: all of them, or 8 of 16 at the right edge of a matrix.
-INLINE Wide wide_upto(const float* p, int count) {
+template <class T>
+INLINE Wide wide_upto(const T* p, int count) {
 #if LANES == 16
   if (count < 16) {
     Wide v = {};
@@ -30,10 +59,11 @@ INLINE Wide wide_upto(const float* p, int count) {
   (void)count;
   return wide(p);
 }
-INLINE void put_upto(float* p, Wide v, int count) {
+template <class T>
+INLINE void put_upto(T* p, Wide v, int count) {
 #if LANES == 16
   if (count < 16) {
-    *reinterpret_cast<EightAt*>(p) = *reinterpret_cast<const EightAt*>(&v);
+    put(p, static_cast<Eight>(*reinterpret_cast<const EightAt*>(&v)));
     return;
   }
 #endif

@@ -2,21 +2,22 @@
 
 constexpr int kWindow = 32;  // 27 values of a window, ky, kx, colour, and zeros
 
-inline int64_t stem_window_floats(const Stem& p) { return static_cast<int64_t>(p.out_width + kMaxTileRows) * kWindow; }
+inline int64_t stem_window_floats(int out_width) { return static_cast<int64_t>(out_width + kMaxTileRows) * kWindow; }
 
-int64_t stem_scratch(const Stem& p) {
-  return 3L * (p.width + 2) * 3 + stem_window_floats(p) + (p.out_width + kMaxTileRows) * spread(p.outputs) + 2L * padded(p.outputs) + 64;
+int64_t stem_scratch(int width, int out_width, int outputs) {
+  return 3L * (width + 2) * 3 + stem_window_floats(out_width) + (out_width + kMaxTileRows) * spread(outputs) + 2L * padded(outputs) + 64;
 }
 
 // The normalised input rows in use, and the windows of one output row.
+template <class Y>
 struct StemRows {
-  const Stem& p;
+  const Stem<Y>& p;
   float* ring;
   float* windows;
   int64_t held[3] = {-100, -100, -100};
 
-  StemRows(const Stem& stem, float* scratch) : p(stem), ring(scratch), windows(scratch + 3L * (stem.width + 2) * 3) {
-    std::memset(windows, 0, sizeof(float) * stem_window_floats(p));
+  StemRows(const Stem<Y>& stem, float* scratch) : p(stem), ring(scratch), windows(scratch + 3L * (stem.width + 2) * 3) {
+    std::memset(windows, 0, sizeof(float) * stem_window_floats(p.out_width));
   }
 
   const float* row(int64_t n, int iy) {
@@ -53,31 +54,29 @@ struct StemRows {
   }
 };
 
-void stem(const Stem& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
-  StemRows rows(p, scratch);
-  TileSums tile{rows.windows + stem_window_floats(p), nullptr};
+template <class Y>
+void stem(const Stem<Y>& p, int64_t begin, int64_t end, float* scratch, Sums sums) {
+  StemRows<Y> rows(p, scratch);
+  TileSums tile{rows.windows + stem_window_floats(p.out_width), nullptr};
   tile.second = tile.first + padded(p.outputs);
   for (int64_t row = begin; row < end; ++row) {
     rows.load(row);
-    float* y = p.y + row * p.out_width * p.outputs;
-    if (p.bias) {
-      StoreInference store{y, nullptr, p.outputs, p.bias, p.relu6, nullptr};
-      product(rows.windows, kWindow, p.out_width, p.packed, kStemDepth, p.outputs, store);
-    } else if (sums.first) {
+    Y* y = p.y + row * p.out_width * p.outputs;
+    const auto run = [&](auto store) { product(rows.windows, kWindow, p.out_width, p.packed, kStemDepth, p.outputs, store); };
+    if (sums.first) {
       tile.clear(padded(p.outputs));
-      StoreForward<true> store{y, p.outputs, p.centre, tile};
-      product(rows.windows, kWindow, p.out_width, p.packed, kStemDepth, p.outputs, store);
+      run(StoreForward<true, Y>{y, p.outputs, p.centre, tile});
       tile.flush(sums, p.outputs);
     } else {
-      StoreForward<false> store{y, p.outputs, nullptr, tile};
-      product(rows.windows, kWindow, p.out_width, p.packed, kStemDepth, p.outputs, store);
+      run(StoreForward<false, Y>{y, p.outputs, nullptr, tile});
     }
   }
 }
 
-void stem_gradient(const Stem& p, const OutputGradient& out, int64_t begin, int64_t end, float* scratch, float* dw) {
-  StemRows rows(p, scratch);
-  float* gradient = rows.windows + stem_window_floats(p);
+template <class Y>
+void stem_gradient(const Stem<Y>& p, const OutputGradient<Y, Y>& out, int64_t begin, int64_t end, float* scratch, float* dw) {
+  StemRows<Y> rows(p, scratch);
+  float* gradient = rows.windows + stem_window_floats(p.out_width);
   const int64_t stride = spread(p.outputs);
   for (int64_t row = begin; row < end; ++row) {
     rows.load(row);

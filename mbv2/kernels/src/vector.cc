@@ -1,6 +1,7 @@
 // All vector code, compiled once for each instruction set with VARIANT (its namespace) and LANES set.
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "instruction_set.h"
 
@@ -30,21 +31,21 @@ constexpr InstructionSet table() {
   set.panels = panels;
   set.pack = pack;
   set.pointwise_scratch = pointwise_scratch;
-  set.pointwise = pointwise;
-  set.pointwise_gradient = pointwise_gradient;
+  set.pointwise = {{pointwise}, {pointwise}, {pointwise}, {pointwise}};
+  set.pointwise_gradient = {{pointwise_gradient}, {pointwise_gradient}, {pointwise_gradient}};
   set.depthwise_scratch = depthwise_scratch;
-  set.depthwise = depthwise;
-  set.depthwise_gradient = depthwise_gradient;
+  set.depthwise = {{depthwise}, {depthwise}};
+  set.depthwise_gradient = {{depthwise_gradient}, {depthwise_gradient}};
   set.stem_scratch = stem_scratch;
-  set.stem = stem;
-  set.stem_gradient = stem_gradient;
-  set.affine = affine;
+  set.stem = {{stem}, {stem}};
+  set.stem_gradient = {{stem_gradient}, {stem_gradient}};
+  set.affine = {{affine}, {affine}};
   set.moments = moments;
-  set.gradient_sums = gradient_sums;
+  set.gradient_sums = {{gradient_sums}, {gradient_sums}};
   set.output_gradient = output_gradient;
   set.add = add;
-  set.pool = pool;
-  set.pool_gradient = pool_gradient;
+  set.pool = {{pool}, {pool}};
+  set.pool_gradient = {{pool_gradient}, {pool_gradient}};
   set.block_scratch = block_scratch;
   set.block = block;
   return set;
