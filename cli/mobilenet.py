@@ -11,7 +11,7 @@ import click
 from imnet_prep.remote import shown
 from imnet_prep.types import Progress
 from mbv2.bench import MODES, BenchOptions
-from mbv2.recipe import PADDINGS
+from mbv2.recipe import PADDINGS, PRECISIONS
 from mbv2.runtime import DEVICE_TARGETS
 from mbv2.weights.names import SOURCES
 
@@ -264,6 +264,7 @@ def export(checkpoint: Path, kind: str, out: Path, as_json: bool, **options: Any
 @click.option("--batch-size", default=BENCH.batch_size, help="Images per step.")
 @click.option("--image-size", default=BENCH.image_size, help="Side of the input, in pixels.")
 @click.option("--width", default=BENCH.width, help="Width multiplier, 0.35 to 1.4.")
+@click.option("--precision", default=BENCH.precision, type=click.Choice(PRECISIONS), help="Of stored activations.")
 @click.option("--steps", default=BENCH.steps, help="Measured steps, after warm-up.")
 @click.option("--standard-ops", is_flag=True, help="Use MindSpore's operators in place of the C++ ones.")
 @JSON

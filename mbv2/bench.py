@@ -27,6 +27,7 @@ class BenchOptions:
         classes: Classes of the head.
         steps: Measured steps; the first steps, with compilation, are left out.
         kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
+        precision: Of a training step's activations, see there.
     """
 
     mode: str = "train"
@@ -36,6 +37,7 @@ class BenchOptions:
     classes: int = 1000
     steps: int = 10
     kernels: str = "auto"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -54,7 +56,7 @@ class BenchResult:
         step_ms: Median. fastest_ms, slowest_ms: The extremes.
         compile_s: The first step, with the graph's compilation.
         kernels: One line that names the operators in use.
-        mode, batch_size, image_size, width, steps: As run.
+        mode, batch_size, image_size, width, steps, precision: As run.
     """
 
     images_per_s: float
@@ -68,6 +70,7 @@ class BenchResult:
     image_size: int
     width: float
     steps: int
+    precision: str
 
 
 def bench(options: BenchOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> BenchResult:
@@ -105,6 +108,7 @@ def bench(options: BenchOptions, progress: Callable[[int, int], None] = lambda d
         image_size=options.image_size,
         width=options.width,
         steps=options.steps,
+        precision=options.precision,
     )
 
 
@@ -121,7 +125,8 @@ def prepare(options: BenchOptions) -> tuple[Callable[[], Any], str]:
     random = np.random.default_rng(0)
     size = (options.batch_size, options.image_size, options.image_size, 3)
     image = ms.Tensor(random.integers(0, 256, size, dtype=np.uint8))
-    net = MobileNetV2(ModelConfig(options.classes, width=options.width), kernels=options.kernels)
+    config = ModelConfig(options.classes, width=options.width)
+    net = MobileNetV2(config, kernels=options.kernels, precision=options.precision)
     name = kernels.describe() if net.kernels == "native" else "standard operators"
     if options.mode == "eval":
         net.set_train(False)

@@ -20,7 +20,7 @@ import yaml
 from imnet_prep.errors import RecipeError
 
 DEFAULT_RECIPE = "tiny"  # one machine, small images: what a first run needs; ImageNet users name theirs
-PADDINGS = ("symmetric", "same")
+PADDINGS, PRECISIONS = ("symmetric", "same"), ("float32", "bfloat16")
 IMAGE_SIZES = (32, 288)  # lowest and highest side of the input, in pixels
 MODEL_FIELDS = ("width", "padding", "bn_eps", "bn_momentum")  # those that fix the network's function
 
@@ -56,6 +56,7 @@ class Recipe:
         padding: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's). Weights bring theirs, the next two and width.
         bn_eps: What BatchNorm adds to the variance.
         bn_momentum: Share of BatchNorm's moving statistics that stays at each step.
+        precision: How a step keeps activations: ``float32``, or ``bfloat16`` (C++ operators alone). Weights: float32.
         dropout: Share of pooled features dropped in training.
         optimizer: ``sgd``, ``nesterov``, ``adamw`` or ``rmsprop``.
         lr: Peak learning rate, for a global batch of ``lr_batch_size``.
@@ -118,6 +119,7 @@ class Recipe:
     padding: str = _one_of(*PADDINGS)
     bn_eps: float = _within(1e-5, 1e-12, 1)
     bn_momentum: float = _below(0.9, 1)
+    precision: str = _one_of(*PRECISIONS)
     dropout: float = _below(0.2, 1)
     optimizer: str = _one_of("sgd", "nesterov", "adamw", "rmsprop")
     lr: float = _within(0.1, 0)
@@ -170,8 +172,7 @@ class Recipe:
         for one in dataclasses.fields(self):
             value, limits = getattr(self, one.name), one.metadata
             if "choices" in limits and value not in limits["choices"]:
-                choices = f"one of {', '.join(limits['choices'])}"
-                raise RecipeError(f"recipe field {one.name}", expected=choices, got=repr(value))
+                raise RecipeError(f"recipe field {one.name}", expected=" or ".join(limits["choices"]), got=repr(value))
             if "low" in limits and not _inside(value, **limits):
                 expected = f"[{limits['low']:g}, {limits['high']:g}{limits['end']}"
                 raise RecipeError(f"recipe field {one.name} is out of range", expected=expected, got=f"{value!r}")
@@ -194,7 +195,7 @@ class Recipe:
             (("momentum", "rms_decay"), not adamw, "another optimizer: adamw takes beta1 and beta2"),
             (("beta1", "beta2"), adamw, "optimizer=adamw: others take momentum and rms_decay"),
             (("score_live",), self.ema_decay > 0, "ema_decay over 0: else only the live weights are scored"),
-            (("backbone_lr_factor",), images, "a freeze that trains the backbone"),
+            (("backbone_lr_factor", "precision"), images, "a freeze that trains the backbone"),
             (("mixup_prob", "mixup_last_epoch"), mixes, "mixup_alpha or cutmix_alpha over 0, and images to train on"),
             (("trivialaugment",), augments and not self.randaugment_ops, "randaugment_ops=0, and images to augment"),
         ):
@@ -213,8 +214,7 @@ def _inside(value: float, low: float, high: float, end: str) -> bool:
 def stored_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return all fields of a recipe that a run stored: those that it lacks, as older versions meant them.
 
-    A field that did not exist yet had no effect, which is its default; but AdamW took its betas from the fields of
-    other optimizers.
+    A field's default is to have no effect; but AdamW took its betas from the fields of other optimizers.
     """
     known = {**_DEFAULTS, **fields}
     if known["optimizer"] == "adamw" and "beta1" not in fields:

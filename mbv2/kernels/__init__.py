@@ -27,6 +27,8 @@ ISA_ENVIRONMENT = "MBV2_ISA"
 
 _REMEDY = "install a C++17 compiler such as g++, then `pip install` this package again"
 
+_TYPE_NAMES = {"uint16": "bfloat16"}
+
 LIBRARY = Path(__file__).parent / "mbv2_kernels.so"
 
 
@@ -75,7 +77,7 @@ def call(name: str, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDA
 
     Args:
         name: Without the prefix, as in `docs/kernels.md`.
-        inputs: C-contiguous arrays in the operator's order.
+        inputs: C-contiguous arrays in the operator's order; NumPy has no bfloat16, so its bits come as uint16.
         outputs: C-contiguous arrays that it fills.
 
     Raises:
@@ -95,7 +97,7 @@ def call(name: str, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDA
         (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
         (ctypes.c_int * count)(*(array.ndim for array in arrays)),
         (ctypes.POINTER(ctypes.c_int64) * count)(*(ctypes.cast(s, ctypes.POINTER(ctypes.c_int64)) for s in shapes)),
-        (ctypes.c_char_p * count)(*(array.dtype.name.encode() for array in arrays)),
+        (ctypes.c_char_p * count)(*(_TYPE_NAMES.get(array.dtype.name, array.dtype.name).encode() for array in arrays)),
         None,
         None,
     )

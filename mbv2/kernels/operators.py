@@ -2,7 +2,8 @@
 
 One operator runs 1x1 expansion, depthwise 3x3 and 1x1 projection with their BatchNorms; the first takes the image and
 runs the stem and block 0; the last runs the head and the pooling. Within one, normalised activations are never stored:
-whoever reads a convolution's output normalises it while loading. Activations between operators are channels-last.
+whoever reads a convolution's output normalises it while loading. Activations between operators are channels-last and
+float32; the convolutions' outputs, which are kept for the gradient, and the gradients there are float32 or bfloat16.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,20 @@ from imnet_prep.errors import TrainError
 from mbv2 import kernels
 
 _STEM, _EXPAND = 0, 1
+_STORED = {"float32": ms.float32, "bfloat16": ms.bfloat16}
 Shape = Sequence[int]
 
 
-def _custom(name: str, shapes: Any, outputs: int, bprop: Any = None) -> ops.Custom:
-    """Operator `name` with `outputs` float32 outputs, whose shapes `shapes` gives from the inputs'."""
-    return ops.Custom(f"{kernels.LIBRARY}:mbv2_{name}", shapes, (ms.float32,) * outputs, "aot", bprop)
+def _custom(
+    name: str, precision: str, shapes: Any, outputs: int, stored: Sequence[int] = (), bprop: Any = None
+) -> ops.Custom:
+    """Operator `name` with `outputs` outputs, whose shapes `shapes` gives from the inputs'.
+
+    All are float32 but the `stored` ones, which are of the precision.
+    """
+    types = tuple(_STORED[precision] if at in stored else ms.float32 for at in range(outputs))
+    suffix = "" if precision == "float32" else f"_{precision}"
+    return ops.Custom(f"{kernels.LIBRARY}:mbv2_{name}{suffix}", shapes, types, "aot", bprop)
 
 
 def switches(
@@ -78,8 +87,8 @@ class BlockShapes:
         return parameters if self.stem else (list(x), *parameters)
 
 
-def block_train(*, stem: bool, stride: int) -> ops.Custom:
-    """Training forward of one block.
+def block_train(*, stem: bool, stride: int, precision: str = "float32") -> ops.Custom:
+    """Training forward of one block; `precision` ("float32" or "bfloat16") is that of the stored convolution outputs.
 
     Inputs: x or image; then weight, gamma, beta, moving mean, moving variance of each of the three convolutions;
     switches; numbers. Outputs: z, three stored convolution outputs, three saved BatchNorms, and three pairs of new
@@ -87,7 +96,7 @@ def block_train(*, stem: bool, stride: int) -> ops.Custom:
     """
     shapes = BlockShapes(stem=stem, stride=stride)
     prefix = "stem_block" if stem else "block"
-    gradient = _custom(f"{prefix}_grad", shapes.grad, 9 if stem else 10)
+    gradient = _custom(f"{prefix}_grad", precision, shapes.grad, 9 if stem else 10)
     zeros = ops.ZerosLike()
 
     # fmt: off
@@ -104,7 +113,7 @@ def block_train(*, stem: bool, stride: int) -> ops.Custom:
         third = (d[7], d[8], d[9], zeros(m3), zeros(v3))
         return first + second + third + (zeros(ints), zeros(floats))
 
-    return _custom(f"{prefix}_train", shapes.train, 13, bprop)
+    return _custom(f"{prefix}_train", precision, shapes.train, 13, (1, 2, 3), bprop)
 
 
 def block_infer(*, stem: bool, stride: int) -> ops.Custom:
@@ -130,20 +139,20 @@ def _head_infer_shape(*s: Shape) -> list[int]:
     return [s[0][0], s[1][0]]
 
 
-def head_train() -> ops.Custom:
-    """Head convolution, BatchNorm, ReLU6 and pooling.
+def head_train(precision: str = "float32") -> ops.Custom:
+    """Head convolution, BatchNorm, ReLU6 and pooling; `precision` is that of the stored convolution output.
 
     Inputs: x, weight, gamma, beta, moving mean, moving variance, switches, numbers. Outputs: pooled (N, features), the
     stored convolution output, the saved BatchNorm, the new moving statistics.
     """
-    gradient = _custom("head_grad", _head_grad_shapes, 4)
+    gradient = _custom("head_grad", precision, _head_grad_shapes, 4)
     zeros = ops.ZerosLike()
 
     def bprop(x: Any, w: Any, g: Any, b: Any, m: Any, v: Any, ints: Any, floats: Any, out: Any, dout: Any) -> Any:
         d = gradient(dout[0], x, out[1], out[2], w, ints, floats)
         return d[0], d[1], d[2], d[3], zeros(m), zeros(v), zeros(ints), zeros(floats)
 
-    return _custom("head_train", _head_train_shapes, 5, bprop)
+    return _custom("head_train", precision, _head_train_shapes, 5, (1,), bprop)
 
 
 def head_infer() -> ops.Custom:

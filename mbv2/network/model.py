@@ -23,7 +23,7 @@ from imnet_prep.errors import RecipeError, TrainError
 from mbv2 import kernels as native
 from mbv2.kernels import operators
 from mbv2.network.native import NativeBlock, NativeHead
-from mbv2.recipe import PADDINGS
+from mbv2.recipe import PADDINGS, PRECISIONS
 from mbv2.runtime import runtime
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -204,16 +204,20 @@ class MobileNetV2(nn.Cell):
         config: What fixes its function.
         kernels: "native" for the C++ operators, "standard" for MindSpore's own, "auto" for the C++ operators where
             they are built and the device is a CPU.
+        precision: How a training step keeps the convolutions' outputs and their gradients within blocks: "float32", or
+            "bfloat16", with the C++ operators alone. Weights, statistics, sums and what blocks hand to each other are
+            float32.
 
     Raises:
-        RecipeError: An unknown choice of kernels.
-        TrainError: "native" where the C++ operators cannot be used.
+        RecipeError: An unknown choice of kernels or precision.
+        TrainError: "native" or "bfloat16" where the C++ operators cannot be used.
     """
 
-    def __init__(self, config: ModelConfig, *, kernels: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, *, kernels: str = "auto", precision: str = "float32") -> None:
         super().__init__()
         self.config = config
         self.kernels = _choose_kernels(kernels)
+        _check_precision(precision, self.kernels)
         shapes = block_shapes(config.width)
         self.feature_count = feature_count(config.width)
         self.stem = _Unit(config, 3, shapes[0].inputs, size=3, stride=2)
@@ -228,9 +232,9 @@ class MobileNetV2(nn.Cell):
             numbers = operators.numbers(config.bn_eps, config.bn_momentum, config.mean, config.std)
             same = config.padding == "same"
             first, *blocks = self.blocks
-            self.native_first = NativeBlock(first, numbers, same=same, stem=self.stem)
-            self.native_blocks = nn.CellList([NativeBlock(block, numbers, same=same) for block in blocks])
-            self.native_head = NativeHead(self.head, numbers)
+            self.native_first = NativeBlock(first, numbers, precision, same=same, stem=self.stem)
+            self.native_blocks = nn.CellList([NativeBlock(block, numbers, precision, same=same) for block in blocks])
+            self.native_head = NativeHead(self.head, numbers, precision)
         for parameter, name in names:  # a Cell that shares another's parameters renames them
             parameter.name = name
 
@@ -281,3 +285,15 @@ def _choose_kernels(kernels: str) -> str:
         return "standard"
     native.set_threads(runtime().threads)  # a container's quota and msrun's ranks leave fewer than the library sees
     return "native"
+
+
+def _check_precision(precision: str, kernels: str) -> None:
+    if precision not in PRECISIONS:
+        raise RecipeError("precision", expected=" or ".join(PRECISIONS), got=repr(precision))
+    if precision != "float32" and kernels != "native":
+        raise TrainError(
+            f"precision {precision}",
+            expected="the C++ operators, which alone store it",
+            got="MindSpore's own operators" if native.available() else native.describe(),
+            remedy="train with precision=float32",
+        )

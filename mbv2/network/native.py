@@ -1,6 +1,7 @@
 """The C++ twins of the network's parts: on the same parameters, on activations (N, H, W, C).
 
-Their parameters are `mbv2.network.model`'s own; `numbers` are the operators' options that are real numbers.
+Their parameters are `mbv2.network.model`'s own; `numbers` are the operators' options that are real numbers, and
+`precision` is how a training step keeps the convolutions' outputs.
 """
 
 import functools
@@ -23,7 +24,9 @@ def _keep_statistics(unit: nn.Cell, mean: ms.Tensor, variance: ms.Tensor) -> Non
 class NativeBlock(nn.Cell):
     """The C++ twin of an inverted residual, on its parameters and on (N, H, W, C); the first begins at the image."""
 
-    def __init__(self, block: nn.Cell, numbers: ms.Tensor, *, same: bool, stem: nn.Cell | None = None) -> None:
+    def __init__(
+        self, block: nn.Cell, numbers: ms.Tensor, precision: str, *, same: bool, stem: nn.Cell | None = None
+    ) -> None:
         super().__init__()
         self.expand = block.expand if stem is None else stem
         self.depthwise = block.depthwise
@@ -39,7 +42,9 @@ class NativeBlock(nn.Cell):
         self.switches = switches()
         self.frozen_switches = switches(frozen=True)
         self.numbers = numbers
-        self.train_operator = operators.block_train(stem=stem is not None, stride=block.shape.stride)
+        self.train_operator = operators.block_train(
+            stem=stem is not None, stride=block.shape.stride, precision=precision
+        )
         self.infer_operator = operators.block_infer(stem=stem is not None, stride=block.shape.stride)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
@@ -58,14 +63,14 @@ class NativeBlock(nn.Cell):
 class NativeHead(nn.Cell):
     """The C++ twin of the head and the pooling behind it."""
 
-    def __init__(self, head: nn.Cell, numbers: ms.Tensor) -> None:
+    def __init__(self, head: nn.Cell, numbers: ms.Tensor, precision: str) -> None:
         super().__init__()
         self.head = head
         self.frozen = False
         self.switches = operators.switches()
         self.frozen_switches = operators.switches(frozen=True)
         self.numbers = numbers
-        self.train_operator = operators.head_train()
+        self.train_operator = operators.head_train(precision)
         self.infer_operator = operators.head_infer()
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:

@@ -44,7 +44,7 @@ class Learner:
         self.head_only = recipe.freeze == "backbone"
         self.config = network_config(recipe, len(classes), start)
         ms.set_seed(options.seed)
-        self.net = MobileNetV2(self.config, kernels=options.kernels)
+        self.net = MobileNetV2(self.config, kernels=options.kernels, precision=recipe.precision)
         if start is not None:
             load_pretrained(self.net, start, classes)
         if recipe.freeze == "bn":

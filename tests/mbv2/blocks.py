@@ -28,6 +28,15 @@ def empty(*shape: int) -> Floats:
     return np.full(shape, np.nan, np.float32)  # what an operator forgets to write shows
 
 
+def stored(precision: str, *shape: int) -> NDArray[Any]:
+    """Memory for a convolution's output: NumPy has no bfloat16, so its bits are uint16."""
+    return empty(*shape) if precision == "float32" else np.full(shape, 0x7FC1, np.uint16)
+
+
+def widened(bits: NDArray[np.uint16]) -> Floats:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def sides_of(y: Floats, saved: Floats) -> Sides:
     """Where an operator puts a stored convolution output on ReLU6; in float64 the product is exact, as in its code."""
     return sides(y.astype(np.float64) * saved[2] + saved[3])
@@ -40,13 +49,15 @@ class BlockCall:
     shape: BlockShape
     units: Sequence[str]
     same: int = 0
+    precision: str = "float32"
 
     @property
     def stem(self) -> bool:
         return self.units[0] == "stem"
 
     def _name(self, what: str) -> str:
-        return f"stem_block_{what}" if self.stem else f"block_{what}"
+        suffix = "" if self.precision == "float32" or what == "infer" else f"_{self.precision}"
+        return f"stem_block_{what}{suffix}" if self.stem else f"block_{what}{suffix}"
 
     def _options(self) -> list[NDArray[Any]]:
         residual = int(self.shape.residual and not self.stem)
@@ -62,19 +73,24 @@ class BlockCall:
         hidden, out = self.shape.hidden, self.shape.outputs
         return [(*below, out), (n, h, w, hidden), (*below, hidden), (*below, out)]
 
-    def train(self, values: Values, x: NDArray[Any]) -> list[Floats]:
+    def train(self, values: Values, x: NDArray[Any]) -> list[NDArray[Any]]:
         """z, three stored outputs, three saved BatchNorms, three pairs of moving statistics."""
         hidden, out = self.shape.hidden, self.shape.outputs
         small = [(4, hidden), (4, hidden), (4, out), (hidden,), (hidden,), (hidden,), (hidden,), (out,), (out,)]
-        made = [empty(*shape) for shape in [*self.maps(x), *small]]
+        z, *maps = self.maps(x)
+        made = [empty(*z), *(stored(self.precision, *shape) for shape in maps), *(empty(*shape) for shape in small)]
         kernels.call(self._name("train"), self._inputs(values, x), made)
         return made
 
-    def sides(self, made: Sequence[Floats]) -> dict[str, Sides]:
+    def sides(self, made: Sequence[NDArray[Any]]) -> dict[str, Sides]:
         """Of the two units with ReLU6, from what `train` gave."""
-        return {unit: sides_of(made[1 + i], made[4 + i]) for i, unit in enumerate(self.units[:2])}
+        return {unit: sides_of(self.outputs(made)[i], made[4 + i]) for i, unit in enumerate(self.units[:2])}
 
-    def grad(self, values: Values, x: NDArray[Any], made: Sequence[Floats], dz: Floats) -> dict[str, Floats]:
+    def outputs(self, made: Sequence[NDArray[Any]]) -> list[Floats]:
+        """The three stored convolution outputs, from what `train` gave."""
+        return [widened(y) if y.dtype == np.uint16 else y for y in made[1:4]]
+
+    def grad(self, values: Values, x: NDArray[Any], made: Sequence[NDArray[Any]], dz: Floats) -> dict[str, Floats]:
         """The parameters' gradients by name, and the input's as `x` (not the stem's)."""
         weights = [values[f"{unit}.conv.weight"] for unit in self.units]
         grads = {} if self.stem else {"x": empty(*x.shape)}
@@ -94,19 +110,25 @@ def _head_inputs(values: Values, x: Floats) -> list[NDArray[Any]]:
     return [x, *(values[f"head.{name}"] for name in _UNIT), switches(), NUMBERS]
 
 
-def head_train(values: Values, x: Floats) -> list[Floats]:
+def head_train(values: Values, x: Floats, precision: str = "float32") -> list[NDArray[Any]]:
     """Pooled features, the stored output, the saved BatchNorm, the moving statistics."""
     out = len(values["head.conv.weight"])
-    made = [empty(len(x), out), empty(*x.shape[:3], out), empty(4, out), empty(out), empty(out)]
-    kernels.call("head_train", _head_inputs(values, x), made)
+    made = [empty(len(x), out), stored(precision, *x.shape[:3], out), empty(4, out), empty(out), empty(out)]
+    kernels.call("head_train" if precision == "float32" else f"head_train_{precision}", _head_inputs(values, x), made)
     return made
 
 
-def head_grad(values: Values, x: Floats, made: Sequence[Floats], dpooled: Floats) -> dict[str, Floats]:
+def head_grad(
+    values: Values, x: Floats, made: Sequence[NDArray[Any]], dpooled: Floats, precision: str = "float32"
+) -> dict[str, Floats]:
     weight = values["head.conv.weight"]
     grads = {"x": empty(*x.shape), "head.conv.weight": empty(*weight.shape)}
     grads |= {name: empty(len(weight)) for name in ("head.bn.gamma", "head.bn.beta")}
-    kernels.call("head_grad", [dpooled, x, *made[1:3], weight, switches(), NUMBERS], list(grads.values()))
+    kernels.call(
+        "head_grad" if precision == "float32" else f"head_grad_{precision}",
+        [dpooled, x, *made[1:3], weight, switches(), NUMBERS],
+        list(grads.values()),
+    )
     return grads
 
 

@@ -6,7 +6,7 @@
 //
 // Exit status 0: nothing was refused, no NaN came, two threads got the same values, and, with `compare`, each tensor differs
 // from the one that another machine wrote by at most kBound of its norm. Sizes at which BatchNorm sees fewer than kFewest
-// values are left out of that, as it magnifies rounding there.
+// values are left out of that, as it magnifies rounding there, and so is bfloat16, whose last digit is larger than the bound.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -35,13 +35,24 @@ struct Tensor {
   std::unique_ptr<unsigned char[]> bytes;
   size_t size;
 
-  Tensor(std::vector<int64_t> s, const char* t = "float32") : shape(std::move(s)), type(t), size(!std::strcmp(t, "uint8") ? 1 : 4) {
+  Tensor(std::vector<int64_t> s, const char* t = "float32") : shape(std::move(s)), type(t), size(size_of(t)) {
     for (const int64_t d : shape) size *= static_cast<size_t>(d);
     bytes.reset(new unsigned char[size]);
   }
+  static size_t size_of(const char* t) { return !std::strcmp(t, "uint8") ? 1 : !std::strcmp(t, "bfloat16") ? 2 : 4; }
   float* floats() { return reinterpret_cast<float*>(bytes.get()); }
   int32_t* ints() { return reinterpret_cast<int32_t*>(bytes.get()); }
-  size_t count() const { return size / 4; }
+  size_t count() const { return size / size_of(type); }
+  std::vector<float> values() const {
+    std::vector<float> all(count());
+    const size_t bytes_each = size_of(type);  // a bfloat16 is the upper half of a float
+    for (size_t i = 0; i < all.size(); ++i) {
+      const uint32_t zero = 0;
+      std::memcpy(&all[i], &zero, sizeof zero);
+      std::memcpy(reinterpret_cast<unsigned char*>(&all[i]) + 4 - bytes_each, bytes.get() + i * bytes_each, bytes_each);
+    }
+    return all;
+  }
 };
 
 struct Random {
@@ -76,7 +87,7 @@ bool run(const Library& library, const std::string& name, const std::vector<Tens
     return false;
   }
   for (size_t i = all.size() - outputs; i < all.size(); ++i) {
-    results.emplace_back(all[i]->floats(), all[i]->floats() + all[i]->count());
+    results.push_back(all[i]->values());
     for (const float value : results.back()) {
       if (std::isfinite(value)) continue;
       std::fprintf(stderr, "%s: output %zu is not finite\n", name.c_str(), i);
@@ -106,8 +117,8 @@ std::vector<Tensor*> pointers(std::vector<Tensor>& all, std::vector<Tensor>& mor
   return p;
 }
 
-// Train, gradient, inference of one block.
-bool block(const Library& library, const Size& s, Results& results) {
+// Train, gradient, inference of one block; `stored`: the type of the convolutions' outputs.
+bool block(const Library& library, const Size& s, const std::string& stored, Results& results) {
   Random r{42};
   const int64_t hidden = s.hidden, h = s.stem ? (s.height + 1) / 2 : s.height, w = s.stem ? (s.width + 1) / 2 : s.width;
   const int64_t oh = (h + s.stride - 1) / s.stride, ow = (w + s.stride - 1) / s.stride;
@@ -138,9 +149,9 @@ bool block(const Library& library, const Size& s, Results& results) {
   const std::vector<std::vector<int64_t>> shapes = {z,           {s.batch, h, w, hidden}, {s.batch, oh, ow, hidden}, z,        {4, hidden},
                                                     {4, hidden}, {4, s.outputs},          {hidden},                  {hidden}, {hidden},
                                                     {hidden},    {s.outputs},             {s.outputs}};
-  for (const auto& shape : shapes) out.emplace_back(shape);
-  const std::string name = s.stem ? "stem_block" : "block";
-  if (!run(library, name + "_train", pointers(in, out), out.size(), results)) return false;
+  for (size_t i = 0; i < shapes.size(); ++i) out.emplace_back(shapes[i], i >= 1 && i <= 3 ? stored.c_str() : "float32");
+  const std::string name = s.stem ? "stem_block" : "block", suffix = stored == "float32" ? "" : "_" + stored;
+  if (!run(library, name + "_train" + suffix, pointers(in, out), out.size(), results)) return false;
 
   Tensor dz = filled(r, z, 1);
   std::vector<Tensor*> call{&dz, &in[0]};
@@ -151,14 +162,14 @@ bool block(const Library& library, const Size& s, Results& results) {
   for (const int i : {1, 6, 11})
     for (int k = 0; k < 3; ++k) grads.emplace_back(k ? std::vector<int64_t>{in[i].shape[0]} : in[i].shape);
   for (Tensor& t : grads) call.push_back(&t);
-  if (!run(library, name + "_grad", call, grads.size(), results)) return false;
+  if (!run(library, name + "_grad" + suffix, call, grads.size(), results)) return false;
 
   std::vector<Tensor> inferred;
   inferred.emplace_back(z);
   return run(library, name + "_infer", pointers(in, inferred), 1, results);
 }
 
-bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, int64_t outputs, Results& results) {
+bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, int64_t outputs, const std::string& stored, Results& results) {
   Random r{7};
   std::vector<Tensor> in, out, inferred;
   in.push_back(filled(r, {batch, size, size, inputs}, 1));
@@ -169,8 +180,9 @@ bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, i
   in.back().ints()[1] = 1;
   in.push_back(filled(r, {8}, 0, 0.5f));
   const std::vector<std::vector<int64_t>> shapes = {{batch, outputs}, {batch, size, size, outputs}, {4, outputs}, {outputs}, {outputs}};
-  for (const auto& shape : shapes) out.emplace_back(shape);
-  if (!run(library, "head_train", pointers(in, out), out.size(), results)) return false;
+  for (size_t i = 0; i < shapes.size(); ++i) out.emplace_back(shapes[i], i == 1 ? stored.c_str() : "float32");
+  const std::string suffix = stored == "float32" ? "" : "_" + stored;
+  if (!run(library, "head_train" + suffix, pointers(in, out), out.size(), results)) return false;
   std::vector<Tensor> grads;
   grads.emplace_back(in[0].shape);
   grads.emplace_back(in[1].shape);
@@ -178,13 +190,13 @@ bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, i
   grads.emplace_back(std::vector<int64_t>{outputs});
   std::vector<Tensor*> call{&out[0], &in[0], &out[1], &out[2], &in[1], &in[6], &in[7]};
   for (Tensor& t : grads) call.push_back(&t);
-  if (!run(library, "head_grad", call, grads.size(), results)) return false;
+  if (!run(library, "head_grad" + suffix, call, grads.size(), results)) return false;
   inferred.emplace_back(std::vector<int64_t>{batch, outputs});
   return run(library, "head_infer", pointers(in, inferred), 1, results);
 }
 
 // Every operator at every size; each block from two threads at once.
-bool all_operators(const Library& library, Results& results) {
+bool all_operators(const Library& library, const std::string& stored, Results& results) {
   const Size sizes[] = {
       {true, 2, 33, 18, 3, 32, 16, 1, 0},  {true, 1, 8, 9, 3, 16, 8, 1, 1},     {true, 1, 3, 1, 3, 48, 24, 1, 0},
       {false, 2, 9, 7, 16, 96, 24, 2, 0},  {false, 3, 8, 6, 24, 144, 24, 1, 0}, {false, 1, 10, 10, 8, 48, 8, 2, 1},
@@ -194,15 +206,15 @@ bool all_operators(const Library& library, Results& results) {
   for (const Size& s : sizes) {
     Results first, second;
     bool also = true;
-    std::thread beside([&] { also = block(library, s, second); });
-    good &= block(library, s, first);
+    std::thread beside([&] { also = block(library, s, stored, second); });
+    good &= block(library, s, stored, first);
     beside.join();
     good &= also && first == second;
     const int64_t halvings = s.stride * (s.stem ? 2 : 1);
     if (s.batch * s.height * s.width < kFewest * halvings * halvings) continue;
     results.insert(results.end(), first.begin(), first.end());
   }
-  return head(library, 3, 7, 112, 1280, results) && head(library, 1, 1, 320, 64, results) && good;
+  return head(library, 3, 7, 112, 1280, stored, results) && head(library, 1, 1, 320, 64, stored, results) && good;
 }
 
 void write(const Results& results, const char* path) {
@@ -236,8 +248,9 @@ int main(int argc, char** argv) {
   bool good = true;
   for (int threads = 1; threads <= 3; ++threads) {
     library.function<int(int)>("mbv2_set_threads")(threads);
-    Results results;
-    good &= all_operators(library, results);
+    Results results, halves;
+    good &= all_operators(library, "float32", results);
+    good &= all_operators(library, "bfloat16", halves);
     if (threads > 1 || argc == 2) continue;
     if (std::strcmp(argv[2], "write") == 0) {
       write(results, argv[3]);

@@ -71,7 +71,7 @@ FACTORS: dict[str, tuple[Level, ...]] = {
     "network": ({}, {"padding": "same", "bn_momentum": 0.8}),
     "saving": ({}, {"run": {"save_every": 2}}),
     "events": ({}, {"run": {"tensorboard": True}}),
-    "operators": ({}, {"run": {"kernels": "standard"}}),
+    "operators": ({}, {"run": {"kernels": "standard"}}, {"precision": "bfloat16"}),
     "threads": ({}, {"run": {"workers": 1}}),
     "records": ({}, {"records": BAD}),
 }
@@ -146,8 +146,8 @@ def _row_with(draw: random.Random, first: Pair, missing: set[Pair]) -> Row:
 
 
 ORDER = {factor: number for number, factor in enumerate(FACTORS)}
-ROWS = 27  # covering_rows() would cost each process of the tests a second
-SAMPLE = 14  # of make test, with few layers to compile; make test-long runs the others
+ROWS = 28  # covering_rows() would cost each process of the tests a second
+SAMPLE = 22  # of make test, with few layers to compile; make test-long runs the others
 
 
 def test_the_rows_hold_every_field_and_every_pair() -> None:
