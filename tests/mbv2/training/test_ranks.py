@@ -31,15 +31,16 @@ from mbv2.training.options import RunOptions
 from mbv2.training.ranks import sum_counts, sum_floats
 from mbv2.training.run import train
 from mbv2.weights.checkpoint import Meta, read_checkpoint, save_checkpoint
+from tests.mbv2.small_network import shrink
 from tests.mbv2.training.test_reference_values import accumulated
 from tests.mbv2.weights.test_convert import random_weights
 from tests.records import spoil_image
 from tests.synthetic import WNIDS, picture
 
 GLOBAL_BATCH, STEPS = 32, 10
-pytestmark = pytest.mark.timeout(900)  # several compilations, on a machine that may be busy
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("small_network")]  # the machine may be busy
 RECIPE = Recipe(
-    epochs=2, batch_size=GLOBAL_BATCH, image_size=32, width=0.35, lr=0.005, dropout=0.2, freeze="bn", warmup_frac=0
+    epochs=2, batch_size=GLOBAL_BATCH, image_size=32, width=0.35, lr=0.001, dropout=0.2, freeze="bn", warmup_frac=0
 )
 
 
@@ -157,14 +158,13 @@ def test_two_ranks_match_one_with_twice_the_batch(records: Path, start: Path, tw
     one = tmp_path / "one"
     train(options(records, one, start, GLOBAL_BATCH))
     assert len(losses(one)) == len(losses(two)) == STEPS
-    # Sums of gradients are rounded in another order, which ReLU6 and later steps make more of. Measured: losses 2e-6,
-    # weights 4e-6 of their largest, momentum 9e-5. With three other images among the 160 of an epoch: 0.9, 0.75, 2.6.
-    np.testing.assert_allclose(losses(two)[: STEPS // 2], losses(one)[: STEPS // 2], rtol=2e-6)
-    np.testing.assert_allclose(losses(two), losses(one), rtol=3e-5)
+    # Sums of gradients are rounded in another order. Measured: losses 7e-8, weights 5e-7 of their largest, momentum
+    # 8e-5, where a value lies at a bound of ReLU6.
+    np.testing.assert_allclose(losses(two), losses(one), rtol=2e-6)
     first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
     for name, value in first.items():
         largest = float(np.abs(value).max())
-        within = 1e-4 * max(1.0, largest) if name.startswith("momentum.") else 5e-5 * largest
+        within = 1e-4 * max(1.0, largest) if name.startswith("momentum.") else 1e-5 * largest
         assert np.abs(second[name] - value).max() <= within, name
     assert [row.val_top1 for row in read_metrics(one)] == [row.val_top1 for row in read_metrics(two)]
     assert [row.val_top5 for row in read_metrics(one)] == [row.val_top5 for row in read_metrics(two)]
@@ -223,7 +223,7 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
     first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
     assert first.keys() == second.keys()
     compared = [name for name in first if "moving_" not in name and not name.startswith("accumulated.")]
-    assert len([name for name in compared if name.startswith("ema.")]) > 100
+    assert len([name for name in compared if name.startswith("ema.")]) == 32
     for name in compared:  # gradients of up to 0.1; some are 0 but for rounding, as BatchNorm follows
         change = first[name] - before.get(name.removeprefix("ema."), np.float32(0))
         assert np.abs(second[name] - first[name]).max() <= 0.02 * np.abs(change).max() + 1e-6, name
@@ -231,16 +231,9 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
 
 @pytest.mark.long
 def test_two_ranks_print_one_score(records: Path, two: Path, tmp_path: Path) -> None:
-    arguments: list[str | Path] = [
-        "-m",
-        "mbv2",
-        "eval",
-        "--records",
-        records,
-        "--checkpoint",
-        two / "best.ckpt",
-        "--json",
-    ]
+    command = "tests.mbv2.small_mbv2"
+    arguments: list[str | Path] = ["-m", command, "eval", "--records", records, "--checkpoint", two / "best.ckpt"]
+    arguments.append("--json")
     assert under_msrun(tmp_path / "log", *arguments) == 0
     printed = "".join((tmp_path / "log" / f"worker_{rank}.log").read_text() for rank in (0, 1))
     scores = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
@@ -308,4 +301,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    shrink()
     main()
