@@ -176,7 +176,11 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     @property
     def format_dict(self) -> MutableMapping[str, Any]:
         values: MutableMapping[str, Any] = super().format_dict
-        return values if self.measured is None else {**values, "rate": self.measured}
+        if self.measured is not None:
+            values["rate"] = self.measured
+        if (values["rate"] or 1) < 1:
+            values["unit"] = values["unit"].strip()  # tqdm then prints "2.50s/images"
+        return values
 
 
 @contextmanager
@@ -196,11 +200,16 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
             started = now
             bar.reset()
         before = progress.done
-        pace = f"{progress.bytes_done / max(1e-9, now - started) / 1e6:.1f} MB/s" if progress.bytes_done else ""
+        in_bytes = progress.unit == "bytes"  # then the rate says it
+        pace = ""
+        if progress.bytes_done and not in_bytes:
+            pace = f"{progress.bytes_done / max(1e-9, now - started) / 1e6:.1f} MB/s"
         counts = (f"{name} {count}" for name, count in progress.counts)
         extras = ", ".join(filter(None, (*counts, pace, progress.note)))
         if live:
             bar.total, bar.unit, bar.measured = progress.total, f" {progress.unit}", progress.per_s
+            if in_bytes:
+                bar.unit, bar.unit_scale = "B", True
             bar.set_postfix_str(extras, refresh=False)
             bar.update(progress.done - bar.n)
         elif shown and (
@@ -208,8 +217,11 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
         ):
             last = now
             rate = progress.done / max(1e-9, now - started) if progress.per_s is None else progress.per_s
-            line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}"
-            line += f", {rate:.1f}/s" if rate else ""
+            if in_bytes:
+                line = f"{label}: {progress.done / 1e6:.0f}/{(progress.total or 0) / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s"
+            else:
+                line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}"
+                line += f", {rate:.1f}/s" if rate else ""
             if progress.total and rate:
                 line += f", {tqdm.format_interval((progress.total - progress.done) / rate)} left"
             click.echo(", ".join(filter(None, (line, extras))), err=True)

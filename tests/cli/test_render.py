@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import io
 import logging
 import re
 import sys
@@ -89,3 +90,19 @@ def test_the_bar_shows_the_rate_that_the_job_measures(monkeypatch: pytest.Monkey
         progress(Progress(1, 1000, unit="features", per_s=250.0))
         progress(Progress(500, 1000, unit="features", per_s=250.0))
     assert "00:02, 250.00 features/s" in screen.getvalue()
+
+
+def test_bytes_are_counted_in_megabytes(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("hash") as progress:
+        progress(Progress(500_000_000, 2_000_000_000, "bytes", 500_000_000, per_s=1e7))
+    assert capsys.readouterr().err == "hash: 500/2000 MB, 10.0 MB/s, 02:30 left\n"
+
+
+@pytest.mark.parametrize(
+    ("rate", "unit", "shown"), [(0.1, " images", "10.00s/images]"), (25.0, " images", "25.00 images/s]")]
+)
+def test_the_rate_of_a_bar_is_readable_when_it_is_slow(rate: float, unit: str, shown: str) -> None:
+    with render._Bar(total=100, unit=unit, file=io.StringIO()) as bar:
+        bar.measured = rate
+        bar.update(50)
+        assert str(bar).endswith(shown)
