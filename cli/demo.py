@@ -54,7 +54,7 @@ def run_demo(out: Path, epochs: int | None, stage: Stage, stop: Stop = lambda: F
     except Interrupted as interrupted:
         same = f"`imnet-prep demo --out {out}{'' if epochs is None else f' --epochs {epochs}'}`"
         made = (out / "records" / MANIFEST).exists()
-        remedy = f"{same} goes on from there" if made else f"{same} begins again: the records were not finished"
+        remedy = f"{same} continues from there" if made else f"{same} starts over: the records were not finished"
         raise Interrupted(interrupted.what, got=interrupted.got, remedy=remedy) from interrupted
 
 

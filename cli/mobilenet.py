@@ -19,7 +19,7 @@ from .options import CACHE, CACHE_BYTES, CHECKPOINT, DEVICE, GROUP, JSON, PATH, 
 from .render import guard, progress_bar, show, stop_requested
 
 BENCH = BenchOptions()
-TOLD = "told from the weights"
+TOLD = "inferred from the weights"
 
 
 @click.group(context_settings=GROUP)

@@ -119,7 +119,7 @@ def _missing(error: ImportError) -> str:
         raise error  # our own mistake
     got = " ".join(str(error).split())
     if not isinstance(error, ModuleNotFoundError):
-        return f"a library cannot be imported; got {got}; `imnet-prep doctor` says which one, and what mends it"
+        return f"a library cannot be imported; got {got}; `imnet-prep doctor` says which one, and how to fix it"
     if name == "mindspore":
         return f"this command needs MindSpore, which is not installed; {INSTALL_MINDSPORE}"
     return f"this command needs {name}, which is not installed; `imnet-prep doctor` says what installs it"
@@ -243,7 +243,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         if len(received) > 1:
             raise KeyboardInterrupt
         with suppress(OSError):  # the terminal may be gone
-            click.echo("stopping: finishing the work in hand (press again to stop at once)", err=True)
+            click.echo("stopping: finishing what is in progress (press again to stop at once)", err=True)
 
     previous = {number: signal.signal(number, note) for number in stop_signals()}
     try:

@@ -202,7 +202,7 @@ class _Watched:
         hosts = sorted((host for one in results for host in one.top_hosts), key=lambda host: -host[1])[:_TOP]
         verdict = self._verdict
         if len(results) < self._count or any(isinstance(one.verdict, Interrupted) for one in results):
-            verdict = verdict or Interrupted("interrupted; what was in hand is finished", remedy=_AGAIN)
+            verdict = verdict or Interrupted("interrupted; downloads in progress were finished", remedy=_AGAIN)
         verdict = verdict or too_many(totals, self._options.max_failed_frac)
         return DownloadResult(totals, seconds, tuple(hosts), verdict)
 

@@ -88,7 +88,7 @@ class Pool:
             raise DownloadError(
                 f"a worker process ended {_STARTS} times before it was ready",
                 got=f"exit code {worker.process.exitcode}",
-                remedy="its own message is above; mend that, and run the same command again",
+                remedy="its own message is above; fix this and run the same command again",
             )
         log.warning("a worker died (exit code %s); its URLs are tried again", worker.process.exitcode)
         own = slice(index * self.threads, (index + 1) * self.threads)

@@ -55,5 +55,5 @@ def too_many(totals: Totals, allowed_frac: float, *, stopped: bool = False) -> B
         f"{'stopped: ' if stopped else ''}{failed} of {totals.ok + failed} URLs failed, mostly {mostly}",
         expected=f"at most {allowed_frac:.0%} (--max-failed)",
         got=f"{share:.1%}",
-        remedy="see failures.jsonl" if not stopped else "the rest is pending; raise --max-failed to go on",
+        remedy="see failures.jsonl" if not stopped else "the rest is pending; raise --max-failed to continue",
     )

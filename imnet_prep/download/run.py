@@ -91,7 +91,7 @@ def download(
             return DownloadResult(totals, time.monotonic() - begun, write_listings(journal), verdict)
     except (sqlite3.Error, OSError) as error:
         raise DownloadError(
-            f"cannot go on in {options.out}", got=f"{error} ({_free(options)})", remedy="mend that, and run it again"
+            f"cannot continue in {options.out}", got=f"{error} ({_free(options)})", remedy="fix this and run it again"
         ) from error
 
 
@@ -203,7 +203,7 @@ class _Run:
             remedy = f"{_free(self.options)}; free more and run the same command again"
             return DownloadError(f"cannot store images in {self.options.out}", got=self.broken, remedy=remedy)
         if self.stop():
-            return Interrupted("interrupted; what was in hand is finished", remedy="run the same command to go on")
+            return Interrupted("interrupted; downloads in progress were finished", remedy="run it again to continue")
         limit, counts = self.options.max_failed_frac, self.results.counts
         if is_hopeless(counts["ok"], counts.total(), self.total, limit):
             return too_many(self.results.journal.totals(), limit, stopped=True)

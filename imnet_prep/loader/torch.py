@@ -118,7 +118,7 @@ class TorchLoader(IterableDataset):  # type: ignore[misc]  # torch is Any where 
                     f"the state is of another run: {name!r} differs",
                     expected=repr(here),
                     got=repr(state.get(name)),
-                    remedy="open the loader as the run did that saved the state, or start anew without it",
+                    remedy="open the loader as the run did that saved the state, or start over without it",
                 )
         check_range("epoch", state["epoch"], 0, MAX_EPOCH)
         check_range("step", state["step"], 0, len(self))

@@ -80,7 +80,7 @@ class ClassFolders:
             raise SourceError(
                 f"{entry.path} has folders of splits in it ({listed(splits)})",
                 expected=f"{splits[0]}/{printable(entry.name)}/<image>: splits above classes",
-                remedy=f"move the splits up, rename {splits[0]} if it is none, or give {entry.path} if it is no class",
+                remedy=f"move the splits up; rename {splits[0]} if it is no split; give {entry.path} if it is no class",
             )
 
     def _check_depths(self, deep: dict[str, int], classes: int) -> None:

@@ -43,7 +43,7 @@ def account(tar: Path, images: int) -> str:
         {name: count for name, count in stats.items() if name.startswith("failed_") and count}
     )
     listed = ", ".join(f"{printable(reason)} {count}" for reason, count in reasons.most_common(_LISTED))
-    return f"{tar.name}: {failed} of {stats['count']} URLs gave no image ({listed or 'no reason is said'})"
+    return f"{tar.name}: {failed} of {stats['count']} URLs failed ({listed or 'no reason given'})"
 
 
 def _stats(path: Path) -> dict[str, int]:

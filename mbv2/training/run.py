@@ -127,7 +127,7 @@ def _locked(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
             raise  # MindSpore's own
-        remedy = f"mend that, then go on with --resume where {out / LAST} is there"
+        remedy = f"fix this, then continue with --resume if {out / LAST} exists"
         raise TrainError(f"cannot write in the run's folder {out}", got=str(error), remedy=remedy) from error
 
 
@@ -258,7 +258,7 @@ class _Run:
                 self._save_last()
                 wait_for_all()  # msrun kills the others when a rank ends, and the first may still be writing
                 total = self.steps_per_epoch * self.recipe.epochs
-                remedy = "go on with --resume"
+                remedy = "continue with --resume"
                 raise Interrupted(f"stopped after step {position.step} of {total}, saved", remedy=remedy)
             if every and position.step % every == 0:
                 self._save_last()
@@ -288,7 +288,7 @@ class _Run:
         except Interrupted as interrupted:
             self._save_last()
             what = f"stopped in the evaluation after step {self.state.position.step}, saved"
-            raise Interrupted(what, remedy="go on with --resume") from interrupted
+            raise Interrupted(what, remedy="continue with --resume") from interrupted
 
     def _save_last(self) -> None:
         self.data.share_skipped(sum_floats)

@@ -110,7 +110,7 @@ def find_last(options: RunOptions, data: RunData, ranks: int) -> tuple[Checkpoin
     position = saved_position(last)
     if not position.finished(options.recipe) and not options.resume:
         raise TrainError(
-            f"{options.out} holds this run, unfinished", remedy="go on with --resume, or choose another --out"
+            f"{options.out} holds this run, unfinished", remedy="continue with --resume, or choose another --out"
         )
     kept_best = data.val is None or position.best_top1 is not None
     if last.meta.epoch and kept_best and not (options.out / BEST).exists():
@@ -141,7 +141,7 @@ def _refuse_another(out: Path, want: dict[str, Any], have: dict[str, Any]) -> No
         remedy = f"start as many processes as before (msrun --worker_num), or {remedy}"
     raise TrainError(
         f"{out} holds another run: {', '.join(differing)} differ",
-        expected=f"{name} {have.get(name)!r} to go on with it",
+        expected=f"{name} {have.get(name)!r} to continue it",
         got=f"{want[name]!r}",
         remedy=remedy,
     )

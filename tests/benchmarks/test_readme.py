@@ -9,17 +9,13 @@ import pytest
 from benchmarks import readme
 from benchmarks.readme import LANGUAGES, ROOT, Language
 
-measured = pytest.mark.skipif(not (ROOT / readme.RESULTS).is_dir(), reason="no result is kept yet")
 
-
-@measured
 @pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.page)
 def test_the_section_on_speed_is_that_of_the_result_that_it_names(language: Language) -> None:
     page = (ROOT / language.page).read_text(encoding="utf-8")
     assert readme.written(page, language) == page, "run: python -m benchmarks.readme"
 
 
-@measured
 def test_both_pages_show_the_same_result() -> None:
     named = [readme.NAMED.findall((ROOT / language.page).read_text(encoding="utf-8")) for language in LANGUAGES]
     assert named[0] == named[1]

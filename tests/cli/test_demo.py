@@ -59,14 +59,14 @@ def test_an_interrupted_demo_says_what_goes_on_and_does(tmp_path: Path, monkeypa
     command = f"`imnet-prep demo --out {tmp_path} --epochs 1`"
     begun = Workdir(tmp_path / "records").note
     for stop in (lambda: current == "download val", begun.exists):
-        with pytest.raises(Interrupted, match=re.escape(f"{command} begins again")):
+        with pytest.raises(Interrupted, match=re.escape(f"{command} starts over")):
             demo.run_demo(tmp_path, 1, stage, stop)
     assert begun.exists()
     small_set.make_records(tmp_path, {"train": 4, "val": 1}, stage)  # though a conversion of other URLs was begun
 
     def stopped(*_: object) -> None:
-        raise Interrupted("stopped after step 3 of 5, saved", remedy="go on with --resume")
+        raise Interrupted("stopped after step 3 of 5, saved", remedy="continue with --resume")
 
     monkeypatch.setattr(demo, "verify_records", stopped)
-    with pytest.raises(Interrupted, match=re.escape(f"saved; {command} goes on from there")):
+    with pytest.raises(Interrupted, match=re.escape(f"saved; {command} continues from there")):
         demo.run_demo(tmp_path, 1, stage)

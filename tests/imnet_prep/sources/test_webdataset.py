@@ -386,7 +386,7 @@ def test_img2datasets_output_keeps_its_provenance_and_accounts_for_failed_urls(t
     meta = json.loads(row.meta)
     assert (meta["sha256"], meta["status"], meta["original_width"]) == ("0" * 64, "success", 40)
     assert not {"label", "url", "error_message"} & meta.keys()
-    assert sources[0].notes[0] == "00000.tar: 3 of 7 URLs gave no image (failed_to_download 3)"
+    assert sources[0].notes[0] == "00000.tar: 3 of 7 URLs failed (failed_to_download 3)"
     manifest = run(tmp_path / "ds", tmp_path / "out").manifest
     lines = list(RecordsFolder(tmp_path / "out", manifest).lines("train"))
     assert {line.url for line in lines} == {f"http://host/{n}/{k}.jpg" for n in range(2) for k in range(4)}
@@ -401,7 +401,7 @@ def test_img2datasets_table_tells_why_urls_failed(tmp_path: Path) -> None:
     statuses = ["success"] * 4 + ["failed_to_download"] * 2 + ["failed_to_resize"]
     parquet.write_table(pyarrow.table({"status": statuses}), tmp_path / "00000.parquet")
     _, _, sources = found_in(tmp_path)
-    assert sources[0].notes[0] == "00000.tar: 3 of 7 URLs gave no image (failed_to_download 2, failed_to_resize 1)"
+    assert sources[0].notes[0] == "00000.tar: 3 of 7 URLs failed (failed_to_download 2, failed_to_resize 1)"
 
 
 def test_a_tar_of_img2dataset_with_fewer_images_than_it_wrote_is_an_error(tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_ranks_that_are_stopped_exit_with_130_each(records: Path, start: Path, t
     for rank in (0, 1):
         printed = (tmp_path / "log" / f"worker_{rank}.log").read_text()
         assert "Traceback" not in printed
-        assert printed.splitlines().count("error: stopped after step 7 of 10, saved; go on with --resume") == 1
+        assert printed.splitlines().count("error: stopped after step 7 of 10, saved; continue with --resume") == 1
         assert printed.splitlines()[-1] == "exit 130"
 
 
