@@ -45,6 +45,8 @@ class BenchOptions:
         for name in ("batch_size", "image_size", "classes", "steps"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} is out of range", expected="at least 1", got=str(getattr(self, name)))
+        if self.mode == "eval" and self.precision != "float32":
+            raise TrainError("inference is in float32", expected="mode train", got=f"precision {self.precision}")
 
 
 @dataclass(frozen=True, slots=True)

