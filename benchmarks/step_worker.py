@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--precision", default="float32")
     args = parser.parse_args()
 
     def set_up() -> Callable[[], Mapping[str, float]]:
@@ -59,8 +60,8 @@ def main() -> None:
         elif args.contender == "onnx":
             run = onnx_runtime(args.image_size, args.batch_size)
         else:
-            options = BenchOptions(args.mode, args.batch_size, args.image_size, kernels=args.contender)
-            run, _ = prepare(options)
+            shape = args.mode, args.batch_size, args.image_size
+            run, _ = prepare(BenchOptions(*shape, kernels=args.contender, precision=args.precision))
         for _ in range(2):  # compilation, and a warm-up
             run()
         return lambda: step_rate(run, args.steps, args.batch_size)

@@ -64,10 +64,12 @@ def contenders(case: Case, told: Setting, *, standard: bool) -> dict[str, Conten
     steps = 2 if told.short else case.steps
     words = ["--mode", case.mode, "--image-size", case.image_size, "--batch-size", case.batch_size]
 
-    def ours(kind: str, steps: int) -> Contender:
-        return Contender(sys.executable, "step_worker", kind, *words, "--steps", steps)
+    def ours(kind: str, steps: int, *more: str) -> Contender:
+        return Contender(sys.executable, "step_worker", kind, *words, "--steps", steps, *more)
 
     found = {OURS: ours("native", 2 * steps)}
+    if case.mode == "train":
+        found["ours, bfloat16 activations"] = ours("native", 2 * steps, "--precision", "bfloat16")
     if case.mode == "eval":
         found["ONNX Runtime, float32"] = ours("onnx", steps)
     if told.peers:
