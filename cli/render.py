@@ -207,9 +207,8 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
         counts = (f"{name} {count}" for name, count in progress.counts)
         extras = ", ".join(filter(None, (*counts, pace, progress.note)))
         if live:
-            bar.total, bar.unit, bar.measured = progress.total, f" {progress.unit}", progress.per_s
-            if in_bytes:
-                bar.unit, bar.unit_scale = "B", True
+            bar.total, bar.measured = progress.total, progress.per_s
+            bar.unit, bar.unit_scale = "B" if in_bytes else f" {progress.unit}", in_bytes
             bar.set_postfix_str(extras, refresh=False)
             bar.update(progress.done - bar.n)
         elif shown and (
@@ -218,7 +217,8 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
             last = now
             rate = progress.done / max(1e-9, now - started) if progress.per_s is None else progress.per_s
             if in_bytes:
-                line = f"{label}: {progress.done / 1e6:.0f}/{(progress.total or 0) / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s"
+                total = f"{progress.total / 1e6:.0f}" if progress.total else "?"
+                line = f"{label}: {progress.done / 1e6:.0f}/{total} MB, {rate / 1e6:.1f} MB/s"
             else:
                 line = f"{label}: {progress.done}/{progress.total or '?'} {progress.unit}"
                 line += f", {rate:.1f}/s" if rate else ""

@@ -214,7 +214,7 @@ def _inside(value: float, low: float, high: float, end: str) -> bool:
 def stored_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return all fields of a recipe that a run stored: those that it lacks, as older versions meant them.
 
-    A field's default is to have no effect; but AdamW took its betas from the fields of other optimizers.
+    A field added since changes nothing at its default; but AdamW took its betas from the fields of other optimizers.
     """
     known = {**_DEFAULTS, **fields}
     if known["optimizer"] == "adamw" and "beta1" not in fields:

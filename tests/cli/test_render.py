@@ -94,7 +94,23 @@ def test_the_bar_shows_the_rate_that_the_job_measures(monkeypatch: pytest.Monkey
 def test_bytes_are_counted_in_megabytes(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("hash") as progress:
         progress(Progress(500_000_000, 2_000_000_000, "bytes", 500_000_000, per_s=1e7))
-    assert capsys.readouterr().err == "hash: 500/2000 MB, 10.0 MB/s, 02:30 left\n"
+        progress(Progress(500_000_000, None, "bytes", 500_000_000, per_s=1e7))
+    assert capsys.readouterr().err.splitlines() == [
+        "hash: 500/2000 MB, 10.0 MB/s, 02:30 left",
+        "hash: 500/? MB, 10.0 MB/s",
+    ]
+
+
+def test_a_bar_counts_images_again_after_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(render.LOG, "isEnabledFor", lambda level: True)
+    with progress_bar("convert") as progress:
+        progress(Progress(5_000_000, 10_000_000, "bytes", per_s=1e6))
+        progress(Progress(1500, 3000, "images", per_s=10.0))
+    last = terminal.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[-1]
+    assert "1500/3000" in last
 
 
 @pytest.mark.parametrize(
