@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,8 +40,13 @@ def shared_data() -> Path:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what needs no MindSpore."""
-    if not any(item.path.is_relative_to(HERE / name) for name in WITH_MINDSPORE):
+    if not needs_mindspore(item.path):
         item.add_marker("light")
+
+
+@cache  # each process of the tests asks for each of three thousand
+def needs_mindspore(path: Path) -> bool:
+    return any(path.is_relative_to(HERE / name) for name in WITH_MINDSPORE)
 
 
 @pytest.hookimpl(tryfirst=True)  # while slow tests that are not asked for are there: the files' others take long too

@@ -14,6 +14,7 @@ KEY = "AKIATESTONLYKEY"
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Run a server, with the environment set so that every client finds it; yield its address."""
+    pytest.importorskip("moto")
     import fsspec
     from moto.server import ThreadedMotoServer
 

@@ -26,6 +26,7 @@ from imnet_prep.records.manifest import load_manifest
 from mbv2.weights.checkpoint import read_checkpoint
 from tests.imnet_prep.download.test_parts import HOSTS, many_hosts, write_lines
 from tests.machines import HUB, Host, hosts
+from tests.needs import needs
 from tests.s3 import KEY, SECRET
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,8 +60,7 @@ boto3.client("s3", config=retries).create_bucket(Bucket="my-bucket")
 COUNT_WORKERS = "from distributed import Client; Client('tcp://head:8786').wait_for_workers({}, 90)"
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
-pytest.importorskip("distributed")
-pytest.importorskip("moto")
+needs("distributed")
 
 
 @dataclass
@@ -127,6 +127,7 @@ def commands() -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    pytest.importorskip("moto")
     environment: Mapping[str, str] = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),

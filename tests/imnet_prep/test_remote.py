@@ -23,11 +23,11 @@ from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.errors import ImnetError, Interrupted, RemoteError, SourceError
 from imnet_prep.types import Progress
 from tests.imnet_prep.sources.parquets import rows_of, write_parquet
+from tests.needs import needs
 from tests.s3 import KEY, SECRET, put, s3_server
 from tests.synthetic import jpeg, make_image_folder, make_imagenet, tar_bytes
 
-pytest.importorskip("s3fs")
-pytest.importorskip("moto")
+needs("s3fs")
 BIG = os.urandom(3 << 20)
 
 

@@ -20,10 +20,11 @@ from imnet_prep.records import folder as records_folder
 from imnet_prep.types import Progress
 from tests.dask_cluster import Cluster
 from tests.imnet_prep.obstacles import make_fifo
+from tests.needs import needs
 from tests.records import command, copy, make_records, quiet, spoil_image
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Dask's own threads and sockets
-pytest.importorskip("distributed")
+needs("distributed")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,11 +9,11 @@ import pytest
 from imnet_prep.check.verify import VerifyResult, verify
 from imnet_prep.errors import RecordsError, RemoteError
 from imnet_prep.records.manifest import MANIFEST
+from tests.needs import needs
 from tests.records import entries, flip, prep, quiet, write_folder
 from tests.served import served
 
-pytest.importorskip("fsspec")
-pytest.importorskip("aiohttp")
+needs("fsspec", "aiohttp")
 
 
 @pytest.fixture

@@ -27,10 +27,11 @@ from tests.dask_cluster import Cluster
 from tests.imnet_prep.download.servers import Exchange, Route, Server, images
 from tests.imnet_prep.obstacles import kill
 from tests.machines import HUB, MACHINES, inside, network
+from tests.needs import needs
 
 ROOT = Path(__file__).parent.parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Dask's own threads and sockets
-pytest.importorskip("distributed")
+needs("distributed")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import chisquare, kstest
 
 from imnet_prep.errors import PipelineError
 from imnet_prep.images.batch_decoder import resize
@@ -31,6 +30,7 @@ from imnet_prep.loader.colour import (
 )
 from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.loader.random_numbers import Stream, uniforms
+from tests.imnet_prep.loader.distributions import p_value, p_value_even
 from tests.synthetic import picture
 
 DRAWS = 100_000
@@ -48,15 +48,15 @@ def test_crop_area_is_uniform_and_ratio_log_uniform_and_place_uniform() -> None:
     left, top, right, bottom = found.box.T
     wide, tall = right - left, bottom - top
     area = wide * tall / side**2
-    assert kstest(area, "uniform", args=(0.08, 0.42)).pvalue > P_VALUE
+    assert p_value(area, "uniform", (0.08, 0.42)) > P_VALUE
     low, high = math.log(3 / 4), math.log(4 / 3)
-    assert kstest(np.log(wide / tall), "uniform", args=(low, high - low)).pvalue > P_VALUE
-    assert kstest(left / (side - wide), "uniform").pvalue > P_VALUE
-    assert kstest(top / (side - tall), "uniform").pvalue > P_VALUE
+    assert p_value(np.log(wide / tall), "uniform", (low, high - low)) > P_VALUE
+    assert p_value(left / (side - wide), "uniform") > P_VALUE
+    assert p_value(top / (side - tall), "uniform") > P_VALUE
     assert abs(np.corrcoef(area, np.log(wide / tall))[0, 1]) < 0.02
     assert abs(found.flip.mean() - 0.5) < 0.01
     # A range that is off by a hundredth is noticed.
-    assert kstest(area, "uniform", args=(0.09, 0.41)).pvalue < 1e-9
+    assert p_value(area, "uniform", (0.09, 0.41)) < 1e-9
 
 
 def _crop_by_the_book(options: TrainOptions, width: int, height: int, drawn: NDArray[np.float64]) -> list[int]:
@@ -159,7 +159,7 @@ def test_mixup_blends_row_i_with_row_n_minus_1_minus_i() -> None:
 
 def test_mixup_shares_follow_beta() -> None:
     _, share = mix(TrainOptions(1, mixup_alpha=0.4), np.zeros((20_000, 1, 1, 3), dtype=np.uint8), 0, 0, _ids(20_000))
-    assert kstest(share, "beta", args=(0.4, 0.4)).pvalue > P_VALUE
+    assert p_value(share, "beta", (0.4, 0.4)) > P_VALUE
 
 
 def test_batches_are_mixed_as_often_as_asked_and_up_to_the_last_epoch() -> None:
@@ -249,10 +249,10 @@ def test_trivialaugment_draws_operations_and_magnitudes_evenly() -> None:
     drawn = [trivialaugment_choice(one) for one in uniforms(0, 0, _ids(62_000), Stream.TRIVIALAUGMENT)]
     names, counts = np.unique([name for name, _ in drawn], return_counts=True)
     assert sorted(TRIVIALAUGMENT) == names.tolist()
-    assert chisquare(counts).pvalue > P_VALUE
+    assert p_value_even(counts) > P_VALUE
     magnitudes, counts = np.unique(np.rint([abs(m) * 30 for _, m in drawn]), return_counts=True)
     assert magnitudes.tolist() == list(range(31))
-    assert chisquare(counts).pvalue > P_VALUE
+    assert p_value_even(counts) > P_VALUE
     assert abs(np.mean([m > 0 for _, m in drawn if m]) - 0.5) < 0.01
 
 

@@ -22,12 +22,12 @@ from imnet_prep.loader.options import EvalOptions, TrainOptions
 from imnet_prep.records.record_list import RECORDS
 from tests.imnet_prep.loader.runs import run_epoch, same
 from tests.imnet_prep.obstacles import small_disk
+from tests.needs import needs
 from tests.records import Entry, copy, entries, flip, write_folder
 from tests.s3 import put, s3_server
 from tests.served import served
 
-pytest.importorskip("s3fs")
-pytest.importorskip("moto")
+needs("s3fs")
 SHARDS = 8
 OPTIONS = TrainOptions(8, image_size=32)
 
