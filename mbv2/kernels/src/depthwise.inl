@@ -1,4 +1,4 @@
-// Depthwise 3x3, forward and backward: a ring of three activated rows, then channels in eights along the row.
+// Depthwise 3x3, forward and backward: a ring of three activated rows, then a vector of channels along the row.
 
 int64_t depthwise_scratch(int width, int out_width, int channels) {
   const int64_t wide_row = static_cast<int64_t>((width > out_width ? width : out_width) + 3) * channels;
@@ -20,13 +20,13 @@ inline void load_padded_row(const Depthwise<T>& p, int64_t n, int iy, float* to)
 }
 
 // N neighbouring outputs of stride S; rows point at the first input column under the window.
-template <int N, int S>
-INLINE void window(const float* const (&rows)[3], int64_t channels, const Eight (&w)[9], Eight (&acc)[N]) {
+template <int N, int S, class V>
+INLINE void window(const float* const (&rows)[3], int64_t channels, const V (&w)[9], V (&acc)[N]) {
 #pragma GCC unroll 3
   for (int ky = 0; ky < 3; ++ky) {
 #pragma GCC unroll 16
     for (int j = 0; j < (N - 1) * S + 3; ++j) {
-      const Eight v = eight(rows[ky] + j * channels);
+      const V v = get<V>(rows[ky] + j * channels);
 #pragma GCC unroll 3
       for (int kx = 0; kx < 3; ++kx) {
         const int from = j - kx;
@@ -40,14 +40,15 @@ template <int S, class T>
 inline void depthwise_row(const Depthwise<T>& p, const float* const (&rows)[3], T* y, Sums sums) {
   const int64_t channels = p.channels;
   const int skip = 1 - p.pad_left;
-  for (int c = 0; c < channels; c += 8) {
-    Eight w[9];
+  by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
+    using V = decltype(kind);
+    V w[9];
 #pragma GCC unroll 9
-    for (int k = 0; k < 9; ++k) w[k] = eight(p.weights + k * channels + c);
-    Eight s = {}, q = {};
-    const Eight centre = sums.first ? eight(p.centre + c) : Eight{};
-    const Eight bias = p.bias ? eight(p.bias + c) : Eight{};
-    const auto finish = [&](int ox, Eight v) __attribute__((always_inline)) {
+    for (int k = 0; k < 9; ++k) w[k] = get<V>(p.weights + k * channels + c);
+    V s = {}, q = {};
+    const V centre = sums.first ? get<V>(p.centre + c) : V{};
+    const V bias = p.bias ? get<V>(p.bias + c) : V{};
+    const auto finish = [&](int ox, V v) __attribute__((always_inline)) {
       if (p.bias) {
         v += bias;
         if (p.relu6) v = relu6(v);
@@ -63,14 +64,14 @@ inline void depthwise_row(const Depthwise<T>& p, const float* const (&rows)[3], 
     for (; ox + 4 <= p.out_width; ox += 4) {
       const int64_t at = (ox * S + skip) * channels + c;
       const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-      Eight acc[4] = {};
+      V acc[4] = {};
       window<4, S>(here, channels, w, acc);
       for (int i = 0; i < 4; ++i) finish(ox + i, acc[i]);
     }
     for (; ox < p.out_width; ++ox) {
       const int64_t at = (ox * S + skip) * channels + c;
       const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-      Eight acc[1] = {};
+      V acc[1] = {};
       window<1, S>(here, channels, w, acc);
       finish(ox, acc[0]);
     }
@@ -78,7 +79,7 @@ inline void depthwise_row(const Depthwise<T>& p, const float* const (&rows)[3], 
       add_to(sums.first, s, c);
       add_to(sums.second, q, c);
     }
-  }
+  });
 }
 
 template <class T>
@@ -134,75 +135,76 @@ INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, cons
                          Sums sums) {
   const Depthwise<T>& d = p.shape;
   const int64_t channels = d.channels;
-  for (int c = 0; c < channels; c += 8) {
-    const Eight centre = sums.first ? eight(p.centre + c) : Eight{};
-    Eight s = {}, q = {};
-    const auto finish = [&](int ix, Eight v) __attribute__((always_inline)) {
+  by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
+    using V = decltype(kind);
+    const V centre = sums.first ? get<V>(p.centre + c) : V{};
+    V s = {}, q = {};
+    const auto finish = [&](int ix, V v) __attribute__((always_inline)) {
       const int64_t at = ix * channels + c;
-      if (d.in.relu6) v = masked(v, eight(activation + at));
+      if (d.in.relu6) v = masked(v, get<V>(activation + at));
       put(dx + at, v);
       if (sums.first) {
         s += v;
-        q += v * (eight(x + at) - centre);
+        q += v * (get<V>(x + at) - centre);
       }
     };
     if (S == 1) {
       if (dx) {
-        Eight w[9] = {};  // mirrored: an input column takes from output columns ix - 1 .. ix + 1
+        V w[9] = {};  // mirrored: an input column takes from output columns ix - 1 .. ix + 1
         const float* rows[3] = {reach.row[0], reach.row[0], reach.row[0]};
         for (int i = 0; i < reach.count; ++i) {
           rows[i] = reach.row[i];
-          for (int kx = 0; kx < 3; ++kx) w[i * 3 + kx] = eight(d.weights + (reach.ky[i] * 3 + 2 - kx) * channels + c);
+          for (int kx = 0; kx < 3; ++kx) w[i * 3 + kx] = get<V>(d.weights + (reach.ky[i] * 3 + 2 - kx) * channels + c);
         }
         int ix = 0;
         for (; ix + 4 <= d.width; ix += 4) {
           const int64_t at = ix * channels + c;
           const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-          Eight acc[4] = {};
+          V acc[4] = {};
           window<4, 1>(here, channels, w, acc);
           for (int i = 0; i < 4; ++i) finish(ix + i, acc[i]);
         }
         for (; ix < d.width; ++ix) {
           const int64_t at = ix * channels + c;
           const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-          Eight acc[1] = {};
+          V acc[1] = {};
           window<1, 1>(here, channels, w, acc);
           finish(ix, acc[0]);
         }
       }
       if (dw) {
         for (int i = 0; i < reach.count; ++i) {
-          Eight t[3] = {};
+          V t[3] = {};
           const float* from = reach.row[i] + c;
           for (int ix = 0; ix < d.width; ++ix, from += channels) {
-            const Eight a = eight(activation + ix * channels + c);
-            t[2] += a * eight(from);
-            t[1] += a * eight(from + channels);
-            t[0] += a * eight(from + 2 * channels);
+            const V a = get<V>(activation + ix * channels + c);
+            t[2] += a * get<V>(from);
+            t[1] += a * get<V>(from + channels);
+            t[0] += a * get<V>(from + 2 * channels);
           }
           for (int kx = 0; kx < 3; ++kx) {
             float* to = dw + (reach.ky[i] * 3 + kx) * channels + c;
-            put(to, eight(to) + t[kx]);
+            put(to, get<V>(to) + t[kx]);
           }
         }
       }
     } else {
-      Eight t[3][3] = {};
+      V t[3][3] = {};
       for (int ix = 0; ix < d.width; ++ix) {
         const int at = ix + d.pad_left;
-        const Eight a = dw ? eight(activation + ix * channels + c) : Eight{};
-        Eight v = {};
+        const V a = dw ? get<V>(activation + ix * channels + c) : V{};
+        V v = {};
         for (int i = 0; i < reach.count; ++i) {
           const float* from = reach.row[i] + c;
           const float* w = d.weights + reach.ky[i] * 3 * channels + c;
           if (at % 2 == 0) {
-            const Eight right = eight(from + (at / 2 + 1) * channels), left = eight(from + at / 2 * channels);
-            v += eight(w) * right + eight(w + 2 * channels) * left;
+            const V right = get<V>(from + (at / 2 + 1) * channels), left = get<V>(from + at / 2 * channels);
+            v += get<V>(w) * right + get<V>(w + 2 * channels) * left;
             t[i][0] += a * right;
             t[i][2] += a * left;
           } else {
-            const Eight middle = eight(from + (at / 2 + 1) * channels);
-            v += eight(w + channels) * middle;
+            const V middle = get<V>(from + (at / 2 + 1) * channels);
+            v += get<V>(w + channels) * middle;
             t[i][1] += a * middle;
           }
         }
@@ -212,7 +214,7 @@ INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, cons
         for (int i = 0; i < reach.count; ++i) {
           for (int kx = 0; kx < 3; ++kx) {
             float* to = dw + (reach.ky[i] * 3 + kx) * channels + c;
-            put(to, eight(to) + t[i][kx]);
+            put(to, get<V>(to) + t[i][kx]);
           }
         }
       }
@@ -221,7 +223,7 @@ INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, cons
       add_to(sums.first, s, c);
       add_to(sums.second, q, c);
     }
-  }
+  });
 }
 
 template <class T>

@@ -21,14 +21,14 @@ inline void load_rows(const X* x, const Affine& in, int rows, int channels, floa
   for (int r = 0; r < rows; ++r) {
     const X* from = x + static_cast<int64_t>(r) * channels;
     float* to = out + r * stride;
-    for (int c = 0; c < channels; c += 8) put(to + c, apply(eight(from + c), in, c));
+    by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) { put(to + c, apply(get<decltype(kind)>(from + c), in, c)); });
   }
 }
 
-template <class G, class Y>
-INLINE Eight output_gradient_at(const OutputGradient<G, Y>& out, int64_t at, int c) {
-  Eight d = eight(out.a + c) * eight(out.g + at);
-  if (out.b) d += eight(out.b + c) * (eight(out.y + at) - eight(out.mean + c)) + eight(out.c + c);
+template <class V, class G, class Y>
+INLINE V output_gradient_at(const OutputGradient<G, Y>& out, int64_t at, int64_t c) {
+  V d = get<V>(out.a + c) * get<V>(out.g + at);
+  if (out.b) d += get<V>(out.b + c) * (get<V>(out.y + at) - get<V>(out.mean + c)) + get<V>(out.c + c);
   return d;
 }
 
@@ -36,7 +36,9 @@ template <class G, class Y>
 inline void load_gradient(const OutputGradient<G, Y>& out, int64_t row, int rows, int channels, float* to, int64_t stride) {
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (row + r) * channels;
-    for (int c = 0; c < channels; c += 8) put(to + r * stride + c, output_gradient_at(out, at + c, c));
+    by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
+      put(to + r * stride + c, output_gradient_at<decltype(kind)>(out, at + c, c));
+    });
   }
 }
 

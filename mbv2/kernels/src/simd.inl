@@ -1,7 +1,7 @@
 // Vectors through the compiler's own extension (GCC and Clang, any processor). Included by vector.cc alone, inside the
 // namespace of one instruction set, which sets LANES.
 //
-// Wide: LANES floats, for the matrix products. Eight: 8 floats, for everything else, as channels come in eights.
+// Wide: LANES floats. Eight: 8 floats, as channels come in eights.
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -9,7 +9,6 @@ typedef float Wide __attribute__((vector_size(LANES * 4)));
 typedef float WideAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float EightAt __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int EightInt __attribute__((vector_size(32)));
 typedef uint32_t WideBits __attribute__((vector_size(LANES * 4)));
 typedef uint32_t EightBits __attribute__((vector_size(32)));
 typedef uint16_t WideHalves __attribute__((vector_size(LANES * 2)));
@@ -46,6 +45,23 @@ INLINE void put(bfloat16* p, Eight v) {
 }
 #endif
 
+// Sixteen values or eight, by the type that is asked for.
+template <class V, class T>
+INLINE V get(const T* p) {
+  if constexpr (sizeof(V) == sizeof(Eight)) return eight(p);
+  else return wide(p);
+}
+
+// Calls each(kind, c) for vectors of channels, from c on: wide ones, then perhaps one of eight. `kind` has the vector's type.
+template <class F>
+INLINE void by_channels(int64_t channels, F each) {
+  int64_t c = 0;
+#if LANES == 16
+  for (; c + 16 <= channels; c += 16) each(Wide{}, c);
+#endif
+  for (; c < channels; c += 8) each(Eight{}, c);
+}
+
 // The first `count` of a wide vector: all of them, or 8 of 16 at the right edge of a matrix.
 template <class T>
 INLINE Wide wide_upto(const T* p, int count) {
@@ -80,16 +96,19 @@ INLINE V relu6(V v) {
 }
 
 // g where 0 < v < 6, else 0.
-INLINE Eight masked(Eight g, Eight v) {
-  const Eight zero = {}, six = zero + 6.0f;
-  return reinterpret_cast<Eight>(reinterpret_cast<EightInt>(g) & ((v > zero) & (v < six)));
+template <class V>
+INLINE V masked(V g, V v) {
+  const V zero = {}, six = zero + 6.0f;
+  return ((v > zero) & (v < six)) ? g : zero;
 }
 
-INLINE Eight apply(Eight v, const Affine& in, int c) {
-  if (in.scale) v = v * eight(in.scale + c) + eight(in.shift + c);
+template <class V>
+INLINE V apply(V v, const Affine& in, int64_t c) {
+  if (in.scale) v = v * get<V>(in.scale + c) + get<V>(in.shift + c);
   return in.relu6 ? relu6(v) : v;
 }
 
-INLINE void add_to(double* sums, Eight v, int c) {
-  for (int i = 0; i < 8; ++i) sums[c + i] += v[i];
+template <class V>
+INLINE void add_to(double* sums, V v, int64_t c) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) sums[c + i] += v[i];
 }
