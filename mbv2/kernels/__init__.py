@@ -21,7 +21,7 @@ from imnet_prep.errors import TrainError
 ENVIRONMENT = "MBV2_KERNELS"
 """Set to "standard" to hide the operators: everything then runs on MindSpore's own."""
 
-INSTRUCTION_SETS = ("avx512", "avx2", "neon", "baseline")
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "baseline")
 ISA_ENVIRONMENT = "MBV2_ISA"
 """Names the instruction set to use in place of the best that this processor has, for tests."""
 

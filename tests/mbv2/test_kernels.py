@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -348,17 +349,26 @@ DESCRIBE = "from mbv2 import kernels; print(kernels.describe())"
 def test_an_unknown_instruction_set_is_refused() -> None:
     done = with_instruction_set("sse9", "-c", DESCRIBE)
     assert done.returncode == 1
-    assert "MBV2_ISA=sse9 cannot be used; expected one of avx512, avx2, neon, baseline" in done.stderr
+    assert "MBV2_ISA=sse9 cannot be used; expected one of amx, avx512bf16, avx512, avx2, neon, baseline" in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", kernels.INSTRUCTION_SETS)
-def test_the_operators_are_right_with_every_instruction_set_of_this_processor(name: str) -> None:
-    if name in kernels.describe():
-        return  # the other tests ran with it
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        pytest.param("avx2", "not slow", marks=pytest.mark.slow),
+        *(pytest.param(name, "", marks=pytest.mark.long) for name in kernels.INSTRUCTION_SETS),
+    ],
+)
+def test_the_operators_are_right_with_every_instruction_set_of_this_processor(name: str, which: str) -> None:
+    if name == kernels.instruction_set():
+        return  # the other tests run with it
     if with_instruction_set(name, "-c", DESCRIBE).returncode:
         pytest.skip(f"this processor has no {name}")
-    done = with_instruction_set(name, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", __file__)
+    files = Path(__file__).parent.glob("test_kernels*.py")
+    leave_out = ["-k", "not with_every_instruction_set"]
+    done = with_instruction_set(
+        name, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, *leave_out, *map(str, files)
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 

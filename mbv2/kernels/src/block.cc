@@ -96,7 +96,7 @@ void train_block(Call& call, bool stem) {
       p.x = b.x.data;
       p.inputs = b.x.channels;
       p.outputs = hidden;
-      p.packed = passes.pack(b.expand, 1, b.x.channels, b.x.channels, hidden);
+      p.packed = passes.pack<Y>(b.expand, 1, b.x.channels, b.x.channels, hidden);
       p.y = y1;
       passes.pointwise(p, b.hidden.rows(), sums, centre);
     }
@@ -114,7 +114,7 @@ void train_block(Call& call, bool stem) {
     p.in = b.norms[1].affine(true);
     p.inputs = hidden;
     p.outputs = outputs;
-    p.packed = passes.pack(b.project, 1, hidden, hidden, outputs);
+    p.packed = passes.pack<Y>(b.project, 1, hidden, hidden, outputs);
     p.y = y3;
     passes.pointwise(p, b.z.rows(), sums, centre);
   });
@@ -160,7 +160,7 @@ void grad_block(Call& call, bool stem) {
     p.in = b.norms[1].affine(true);
     p.inputs = hidden;
     p.outputs = outputs;
-    p.packed = passes.pack(b.project, hidden, 1, outputs, hidden);
+    p.packed = passes.pack<Y>(b.project, hidden, 1, outputs, hidden);
     p.dx = g2;
     p.centre = b.norms[1].mean;
     passes.pointwise_gradient(p, dz.rows(), d3.weight, &sums);
@@ -184,7 +184,7 @@ void grad_block(Call& call, bool stem) {
   p.x = b.x.data;
   p.inputs = b.x.channels;
   p.outputs = hidden;
-  p.packed = passes.pack(b.expand, b.x.channels, 1, hidden, b.x.channels);
+  p.packed = passes.pack<Y>(b.expand, b.x.channels, 1, hidden, b.x.channels);
   p.dx = dx;
   p.residual = o.residual ? dz.data : nullptr;
   passes.pointwise_gradient(p, y1.rows(), d1.weight, nullptr);

@@ -19,9 +19,10 @@ inline void load_padded_row(const Depthwise<T>& p, int64_t n, int iy, float* to)
   std::memset(to + static_cast<int64_t>(p.width + 1) * channels, 0, column);
 }
 
-// N neighbouring outputs of stride S; rows point at the first input column under the window.
+// N neighbouring outputs of stride S; rows point at the first input column under the window. With `a`, t[k] += the sum over
+// outputs of a times what lies under tap k.
 template <int N, int S, class V>
-INLINE void window(const float* const (&rows)[3], int64_t channels, const V (&w)[9], V (&acc)[N]) {
+INLINE void window(const float* const (&rows)[3], int64_t channels, const V (&w)[9], V (&acc)[N], const V* a = nullptr, V* t = nullptr) {
 #pragma GCC unroll 3
   for (int ky = 0; ky < 3; ++ky) {
 #pragma GCC unroll 16
@@ -30,7 +31,9 @@ INLINE void window(const float* const (&rows)[3], int64_t channels, const V (&w)
 #pragma GCC unroll 3
       for (int kx = 0; kx < 3; ++kx) {
         const int from = j - kx;
-        if (from >= 0 && from % S == 0 && from / S < N) acc[from / S] += v * w[ky * 3 + kx];
+        if (from < 0 || from % S || from / S >= N) continue;
+        acc[from / S] += v * w[ky * 3 + kx];
+        if (a) t[ky * 3 + kx] += a[from / S] * v;
       }
     }
   }
@@ -129,70 +132,72 @@ struct Reach {
   const float* row[3];
 };
 
-// The gradient of one input row from the rows of the output's gradient above it; at stride 2 a column has 1 or 2 taps.
+// Takes both gradients in one pass where the registers hold 9 weights, 9 sums, 4 columns of results and of activations.
+constexpr bool kBothAtOnce = LANES == 16;
+
+// The gradient of one input row from the rows of the output's gradient that it reaches; at stride 2 a column has 1 or 2 taps.
 template <int S, class T>
-INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, const float* activation, const T* x, T* dx, float* dw,
-                         Sums sums) {
+INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, const T* x, T* dx, float* dw, Sums sums) {
   const Depthwise<T>& d = p.shape;
   const int64_t channels = d.channels;
   by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
     using V = decltype(kind);
     const V centre = sums.first ? get<V>(p.centre + c) : V{};
+    const V scale = d.in.scale ? get<V>(d.in.scale + c) : V{} + 1.0f, shift = d.in.scale ? get<V>(d.in.shift + c) : V{};
     V s = {}, q = {};
-    const auto finish = [&](int ix, V v) __attribute__((always_inline)) {
-      const int64_t at = ix * channels + c;
-      if (d.in.relu6) v = masked(v, get<V>(activation + at));
-      put(dx + at, v);
+    const auto read = [&](int ix) __attribute__((always_inline)) { return x ? get<V>(x + ix * channels + c) : V{}; };
+    const auto finish = [&](int ix, V v, V here) __attribute__((always_inline)) {
+      if (d.in.relu6) v = masked(v, here * scale + shift);
+      put(dx + ix * channels + c, v);
       if (sums.first) {
         s += v;
-        q += v * (get<V>(x + at) - centre);
+        q += v * (here - centre);
       }
     };
+    const auto activated = [&](V here) __attribute__((always_inline)) {
+      const V v = here * scale + shift;
+      return d.in.relu6 ? relu6(v) : v;
+    };
+    V t[9] = {};  // of dw: by the rows in reach, the columns from right to left
     if (S == 1) {
-      if (dx) {
-        V w[9] = {};  // mirrored: an input column takes from output columns ix - 1 .. ix + 1
-        const float* rows[3] = {reach.row[0], reach.row[0], reach.row[0]};
-        for (int i = 0; i < reach.count; ++i) {
-          rows[i] = reach.row[i];
-          for (int kx = 0; kx < 3; ++kx) w[i * 3 + kx] = get<V>(d.weights + (reach.ky[i] * 3 + 2 - kx) * channels + c);
-        }
-        int ix = 0;
-        for (; ix + 4 <= d.width; ix += 4) {
-          const int64_t at = ix * channels + c;
-          const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-          V acc[4] = {};
-          window<4, 1>(here, channels, w, acc);
-          for (int i = 0; i < 4; ++i) finish(ix + i, acc[i]);
-        }
-        for (; ix < d.width; ++ix) {
-          const int64_t at = ix * channels + c;
-          const float* here[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-          V acc[1] = {};
-          window<1, 1>(here, channels, w, acc);
-          finish(ix, acc[0]);
-        }
+      V w[9] = {};  // mirrored: an input column takes from output columns ix - 1 .. ix + 1
+      const float* rows[3] = {reach.row[0], reach.row[0], reach.row[0]};
+      for (int i = 0; i < reach.count; ++i) {
+        rows[i] = reach.row[i];
+        for (int kx = 0; kx < 3; ++kx) w[i * 3 + kx] = get<V>(d.weights + (reach.ky[i] * 3 + 2 - kx) * channels + c);
       }
-      if (dw) {
-        for (int i = 0; i < reach.count; ++i) {
-          V t[3] = {};
-          const float* from = reach.row[i] + c;
-          for (int ix = 0; ix < d.width; ++ix, from += channels) {
-            const V a = get<V>(activation + ix * channels + c);
-            t[2] += a * get<V>(from);
-            t[1] += a * get<V>(from + channels);
-            t[0] += a * get<V>(from + 2 * channels);
-          }
-          for (int kx = 0; kx < 3; ++kx) {
-            float* to = dw + (reach.ky[i] * 3 + kx) * channels + c;
-            put(to, get<V>(to) + t[kx]);
-          }
+      const auto columns = [&](auto both, auto count, int ix) __attribute__((always_inline)) {
+        constexpr int N = decltype(count)::value;
+        const float* here[3];
+        for (int ky = 0; ky < 3; ++ky) here[ky] = rows[ky] + ix * channels + c;
+        V acc[N] = {}, a[N];
+        if constexpr (decltype(both)::value) {
+#pragma GCC unroll 4
+          for (int i = 0; i < N; ++i) a[i] = activated(read(ix + i));
+          window<N, 1>(here, channels, w, acc, a, t);
+        } else {
+          window<N, 1>(here, channels, w, acc);
         }
+        if (!dx) return;
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) finish(ix + i, acc[i], read(ix + i));
+      };
+      const auto row = [&](auto both) __attribute__((always_inline)) {
+        int ix = 0;
+        for (; ix + 4 <= d.width; ix += 4) columns(both, std::integral_constant<int, 4>{}, ix);
+        for (; ix < d.width; ++ix) columns(both, std::integral_constant<int, 1>{}, ix);
+      };
+      if (kBothAtOnce && dw) row(std::true_type{});
+      else if (dx) row(std::false_type{});
+      for (int ix = 0; !kBothAtOnce && dw && ix < d.width; ++ix) {
+        const V a = activated(read(ix));
+#pragma GCC unroll 9
+        for (int i = 0; i < 9; ++i) t[i] += a * get<V>(rows[i / 3] + (ix + i % 3) * channels + c);
       }
     } else {
-      V t[3][3] = {};
       for (int ix = 0; ix < d.width; ++ix) {
         const int at = ix + d.pad_left;
-        const V a = dw ? get<V>(activation + ix * channels + c) : V{};
+        const V here = read(ix), a = activated(here);
         V v = {};
         for (int i = 0; i < reach.count; ++i) {
           const float* from = reach.row[i] + c;
@@ -200,24 +205,20 @@ INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, cons
           if (at % 2 == 0) {
             const V right = get<V>(from + (at / 2 + 1) * channels), left = get<V>(from + at / 2 * channels);
             v += get<V>(w) * right + get<V>(w + 2 * channels) * left;
-            t[i][0] += a * right;
-            t[i][2] += a * left;
+            t[i * 3 + 2] += a * right;
+            t[i * 3] += a * left;
           } else {
             const V middle = get<V>(from + (at / 2 + 1) * channels);
             v += get<V>(w + channels) * middle;
-            t[i][1] += a * middle;
+            t[i * 3 + 1] += a * middle;
           }
         }
-        if (dx) finish(ix, v);
+        if (dx) finish(ix, v, here);
       }
-      if (dw) {
-        for (int i = 0; i < reach.count; ++i) {
-          for (int kx = 0; kx < 3; ++kx) {
-            float* to = dw + (reach.ky[i] * 3 + kx) * channels + c;
-            put(to, get<V>(to) + t[i][kx]);
-          }
-        }
-      }
+    }
+    for (int i = 0; dw && i < 3 * reach.count; ++i) {
+      float* to = dw + (reach.ky[i / 3] * 3 + 2 - i % 3) * channels + c;
+      put(to, get<V>(to) + t[i]);
     }
     if (sums.first) {
       add_to(sums.first, s, c);
@@ -231,7 +232,6 @@ void depthwise_gradient(const DepthwiseGradient<T>& p, int64_t begin, int64_t en
   const Depthwise<T>& d = p.shape;
   // Two columns more than the output: a right-hand tap may lie one past it.
   const int64_t row_size = static_cast<int64_t>(d.out_width + 2) * d.channels;
-  float* activation = scratch + 3 * row_size;
   const int64_t x_row = static_cast<int64_t>(d.width) * d.channels;
   int64_t held[3] = {-100, -100, -100};
   for (int64_t row = begin; row < end; ++row) {
@@ -252,9 +252,8 @@ void depthwise_gradient(const DepthwiseGradient<T>& p, int64_t begin, int64_t en
       reach.row[reach.count++] = to;
     }
     const T* x = d.x ? d.x + row * x_row : nullptr;
-    if (x) load_rows(x, d.in, d.width, d.channels, activation, d.channels);
     T* dx = p.dx ? p.dx + row * x_row : nullptr;
-    if (d.stride == 1) gradient_row<1>(p, reach, activation, x, dx, dw, sums);
-    else gradient_row<2>(p, reach, activation, x, dx, dw, sums);
+    if (d.stride == 1) gradient_row<1>(p, reach, x, dx, dw, sums);
+    else gradient_row<2>(p, reach, x, dx, dw, sums);
   }
 }

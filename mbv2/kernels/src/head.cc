@@ -22,7 +22,7 @@ void train_head(Call& call) {
     p.x = h.x.data;
     p.inputs = h.x.channels;
     p.outputs = h.outputs;
-    p.packed = passes.pack(h.weights, 1, h.x.channels, h.x.channels, h.outputs);
+    p.packed = passes.pack<Y>(h.weights, 1, h.x.channels, h.x.channels, h.outputs);
     p.y = y;
     passes.pointwise(p, h.x.rows(), sums, centre);
   });
@@ -52,7 +52,7 @@ void grad_head(Call& call) {
   p.x = x.data;
   p.inputs = x.channels;
   p.outputs = outputs;
-  p.packed = passes.pack(weights, x.channels, 1, outputs, x.channels);
+  p.packed = passes.pack<Y>(weights, x.channels, 1, outputs, x.channels);
   p.dx = dx;
   passes.pointwise_gradient(p, x.rows(), d.weight, nullptr);
 }

@@ -54,7 +54,7 @@ struct Pointwise {  // y (rows, outputs) = in(x (rows, inputs)) * weights
   const X* x = nullptr;
   Affine in;
   int inputs = 0, outputs = 0;
-  const float* packed = nullptr;  // by `pack`
+  const float* packed = nullptr;  // by `pack`, for this Y
   Y* y = nullptr;
   const float* centre = nullptr;  // of the sums
   const float* bias = nullptr;    // inference: y = relu6(product + bias) + residual
@@ -157,15 +157,16 @@ struct InstructionSet {
   const char* name;
   int lanes;
   int64_t (*packed_size)(int depth, int columns);
-  // Panels [p0, p1) of the matrix with element (k, n) at w[k * k_stride + n * n_stride] * scale[n].
+  // Panels [p0, p1) of the matrix with element (k, n) at w[k * k_stride + n * n_stride] * scale[n]; and for products in which
+  // bfloat16 is stored, where there is no scale.
   int (*panels)(int columns);
   void (*pack)(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed, int p0,
                int p1);
+  void (*pack_bfloat16)(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed,
+                        int p0, int p1);
 
   int64_t (*pointwise_scratch)(int inputs, int outputs);  // matrix rows
-  Each<Forward<Pointwise<>>, Forward<Pointwise<float, bfloat16>>, Forward<Pointwise<bfloat16, float>>,
-             Forward<Pointwise<bfloat16, bfloat16>>>
-      pointwise;
+  Each<Forward<Pointwise<>>, Forward<Pointwise<float, bfloat16>>, Forward<Pointwise<bfloat16, bfloat16>>> pointwise;
   Each<Backward<PointwiseGradient<>>, Backward<PointwiseGradient<float, bfloat16, bfloat16>>,
              Backward<PointwiseGradient<bfloat16, bfloat16, float>>>
       pointwise_gradient;

@@ -5,6 +5,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace mbv2 {
 namespace {
@@ -57,10 +58,12 @@ float* Passes::scratch(int worker, int64_t floats) {
   return data;
 }
 
+template <class Y>
 const float* Passes::pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale) {
+  const auto pack = std::is_same_v<Y, bfloat16> ? vector.pack_bfloat16 : vector.pack;
   float* packed = memory.floats(vector.packed_size(depth, columns) + 16);
   parallel(vector.panels(columns), 1, [&](int, int64_t begin, int64_t end) {
-    vector.pack(w, k_stride, n_stride, depth, columns, scale, packed, static_cast<int>(begin), static_cast<int>(end));
+    pack(w, k_stride, n_stride, depth, columns, scale, packed, static_cast<int>(begin), static_cast<int>(end));
   });
   return packed;
 }
@@ -183,14 +186,11 @@ template <class X, class Y>
 void Passes::pointwise(Pointwise<X, Y> p, int64_t rows, Totals* sums, float* centre) {
   const int64_t floats = vector.pointwise_scratch(p.inputs, p.outputs);
   if (sums) {  // around one row's values: no cancellation however far the mean lies from zero
-    Pointwise<X> one;
+    Pointwise<X, Y> one = p;
     one.x = p.x + rows / 2 * p.inputs;
-    one.in = p.in;
-    one.inputs = p.inputs;
-    one.outputs = p.outputs;
-    one.packed = p.packed;
-    one.y = centre;
-    vector.pointwise.template of<Forward<Pointwise<X>>>()(one, 0, 1, scratch(0, floats), Sums{});
+    one.y = memory.values<Y>(p.outputs);
+    vector.pointwise.template of<Forward<Pointwise<X, Y>>>()(one, 0, 1, scratch(0, floats), Sums{});
+    for (int c = 0; c < p.outputs; ++c) centre[c] = value(one.y[c]);
   }
   p.centre = centre;
   const auto all = [&](const std::function<Sums(int)>& of) {
@@ -377,6 +377,8 @@ Window window_of(int height, int width, int stride, bool same) {
 }
 
 // Float32 throughout, and with bfloat16 within a block.
+template const float* Passes::pack<float>(const float*, int64_t, int64_t, int, int, const float*);
+template const float* Passes::pack<bfloat16>(const float*, int64_t, int64_t, int, int, const float*);
 template OutputGradient<> Passes::gradient(const Norm&, const Totals&, int64_t, bool, const float*, const float*, float*, float*);
 template OutputGradient<float, bfloat16> Passes::gradient(const Norm&, const Totals&, int64_t, bool, const float*, const bfloat16*, float*,
                                                           float*);

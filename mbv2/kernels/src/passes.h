@@ -55,6 +55,8 @@ class Passes {
   float* scratch(int worker, int64_t floats);
 
   // (depth, columns) with element (k, n) at w[k * k_stride + n * n_stride], times scale[n].
+  // For products in which nothing or something is stored as bfloat16.
+  template <class Y = float>
   const float* pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale = nullptr);
   // (C, 3, 3) -> (9, C), times scale.
   float* depthwise_weights(const float* w, int channels, const float* scale = nullptr);

@@ -1,8 +1,32 @@
 // The register-tiled matrix product: packed panels on the right, an epilogue that sees the sums while they are in registers.
 
-// Rows a tile of NV vectors holds: NV * rows accumulators and NV + 1 more registers.
-template <int NV>
+// Two bfloat16 (pairs.inl), where this instruction set multiplies them.
+struct Pair {
+  uint32_t bits;
+};
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// What the processor needs while products of E run: nothing but for AMX.
+template <class E>
+struct Tiles {};
+
+// How many E a row of so many columns takes along the depth of a product.
+template <class E>
+inline int depth_of(int columns) { return columns; }
+
+// A row stride of an odd number of cache lines: columns of a tile then fall into different sets of the cache.
+inline int64_t spread(int columns) { return ((columns + 15) / 16 | 1) * 16L; }
+
+// Rows a tile of NV vectors holds: NV * rows accumulators and NV + 1 more registers; AMX has tiles of its own.
+template <int NV, class E>
 constexpr int tile_rows() {
+#if defined(__AMX_BF16__)
+  if (std::is_same_v<E, Pair>) return 16;
+#endif
 #if LANES == 16
   return NV == 3 ? 8 : NV == 2 ? 12 : 16;
 #else
@@ -29,7 +53,8 @@ int panels(int columns) {
   return n;
 }
 
-int64_t packed_size(int depth, int columns) { return static_cast<int64_t>(depth) * ((columns + LANES - 1) / LANES) * LANES; }
+// Floats of the largest packing: whole tiles of AMX.
+int64_t packed_size(int depth, int columns) { return (depth + 15L) / 16 * 16 * ((columns + LANES - 1) / LANES) * LANES; }
 
 void pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed, int p0, int p1) {
   int index = 0;
@@ -46,9 +71,18 @@ void pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int col
   }
 }
 
-// acc[r][j] += sum over k of left(r, k) * right(k, j), left at a[r * ars + k * aks].
+template <int NV, int MR>
+INLINE void clear(Wide (&acc)[MR][NV]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = Wide{};
+}
+
+// acc[r][j] = sum over k of left(r, k) * right(k, j), left at a[r * ars + k * aks].
 template <int NV, int MR>
 INLINE void multiply(const float* a, int64_t ars, int64_t aks, const float* b, int64_t bks, int depth, Wide (&acc)[MR][NV]) {
+  clear(acc);
   for (int k = 0; k < depth; ++k) {
     Wide right[NV];
 #pragma GCC unroll 4
@@ -66,30 +100,29 @@ INLINE void multiply(const float* a, int64_t ars, int64_t aks, const float* b, i
 
 // One panel: all rows in tiles. The last tile reaches back over rows already done (epilogue gets lo > 0); with fewer rows
 // than a tile it reads past them, which the caller's buffer allows, and the epilogue gets hi < MR.
-template <int NV, class Epilogue>
-INLINE void panel_rows(const float* a, int64_t ars, int64_t aks, int rows, const float* b, int64_t bks, int depth, int column,
-                       Epilogue& epilogue) {
-  constexpr int MR = tile_rows<NV>();
+template <int NV, class E, class Epilogue>
+INLINE void panel_rows(const E* a, int64_t ars, int64_t aks, int rows, const E* b, int64_t bks, int depth, int column, Epilogue& epilogue) {
+  constexpr int MR = tile_rows<NV, E>();
   int r0 = 0;
   for (; r0 + MR <= rows; r0 += MR) {
-    Wide acc[MR][NV] = {};
+    Wide acc[MR][NV];
     multiply<NV, MR>(a + r0 * ars, ars, aks, b, bks, depth, acc);
     epilogue.template finish<NV, MR, true>(acc, r0, column, 0, MR);
   }
   if (r0 < rows) {
     const int start = rows >= MR ? rows - MR : 0;
-    Wide acc[MR][NV] = {};
+    Wide acc[MR][NV];
     multiply<NV, MR>(a + start * ars, ars, aks, b, bks, depth, acc);
     epilogue.template finish<NV, MR, false>(acc, start, column, r0 - start, rows - start);
   }
 }
 
 // left (rows, depth) times packed (depth, columns).
-template <class Epilogue>
-inline void product(const float* a, int64_t ars, int rows, const float* packed, int depth, int columns, Epilogue& epilogue) {
+template <class E, class Epilogue>
+inline void product(const E* a, int64_t ars, int rows, const E* packed, int depth, int columns, Epilogue& epilogue) {
   for (PanelPlan p(columns); !p.done(); p.next()) {
     const int column = p.first * LANES, nv = p.count();
-    const float* b = packed + static_cast<int64_t>(column) * depth;
+    const E* b = packed + static_cast<int64_t>(column) * depth;
     if (nv == 3) panel_rows<3>(a, ars, 1, rows, b, 3 * LANES, depth, column, epilogue);
     else if (nv == 2) panel_rows<2>(a, ars, 1, rows, b, 2 * LANES, depth, column, epilogue);
     else panel_rows<1>(a, ars, 1, rows, b, LANES, depth, column, epilogue);
@@ -115,20 +148,19 @@ struct AddTo {
   }
 };
 
-inline void product_transposed(const float* left, int64_t left_stride, int left_columns, const float* right, int64_t right_stride,
+// Left at left[column * lcs + k * lks].
+template <class E>
+inline void product_transposed(const E* left, int64_t lcs, int64_t lks, int left_columns, const E* right, int64_t right_stride,
                                int right_columns, int depth, float* out) {
   AddTo epilogue{out, right_columns};
   for (PanelPlan p(right_columns); !p.done(); p.next()) {
     const int column = p.first * LANES, nv = p.count();
-    const float* b = right + column;
-    if (nv == 3) panel_rows<3>(left, 1, left_stride, left_columns, b, right_stride, depth, column, epilogue);
-    else if (nv == 2) panel_rows<2>(left, 1, left_stride, left_columns, b, right_stride, depth, column, epilogue);
-    else panel_rows<1>(left, 1, left_stride, left_columns, b, right_stride, depth, column, epilogue);
+    const E* b = right + column;
+    if (nv == 3) panel_rows<3>(left, lcs, lks, left_columns, b, right_stride, depth, column, epilogue);
+    else if (nv == 2) panel_rows<2>(left, lcs, lks, left_columns, b, right_stride, depth, column, epilogue);
+    else panel_rows<1>(left, lcs, lks, left_columns, b, right_stride, depth, column, epilogue);
   }
 }
-
-// A row stride of an odd number of cache lines: columns of a tile then fall into different sets of the cache.
-inline int64_t spread(int columns) { return ((columns + 15) / 16 | 1) * 16L; }
 
 // Sums of one tile of rows in single precision, added to the worker's in double: exact enough at any row count.
 struct TileSums {
@@ -212,9 +244,8 @@ template <bool MASK, bool SUMS, bool RESIDUAL, class X>
 struct StoreBackward {
   X* dx;
   int columns;
-  const float* activation;  // the tile, with its stride
-  int64_t stride;
   const X* x;
+  Affine in;  // of x, to the activation
   const float* centre;
   const float* residual;
   TileSums sums;
@@ -224,23 +255,25 @@ struct StoreBackward {
     for (int j = 0; j < NV; ++j) {
       const int c = column + j * LANES, left = columns - c;
       const int64_t at = static_cast<int64_t>(row) * columns + c;
-      const Wide zero = {}, six = zero + 6.0f;
-      Wide s = {}, q = {}, m = {};
+      Wide s = {}, q = {}, m = {}, scale = {}, shift = {};
       if (SUMS) m = wide(centre + c);
+      if (MASK) {
+        scale = wide(in.scale + c);
+        shift = wide(in.shift + c);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         if (!FULL && (r < lo || r >= hi)) continue;
         const int64_t here = at + static_cast<int64_t>(r) * columns;
         Wide v = acc[r][j];
-        if (MASK) {
-          const Wide a = wide(activation + (row + r) * stride + c);
-          v = ((a > zero) & (a < six)) ? v : zero;
-        }
+        Wide before = {};
+        if (MASK || SUMS) before = wide_upto(x + here, left);
+        if (MASK) v = masked(v, before * scale + shift);
         if (RESIDUAL) v += wide_upto(residual + here, left);
         put_upto(dx + here, v, left);
         if (SUMS) {
           s += v;
-          q += v * (wide_upto(x + here, left) - m);
+          q += v * (before - m);
         }
       }
       if (SUMS) {

@@ -36,6 +36,16 @@ INLINE Bits rounded(V v) {
   const Bits bits = reinterpret_cast<Bits>(v), up = bits + 0x7fff + ((bits >> 16) & 1);
   return (v == v ? up : bits | 0x400000) >> 16;
 }
+#if defined(__AVX512BF16__)
+INLINE void put(bfloat16* p, Wide v) {
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &halves, sizeof halves);
+}
+INLINE void put(bfloat16* p, Eight v) {
+  const __m128bh halves = _mm256_cvtneps_pbh((__m256)v);
+  std::memcpy(p, &halves, sizeof halves);
+}
+#else
 INLINE void put(bfloat16* p, Wide v) {
   *reinterpret_cast<WideHalvesAt*>(p) = __builtin_convertvector(rounded<WideBits>(v), WideHalves);
 }
@@ -43,6 +53,7 @@ INLINE void put(bfloat16* p, Wide v) {
 INLINE void put(bfloat16* p, Eight v) {
   *reinterpret_cast<EightHalvesAt*>(p) = __builtin_convertvector(rounded<EightBits>(v), EightHalves);
 }
+#endif
 #endif
 
 // Sixteen values or eight, by the type that is asked for.

@@ -81,6 +81,6 @@ void stem_gradient(const Stem<Y>& p, const OutputGradient<Y, Y>& out, int64_t be
   for (int64_t row = begin; row < end; ++row) {
     rows.load(row);
     load_gradient(out, row * p.out_width, p.out_width, p.outputs, gradient, stride);
-    product_transposed(gradient, stride, p.outputs, rows.windows, kWindow, kWindow, p.out_width, dw);
+    product_transposed(gradient, 1, stride, p.outputs, rows.windows, kWindow, kWindow, p.out_width, dw);
   }
 }

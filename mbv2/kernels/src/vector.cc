@@ -2,6 +2,9 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "instruction_set.h"
 
@@ -12,6 +15,9 @@ namespace {
 #include "simd.inl"
 #include "product.inl"
 #include "pointwise.inl"
+#if defined(__AVX512BF16__)
+#include "pairs.inl"
+#endif
 #include "depthwise.inl"
 #include "stem.inl"
 #include "elementwise.inl"
@@ -23,6 +29,11 @@ namespace {
 #define TEXT(x) TEXT_OF(x)
 
 // By name, as most of the functions have types in common.
+int64_t pointwise_scratch(int inputs, int outputs) {
+  const int64_t floats = pointwise_floats<float>(inputs, outputs), stored = pointwise_floats<Element<bfloat16, bfloat16>>(inputs, outputs);
+  return floats > stored ? floats : stored;
+}
+
 constexpr InstructionSet table() {
   InstructionSet set{};
   set.name = TEXT(VARIANT);
@@ -30,8 +41,13 @@ constexpr InstructionSet table() {
   set.packed_size = packed_size;
   set.panels = panels;
   set.pack = pack;
+#if defined(__AVX512BF16__)
+  set.pack_bfloat16 = pack_pairs;
+#else
+  set.pack_bfloat16 = pack;
+#endif
   set.pointwise_scratch = pointwise_scratch;
-  set.pointwise = {{pointwise}, {pointwise}, {pointwise}, {pointwise}};
+  set.pointwise = {{pointwise}, {pointwise}, {pointwise}};
   set.pointwise_gradient = {{pointwise_gradient}, {pointwise_gradient}, {pointwise_gradient}};
   set.depthwise_scratch = depthwise_scratch;
   set.depthwise = {{depthwise}, {depthwise}};
