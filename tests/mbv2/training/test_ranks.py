@@ -223,7 +223,7 @@ def test_two_ranks_that_accumulate_train_and_average_all_weights_as_one_does(
     first, second = read_checkpoint(one / "last.ckpt").tensors, read_checkpoint(two / "last.ckpt").tensors
     assert first.keys() == second.keys()
     compared = [name for name in first if "moving_" not in name and not name.startswith("accumulated.")]
-    assert len([name for name in compared if name.startswith("ema.")]) == 32
+    assert len([name for name in compared if name.startswith("ema.")]) == 23
     for name in compared:  # gradients of up to 0.1; some are 0 but for rounding, as BatchNorm follows
         change = first[name] - before.get(name.removeprefix("ema."), np.float32(0))
         assert np.abs(second[name] - first[name]).max() <= 0.02 * np.abs(change).max() + 1e-6, name
