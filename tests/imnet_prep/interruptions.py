@@ -52,7 +52,8 @@ ANOTHER_SYSTEM = Path(__file__).parent / "another_system"  # its sitecustomize.p
 CASE = "case"  # the folder of a run
 MEMORY_NEEDED_BYTES = 512 << 20
 RUN_LIMIT_S = 60.0
-KINDS = ("kill", "ENOSPC", "EIO")
+FAULTS = ("ENOSPC", "EIO")
+KINDS = ("kill", *FAULTS)
 RANDOM_KILLS = 50
 
 # By system call: those that can fail for want of space, and those that change something else than data.

@@ -34,10 +34,25 @@ WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.1, 1.3, 1.4)
 POOLS = (1, 2, 3)
 CLOSE, CLOSE_WEIGHTS = 1e-5, 1e-4  # largest difference over largest value
 SIZES = ((1, 1, 1), (2, 5, 3), (1, 7, 9))  # images, height, width
-BLOCKS = sorted({(s.inputs, s.hidden, s.outputs, s.stride) for width in WIDTHS for s in block_shapes(width)[1:]})
-FIRST_BLOCKS = sorted({(s.inputs, s.hidden, s.outputs, s.stride) for s in (block_shapes(w)[0] for w in WIDTHS)})
-HEADS = sorted({(block_shapes(width)[-1].outputs, feature_count(width)) for width in WIDTHS})
-CHANNELS = sorted({c for shape in BLOCKS + FIRST_BLOCKS for c in shape[:3]} | {c for _, c in HEADS})
+some_widths = pytest.mark.parametrize(
+    "widths", [(0.35, 0.75, 1.4), pytest.param(WIDTHS, marks=pytest.mark.long)], ids=["few", "all"]
+)
+Shapes = list[tuple[int, int, int, int]]  # inputs, hidden, outputs, stride
+
+
+def blocks(widths: Sequence[float]) -> Shapes:
+    return sorted({(s.inputs, s.hidden, s.outputs, s.stride) for width in widths for s in block_shapes(width)[1:]})
+
+
+def first_blocks(widths: Sequence[float]) -> Shapes:
+    return sorted({(s.inputs, s.hidden, s.outputs, s.stride) for s in (block_shapes(w)[0] for w in widths)})
+
+
+def heads(widths: Sequence[float]) -> list[tuple[int, int]]:
+    return sorted({(block_shapes(width)[-1].outputs, feature_count(width)) for width in widths})
+
+
+BLOCKS, FIRST_BLOCKS, HEADS = blocks(WIDTHS), first_blocks(WIDTHS), heads(WIDTHS)
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +110,10 @@ def test_depthwise(rng: np.random.Generator, stride: int, same: int) -> None:
 
 
 @pytest.mark.slow
-def test_pointwise(rng: np.random.Generator) -> None:
-    pairs = {(s[0], s[1]) for s in BLOCKS} | {(s[1], s[2]) for s in BLOCKS + FIRST_BLOCKS} | set(HEADS)
+@some_widths
+def test_pointwise(rng: np.random.Generator, widths: Sequence[float]) -> None:
+    pairs = {(s[0], s[1]) for s in blocks(widths)} | {(s[1], s[2]) for s in blocks(widths) + first_blocks(widths)}
+    pairs |= set(heads(widths))
     for (inputs, outputs), (n, h, w) in itertools.product(sorted(pairs), SIZES):
         x, weights, dy = normal(rng, n, h, w, inputs), normal(rng, outputs, inputs, 1, 1), normal(rng, n, h, w, outputs)
         x64, w64, dy64 = wide(x, weights[:, :, 0, 0], dy)
@@ -112,10 +129,12 @@ def test_pointwise(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.slow
+@some_widths
 @pytest.mark.parametrize("relu6", [0, 1])
-def test_batchnorm(rng: np.random.Generator, relu6: int) -> None:
+def test_batchnorm(rng: np.random.Generator, relu6: int, widths: Sequence[float]) -> None:
     options = [switches(kind=relu6), NUMBERS]
-    for c, (n, h, w) in itertools.product(CHANNELS, SIZES):
+    channels = {c for shape in blocks(widths) + first_blocks(widths) for c in shape[:3]} | {c for _, c in heads(widths)}
+    for c, (n, h, w) in itertools.product(sorted(channels), SIZES):
         x, dy = normal(rng, n, h, w, c) * 2 + 3, normal(rng, n, h, w, c)
         gamma, beta, mean = normal(rng, c), normal(rng, c) * 3, normal(rng, c)
         variance = np.abs(normal(rng, c)) + np.float32(0.5)

@@ -76,11 +76,12 @@ def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hash_finds_every_one_of_200_bit_flips(records: Path) -> None:
+@pytest.mark.parametrize("flips", [60, pytest.param(200, marks=pytest.mark.long)])
+def test_hash_finds_every_bit_that_is_flipped(records: Path, flips: int) -> None:
     draw = random.Random(8)
     files = shard_files(records)
     missed = []
-    for _ in range(200):
+    for _ in range(flips):
         path = draw.choice(files)
         bit = draw.randrange(8 * path.stat().st_size)
         flip(path, bit)
@@ -93,12 +94,13 @@ def test_hash_finds_every_one_of_200_bit_flips(records: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("withheld", [("shards",), ("shards", "records")])
-def test_decode_never_falls_over_whatever_bit_is_flipped(records: Path, withheld: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("flips", [3, pytest.param(7, marks=pytest.mark.long)])
+def test_decode_never_falls_over_whatever_bit_is_flipped(records: Path, withheld: tuple[str, ...], flips: int) -> None:
     draw = random.Random(len(withheld))
     files = [*shard_files(records), *records.glob("*/records.jsonl.gz"), records / "manifest.json"]
     for path in files:
         ends = [*range(64), *(draw.randrange(8 * path.stat().st_size) for _ in range(12))]
-        for bit in draw.sample(ends, 7):
+        for bit in draw.sample(ends, flips):
             flip(path, bit)
             for problem in look(records, withhold=withheld).problems:
                 assert problem.to_line()
@@ -131,11 +133,12 @@ def contents(records: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-def test_decode_finds_by_record_digests_every_flip_that_changes_a_record(records: Path) -> None:
+@pytest.mark.parametrize(("flips", "least"), [(30, 5), pytest.param(80, 20, marks=pytest.mark.long)])
+def test_decode_finds_by_record_digests_every_flip_that_changes_a_record(records: Path, flips: int, least: int) -> None:
     before = contents(records)
     draw = random.Random(3)
     changed = 0
-    for number in range(80):
+    for number in range(flips):
         path = draw.choice(shard_files(records))
         if number % 2 and path.suffix == ".mindrecord":
             header = read_header(path)  # into the used part of a page, where most flips matter
@@ -148,7 +151,7 @@ def test_decode_finds_by_record_digests_every_flip_that_changes_a_record(records
             changed += 1
             assert not look(records, withhold=("shards",)).ok, (path.name, bit)
         flip(path, bit)
-    assert changed > 20
+    assert changed > least
 
 
 def test_without_any_digest_undecodable_images_and_bad_labels_and_names_are_found(records: Path) -> None:

@@ -122,11 +122,20 @@ def test_whole_records_are_whole(whole: Path, cluster: Cluster) -> None:
     assert ends["bytes"].done == ends["bytes"].total
 
 
-def test_the_problems_are_those_of_one_machine(whole: Path, cluster: Cluster, tmp_path: Path) -> None:
-    for number, (name, damage) in enumerate(DAMAGES.items()):
-        records = copy(whole, tmp_path / str(number))
-        damage(records)
-        for level in ("hash", "decode"):
+@pytest.mark.parametrize(
+    ("levels", "names"),
+    [
+        (("decode",), ("images", "labels", "shard cut", "list short", "FIFO")),
+        pytest.param(("hash", "decode"), tuple(DAMAGES), marks=pytest.mark.long),
+    ],
+)
+def test_the_problems_are_those_of_one_machine(
+    whole: Path, cluster: Cluster, tmp_path: Path, levels: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    for name in names:
+        records = copy(whole, tmp_path / name)
+        DAMAGES[name](records)
+        for level in levels:
             alone = verify(records, level, 1, quiet)
             assert not alone.ok, name
             assert on(cluster, records, level).to_json() == alone.to_json(), name

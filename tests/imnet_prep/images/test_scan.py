@@ -111,12 +111,13 @@ def test_clean_means_that_libjpeg_has_no_complaint() -> None:
 
 
 @pytest.mark.slow
-def test_several_lanes_come_to_the_answer_of_one() -> None:
+@pytest.mark.parametrize("count", [1500, pytest.param(6000, marks=pytest.mark.long)])
+def test_several_lanes_come_to_the_answer_of_one(count: int) -> None:
     rng, clean = random.Random(17), 0
     pool = periodic()
     assert all(clean_end(data, lanes) == len(data) for data in pool for lanes in (1, 2, 3, 4))
     assert sum(len(data) > 4 * 1024 for data in pool) >= 15  # a lane reads a kilobyte at least
-    for k in range(6000):
+    for k in range(count):
         data = (damaged, slipped)[k % 2](pool[k % len(pool)], rng)
         end = clean_end(data, 1)
         assert [clean_end(data, lanes) for lanes in (2, 3, 4)] == [end] * 3
@@ -126,7 +127,7 @@ def test_several_lanes_come_to_the_answer_of_one() -> None:
             assert pixels is not None
             assert "orrupt" not in said
             assert "remature" not in said
-    assert 300 < clean < 5700
+    assert 0.05 * count < clean < 0.95 * count
 
 
 def test_results_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from mbv2.training.step import ApplyAccumulated, TrainStep
 
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parents[1] / "reference_values" / "training.json").read_bytes())
 TRAININGS = REFERENCE["trainings"]
+LONG = ("nesterov", "adamw")
 
 
 def names(cases: list[dict[str, Any]], *fields: str) -> list[str]:
@@ -77,7 +78,8 @@ def tensors(batch: dict[str, Any], recipe: Recipe, rows: slice = slice(None)) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    TRAININGS,
+    # make test takes those two from tests/mbv2/training/test_step.py alone, which knows each optimizer's definition.
+    [pytest.param(case, marks=[pytest.mark.long] * (case["recipe"]["optimizer"] in LONG)) for case in TRAININGS],
     ids=names(TRAININGS, "optimizer", "backbone_lr_factor", "class_weights", "mixup_alpha", "label_smoothing_over"),
 )
 def test_steps_are_those_of_pytorch(case: dict[str, Any]) -> None:
@@ -92,7 +94,7 @@ def test_steps_are_those_of_pytorch(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixup_alpha", [0.0, 0.2])
+@pytest.mark.parametrize("mixup_alpha", [0.0, pytest.param(0.2, marks=pytest.mark.long)])
 def test_weighted_classes_accumulated_over_steps_equal_one_step_with_all_images(mixup_alpha: float) -> None:
     case = {**TRAININGS[2]["recipe"], "class_weights": "balanced", "mixup_alpha": mixup_alpha, "clip_norm": 0.3}
     whole, split = Recipe(**case), Recipe(**case, accumulate_steps=2)

@@ -91,13 +91,15 @@ def reference_update(
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(optimizer="sgd", weight_decay=0.1, dropout=0.5, label_smoothing=0.1),
+        pytest.param(
+            Recipe(optimizer="sgd", weight_decay=0.1, dropout=0.5, label_smoothing=0.1), marks=pytest.mark.slow
+        ),
         pytest.param(Recipe(optimizer="nesterov", weight_decay=0.1, clip_norm=0.3), marks=pytest.mark.slow),
         pytest.param(
             Recipe(optimizer="adamw", weight_decay=0.1, beta1=0.8, beta2=0.99, ema_decay=0.9), marks=pytest.mark.slow
         ),
         pytest.param(
-            Recipe(optimizer="rmsprop", weight_decay=0.1, epsilon=1e-3, ema_decay=0.9), marks=pytest.mark.slow
+            Recipe(optimizer="rmsprop", weight_decay=0.1, epsilon=1e-3, ema_decay=0.9), marks=pytest.mark.long
         ),
         pytest.param(
             Recipe(distill_from="teacher.ckpt", distill_weight=0.7, distill_temperature=3, dropout=0.5),
