@@ -17,6 +17,7 @@ from tests.synthetic import jpeg
 LOADER = ("--mode", "train", "--threads", "1", "--seconds", "0.05")
 
 
+@pytest.mark.slow
 def test_a_contender_measures_whenever_it_is_asked(tmp_path: Path) -> None:
     rows = [(f"class{k % 2}/{k}.jpg", k % 2, jpeg(k % 2, k, 64, 48)) for k in range(64)]
     write_folder(tmp_path / "records", {"train": rows}, shards=1, classes=2)

@@ -22,6 +22,7 @@ def test_made_photographs_are_the_same_every_time_and_others_for_another_seed() 
     assert len({data for _, data in made}) == 8
 
 
+@pytest.mark.slow
 @shipped
 def test_made_photographs_have_the_sizes_and_bytes_of_imagenet() -> None:
     made = [data for _, data in photographs.make(50, 0)]

@@ -9,6 +9,7 @@ from mbv2 import kernels
 from mbv2.bench import BenchOptions, bench
 
 
+@pytest.mark.slow
 def test_a_bench_of_inference_counts_steps_and_names_the_operators() -> None:
     seen: list[tuple[int, int]] = []
     result = bench(

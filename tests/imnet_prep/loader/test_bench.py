@@ -44,7 +44,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("mode", "split"), [("train", "train"), ("eval", "val")])
 def test_bench_measures_rate_stages_and_cores(records: Path, mode: str, split: str) -> None:
-    result = bench(records, BenchOptions(mode, 16, 32, 2, 0.5))
+    result = bench(records, BenchOptions(mode, 16, 32, 2, 0.1))
     assert (result.mode, result.split, result.batch_size, result.workers) == (mode, split, 16, 2)
     assert result.slowest <= result.images_per_s <= result.fastest
     assert result.images_per_s > 10
@@ -54,7 +54,7 @@ def test_bench_measures_rate_stages_and_cores(records: Path, mode: str, split: s
 
 
 def test_the_command_prints_one_json_object(records: Path) -> None:
-    arguments = [str(records), "--batch-size", "8", "--image-size", "32", "--seconds", "0.3", "--json"]
+    arguments = [str(records), "--batch-size", "8", "--image-size", "32", "--seconds", "0.1", "--json"]
     found = CliRunner().invoke(command, arguments)
     assert found.exit_code == 0
     result = json.loads(found.stdout)
@@ -62,7 +62,7 @@ def test_the_command_prints_one_json_object(records: Path) -> None:
 
 
 def test_the_command_says_which_decoder_ran_and_what_limits_it(records: Path) -> None:
-    arguments = [str(records), "--batch-size", "8", "--image-size", "32", "--seconds", "0.3", "--native", "off"]
+    arguments = [str(records), "--batch-size", "8", "--image-size", "32", "--seconds", "0.1", "--native", "off"]
     found = CliRunner().invoke(command, arguments)
     assert found.exit_code == 0
     assert "portable" in found.stdout

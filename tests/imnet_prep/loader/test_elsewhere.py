@@ -76,6 +76,7 @@ def kept(cache: Path) -> int:
     return found
 
 
+@pytest.mark.slow
 def test_batches_from_a_url_are_those_of_the_folder_whatever_the_cache_holds(
     folder: Path, url: str, tmp_path: Path
 ) -> None:
@@ -319,6 +320,7 @@ class Watch(threading.Thread):
             self.most = max(self.most, kept(self.cache))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.long)])
 @pytest.mark.timeout(1500)
 def test_ranks_killed_at_any_moment_leave_no_wrong_byte_and_no_more_than_the_limit(
