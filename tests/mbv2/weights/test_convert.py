@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import mindspore as ms
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from imnet_prep.errors import CheckpointError, TrainError
+from mbv2.network import model
 from mbv2.network.model import MobileNetV2, ModelConfig, block_shapes
 from mbv2.weights.checkpoint import Checkpoint, Meta, Tensors, build_network, read_checkpoint, save_checkpoint
 from mbv2.weights.convert import ConvertOptions, convert_weights, return_weights
@@ -59,7 +61,12 @@ KNOWN = {
 
 
 def random_weights(width: float, classes: int = 7) -> Tensors:
-    """Make weights of our own network that are all different and keep the activations in range."""
+    """Return weights of our own network that are all different and keep the activations in range."""
+    return {name: value.copy() for name, value in _random_weights(model._STAGES, width, classes).items()}
+
+
+@cache  # to build the network takes half a second
+def _random_weights(stages: object, width: float, classes: int) -> Tensors:
     net = MobileNetV2(ModelConfig(classes=classes, width=width), kernels="standard")
     rng = np.random.default_rng(0)
     tensors: Tensors = {}
