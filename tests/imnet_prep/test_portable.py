@@ -58,6 +58,7 @@ while scanned.poll() is None:
             except OSError:
                 pass
     held = [(until, file) for until, file in held if until > time.monotonic()]
+    time.sleep(0.002)
 sys.exit(scanned.returncode)
 """
 

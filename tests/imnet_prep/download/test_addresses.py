@@ -60,7 +60,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ]  # fmt: skip
         urls = [f"http://{host}:{server.port}/{number}.jpg" for number, host in enumerate(hosts)]
         options = DownloadOptions(
-            urls=(write_list(folder / "list.txt", urls),), out=folder / "out", polite=PoliteOptions(retries=0)
+            (write_list(folder / "list.txt", urls),), folder / "out", polite=PoliteOptions(retries=0), processes=1
         )
         result = download(options)
         assert result.totals.ok == 0
