@@ -40,7 +40,7 @@ INLINE void window(const float* const (&rows)[3], int64_t channels, const V (&w)
 }
 
 template <int S, class T>
-inline void depthwise_row(const Depthwise<T>& p, const float* const (&rows)[3], T* y, Sums sums) {
+inline void depthwise_row(const Depthwise<T> p, const float* const (&rows)[3], T* y, Sums sums) {
   const int64_t channels = p.channels;
   const int skip = 1 - p.pad_left;
   by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
@@ -138,18 +138,19 @@ constexpr bool kBothAtOnce = LANES == 16;
 // The gradient of one input row from the rows of the output's gradient that it reaches; at stride 2 a column has 1 or 2 taps.
 template <int S, class T>
 INLINE void gradient_row(const DepthwiseGradient<T>& p, const Reach& reach, const T* x, T* dx, float* dw, Sums sums) {
-  const Depthwise<T>& d = p.shape;
+  const Depthwise<T> d = p.shape;
   const int64_t channels = d.channels;
+  const bool summed = sums.first != nullptr;
   by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
     using V = decltype(kind);
-    const V centre = sums.first ? get<V>(p.centre + c) : V{};
+    const V centre = summed ? get<V>(p.centre + c) : V{};
     const V scale = d.in.scale ? get<V>(d.in.scale + c) : V{} + 1.0f, shift = d.in.scale ? get<V>(d.in.shift + c) : V{};
     V s = {}, q = {};
     const auto read = [&](int ix) __attribute__((always_inline)) { return x ? get<V>(x + ix * channels + c) : V{}; };
     const auto finish = [&](int ix, V v, V here) __attribute__((always_inline)) {
       if (d.in.relu6) v = masked(v, here * scale + shift);
       put(dx + ix * channels + c, v);
-      if (sums.first) {
+      if (summed) {
         s += v;
         q += v * (here - centre);
       }

@@ -4,22 +4,16 @@
 // A Pair holds two neighbours along the depth of a product, the earlier in its lower half. So the left matrix's rows are
 // plain rows of bfloat16, and the right one has a Pair of two rows in each column.
 
-typedef uint32_t WidePairs __attribute__((vector_size(64)));
-INLINE WidePairs paired(Wide first, Wide second) {
+INLINE void put_pairs(Pair* p, Wide first, Wide second) {
   const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   const __m512i order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007,
                                          0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
-  return (WidePairs)_mm512_permutexvar_epi16(order, apart);
-}
-INLINE void put_pairs(Pair* p, Wide first, Wide second) {
-  const WidePairs v = paired(first, second);
-  std::memcpy(p, &v, sizeof v);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, apart));
 }
 INLINE void put_pairs(Pair* p, Eight first, Eight second) {
   const __m256i low = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh((__m256)first));
   const __m256i high = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh((__m256)second));
-  const __m256i v = _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
-  std::memcpy(p, &v, sizeof v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
 }
 
 #if defined(__AMX_BF16__)
@@ -185,15 +179,17 @@ struct GradientTile<Pair> {
   template <class P>
   void load(const P& p, int64_t row, int count) {
     const int until = (count + 2 * kDepthStep - 1) / (2 * kDepthStep) * (2 * kDepthStep);
+    const auto out = p.out;
     const auto slope = [&](auto kind, int r, int64_t c) __attribute__((always_inline)) {
-      const auto d = output_gradient_at<decltype(kind)>(p.out, (row + r) * outputs + c, c);
+      const auto d = output_gradient_at<decltype(kind)>(out, (row + r) * outputs + c, c);
       put(reinterpret_cast<bfloat16*>(rows_of + r * row_stride) + c, d);
       return d;
     };
     put_row_pairs(count, until, outputs, gradient, d_stride, slope);
+    const Affine in = p.in;
     const auto* x = p.x + row * inputs;
     put_row_pairs(count, until, inputs, activation, x_stride, [&](auto kind, int r, int64_t c) __attribute__((always_inline)) {
-      return apply(get<decltype(kind)>(x + static_cast<int64_t>(r) * inputs + c), p.in, c);
+      return apply(get<decltype(kind)>(x + static_cast<int64_t>(r) * inputs + c), in, c);
     });
   }
   void add_weights(int count, float* dw) const {

@@ -8,9 +8,9 @@ inline int padded(int columns) { return (columns + 15) / 16 * 16; }
 template <class X, class Y>
 using Element = std::conditional_t<kPairs && (std::is_same_v<X, bfloat16> || std::is_same_v<Y, bfloat16>), Pair, float>;
 
-// Rows of in(x) to a buffer of the given stride.
+// Rows of in(x) to a buffer of the given stride. By value, here and below: what is stored could else have changed it.
 template <class X, class T>
-inline void load_rows(const X* x, const Affine& in, int rows, int channels, T* out, int64_t stride) {
+inline void load_rows(const X* x, const Affine in, int rows, int channels, T* out, int64_t stride) {
   for (int r = 0; r < rows; ++r) {
     const X* from = x + static_cast<int64_t>(r) * channels;
     T* to = out + r * stride;
@@ -26,7 +26,7 @@ INLINE V output_gradient_at(const OutputGradient<G, Y>& out, int64_t at, int64_t
 }
 
 template <class G, class Y>
-inline void load_gradient(const OutputGradient<G, Y>& out, int64_t row, int rows, int channels, float* to, int64_t stride) {
+inline void load_gradient(const OutputGradient<G, Y> out, int64_t row, int rows, int channels, float* to, int64_t stride) {
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (row + r) * channels;
     by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {

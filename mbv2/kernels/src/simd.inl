@@ -24,7 +24,11 @@ INLINE void put(float* p, Eight v) { *reinterpret_cast<EightAt*>(p) = v; }
 #endif
 
 INLINE Wide wide(const bfloat16* p) {
+#if LANES == 16  // GCC would convert two halves and join them
+  return reinterpret_cast<Wide>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#else
   return reinterpret_cast<Wide>(__builtin_convertvector(*reinterpret_cast<const WideHalvesAt*>(p), WideBits) << 16);
+#endif
 }
 INLINE Eight eight(const bfloat16* p) {
   return reinterpret_cast<Eight>(__builtin_convertvector(*reinterpret_cast<const EightHalvesAt*>(p), EightBits) << 16);
@@ -38,16 +42,18 @@ INLINE Bits rounded(V v) {
 }
 #if defined(__AVX512BF16__)
 INLINE void put(bfloat16* p, Wide v) {
-  const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(p, &halves, sizeof halves);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
 INLINE void put(bfloat16* p, Eight v) {
-  const __m128bh halves = _mm256_cvtneps_pbh((__m256)v);
-  std::memcpy(p, &halves, sizeof halves);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), (__m128i)_mm256_cvtneps_pbh((__m256)v));
 }
 #else
 INLINE void put(bfloat16* p, Wide v) {
+#if LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded<WideBits>(v))));
+#else
   *reinterpret_cast<WideHalvesAt*>(p) = __builtin_convertvector(rounded<WideBits>(v), WideHalves);
+#endif
 }
 #if LANES != 8
 INLINE void put(bfloat16* p, Eight v) {

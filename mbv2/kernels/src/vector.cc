@@ -2,7 +2,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
-#if defined(__AVX512BF16__)
+#if LANES == 16
 #include <immintrin.h>
 #endif
 
