@@ -133,6 +133,7 @@ def train(
 @click.option("--per-class", type=PATH, metavar="FILE.csv", help="Write one row per class.")
 @click.option("--real-labels", type=PATH, metavar="FILE.json", help="Several correct labels per image (ReaL).")
 @click.option("--confusion", type=PATH, metavar="FILE.png", help="Draw the confusion matrix.")
+@click.option("--precision", default="float32", type=click.Choice(PRECISIONS), help="What 1x1 convolutions multiply.")
 @THREADS
 @DEVICE
 @JSON
@@ -264,7 +265,12 @@ def export(checkpoint: Path, kind: str, out: Path, as_json: bool, **options: Any
 @click.option("--batch-size", default=BENCH.batch_size, help="Images per step.")
 @click.option("--image-size", default=BENCH.image_size, help="Side of the input, in pixels.")
 @click.option("--width", default=BENCH.width, help="Width multiplier, 0.35 to 1.4.")
-@click.option("--precision", default=BENCH.precision, type=click.Choice(PRECISIONS), help="Of stored activations.")
+@click.option(
+    "--precision",
+    default=BENCH.precision,
+    type=click.Choice(PRECISIONS),
+    help="Of stored activations, or of inference.",
+)
 @click.option("--steps", default=BENCH.steps, help="Measured steps, after warm-up.")
 @click.option("--standard-ops", is_flag=True, help="Use MindSpore's operators in place of the C++ ones.")
 @JSON

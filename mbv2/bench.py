@@ -27,7 +27,7 @@ class BenchOptions:
         classes: Classes of the head.
         steps: Measured steps; the first steps, with compilation, are left out.
         kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
-        precision: Of a training step's activations, see there.
+        precision: Of a training step's activations, or of inference, see there.
     """
 
     mode: str = "train"
@@ -45,8 +45,6 @@ class BenchOptions:
         for name in ("batch_size", "image_size", "classes", "steps"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} is out of range", expected="at least 1", got=str(getattr(self, name)))
-        if self.mode == "eval" and self.precision != "float32":
-            raise TrainError("inference is in float32", expected="mode train", got=f"precision {self.precision}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,8 @@ def prepare(options: BenchOptions) -> tuple[Callable[[], Any], str]:
     size = (options.batch_size, options.image_size, options.image_size, 3)
     image = ms.Tensor(random.integers(0, 256, size, dtype=np.uint8))
     config = ModelConfig(options.classes, width=options.width)
-    net = MobileNetV2(config, kernels=options.kernels, precision=options.precision)
+    where = "precision" if options.mode == "train" else "inference"
+    net = MobileNetV2(config, kernels=options.kernels, **{where: options.precision})
     name = kernels.describe() if net.kernels == "native" else "standard operators"
     if options.mode == "eval":
         net.set_train(False)

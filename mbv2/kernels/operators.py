@@ -21,6 +21,12 @@ _STORED = {"float32": ms.float32, "bfloat16": ms.bfloat16}
 Shape = Sequence[int]
 
 
+def _name(name: str, precision: str) -> str:
+    """The function of the library."""
+    suffix = "" if precision == "float32" else f"_{precision}"
+    return f"{kernels.LIBRARY}:mbv2_{name}{suffix}"
+
+
 def _custom(
     name: str, precision: str, shapes: Any, outputs: int, stored: Sequence[int] = (), bprop: Any = None
 ) -> ops.Custom:
@@ -29,8 +35,7 @@ def _custom(
     All are float32 but the `stored` ones, which are of the precision.
     """
     types = tuple(_STORED[precision] if at in stored else ms.float32 for at in range(outputs))
-    suffix = "" if precision == "float32" else f"_{precision}"
-    return ops.Custom(f"{kernels.LIBRARY}:mbv2_{name}{suffix}", shapes, types, "aot", bprop)
+    return ops.Custom(_name(name, precision), shapes, types, "aot", bprop)
 
 
 def switches(
@@ -116,11 +121,14 @@ def block_train(*, stem: bool, stride: int, precision: str = "float32") -> ops.C
     return _custom(f"{prefix}_train", precision, shapes.train, 13, (1, 2, 3), bprop)
 
 
-def block_infer(*, stem: bool, stride: int) -> ops.Custom:
-    """Inference of one block, BatchNorm folded into the weights; inputs as `block_train`, output z."""
+def block_infer(*, stem: bool, stride: int, precision: str = "float32") -> ops.Custom:
+    """Inference of one block, BatchNorm folded into the weights; inputs as `block_train`, output z.
+
+    `precision` is that of what 1x1 convolutions multiply, where the processor multiplies bfloat16.
+    """
     shapes = BlockShapes(stem=stem, stride=stride)
-    prefix = "stem_block" if stem else "block"
-    return ops.Custom(f"{kernels.LIBRARY}:mbv2_{prefix}_infer", shapes.infer, ms.float32, "aot")
+    name = "stem_block_infer" if stem else "block_infer"
+    return ops.Custom(_name(name, precision), shapes.infer, ms.float32, "aot")
 
 
 def _head_train_shapes(*s: Shape) -> tuple[list[int], ...]:
@@ -155,6 +163,6 @@ def head_train(precision: str = "float32") -> ops.Custom:
     return _custom("head_train", precision, _head_train_shapes, 5, (1,), bprop)
 
 
-def head_infer() -> ops.Custom:
-    """Inference of the head; inputs as `head_train`, output pooled."""
-    return ops.Custom(f"{kernels.LIBRARY}:mbv2_head_infer", _head_infer_shape, ms.float32, "aot")
+def head_infer(precision: str = "float32") -> ops.Custom:
+    """Inference of the head; inputs as `head_train`, output pooled; `precision` as of `block_infer`."""
+    return ops.Custom(_name("head_infer", precision), _head_infer_shape, ms.float32, "aot")

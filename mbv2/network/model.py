@@ -207,17 +207,21 @@ class MobileNetV2(nn.Cell):
         precision: How a training step keeps the convolutions' outputs and their gradients within blocks: "float32", or
             "bfloat16", with the C++ operators alone. Weights, statistics, sums and what blocks hand to each other are
             float32.
+        inference: What 1x1 convolutions multiply in evaluation mode: the same choice.
 
     Raises:
         RecipeError: An unknown choice of kernels or precision.
         TrainError: "native" or "bfloat16" where the C++ operators cannot be used.
     """
 
-    def __init__(self, config: ModelConfig, *, kernels: str = "auto", precision: str = "float32") -> None:
+    def __init__(
+        self, config: ModelConfig, *, kernels: str = "auto", precision: str = "float32", inference: str = "float32"
+    ) -> None:
         super().__init__()
         self.config = config
         self.kernels = _choose_kernels(kernels)
-        _check_precision(precision, self.kernels)
+        for chosen in (precision, inference):
+            _check_precision(chosen, self.kernels)
         shapes = block_shapes(config.width)
         self.feature_count = feature_count(config.width)
         self.stem = _Unit(config, 3, shapes[0].inputs, size=3, stride=2)
@@ -232,9 +236,10 @@ class MobileNetV2(nn.Cell):
             numbers = operators.numbers(config.bn_eps, config.bn_momentum, config.mean, config.std)
             same = config.padding == "same"
             first, *blocks = self.blocks
-            self.native_first = NativeBlock(first, numbers, precision, same=same, stem=self.stem)
-            self.native_blocks = nn.CellList([NativeBlock(block, numbers, precision, same=same) for block in blocks])
-            self.native_head = NativeHead(self.head, numbers, precision)
+            how = (numbers, precision, inference)
+            self.native_first = NativeBlock(first, *how, same=same, stem=self.stem)
+            self.native_blocks = nn.CellList([NativeBlock(block, *how, same=same) for block in blocks])
+            self.native_head = NativeHead(self.head, *how)
         for parameter, name in names:  # a Cell that shares another's parameters renames them
             parameter.name = name
 
@@ -293,7 +298,7 @@ def _check_precision(precision: str, kernels: str) -> None:
     if precision != "float32" and kernels != "native":
         raise TrainError(
             f"precision {precision}",
-            expected="the C++ operators, which alone store it",
+            expected="the C++ operators, which alone have it",
             got="MindSpore's own operators" if native.available() else native.describe(),
-            remedy="train with precision=float32",
+            remedy="use precision=float32",
         )

@@ -1,7 +1,7 @@
 """The C++ twins of the network's parts: on the same parameters, on activations (N, H, W, C).
 
 Their parameters are `mbv2.network.model`'s own; `numbers` are the operators' options that are real numbers, and
-`precision` is how a training step keeps the convolutions' outputs.
+`precision` and `inference` are those of :class:`mbv2.network.model.MobileNetV2`.
 """
 
 import functools
@@ -25,7 +25,14 @@ class NativeBlock(nn.Cell):
     """The C++ twin of an inverted residual, on its parameters and on (N, H, W, C); the first begins at the image."""
 
     def __init__(
-        self, block: nn.Cell, numbers: ms.Tensor, precision: str, *, same: bool, stem: nn.Cell | None = None
+        self,
+        block: nn.Cell,
+        numbers: ms.Tensor,
+        precision: str,
+        inference: str,
+        *,
+        same: bool,
+        stem: nn.Cell | None = None,
     ) -> None:
         super().__init__()
         self.expand = block.expand if stem is None else stem
@@ -42,10 +49,9 @@ class NativeBlock(nn.Cell):
         self.switches = switches()
         self.frozen_switches = switches(frozen=True)
         self.numbers = numbers
-        self.train_operator = operators.block_train(
-            stem=stem is not None, stride=block.shape.stride, precision=precision
-        )
-        self.infer_operator = operators.block_infer(stem=stem is not None, stride=block.shape.stride)
+        kind = {"stem": stem is not None, "stride": block.shape.stride}
+        self.train_operator = operators.block_train(**kind, precision=precision)
+        self.infer_operator = operators.block_infer(**kind, precision=inference)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         parameters = _unit_parameters(self.expand) + _unit_parameters(self.depthwise) + _unit_parameters(self.project)
@@ -63,7 +69,7 @@ class NativeBlock(nn.Cell):
 class NativeHead(nn.Cell):
     """The C++ twin of the head and the pooling behind it."""
 
-    def __init__(self, head: nn.Cell, numbers: ms.Tensor, precision: str) -> None:
+    def __init__(self, head: nn.Cell, numbers: ms.Tensor, precision: str, inference: str) -> None:
         super().__init__()
         self.head = head
         self.frozen = False
@@ -71,7 +77,7 @@ class NativeHead(nn.Cell):
         self.frozen_switches = operators.switches(frozen=True)
         self.numbers = numbers
         self.train_operator = operators.head_train(precision)
-        self.infer_operator = operators.head_infer()
+        self.infer_operator = operators.head_infer(inference)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         parameters = _unit_parameters(self.head)

@@ -150,6 +150,7 @@ def evaluate_checkpoint(
     split: str = "val",
     real_labels: Path | None = None,
     kernels: str = "auto",
+    precision: str = "float32",
     device_target: str = "CPU",
     workers: int | None = None,
     cache: Path | None = None,
@@ -165,6 +166,7 @@ def evaluate_checkpoint(
         split: Which split.
         real_labels: A file of several right labels an image, see :func:`mbv2.scoring.several_labels.read_real_labels`.
         kernels: ``auto``, ``native`` or ``standard``, see :mod:`mbv2.network.model`.
+        precision: ``float32`` or ``bfloat16``: what 1x1 convolutions multiply.
         device_target: ``CPU``, ``GPU`` or ``Ascend``.
         workers: Decode threads of this process; as many as the operators use if not given.
         cache: For a URL: where shards are kept. cache_bytes: Most bytes to keep there.
@@ -177,7 +179,7 @@ def evaluate_checkpoint(
     Raises:
         RecordsError: No manifest, no such split, or an empty one.
         CheckpointError: Unreadable, foreign, damaged, or for other classes.
-        TrainError: The file of several labels is not usable.
+        TrainError: The file of several labels is not usable, or bfloat16 without the C++ operators.
     """
     found = read_evaluation(checkpoint, records, split, device_target)
     found = replace(found, workers=workers, cache=cache, cache_bytes=cache_bytes)
@@ -185,5 +187,5 @@ def evaluate_checkpoint(
     if real_labels is not None:
         files = (line.file_name for line in open_records(records, cache, cache_bytes).lines(split))
         tallies.append(RealTally(read_real_labels(real_labels, split, files, found.class_names)))
-    predict = network_predict(build_network(found.loaded, kernels=kernels))
+    predict = network_predict(build_network(found.loaded, kernels=kernels, precision=precision))
     return found.score(predict, tallies=tallies, stop=stop, progress=progress), found.class_names

@@ -261,15 +261,15 @@ def parameter_tensors(parameters: Iterable[Any]) -> Tensors:
     return {parameter.name: parameter.asnumpy().copy() for parameter in parameters}
 
 
-def build_network(checkpoint: Checkpoint, *, kernels: str = "auto") -> MobileNetV2:
-    """Make the network that a checkpoint describes, with its weights, in evaluation mode.
+def build_network(checkpoint: Checkpoint, *, kernels: str = "auto", precision: str = "float32") -> MobileNetV2:
+    """Make the network that a checkpoint describes, with its weights, in evaluation mode; `precision` is of inference.
 
     Raises:
         CheckpointError: The tensors are not that network's.
     """
     from mbv2.network.model import MobileNetV2
 
-    net = MobileNetV2(checkpoint.meta.model_config(), kernels=kernels)
+    net = MobileNetV2(checkpoint.meta.model_config(), kernels=kernels, inference=precision)
     load_parameters(net.get_parameters(), checkpoint.weights(), str(checkpoint.path))
     net.set_train(False)
     return net

@@ -56,7 +56,7 @@ class BlockCall:
         return self.units[0] == "stem"
 
     def _name(self, what: str) -> str:
-        suffix = "" if self.precision == "float32" or what == "infer" else f"_{self.precision}"
+        suffix = "" if self.precision == "float32" else f"_{self.precision}"
         return f"stem_block_{what}{suffix}" if self.stem else f"block_{what}{suffix}"
 
     def _options(self) -> list[NDArray[Any]]:
@@ -132,7 +132,9 @@ def head_grad(
     return grads
 
 
-def head_infer(values: Values, x: Floats) -> Floats:
+def head_infer(values: Values, x: Floats, precision: str = "float32") -> Floats:
     pooled = empty(len(x), len(values["head.conv.weight"]))
-    kernels.call("head_infer", _head_inputs(values, x), [pooled])
+    kernels.call(
+        "head_infer" if precision == "float32" else f"head_infer_{precision}", _head_inputs(values, x), [pooled]
+    )
     return pooled

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mbv2 import kernels
 from mbv2.network.model import BlockShape
 from tests.mbv2 import reference
-from tests.mbv2.blocks import BlockCall, Floats, head_grad, head_train, sides_of, widened
+from tests.mbv2.blocks import BlockCall, Floats, head_grad, head_infer, head_train, sides_of, widened
 from tests.mbv2.reference import Array, Unit
 from tests.mbv2.test_kernels_widths import BLOCKS, FIRST_BLOCKS, HEADS, difference, normal, parameters
 
@@ -115,6 +115,9 @@ def check(call: BlockCall, units: list[Unit], values: dict[str, Floats], x: NDAr
         grads["x"] = d + dz if residual else d
     for name, value in call.grad(values, x, made, dz).items():
         assert difference(value, grads[name]) < CLOSE, (call.shape, name)
+    inferred, whole_inferred = call.infer(values, x), BlockCall(call.shape, call.units, call.same).infer(values, x)
+    assert difference(inferred, whole_inferred.astype(np.float64)) < CLOSE
+    assert np.array_equal(inferred, whole_inferred) != PAIRS, "float32 where the processor multiplies nothing else"
 
 
 @pytest.mark.slow
@@ -168,3 +171,4 @@ def test_whole_heads(rng: np.random.Generator) -> None:
         grads["x"] = head.backward(spread, grads)
         for name, value in head_grad(values, x, made, dpooled, "bfloat16").items():
             assert difference(value, grads[name]) < CLOSE, (outputs, name)
+        assert difference(head_infer(values, x, "bfloat16"), head_infer(values, x).astype(np.float64)) < CLOSE

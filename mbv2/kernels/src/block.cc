@@ -190,6 +190,8 @@ void grad_block(Call& call, bool stem) {
   passes.pointwise_gradient(p, y1.rows(), d1.weight, nullptr);
 }
 
+// T: what 1x1 convolutions multiply, where the processor can.
+template <class T>
 void infer_block(Call& call, bool stem) {
   Block b = read_block(call, stem);
   float* z = read_like<float>(call, "z", b.z);
@@ -197,7 +199,7 @@ void infer_block(Call& call, bool stem) {
   Passes passes;
   const Options& o = b.options;
   const int hidden = b.hidden.channels;
-  BlockInference p;
+  BlockInference<T> p;
   p.stem = stem;
   p.x = b.x.data;
   p.inputs = stem ? 8 : b.x.channels;
@@ -208,14 +210,14 @@ void infer_block(Call& call, bool stem) {
     p.first_stem = stem_of(passes, b.image, b.image_shape, hidden, o);
     p.expand = passes.stem_weights(b.expand, hidden, b.norms[0].scale);
   } else {
-    p.expand = passes.pack(b.expand, 1, b.x.channels, b.x.channels, hidden, b.norms[0].scale);
+    p.expand = passes.pack<T>(b.expand, 1, b.x.channels, b.x.channels, hidden, b.norms[0].scale);
   }
   const float* bias = folded_bias(passes, b.norms[1], o.norm.eps);
   p.depthwise = depthwise_of(b.hidden, o, passes.depthwise_weights(b.depthwise, hidden, b.norms[1].scale));
   p.depthwise.bias = bias;
   p.depthwise.relu6 = true;
   p.project_bias = folded_bias(passes, b.norms[2], o.norm.eps);
-  p.project = passes.pack(b.project, 1, hidden, hidden, b.z.channels, b.norms[2].scale);
+  p.project = passes.pack<T>(b.project, 1, hidden, hidden, b.z.channels, b.norms[2].scale);
   p.residual = o.residual;
   p.z = z;
   passes.block(p);
@@ -225,12 +227,14 @@ OPERATOR(stem_block_train) { train_block<float>(call, true); }
 OPERATOR(stem_block_grad) { grad_block<float>(call, true); }
 OPERATOR(stem_block_train_bfloat16) { train_block<bfloat16>(call, true); }
 OPERATOR(stem_block_grad_bfloat16) { grad_block<bfloat16>(call, true); }
-OPERATOR(stem_block_infer) { infer_block(call, true); }
+OPERATOR(stem_block_infer) { infer_block<float>(call, true); }
+OPERATOR(stem_block_infer_bfloat16) { infer_block<bfloat16>(call, true); }
 OPERATOR(block_train) { train_block<float>(call, false); }
 OPERATOR(block_grad) { grad_block<float>(call, false); }
 OPERATOR(block_train_bfloat16) { train_block<bfloat16>(call, false); }
 OPERATOR(block_grad_bfloat16) { grad_block<bfloat16>(call, false); }
-OPERATOR(block_infer) { infer_block(call, false); }
+OPERATOR(block_infer) { infer_block<float>(call, false); }
+OPERATOR(block_infer_bfloat16) { infer_block<bfloat16>(call, false); }
 
 }  // namespace
 }  // namespace mbv2

@@ -4,7 +4,8 @@
 struct BandPlan {
   int out_rows, ring_rows;
   int64_t row_floats;  // one hidden row with its two zero columns
-  explicit BandPlan(const BlockInference& p) {
+  template <class T>
+  explicit BandPlan(const BlockInference<T>& p) {
     const Depthwise<>& d = p.depthwise;
     out_rows = (kForwardRows + d.out_width - 1) / d.out_width;
     if (out_rows > d.out_height) out_rows = d.out_height;
@@ -13,27 +14,43 @@ struct BandPlan {
   }
 };
 
-inline int64_t places_floats(const BlockInference& p, const BandPlan& plan) {
+template <class T>
+inline int64_t places_floats(const BlockInference<T>& p, const BandPlan& plan) {
   return (static_cast<int64_t>(plan.ring_rows) * p.depthwise.width + kMaxTileRows) * static_cast<int64_t>(sizeof(int64_t) / sizeof(float));
 }
 
-int64_t block_scratch(const BlockInference& p) {
+// Rows of a product's left matrix as it multiplies them: a copy where they are not floats, or fewer than a tile.
+template <class T>
+inline int64_t copy_floats(const BlockInference<T>& p, const BandPlan& plan) {
+  using E = Element<T, T>;
+  const auto floats = [](int64_t rows, int columns) { return (rows + kMaxTileRows) * spread(depth_of<E>(columns)); };
+  if (std::is_same_v<E, float>) return floats(kMaxTileRows, p.inputs > p.hidden ? p.inputs : p.hidden);
+  const int64_t expand = floats(static_cast<int64_t>(plan.ring_rows) * p.depthwise.width, p.inputs);
+  const int64_t project = floats(static_cast<int64_t>(plan.out_rows) * p.depthwise.out_width, p.hidden);
+  return expand > project ? expand : project;
+}
+
+template <class T>
+int64_t block_scratch(const BlockInference<T>& p) {
   const BandPlan plan(p);
   const int64_t filtered = (static_cast<int64_t>(plan.out_rows) * p.depthwise.out_width + kMaxTileRows) * p.hidden;
-  const int64_t copy = static_cast<int64_t>(kMaxTileRows) * 2 * spread(p.inputs);
+  const int64_t copy = copy_floats(p, plan);
   const Stem<>& s = p.first_stem;
   const int64_t stem = p.stem ? stem_scratch(s.width, s.out_width, s.outputs) : 0;
   return (plan.ring_rows + 1) * plan.row_floats + filtered + copy + places_floats(p, plan) + stem + 64;
 }
 
-void block(const BlockInference& p, int64_t begin, int64_t end, float* scratch) {
+template <class T>
+void block(const BlockInference<T>& p, int64_t begin, int64_t end, float* scratch) {
+  using E = Element<T, T>;
+  [[maybe_unused]] const Tiles<E> tiles;
   const Depthwise<>& d = p.depthwise;
   const BandPlan plan(p);
   float* ring = scratch;
   float* zero_row = ring + plan.ring_rows * plan.row_floats;
   float* filtered = zero_row + plan.row_floats;
   float* copy = filtered + (static_cast<int64_t>(plan.out_rows) * d.out_width + kMaxTileRows) * p.hidden;
-  int64_t* places = reinterpret_cast<int64_t*>(copy + static_cast<int64_t>(kMaxTileRows) * 2 * spread(p.inputs));
+  int64_t* places = reinterpret_cast<int64_t*>(copy + copy_floats(p, plan));
   float* stem_memory = reinterpret_cast<float*>(places) + places_floats(p, plan);
   std::memset(scratch, 0, sizeof(float) * (plan.ring_rows + 1) * plan.row_floats);
   for (int r = 0; r < plan.ring_rows; ++r)
@@ -42,9 +59,21 @@ void block(const BlockInference& p, int64_t begin, int64_t end, float* scratch) 
   alignas(StemRows<float>) unsigned char stem_place[sizeof(StemRows<float>)];
   if (p.stem) stem_rows = new (stem_place) StemRows<float>(p.first_stem, stem_memory);
 
+  const auto multiply_rows = [&](const float* left, int rows, const float* packed, int depth, int columns, auto& store) {
+    const int64_t stride = spread(depth_of<E>(depth));
+    const E* right = reinterpret_cast<const E*>(packed);
+    if constexpr (std::is_same_v<E, float>) {
+      if (rows >= kMaxTileRows) return product(left, depth, rows, right, depth, columns, store);
+      load_rows(left, Affine{}, rows, depth, copy, stride);
+    } else {
+      if (2 * depth_of<E>(depth) > depth) std::memset(copy, 0, sizeof(E) * (rows + kMaxTileRows) * stride);
+      load_rows(left, Affine{}, rows, depth, reinterpret_cast<bfloat16*>(copy), 2 * stride);
+    }
+    product(reinterpret_cast<const E*>(copy), stride, rows, right, depth_of<E>(depth), columns, store);
+  };
   const auto expand = [&](int64_t n, int from, int to) {  // hidden rows [from, to), neighbours in the ring
     float* first = ring + (from % plan.ring_rows) * plan.row_floats;
-    StoreInference store{first, places, p.hidden, p.expand_bias, true, nullptr};
+    StoreInference<float> store{first, places, p.hidden, p.expand_bias, true, nullptr};
     if (p.stem) {
       for (int iy = from; iy < to; ++iy, store.y += plan.row_floats) {
         stem_rows->load(n * d.height + iy);
@@ -58,13 +87,7 @@ void block(const BlockInference& p, int64_t begin, int64_t end, float* scratch) 
       for (int r = 0; r < rows; ++r) std::memcpy(first + places[r], left + static_cast<int64_t>(r) * p.inputs, sizeof(float) * p.inputs);
       return;
     }
-    int64_t stride = p.inputs;
-    if (rows < kMaxTileRows) {
-      stride = spread(p.inputs);
-      load_rows(left, Affine{}, rows, p.inputs, copy, stride);
-      left = copy;
-    }
-    product(left, stride, rows, p.expand, p.inputs, p.hidden, store);
+    multiply_rows(left, rows, p.expand, p.inputs, p.hidden, store);
   };
 
   int64_t image = -1;
@@ -101,8 +124,8 @@ void block(const BlockInference& p, int64_t begin, int64_t end, float* scratch) 
       else depthwise_row<2>(d, rows, to, Sums{});
     }
     const int64_t at = row * d.out_width * p.outputs;
-    StoreInference store{p.z + at, nullptr, p.outputs, p.project_bias, false, p.residual ? p.x + at : nullptr};
-    product(filtered, p.hidden, out_rows * d.out_width, p.project, p.hidden, p.outputs, store);
+    StoreInference<float> store{p.z + at, nullptr, p.outputs, p.project_bias, false, p.residual ? p.x + at : nullptr};
+    multiply_rows(filtered, out_rows * d.out_width, p.project, p.hidden, p.outputs, store);
     row = stop;
   }
 }

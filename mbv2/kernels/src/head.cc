@@ -57,29 +57,34 @@ void grad_head(Call& call) {
   passes.pointwise_gradient(p, x.rows(), d.weight, nullptr);
 }
 
-OPERATOR(head_train) { train_head<float>(call); }
-OPERATOR(head_grad) { grad_head<float>(call); }
-OPERATOR(head_train_bfloat16) { train_head<bfloat16>(call); }
-OPERATOR(head_grad_bfloat16) { grad_head<bfloat16>(call); }
-OPERATOR(head_infer) {
+// Y: how the convolution's output is kept, and what it multiplies where the processor can.
+template <class Y>
+void infer_head(Call& call) {
   const Matrix h = read_matrix(call);
   Norm norm = read_norm(call, h.outputs);
   const Options o = read_options(call);
   float* pooled = call.exactly<float>("pooled", {h.x.images, h.outputs});
   call.done();
   Passes passes;
-  Pointwise<> p;
+  Pointwise<float, Y> p;
   p.x = h.x.data;
   p.bias = folded_bias(passes, norm, o.norm.eps);
   p.relu6 = true;
   p.inputs = h.x.channels;
   p.outputs = h.outputs;
-  p.packed = passes.pack(h.weights, 1, h.x.channels, h.x.channels, h.outputs, norm.scale);
-  float* y = passes.memory.floats(h.x.rows() * h.outputs);
+  p.packed = passes.pack<Y>(h.weights, 1, h.x.channels, h.x.channels, h.outputs, norm.scale);
+  Y* y = passes.memory.values<Y>(h.x.rows() * h.outputs);
   p.y = y;
   passes.pointwise(p, h.x.rows(), nullptr, nullptr);
   passes.pool(y, Affine{}, pooled, h.x.images, h.x.height * h.x.width, h.outputs);
 }
+
+OPERATOR(head_train) { train_head<float>(call); }
+OPERATOR(head_grad) { grad_head<float>(call); }
+OPERATOR(head_infer) { infer_head<float>(call); }
+OPERATOR(head_train_bfloat16) { train_head<bfloat16>(call); }
+OPERATOR(head_grad_bfloat16) { grad_head<bfloat16>(call); }
+OPERATOR(head_infer_bfloat16) { infer_head<bfloat16>(call); }
 
 }  // namespace
 }  // namespace mbv2

@@ -107,6 +107,7 @@ struct Stem {  // 3x3, stride 2, from uint8 (N, H, W, 3)
 
 constexpr int kStemDepth = 27;  // in the order ky, kx, colour
 
+template <class T = float>  // what 1x1 convolutions multiply, where the processor can
 struct BlockInference {  // one image's inverted residual in bands of rows, the hidden layer never leaving the cache
   bool stem = false;
   Stem<> first_stem;
@@ -126,6 +127,8 @@ template <class P>
 using Forward = void (*)(const P&, int64_t begin, int64_t end, float* scratch, Sums);
 template <class P>
 using Backward = void (*)(const P&, int64_t begin, int64_t end, float* scratch, float* dw, Sums);
+template <class T>
+using BlockOf = void (*)(const BlockInference<T>&, int64_t begin, int64_t end, float* scratch);
 template <class Y>
 using StemBackward = void (*)(const Stem<Y>&, const OutputGradient<Y, Y>&, int64_t begin, int64_t end, float* scratch, float* dw);
 template <class Y>
@@ -157,8 +160,8 @@ struct InstructionSet {
   const char* name;
   int lanes;
   int64_t (*packed_size)(int depth, int columns);
-  // Panels [p0, p1) of the matrix with element (k, n) at w[k * k_stride + n * n_stride] * scale[n]; and for products in which
-  // bfloat16 is stored, where there is no scale.
+  // Panels [p0, p1) of the matrix with element (k, n) at w[k * k_stride + n * n_stride] * scale[n]; and for products that take
+  // bfloat16 where the processor can.
   int (*panels)(int columns);
   void (*pack)(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed, int p0,
                int p1);
@@ -191,8 +194,8 @@ struct InstructionSet {
   Each<PoolOf<float>, PoolOf<bfloat16>> pool;
   Each<PoolBackward<float>, PoolBackward<bfloat16>> pool_gradient;
 
-  int64_t (*block_scratch)(const BlockInference&);
-  void (*block)(const BlockInference&, int64_t begin, int64_t end, float* scratch);  // output rows of all images
+  Each<int64_t (*)(const BlockInference<>&), int64_t (*)(const BlockInference<bfloat16>&)> block_scratch;
+  Each<BlockOf<float>, BlockOf<bfloat16>> block;  // output rows of all images
 };
 
 const InstructionSet& vector_code();  // the best that this processor has

@@ -25,11 +25,12 @@ constexpr int kDepthStep = 16;  // pairs a tile holds along the depth
 template <>
 struct Tiles<Pair> {
   Tiles() {
-    struct {
+    struct Shape {
       uint8_t palette = 1, start = 0, unused[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
-    } const shape;
+    };
+    static constexpr Shape shape;  // not on the stack: GCC takes only its first 8 bytes for read
     _tile_loadconfig(&shape);
   }
   ~Tiles() { _tile_release(); }
@@ -119,7 +120,8 @@ INLINE void multiply(const Pair* a, int64_t ars, int64_t aks, const Pair* b, int
 template <>
 inline int depth_of<Pair>(int columns) { return (columns / 2 + kDepthStep - 1) / kDepthStep * kDepthStep; }
 
-void pack_pairs(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float*, float* packed, int p0, int p1) {
+void pack_pairs(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed,
+                int p0, int p1) {
   int index = 0;
   for (PanelPlan p(columns); !p.done(); p.next(), ++index) {
     if (index < p0 || index >= p1) continue;
@@ -130,7 +132,8 @@ void pack_pairs(const float* w, int64_t k_stride, int64_t n_stride, int depth, i
       for (int j = 0; j < width; j += LANES) {
         Wide row[2] = {};
         for (int i = 0; i < 2; ++i)
-          for (int n = 0; n < LANES && first + j + n < columns; ++n) row[i][n] = w[(k + i) * k_stride + (first + j + n) * n_stride];
+          for (int n = 0, at = first + j; n < LANES && at < columns; ++n, ++at)
+            row[i][n] = w[(k + i) * k_stride + at * n_stride] * (scale ? scale[at] : 1.0f);
         put_pairs(panel + static_cast<int64_t>(k / 2) * width + j, row[0], row[1]);
       }
     }

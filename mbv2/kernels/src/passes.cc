@@ -351,9 +351,12 @@ void Passes::pool_gradient(const float* dpooled, const Y* y, const Norm& norm, Y
   });
 }
 
-void Passes::block(const BlockInference& p) {
-  const int64_t floats = vector.block_scratch(p), rows = static_cast<int64_t>(p.depthwise.images) * p.depthwise.out_height;
-  parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) { vector.block(p, begin, end, scratch(worker, floats)); });
+template <class T>
+void Passes::block(const BlockInference<T>& p) {
+  const int64_t floats = vector.block_scratch.template of<int64_t (*)(const BlockInference<T>&)>()(p);
+  parallel(static_cast<int64_t>(p.depthwise.images) * p.depthwise.out_height, 1, [&](int worker, int64_t begin, int64_t end) {
+    vector.block.template of<BlockOf<T>>()(p, begin, end, scratch(worker, floats));
+  });
 }
 
 template <class Y>
@@ -398,7 +401,8 @@ template void Passes::pointwise_gradient(PointwiseGradient<bfloat16, bfloat16, f
   template void Passes::stem_gradient(const Stem<T>&, const OutputGradient<T, T>&, float*);                                   \
   template void Passes::gradient_sums(const float*, const T*, Affine, const float*, float*, int, int64_t, Totals&);           \
   template void Passes::pool_gradient(const float*, const T*, const Norm&, T*, int, int, Totals&);                            \
-  template void Passes::pool(const T*, Affine, float*, int, int, int);
+  template void Passes::pool(const T*, Affine, float*, int, int, int);                                                        \
+  template void Passes::block(const BlockInference<T>&);
 FOR_EACH_TYPE(float)
 FOR_EACH_TYPE(bfloat16)
 #undef FOR_EACH_TYPE

@@ -98,7 +98,8 @@ class Passes {
   template <class Y>
   void pool_gradient(const float* dpooled, const Y* y, const Norm& norm, Y* g, int images, int pixels, Totals& sums);
 
-  void block(const BlockInference& p);
+  template <class T>
+  void block(const BlockInference<T>& p);
   template <class Y>
   void pool(const Y* y, Affine in, float* pooled, int images, int pixels, int channels);
   void add(const float* a, const float* b, float* c, int64_t count);

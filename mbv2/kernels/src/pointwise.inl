@@ -61,13 +61,9 @@ void pointwise(const Pointwise<X, Y>& p, int64_t begin, int64_t end, float* scra
     }
     Y* y = p.y + row * p.outputs;
     const auto run = [&](auto store) { product(left, left_stride, rows, reinterpret_cast<const E*>(p.packed), depth, p.outputs, store); };
-    if constexpr (std::is_same_v<Y, float>) {
-      if (p.bias) {
-        run(StoreInference{y, nullptr, p.outputs, p.bias, p.relu6, p.residual ? p.residual + row * p.outputs : nullptr});
-        continue;
-      }
-    }
-    if (sums.first) {
+    if (p.bias) {
+      run(StoreInference<Y>{y, nullptr, p.outputs, p.bias, p.relu6, p.residual ? p.residual + row * p.outputs : nullptr});
+    } else if (sums.first) {
       tile.clear(padded(p.outputs));
       run(StoreForward<true, Y>{y, p.outputs, p.centre, tile});
       tile.flush(sums, p.outputs);

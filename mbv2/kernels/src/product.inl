@@ -212,8 +212,9 @@ struct StoreForward {
 };
 
 // Inference: y = act(sums + bias) + residual; row r of the product goes to y + places[r], or to row r of y.
+template <class Y>
 struct StoreInference {
-  float* y;
+  Y* y;
   const int64_t* places;
   int columns;
   const float* bias;

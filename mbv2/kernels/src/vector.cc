@@ -62,8 +62,8 @@ constexpr InstructionSet table() {
   set.add = add;
   set.pool = {{pool}, {pool}};
   set.pool_gradient = {{pool_gradient}, {pool_gradient}};
-  set.block_scratch = block_scratch;
-  set.block = block;
+  set.block_scratch = {{block_scratch}, {block_scratch}};
+  set.block = {{block}, {block}};
   return set;
 }
 

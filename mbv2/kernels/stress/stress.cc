@@ -166,7 +166,7 @@ bool block(const Library& library, const Size& s, const std::string& stored, Res
 
   std::vector<Tensor> inferred;
   inferred.emplace_back(z);
-  return run(library, name + "_infer", pointers(in, inferred), 1, results);
+  return run(library, name + "_infer" + suffix, pointers(in, inferred), 1, results);
 }
 
 bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, int64_t outputs, const std::string& stored, Results& results) {
@@ -192,7 +192,7 @@ bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, i
   for (Tensor& t : grads) call.push_back(&t);
   if (!run(library, "head_grad" + suffix, call, grads.size(), results)) return false;
   inferred.emplace_back(std::vector<int64_t>{batch, outputs});
-  return run(library, "head_infer", pointers(in, inferred), 1, results);
+  return run(library, "head_infer" + suffix, pointers(in, inferred), 1, results);
 }
 
 // Every operator at every size; each block from two threads at once.

@@ -66,6 +66,23 @@ def cosine(one: Sequence[ms.Tensor], other: Sequence[ms.Tensor]) -> float:
 
 @needs_kernels
 @pytest.mark.usefixtures("small_network")
+def test_inference_takes_the_products_that_are_asked_for() -> None:
+    image = ms.Tensor(np.random.default_rng(2).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    nets = [
+        MobileNetV2(CONFIG, kernels="native"),
+        MobileNetV2(CONFIG, kernels="native", precision="bfloat16"),
+        MobileNetV2(CONFIG, kernels="native", inference="bfloat16"),
+    ]
+    for net in nets[1:]:
+        load_values(net, parameter_values(nets[0]))
+    exact, trained_so, near = (net.set_train(False).features(image).asnumpy() for net in nets)
+    assert np.array_equal(trained_so, exact), "how a step stores its activations does not touch inference"
+    assert not np.array_equal(near, exact)
+    assert np.abs(near - exact).max() < 2e-2 * np.abs(exact).max()
+
+
+@needs_kernels
+@pytest.mark.usefixtures("small_network")
 @pytest.mark.slow
 def test_a_step_is_near_that_in_float32() -> None:
     random = np.random.default_rng(1)
