@@ -75,7 +75,7 @@ def test_the_table_ends_with_the_result(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["numpy", "cv2", *(pytest.param(name, marks=pytest.mark.long) for name in ("filelock", "jsonschema"))]
+    "name", ["cv2", *(pytest.param(name, marks=pytest.mark.long) for name in ("numpy", "filelock", "jsonschema"))]
 )
 def test_a_library_that_raises_at_import_is_named(name: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--json", **{name: "raise RuntimeError('built for\\nanother machine')"})

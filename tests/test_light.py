@@ -49,6 +49,13 @@ for words in json.loads(sys.argv[2]):
     done = CliRunner().invoke(import_module(sys.argv[1]).main, words)
     print(json.dumps([done.exit_code, done.stdout, done.stderr]))
 """
+EXAMINE = """
+import json
+from imnet_prep.cli import doctor
+report = doctor.Report("3", "test")
+doctor._examine_parts(report)  # all of it tries a download and a conversion as well; tests/test_doctor.py does
+print(json.dumps(report.to_json()))
+"""
 PREP, MOBILENET = "imnet_prep.cli.prep", "imnet_prep.cli.mobilenet"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Results = Callable[..., list[tuple[int, str, str]]]
@@ -100,6 +107,7 @@ def records(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "records"
 
 
+@pytest.mark.slow
 def test_the_commands_need_no_mindspore(records: Path, results: Results, tmp_path: Path) -> None:
     damaged, plain = (Path(shutil.copytree(records, tmp_path / name)) for name in ("damaged", "plain"))
     min(damaged.glob("train/*.db")).unlink()
@@ -120,10 +128,12 @@ def test_the_commands_need_no_mindspore(records: Path, results: Results, tmp_pat
     assert len(list(damaged.glob("train/*.db"))) == 2
 
 
+@pytest.mark.slow
 def test_batches_are_read_without_it(records: Path, without_mindspore: Run) -> None:
     assert without_mindspore(sys.executable, "-c", BATCHES, records).stdout == "12\n12\n"
 
 
+@pytest.mark.slow
 def test_records_are_browsed_without_it(records: Path, without_mindspore: Run) -> None:
     pytest.importorskip("flask")
     program = f"""
@@ -134,6 +144,7 @@ print(create_app(Path({str(records)!r})).test_client().get("/").status_code)
     assert without_mindspore(sys.executable, "-c", program).stdout == "200\n"
 
 
+@pytest.mark.slow
 def test_training_says_in_one_line_that_it_needs_mindspore(records: Path, results: Results) -> None:
     found = results(
         MOBILENET,
@@ -236,8 +247,10 @@ def test_a_download_says_once_which_decoder_is_in_use(plain: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_without_the_libraries_the_doctor_says_what_installs_them(plain: Path) -> None:
-    found = json.loads(run_plain(plain, "imnet_prep", "doctor", "--json").stdout)
-    problem = next(one for one in found["problems"] if one["what"].startswith("C++ decoder and operators"))
+    (plain / "site" / "examine.py").write_text(EXAMINE, "utf-8")
+    found = json.loads(run_plain(plain, "examine").stdout)
+    (problem,) = found["problems"]
+    assert problem["what"].startswith("C++ decoder and operators")
     assert (found["ok"], problem["needed"]) == (True, False)
     assert "apt-get install g++ libjpeg-dev" in problem["remedy"]
     assert "not built" in found["decoder"]
