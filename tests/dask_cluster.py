@@ -48,8 +48,7 @@ class Cluster:
             self.address = str(self._wait_for(file)["address"])
             for before in workers:
                 self.add_worker(before)
-            count = f"from distributed import Client; Client({self.address!r}).wait_for_workers({len(workers)}, 60)"
-            subprocess.run([*around, sys.executable, "-c", count], check=True, capture_output=True, timeout=90)
+            self._wait_for_workers()
         except BaseException:
             self.close()
             raise
@@ -70,6 +69,14 @@ class Cluster:
                 return dict(json.loads(file.read_text(encoding="utf-8")))
             except (FileNotFoundError, ValueError):
                 time.sleep(0.1)
+        raise TimeoutError(self.log.read_text(encoding="utf-8"))
+
+    def _wait_for_workers(self) -> None:
+        """Wait until the scheduler has told of each: to ask it takes a process, which imports Dask."""
+        for _ in range(600):
+            if self.log.read_text(encoding="utf-8").count(" Register worker ") == len(self.workers):
+                return
+            time.sleep(0.1)
         raise TimeoutError(self.log.read_text(encoding="utf-8"))
 
     def close(self) -> None:

@@ -39,7 +39,8 @@ LOCAL = FetchOptions(allow_private=True, timeout_s=20)
 
 
 def _download(lists: Path, out: Path, **options: object) -> DownloadResult:
-    settings = {"fetch": LOCAL, "polite": PoliteOptions(per_host=4, backoff_s=0.05, retries=2)} | options
+    polite = PoliteOptions(per_host=4, backoff_s=0.05, retries=2)
+    settings = {"fetch": LOCAL, "polite": polite, "processes": 1} | options  # to start a second one takes long
     return download(DownloadOptions(urls=(lists,), out=out, **settings))  # type: ignore[arg-type]
 
 
@@ -98,7 +99,7 @@ def test_connections_are_reused_and_never_more_than_allowed(tmp_path: Path) -> N
 
     with Server(route) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(150)])
-        result = _download(lists, tmp_path / "out", polite=PoliteOptions(per_host=3, concurrency=32))
+        result = _download(lists, tmp_path / "out", polite=PoliteOptions(per_host=3, concurrency=32), processes=2)
         assert result.totals.ok == 150
         assert not over
         assert server.open_most <= 3
@@ -108,7 +109,7 @@ def test_connections_are_reused_and_never_more_than_allowed(tmp_path: Path) -> N
 def test_the_rate_of_a_host_is_kept(tmp_path: Path) -> None:
     with Server(images) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(12)])
-        _download(lists, tmp_path / "out", polite=PoliteOptions(per_host=4, rate_per_host=8))
+        _download(lists, tmp_path / "out", polite=PoliteOptions(per_host=4, rate_per_host=8), processes=2)
         times = [when for when, _ in server.log]
     assert times[-1] - times[0] >= 11 / 8 - 0.2
 
@@ -123,7 +124,10 @@ def test_a_slow_host_costs_the_others_nothing(tmp_path: Path) -> None:
         urls = [tortoise.url(f"/{number}") for number in range(100, 104)]
         urls += [host.url(f"/{number}") for number in range(60) for host in (one, two)]
         result = _download(
-            write_list(tmp_path / "list", urls), tmp_path / "out", polite=PoliteOptions(per_host=2, concurrency=6)
+            write_list(tmp_path / "list", urls),
+            tmp_path / "out",
+            polite=PoliteOptions(per_host=2, concurrency=6),
+            processes=2,
         )
         assert result.totals.ok == 124
         done = max(when for host in (one, two) for when, _ in host.log)
@@ -145,7 +149,10 @@ def test_retry_after_is_honoured_and_other_hosts_go_on(tmp_path: Path, form: str
     with Server(limited) as host, Server(images) as other:
         urls = [host.url(f"/{number}") for number in range(10)] + [other.url(f"/{number}") for number in range(50, 60)]
         result = _download(
-            write_list(tmp_path / "list", urls), tmp_path / "out", polite=PoliteOptions(per_host=1, retries=2)
+            write_list(tmp_path / "list", urls),
+            tmp_path / "out",
+            polite=PoliteOptions(per_host=1, retries=2),
+            processes=2,
         )
         assert result.totals.ok == 20
         later = [when for when, _ in host.log if when > refusals[0] + 0.001]
@@ -233,7 +240,7 @@ def test_the_same_bytes_from_many_urls_are_a_placeholder(tmp_path: Path) -> None
 
     with Server(route) as server:
         urls = [server.url(f"/gone/{number}") for number in range(6)] + [server.url(f"/{n}") for n in range(8)]
-        result = _download(write_list(tmp_path / "list", urls), tmp_path / "out")
+        result = _download(write_list(tmp_path / "list", urls), tmp_path / "out", processes=2)
     assert result.totals.failed == {"placeholder": 6}
     assert result.totals.ok == 8
     assert len(_tree(tmp_path / "out")) == 8
@@ -260,7 +267,7 @@ def test_a_known_placeholder_is_known_when_it_comes_alone_later(tmp_path: Path) 
 def test_a_list_that_names_each_photograph_often_loses_none(tmp_path: Path) -> None:
     with Server(images) as server:
         urls = [server.url(f"/copy{copy}/{number}") for copy in range(20) for number in (1, 2)]
-        result = _download(write_list(tmp_path / "list", urls), tmp_path / "out")
+        result = _download(write_list(tmp_path / "list", urls), tmp_path / "out", processes=2)
     assert result.totals.failed == {}
 
 
@@ -276,7 +283,7 @@ def test_interruption_finishes_what_is_in_hand(tmp_path: Path) -> None:
         assert 0 < result.totals.pending < 400
         assert result.totals.ok == sum(server.hits.values())
         assert len(_tree(tmp_path / "out")) == result.totals.ok
-        assert _download(lists, tmp_path / "out").totals.ok == 400
+        assert _download(lists, tmp_path / "out", processes=2).totals.ok == 400
         assert max(server.hits.values()) == 1
 
 
@@ -348,10 +355,10 @@ def _killable(folder: Path, lists: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.long)])
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path, kills: int) -> None:
     whole: set[str] = set()  # paths whose image lay under its final name at a kill
     moments = random.Random(7)
-    kills = int(os.environ.get("IMNET_TEST_KILLS", "6"))
 
     def route(exchange: Exchange) -> None:
         if exchange.path in whole:
@@ -367,7 +374,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) ->
 
     fetched_twice: list[str] = []
     with Server(route) as server:
-        lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(700)])
+        lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(500)])
         for kill in range(kills):
             process = _killable(tmp_path, lists)
             begun = sum(server.hits.values())
@@ -391,10 +398,14 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) ->
                 Image.open(path).load()  # never half written
                 assert path.stem in good
                 whole.add("/" + path.stem.rpartition("_")[2])
-        result = _download(lists, tmp_path / "out", polite=PoliteOptions(per_host=8, retries=1, backoff_s=0.05))
+        result = _download(
+            lists, tmp_path / "out", polite=PoliteOptions(per_host=8, retries=1, backoff_s=0.05), processes=2
+        )
         assert not fetched_twice
         whole.clear()
-        calm = _download(lists, tmp_path / "calm", polite=PoliteOptions(per_host=8, retries=1, backoff_s=0.05))
+        calm = _download(
+            lists, tmp_path / "calm", polite=PoliteOptions(per_host=8, retries=1, backoff_s=0.05), processes=2
+        )
     assert result.totals == calm.totals
     assert _tree(tmp_path / "out") == _tree(tmp_path / "calm")
     reasons = [
@@ -417,7 +428,7 @@ def test_a_worker_that_dies_costs_no_url(tmp_path: Path) -> None:
 
     with Server(route) as server:
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(80)])
-        result = _download(lists, tmp_path / "out", processes=1)
+        result = _download(lists, tmp_path / "out")
     assert killed
     assert result.totals.ok == 80
     assert len(_tree(tmp_path / "out")) == 80
@@ -433,8 +444,8 @@ def test_workers_that_cannot_start_end_the_run(tmp_path: Path, monkeypatch: pyte
         with monkeypatch.context() as patch:
             patch.syspath_prepend(broken)  # this process has imported certifi; its workers have not
             with pytest.raises(DownloadError, match="3 times before it was ready; got exit code 1"):
-                _download(lists, tmp_path / "out", processes=1)
-        assert _download(lists, tmp_path / "out", processes=1).totals.ok == 4
+                _download(lists, tmp_path / "out")
+        assert _download(lists, tmp_path / "out").totals.ok == 4
 
 
 BREAKS_THE_CHECK = """
@@ -458,9 +469,9 @@ def test_a_fault_in_the_check_of_an_image_costs_that_url_and_the_run_ends(
         lists = write_list(tmp_path / "list", [server.url(f"/{number}") for number in range(4)])
         with monkeypatch.context() as patch:
             patch.syspath_prepend(broken)
-            found = _download(lists, tmp_path / "out", processes=1).totals
+            found = _download(lists, tmp_path / "out").totals
         assert (found.ok, found.failed, found.pending) == (0, {"internal": 4}, 0)
-        assert _download(lists, tmp_path / "out", processes=1, retry_failed=True).totals.ok == 4
+        assert _download(lists, tmp_path / "out", retry_failed=True).totals.ok == 4
 
 
 def _is_worker(entry: Path) -> bool:
