@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner
 
 from imnet_prep.build.convert import convert
 from imnet_prep.build.job import ConvertResult
@@ -67,8 +68,19 @@ def command(*arguments: object) -> list[str]:
     return [*COMMAND, *map(str, arguments)]
 
 
-def prep(*arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run ``imnet-prep`` to its end."""
+def prep(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``imnet-prep`` to its end in this process: to start one takes longer than most commands do."""
+    from imnet_prep.cli.prep import main
+
+    words = list(map(str, arguments))
+    done = CliRunner().invoke(main, words)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+
+def prep_process(*arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run ``imnet-prep`` to its end in a process of its own."""
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False)
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from imnet_prep.build.options import ConvertOptions, PlanOptions
 from imnet_prep.cli.prep import main, to_mindrecord
-from tests.records import names, prep, prep_json
+from tests.records import names, prep, prep_json, prep_process
 from tests.synthetic import make_image_folder, make_imagenet
 
 CONVERT_KEYS = {"images", "rejected", "shards", "bytes", "seconds", "images_per_s", "manifest"}
@@ -53,7 +53,7 @@ def one_line(result: Result, code: int = 1) -> str:
 
 
 def test_json_is_one_object_and_nothing_else(source: Path, tmp_path: Path) -> None:
-    done = prep("to-mindrecord", source, "--out", tmp_path / "records", "--json")
+    done = prep_process("to-mindrecord", source, "--out", tmp_path / "records", "--json")
     result = json.loads(done.stdout)
     assert set(result) >= CONVERT_KEYS
     assert result["images"] == 24
@@ -63,6 +63,7 @@ def test_json_is_one_object_and_nothing_else(source: Path, tmp_path: Path) -> No
     assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "records").glob("*/*.mindrecord*"))
 
 
+@pytest.mark.slow
 def test_same_plan_again_is_done_already(source: Path, records: Path) -> None:
     assert prep_json("to-mindrecord", source, "--out", records, "--shards", 2)["already_done"] is True
 
@@ -138,7 +139,7 @@ def test_usage_errors_exit_2(source: Path) -> None:
 def test_over_budget_exits_3(tmp_path: Path) -> None:
     source = make_image_folder(tmp_path / "in", 2, 3, ())
     min(source.rglob("*.jpg")).write_bytes(b"")
-    done = prep("to-mindrecord", source, "--out", tmp_path / "records", "--workers", 1)
+    done = prep_process("to-mindrecord", source, "--out", tmp_path / "records", "--workers", 1)
     assert done.returncode == 3
     assert "1 of 6 images rejected (empty 1)" in done.stderr
     assert "Traceback" not in done.stderr

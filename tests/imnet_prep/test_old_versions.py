@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from imnet_prep import EvalOptions, TrainOptions, open_batches
-from imnet_prep.cli.prep import main
-from tests.records import digests
+from tests.records import digests, prep_json
 from tests.synthetic import WNIDS
 
 OLD = Path(__file__).parents[1] / "fixtures" / "f361d40"
@@ -26,14 +24,6 @@ IMAGES = {"records": {"train": 21, "val": 6}, "adopted/named": {"train": 12}, "a
 def old(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, int]]:
     """A copy of a folder, and its images by split."""
     return Path(shutil.copytree(OLD / request.param, tmp_path / request.param)), IMAGES[request.param]
-
-
-def prep_json(*arguments: object) -> dict[str, Any]:
-    """Run ``imnet-prep ... --json`` in this process."""
-    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def test_old_records_verify_at_level_decode(old: tuple[Path, dict[str, int]]) -> None:

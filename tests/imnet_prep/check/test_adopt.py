@@ -23,7 +23,7 @@ from imnet_prep.records.mindrecord import Shard, index_path
 from imnet_prep.records.publish import changing
 from imnet_prep.records.record_list import RECORDS
 from tests.imnet_prep.obstacles import make_fifo, names_below, shared_folder, small_disk, unprivileged
-from tests.records import copy, digests, make_records, prep, prep_json, quiet, read_records
+from tests.records import copy, digests, make_records, prep, prep_json, prep_process, quiet, read_records
 from tests.synthetic import WNIDS, encode, jpeg, make_image_folder, picture
 
 
@@ -354,7 +354,7 @@ def test_a_fifo_does_not_hang(tmp_path: Path, place: str) -> None:
     (folder / "train").mkdir()
     (folder / place).unlink(missing_ok=True)
     make_fifo(folder / place)
-    done = prep("adopt", folder, "--workers", 1, timeout_s=60)
+    done = prep_process("adopt", folder, "--workers", 1, timeout_s=60)
     assert "Traceback" not in done.stderr
     if place.startswith("train"):
         assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from imnet_prep.records.manifest import load_manifest
 from imnet_prep.records.mindrecord import Shard, index_path, read_header
 from imnet_prep.records.publish import DAMAGED_FOLDER
 from tests.imnet_prep.obstacles import make_fifo, names_below, shared_folder, unprivileged
-from tests.records import copy, flip, make_records, prep, quiet, read_records
+from tests.records import copy, flip, make_records, prep, prep_process, quiet, read_records
 from tests.records import digests as all_digests
 from tests.synthetic import WNIDS, jpeg
 
@@ -275,7 +275,7 @@ def test_things_that_are_no_files_do_not_hang(records: Path, whole: Path, state:
         index_path(shards[0]).unlink()
     elif state == "shard damaged":
         flip_in(shards[1], b"\xa5label", 6)
-    done = prep("repair-index", records, "--json", timeout_s=60)
+    done = prep_process("repair-index", records, "--json", timeout_s=60)
     assert done.returncode == 3, done.stderr
     result = repair(records)
     assert states(result) == ["lost", "intact", "intact", "intact"]

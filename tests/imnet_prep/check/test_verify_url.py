@@ -72,6 +72,7 @@ def test_other_commands_say_that_they_take_no_url(records: Path) -> None:
     assert done.stderr.endswith("copy them to a folder\n")
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_url_and_hide_what_is_secret_in_it(records: Path) -> None:
     with served(records) as server:
         url = server.url.replace("://", "://user:hunter2@")

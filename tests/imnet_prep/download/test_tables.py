@@ -258,6 +258,7 @@ def test_parts_take_each_host_once_and_are_together_what_one_machine_gets(tmp_pa
         get("whole", (1, 4))
 
 
+@pytest.mark.slow
 def test_sizes_that_are_not_wanted_are_counted_and_the_contact_is_sent(tmp_path: Path) -> None:
     sizes = {"/wide.jpg": (320, 90), "/large.jpg": (200, 200), "/fine.jpg": (150, 100), "/small.jpg": (90, 60)}
     with Server(lambda x: x.answer(200, picture(1, size=sizes[x.path]))) as server:
