@@ -15,8 +15,6 @@ import pytest
 from tests.records import command, digests, names, prep, prep_json, run
 from tests.synthetic import make_image_folder, make_imagenet
 
-KILLS = 6  # benchmarks/kill_resume.py does 25
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,13 +62,14 @@ def gone(children: set[int]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.long)])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
-    source: Path, expected: dict[str, str], tmp_path: Path
+    source: Path, expected: dict[str, str], tmp_path: Path, kills: int
 ) -> None:
     out, partial = tmp_path / "records", tmp_path / "records.partial"
     rng, before, killed = random.Random(5), dict[str, tuple[int, int]](), 0
     call = command("to-mindrecord", source, "--out", out, "--shards", 8, "--workers", 2)
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(rng.uniform(0.2, 1.0))  # a whole run takes more than 1 s on any machine
@@ -96,7 +95,10 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM), pytest.param(signal.SIGTERM, marks=pytest.mark.long)],
+)
 def test_asked_to_stop_it_leaves_a_clean_checkpoint(
     source: Path, expected: dict[str, str], tmp_path: Path, number: int
 ) -> None:

@@ -236,13 +236,13 @@ def test_ctrl_c_stops_all_parts_and_the_same_command_goes_on(tmp_path: Path, clu
 
 def test_the_part_of_a_killed_worker_is_taken_up_by_another(tmp_path: Path) -> None:
     with closing(Cluster(tmp_path / "dask", [[], []])) as two, hosts(6, slowly) as servers:
-        lines = write_lines(tmp_path / "list", [server.url("") for server in servers], 60)
+        lines = write_lines(tmp_path / "list", [server.url("") for server in servers], 30)
 
         def hit() -> int:
             return sum(sum(server.hits.values()) for server in servers)
 
         def kill_one() -> None:
-            while hit() < 60:
+            while hit() < 30:
                 time.sleep(0.02)
             kill(two.workers[0].pid)
 
@@ -253,11 +253,11 @@ def test_the_part_of_a_killed_worker_is_taken_up_by_another(tmp_path: Path) -> N
         assert two.workers[0].wait() != 0
         assert two.workers[1].poll() is None
         assert max(server.open_most for server in servers) <= 3
-        assert 360 <= hit() <= 360 + 3 * len(servers)  # only what was in flight is asked again
-    assert (result.totals.ok, result.totals.pending, result.totals.failed) == (324, 0, {"gone": 36})
+        assert 180 <= hit() <= 180 + 3 * len(servers)  # only what was in flight is asked again
+    assert (result.totals.ok, result.totals.pending, result.totals.failed) == (162, 0, {"gone": 18})
     parts = list((tmp_path / "out").iterdir())
     assert len(parts) == 2
-    assert images_of(parts).total() == 324
+    assert images_of(parts).total() == 162
     assert not [path for part in parts for path in (part / ".incoming").iterdir()]
 
 
