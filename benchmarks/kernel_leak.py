@@ -34,11 +34,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--precision", default="float32")
     args = parser.parse_args()
     start_mindspore("CPU")
-    options = BenchOptions(
-        batch_size=args.batch_size, image_size=args.image_size, width=0.5, classes=10, kernels="native"
-    )
+    size = {"batch_size": args.batch_size, "image_size": args.image_size, "width": 0.5, "classes": 10}
+    options = BenchOptions(**size, kernels="native", precision=args.precision)
     run, kernels = prepare(options)
     print(json.dumps({"kernels": kernels}))
     sizes = []

@@ -91,6 +91,7 @@ CHINESE = Language(
     "，",
 )
 LANGUAGES = (ENGLISH, CHINESE)
+OURS = "ours"  # what the names of our lines begin with
 NOT_SHOWN = {"convert": ("OpenCV decodes at 1/8",)}  # no converter
 
 
@@ -110,14 +111,15 @@ def table(result: dict[str, Any], language: Language) -> str:
 
 
 def _row(result: Result, what: str, language: Language) -> tuple[str, str, str]:
-    ours, *others = result.lines
     hidden = NOT_SHOWN.get(result.name, ())
-    peers = (f"{line.name.replace(', ', ' ')} {_rate(line)}" for line in others if line.name not in hidden)
-    return what, _rate(ours), language.comma.join(peers)
+    ours = [_named(line) for line in result.lines if line.name.startswith(OURS)]
+    others = [_named(line) for line in result.lines if not line.name.startswith((OURS, *hidden))]
+    return what, language.comma.join(ours), language.comma.join(others)
 
 
-def _rate(line: Line) -> str:
-    return figure(line.median) + ("" if line.steady else f" {MARK}")
+def _named(line: Line) -> str:
+    name = line.name.removeprefix(OURS).removeprefix(", ").replace(", ", " ")
+    return f"{name} {figure(line.median)}".lstrip() + ("" if line.steady else f" {MARK}")
 
 
 def written(page: str, language: Language, name: str | None = None) -> str:

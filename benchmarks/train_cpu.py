@@ -68,8 +68,7 @@ def contenders(case: Case, told: Setting, *, standard: bool) -> dict[str, Conten
         return Contender(sys.executable, "step_worker", kind, *words, "--steps", steps, *more)
 
     found = {OURS: ours("native", 2 * steps)}
-    if case.mode == "train":
-        found["ours, bfloat16 activations"] = ours("native", 2 * steps, "--precision", "bfloat16")
+    found["ours, bfloat16"] = ours("native", 2 * steps, "--precision", "bfloat16")
     if case.mode == "eval":
         found["ONNX Runtime, float32"] = ours("onnx", steps)
     if told.peers:
