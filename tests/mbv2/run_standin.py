@@ -50,7 +50,7 @@ def signal_at(step: int, number: signal.Signals) -> ProgressCallback:
 def main() -> None:
     """Train up to the step."""
     out, step = Path(sys.argv[1]), int(sys.argv[2])
-    train(options(out), data=memory_data(batch=BATCH), progress=signal_at(step, signal.SIGKILL))
+    train(options(out), data=memory_data(batch=BATCH), progress=signal_at(step, signal.Signals["SIGKILL"]))
 
 
 if __name__ == "__main__":
