@@ -19,58 +19,57 @@ inline int64_t places_floats(const BlockInference<T>& p, const BandPlan& plan) {
   return (static_cast<int64_t>(plan.ring_rows) * p.depthwise.width + kMaxTileRows) * static_cast<int64_t>(sizeof(int64_t) / sizeof(float));
 }
 
-// Rows of a product's left matrix as it multiplies them: a copy where they are not floats, or fewer than a tile.
+// The expansion's left matrix as it is multiplied: a copy where its rows are not floats, or fewer than a tile.
 template <class T>
 inline int64_t copy_floats(const BlockInference<T>& p, const BandPlan& plan) {
   using E = Element<T, T>;
-  const auto floats = [](int64_t rows, int columns) { return (rows + kMaxTileRows) * spread(depth_of<E>(columns)); };
-  if (std::is_same_v<E, float>) return floats(kMaxTileRows, p.inputs > p.hidden ? p.inputs : p.hidden);
-  const int64_t expand = floats(static_cast<int64_t>(plan.ring_rows) * p.depthwise.width, p.inputs);
-  const int64_t project = floats(static_cast<int64_t>(plan.out_rows) * p.depthwise.out_width, p.hidden);
-  return expand > project ? expand : project;
+  const int64_t rows = std::is_same_v<E, float> ? kMaxTileRows : static_cast<int64_t>(plan.ring_rows) * p.depthwise.width;
+  return (rows + kMaxTileRows) * spread(depth_of<E>(p.inputs));
+}
+
+// The projection's left matrix: what the filter gives.
+template <class T>
+inline int64_t filtered_stride(const BlockInference<T>& p) {
+  using E = Element<T, T>;
+  return std::is_same_v<E, float> ? p.hidden : spread(depth_of<E>(p.hidden));
+}
+template <class T>
+inline int64_t filtered_floats(const BlockInference<T>& p, const BandPlan& plan) {
+  return (static_cast<int64_t>(plan.out_rows) * p.depthwise.out_width + kMaxTileRows) * filtered_stride(p);
 }
 
 template <class T>
 int64_t block_scratch(const BlockInference<T>& p) {
   const BandPlan plan(p);
-  const int64_t filtered = (static_cast<int64_t>(plan.out_rows) * p.depthwise.out_width + kMaxTileRows) * p.hidden;
-  const int64_t copy = copy_floats(p, plan);
   const Stem<>& s = p.first_stem;
   const int64_t stem = p.stem ? stem_scratch(s.width, s.out_width, s.outputs) : 0;
-  return (plan.ring_rows + 1) * plan.row_floats + filtered + copy + places_floats(p, plan) + stem + 64;
+  return (plan.ring_rows + 1) * plan.row_floats + filtered_floats(p, plan) + copy_floats(p, plan) + places_floats(p, plan) + stem + 64;
 }
 
 template <class T>
 void block(const BlockInference<T>& p, int64_t begin, int64_t end, float* scratch) {
   using E = Element<T, T>;
+  using Stored = std::conditional_t<std::is_same_v<E, float>, float, bfloat16>;
+  constexpr int kEach = sizeof(E) / sizeof(Stored);
   [[maybe_unused]] const Tiles<E> tiles;
   const Depthwise<>& d = p.depthwise;
   const BandPlan plan(p);
   float* ring = scratch;
   float* zero_row = ring + plan.ring_rows * plan.row_floats;
-  float* filtered = zero_row + plan.row_floats;
-  float* copy = filtered + (static_cast<int64_t>(plan.out_rows) * d.out_width + kMaxTileRows) * p.hidden;
+  E* filtered = reinterpret_cast<E*>(zero_row + plan.row_floats);
+  E* copy = filtered + filtered_floats(p, plan);
   int64_t* places = reinterpret_cast<int64_t*>(copy + copy_floats(p, plan));
   float* stem_memory = reinterpret_cast<float*>(places) + places_floats(p, plan);
+  // Neighbours of the rows; and with bfloat16 what fills them up to whole tiles.
   std::memset(scratch, 0, sizeof(float) * (plan.ring_rows + 1) * plan.row_floats);
+  if (kEach > 1) std::memset(filtered, 0, sizeof(E) * (filtered_floats(p, plan) + copy_floats(p, plan)));
+  const E *expand_weights = reinterpret_cast<const E*>(p.expand), *project_weights = reinterpret_cast<const E*>(p.project);
   for (int r = 0; r < plan.ring_rows; ++r)
     for (int x = 0; x < d.width; ++x) places[r * d.width + x] = r * plan.row_floats + static_cast<int64_t>(x + 1) * p.hidden;
   StemRows<float>* stem_rows = nullptr;
   alignas(StemRows<float>) unsigned char stem_place[sizeof(StemRows<float>)];
   if (p.stem) stem_rows = new (stem_place) StemRows<float>(p.first_stem, stem_memory);
 
-  const auto multiply_rows = [&](const float* left, int rows, const float* packed, int depth, int columns, auto& store) {
-    const int64_t stride = spread(depth_of<E>(depth));
-    const E* right = reinterpret_cast<const E*>(packed);
-    if constexpr (std::is_same_v<E, float>) {
-      if (rows >= kMaxTileRows) return product(left, depth, rows, right, depth, columns, store);
-      load_rows(left, Affine{}, rows, depth, copy, stride);
-    } else {
-      if (2 * depth_of<E>(depth) > depth) std::memset(copy, 0, sizeof(E) * (rows + kMaxTileRows) * stride);
-      load_rows(left, Affine{}, rows, depth, reinterpret_cast<bfloat16*>(copy), 2 * stride);
-    }
-    product(reinterpret_cast<const E*>(copy), stride, rows, right, depth_of<E>(depth), columns, store);
-  };
   const auto expand = [&](int64_t n, int from, int to) {  // hidden rows [from, to), neighbours in the ring
     float* first = ring + (from % plan.ring_rows) * plan.row_floats;
     StoreInference<float> store{first, places, p.hidden, p.expand_bias, true, nullptr};
@@ -87,7 +86,13 @@ void block(const BlockInference<T>& p, int64_t begin, int64_t end, float* scratc
       for (int r = 0; r < rows; ++r) std::memcpy(first + places[r], left + static_cast<int64_t>(r) * p.inputs, sizeof(float) * p.inputs);
       return;
     }
-    multiply_rows(left, rows, p.expand, p.inputs, p.hidden, store);
+    const int depth = depth_of<E>(p.inputs);
+    if (kEach == 1 && rows >= kMaxTileRows) {
+      product(reinterpret_cast<const E*>(left), p.inputs, rows, expand_weights, depth, p.hidden, store);
+      return;
+    }
+    load_rows(left, Affine{}, rows, p.inputs, reinterpret_cast<Stored*>(copy), kEach * spread(depth));
+    product(copy, spread(depth), rows, expand_weights, depth, p.hidden, store);
   };
 
   int64_t image = -1;
@@ -119,13 +124,14 @@ void block(const BlockInference<T>& p, int64_t begin, int64_t end, float* scratc
         const int iy = (oy + r) * d.stride - d.pad_top + ky;
         rows[ky] = iy < 0 || iy >= d.height ? zero_row : ring + (iy % plan.ring_rows) * plan.row_floats;
       }
-      float* to = filtered + static_cast<int64_t>(r) * d.out_width * p.hidden;
-      if (d.stride == 1) depthwise_row<1>(d, rows, to, Sums{});
-      else depthwise_row<2>(d, rows, to, Sums{});
+      const int64_t stride = kEach * filtered_stride(p);
+      Stored* to = reinterpret_cast<Stored*>(filtered) + static_cast<int64_t>(r) * d.out_width * stride;
+      if (d.stride == 1) depthwise_row<1>(d, rows, to, stride, Sums{});
+      else depthwise_row<2>(d, rows, to, stride, Sums{});
     }
     const int64_t at = row * d.out_width * p.outputs;
     StoreInference<float> store{p.z + at, nullptr, p.outputs, p.project_bias, false, p.residual ? p.x + at : nullptr};
-    multiply_rows(filtered, out_rows * d.out_width, p.project, p.hidden, p.outputs, store);
+    product(filtered, filtered_stride(p), out_rows * d.out_width, project_weights, depth_of<E>(p.hidden), p.outputs, store);
     row = stop;
   }
 }

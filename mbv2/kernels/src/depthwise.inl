@@ -39,8 +39,9 @@ INLINE void window(const float* const (&rows)[3], int64_t channels, const V (&w)
   }
 }
 
-template <int S, class T>
-inline void depthwise_row(const Depthwise<T> p, const float* const (&rows)[3], T* y, Sums sums) {
+// One output row, its columns y_stride apart; of p only the sizes, the weights and what follows them are used.
+template <int S, class P, class T>
+inline void depthwise_row(const P p, const float* const (&rows)[3], T* y, int64_t y_stride, Sums sums) {
   const int64_t channels = p.channels;
   const int skip = 1 - p.pad_left;
   by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
@@ -56,7 +57,7 @@ inline void depthwise_row(const Depthwise<T> p, const float* const (&rows)[3], T
         v += bias;
         if (p.relu6) v = relu6(v);
       }
-      put(y + ox * channels + c, v);
+      put(y + ox * y_stride + c, v);
       if (sums.first) {
         v -= centre;
         s += v;
@@ -106,8 +107,8 @@ void depthwise(const Depthwise<T>& p, int64_t begin, int64_t end, float* scratch
       rows[ky] = to;
     }
     T* y = p.y + row * p.out_width * p.channels;
-    if (p.stride == 1) depthwise_row<1>(p, rows, y, sums);
-    else depthwise_row<2>(p, rows, y, sums);
+    if (p.stride == 1) depthwise_row<1>(p, rows, y, p.channels, sums);
+    else depthwise_row<2>(p, rows, y, p.channels, sums);
   }
 }
 
