@@ -96,7 +96,7 @@ docs: venv
 sanitize:
 	for kind in address thread; do \
 	  cmake -S . -B build/sanitize-$$kind -DMBV2_SANITIZE=$$kind && \
-	  cmake --build build/sanitize-$$kind --target mbv2_stress && \
+	  cmake --build build/sanitize-$$kind --target mbv2_stress --parallel 2 && \
 	  build/sanitize-$$kind/mbv2/kernels/mbv2_stress build/sanitize-$$kind/mbv2/kernels/mbv2_kernels.so || exit 1; \
 	done
 
