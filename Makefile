@@ -28,7 +28,7 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Leaves out what takes more than a second of processor time: about three minutes.
+# Leaves out what takes more than a second of processor time: two minutes.
 test-fast: venv
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not long'
 
