@@ -77,7 +77,9 @@ def test_an_archive_changed_while_it_is_read_is_an_error(form: str, archive: Pat
     assert digests(tmp_path / "records") == digests(tmp_path / "again")
 
 
-@pytest.mark.parametrize(("unit", "kinds"), [("found", (SourceError, PlanError, BudgetError)), ("bytes", (BudgetError,))])
+@pytest.mark.parametrize(
+    ("unit", "kinds"), [("found", (SourceError, PlanError, BudgetError)), ("bytes", (BudgetError,))]
+)
 def test_an_archive_replaced_by_a_fifo_is_an_error(
     unit: str, kinds: tuple[type[ImnetError], ...], archive: Path, tmp_path: Path
 ) -> None:
