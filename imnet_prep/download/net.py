@@ -30,6 +30,7 @@ from imnet_prep.download.addresses import Resolver, allowed
 from imnet_prep.download.options import FetchOptions
 
 _MAX_ADDRESSES = 3  # of a name that are tried
+_PROOF_S = 0.1  # that a host is given to send more than its first answer
 _POOLED_HOSTS = 256  # per process, with their idle connections
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(;.*)?\r?\n", re.DOTALL)
 
@@ -185,7 +186,10 @@ class _Checked:
         """Whether the connection can be used again: it has not ended, and nothing has come since the last answer."""
         if self.sock is None:
             return False
-        if not wait_for_read(self.sock, timeout=0.0):
+        host = (self.host, self.port)
+        # A host that answers twice does so from the beginning: wait for that before the first reuse of a connection.
+        if not wait_for_read(self.sock, timeout=0.0 if host in self.adapter.proved else _PROOF_S):
+            self.adapter.proved.add(host)
             return True
         self.sock.settimeout(0)
         with suppress(OSError):  # it was cut; or TLS had something of its own to say
@@ -226,6 +230,7 @@ class SafeAdapter(HTTPAdapter):
     def __init__(self, options: FetchOptions, resolver: Resolver, per_host: int) -> None:
         self.options, self.resolver = options, resolver
         self.distrusted: set[tuple[str, int]] = set()
+        self.proved: set[tuple[str, int]] = set()  # nothing came after a first answer
         super().__init__(pool_connections=_POOLED_HOSTS, pool_maxsize=per_host, max_retries=0)
 
     def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **_kwargs: Any) -> None:
