@@ -176,6 +176,20 @@ def test_every_photograph_is_its_own(route: Callable[[Exchange], None], tmp_path
         assert image.sha256 == hashlib.sha256(picture(int(image.name.partition("_")[2]))).hexdigest()
 
 
+def test_a_second_answer_that_comes_a_little_later_is_not_taken_for_the_next() -> None:
+    def twice(x: Exchange) -> None:
+        x.answer(200, payload(x.path))
+        time.sleep(0.03)  # the client has read its answer, and would use the connection again
+        x.answer(200, payload(x.path))
+
+    with Server(twice) as server:
+        fetcher = Fetcher(FetchOptions(allow_private=True, timeout_s=5), 1, Resolver())
+        for path in ("/0", "/1", "/2"):
+            found = fetcher.fetch(server.url(path), 0)
+            assert isinstance(found, Body), found
+            assert found.data == payload(path)
+
+
 def test_what_follows_an_answer_later_ends_the_reuse_of_a_hosts_connections() -> None:
     followed = threading.Event()
 
