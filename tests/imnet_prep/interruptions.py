@@ -15,6 +15,7 @@ fork waits until ``strace`` has attached to it. To run one scenario and list wha
 from __future__ import annotations
 
 import argparse
+import compileall
 import hashlib
 import importlib
 import json
@@ -179,6 +180,8 @@ class Server:
     def __init__(self, folder: Path, *, windows: bool = False) -> None:
         self.folder = folder
         (folder / "tmp").mkdir()
+        for package in ("imnet_prep", "cli"):  # else a clean clone's first run opens other files than those after it
+            compileall.compile_dir(REPOSITORY / package, quiet=1)
         settings = {
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1",
             "TMPDIR": str(folder / "tmp"),
