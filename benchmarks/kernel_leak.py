@@ -37,8 +37,14 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     args = parser.parse_args()
     start_mindspore("CPU")
-    size = {"batch_size": args.batch_size, "image_size": args.image_size, "width": 0.5, "classes": 10}
-    options = BenchOptions(**size, kernels="native", precision=args.precision)
+    options = BenchOptions(
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        width=0.5,
+        classes=10,
+        kernels="native",
+        precision=args.precision,
+    )
     run, kernels = prepare(options)
     print(json.dumps({"kernels": kernels}))
     sizes = []

@@ -133,7 +133,7 @@ def train(
 @click.option("--per-class", type=PATH, metavar="FILE.csv", help="Write one row per class.")
 @click.option("--real-labels", type=PATH, metavar="FILE.json", help="Several correct labels per image (ReaL).")
 @click.option("--confusion", type=PATH, metavar="FILE.png", help="Draw the confusion matrix.")
-@click.option("--precision", default="float32", type=click.Choice(PRECISIONS), help="What 1x1 convolutions multiply.")
+@click.option("--precision", default="float32", type=click.Choice(PRECISIONS), help="Number format of products.")
 @THREADS
 @DEVICE
 @JSON
@@ -269,7 +269,7 @@ def export(checkpoint: Path, kind: str, out: Path, as_json: bool, **options: Any
     "--precision",
     default=BENCH.precision,
     type=click.Choice(PRECISIONS),
-    help="Of stored activations, or of inference.",
+    help="Number format: of stored activations, or of products with --mode eval.",
 )
 @click.option("--steps", default=BENCH.steps, help="Measured steps, after warm-up.")
 @click.option("--standard-ops", is_flag=True, help="Use MindSpore's operators in place of the C++ ones.")

@@ -180,7 +180,7 @@ class Server:
     def __init__(self, folder: Path, *, windows: bool = False) -> None:
         self.folder = folder
         (folder / "tmp").mkdir()
-        for package in ("imnet_prep", "cli"):  # else a clean clone's first run opens other files than those after it
+        for package in ("imnet_prep", "cli"):  # so that no import opens another file in a later run
             compileall.compile_dir(REPOSITORY / package, quiet=1)
         settings = {
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1",

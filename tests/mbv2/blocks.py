@@ -42,6 +42,11 @@ def sides_of(y: Floats, saved: Floats) -> Sides:
     return sides(y.astype(np.float64) * saved[2] + saved[3])
 
 
+def named(operator: str, precision: str) -> str:
+    """The operator's name for a precision."""
+    return operator if precision == "float32" else f"{operator}_{precision}"
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """One inverted residual with the names of its three units; the first may be the stem, on an image."""
@@ -56,8 +61,7 @@ class BlockCall:
         return self.units[0] == "stem"
 
     def _name(self, what: str) -> str:
-        suffix = "" if self.precision == "float32" else f"_{self.precision}"
-        return f"stem_block_{what}{suffix}" if self.stem else f"block_{what}{suffix}"
+        return named(f"stem_block_{what}" if self.stem else f"block_{what}", self.precision)
 
     def _options(self) -> list[NDArray[Any]]:
         residual = int(self.shape.residual and not self.stem)
@@ -114,7 +118,7 @@ def head_train(values: Values, x: Floats, precision: str = "float32") -> list[ND
     """Pooled features, the stored output, the saved BatchNorm, the moving statistics."""
     out = len(values["head.conv.weight"])
     made = [empty(len(x), out), stored(precision, *x.shape[:3], out), empty(4, out), empty(out), empty(out)]
-    kernels.call("head_train" if precision == "float32" else f"head_train_{precision}", _head_inputs(values, x), made)
+    kernels.call(named("head_train", precision), _head_inputs(values, x), made)
     return made
 
 
@@ -125,7 +129,7 @@ def head_grad(
     grads = {"x": empty(*x.shape), "head.conv.weight": empty(*weight.shape)}
     grads |= {name: empty(len(weight)) for name in ("head.bn.gamma", "head.bn.beta")}
     kernels.call(
-        "head_grad" if precision == "float32" else f"head_grad_{precision}",
+        named("head_grad", precision),
         [dpooled, x, *made[1:3], weight, switches(), NUMBERS],
         list(grads.values()),
     )
@@ -134,7 +138,5 @@ def head_grad(
 
 def head_infer(values: Values, x: Floats, precision: str = "float32") -> Floats:
     pooled = empty(len(x), len(values["head.conv.weight"]))
-    kernels.call(
-        "head_infer" if precision == "float32" else f"head_infer_{precision}", _head_inputs(values, x), [pooled]
-    )
+    kernels.call(named("head_infer", precision), _head_inputs(values, x), [pooled])
     return pooled

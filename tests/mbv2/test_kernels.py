@@ -355,8 +355,9 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        pytest.param("avx2", "not slow", marks=pytest.mark.slow),
-        *(pytest.param(name, "", marks=pytest.mark.long) for name in kernels.INSTRUCTION_SETS),
+        pytest.param(name, which, marks=mark)
+        for which, mark in (("not slow", pytest.mark.slow), ("", pytest.mark.long))
+        for name in kernels.INSTRUCTION_SETS
     ],
 )
 def test_the_operators_are_right_with_every_instruction_set_of_this_processor(name: str, which: str) -> None:
