@@ -6,7 +6,6 @@ data file is, byte for byte, what ``FileWriter`` writes for the same rows in one
 """
 
 import hashlib
-import io
 import json
 import os
 import sqlite3
@@ -40,6 +39,7 @@ from imnet_prep.types import ShardInfo
 SQLITE_VERSION_OFFSET = 96  # where SQLite stores the version that last wrote the file: it must not differ by machine
 SQLITE_VERSION = 3_040_000
 MIN_HEADER_BYTES, MIN_PAGE_BYTES = 1 << 14, 1 << 15  # MindSpore's limits
+_MODULUS = 1 << 64  # of sums
 RAW_BYTES = 80  # approximate size of a row's scalar fields
 _PLACES = (
     "ROW_ID", "PAGE_ID_RAW", "PAGE_OFFSET_RAW", "PAGE_OFFSET_RAW_END", "ROW_GROUP_ID",
@@ -121,7 +121,7 @@ class Written:
 
     Attributes:
         rows: Number of records.
-        sums: Sums of the header and of each page: their bytes as little-endian 64-bit words, added modulo 2^64.
+        sums: Of the header and of each page (:func:`_word_sum`).
     """
 
     rows: int
@@ -131,8 +131,8 @@ class Written:
 class ShardWriter:
     """Write a data file row by row, then its header and index.
 
-    It holds one page in memory, and the scalar fields and place of every row (about 80 bytes), which are written after
-    the images.
+    Images are written at once, while they are in the processor's cache. In memory it holds the scalar fields and the
+    place of every row (about 80 bytes), which are written after the images.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
@@ -144,9 +144,8 @@ class ShardWriter:
         """
         self.path = path
         self.layout = layout
-        self._file = path.open("xb", buffering=0)
-        self._page = bytearray()  # grows to the size that pages need, and is reused
-        self._used = 0
+        self._file = path.open("xb")
+        self._used = self._sum = 0  # bytes of the page so far, and their sum
         self._group = bytearray()  # scalar fields of the rows of the blob page; a row group never spans raw pages
         self._groups: list[tuple[int, bytes]] = []  # number of rows and scalar fields of the groups before
         self._raw_sizes = array("I")  # of each row
@@ -171,33 +170,33 @@ class ShardWriter:
         if max(blob_bytes, raw_bytes) > page_size:
             raise LayoutTooSmall(file_name, max(blob_bytes, raw_bytes), page_size)
         if self._used + blob_bytes > page_size or len(self._group) + raw_bytes > page_size:
-            self._flush()
-        start, self._used = self._used, self._used + blob_bytes
-        if self._used > len(self._page):
-            self._page.extend(bytes(min(page_size, 2 * self._used) - len(self._page)))
-        LENGTH.pack_into(self._page, start, len(image))
-        self._page[start + LENGTH.size : self._used] = image
+            self._end_page()
+        if not self._used:
+            self._file.seek(self._page_offset())
+        row, start = LENGTH.pack(len(image)) + image, self._used
+        self._file.write(row)
+        self._sum += _word_sum(row, start)
+        self._used += blob_bytes
         self._group += LENGTH.pack(len(packed)) + packed
         self._raw_sizes.append(raw_bytes)
         self._blob.extend((len(self._pages), start, self._used))
         self._labels.append(label)
 
-    def _flush(self) -> None:
-        """Write the current blob page."""
+    def _page_offset(self) -> int:
+        """Return the first byte of the next page."""
+        return self.layout.header_size + len(self._pages) * self.layout.page_size
+
+    def _end_page(self) -> None:
+        """End the current blob page."""
         if not self._used:
             return
         page_id = len(self._pages)
-        with memoryview(self._page) as whole, whole[: self._used] as page:
-            self._write_page(page_id, page)
+        self._sums.append(self._sum % _MODULUS)
         first_row = self._pages[-1]["end_row_id"] if self._pages else 0
         self._pages.append(_page(page_id, BLOB, page_id, self._used, (first_row, len(self)), [(0, 0)]))
         self._groups.append((len(self) - first_row, bytes(self._group)))
         self._group.clear()
-        self._used = 0
-
-    def _write_page(self, page_id: int, data: bytearray | memoryview) -> None:
-        _write_all(self._file, data, self.layout.header_size + page_id * self.layout.page_size)
-        self._sums.append(_word_sum(data))
+        self._used = self._sum = 0
 
     def finish(self) -> Written:
         """Write the remaining rows, the header and the index; :func:`imnet_prep.files.sync` flushes the data file.
@@ -206,10 +205,11 @@ class ShardWriter:
             LayoutTooSmall: The header does not fit.
             OSError: The disk is full or fails.
         """
-        self._flush()
+        self._end_page()
         raw = self._write_raw()
         header = self._header()
-        _write_all(self._file, header, 0)
+        self._file.seek(0)
+        self._file.write(header)
         self._file.close()
         self.path.chmod(0o644)
         blob = self._blob
@@ -232,7 +232,9 @@ class ShardWriter:
 
         def flush() -> None:
             page_id = len(self._pages)
-            self._write_page(page_id, page)
+            self._file.seek(self._page_offset())
+            self._file.write(page)
+            self._sums.append(_word_sum(page))
             # FileWriter numbers the first raw page 0 and each later one by its page id.
             kind_id = 0 if page_id == first else page_id
             self._pages.append(_page(page_id, RAW, kind_id, len(page), (0, 0), groups))
@@ -290,15 +292,6 @@ def _page(
     }
 
 
-def _write_all(file: io.FileIO, data: bytes | bytearray | memoryview, offset: int) -> None:
-    file.seek(offset)
-    done = 0
-    with memoryview(data) as view:
-        while done < len(view):
-            with view[done:] as rest:  # released at once: the buffer behind it may be resized next
-                done += file.write(rest)
-
-
 def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[str] | None = None) -> None:
     """Write ``<path>.db``; for our own files the bytes are the same on every machine.
 
@@ -330,18 +323,26 @@ def write_index(path: Path, rows: Iterable[tuple[Any, ...]], fields: Sequence[st
             connection.execute("COMMIT")
     except sqlite3.Error as error:
         raise sqlite_failure(error, database) from error
-    with database.open("r+b", buffering=0) as file:
+    with database.open("r+b") as file:
         if fields is None:
-            _write_all(file, SQLITE_VERSION.to_bytes(4, "big"), SQLITE_VERSION_OFFSET)
+            file.seek(SQLITE_VERSION_OFFSET)
+            file.write(SQLITE_VERSION.to_bytes(4, "big"))
+            file.flush()
         database.chmod(0o644)
         os.fsync(file.fileno())
 
 
-def _word_sum(data: bytes | bytearray | memoryview) -> int:
-    """Add the bytes as little-endian 64-bit words modulo 2^64; trailing zeros change nothing."""
-    whole = len(data) & ~7
-    words = np.frombuffer(data, "<u8", whole // 8).sum(dtype=np.uint64)
-    return (int(words) + int.from_bytes(data[whole:], "little")) % (1 << 64)
+def _word_sum(data: bytes | bytearray, start: int = 0) -> int:
+    """Add the bytes of a page from byte ``start`` on, as the page's little-endian 64-bit words, modulo 2^64.
+
+    So the sums of the parts of a page add up to that of the page, and zeros behind it change nothing.
+    """
+    before = min(-start % 8, len(data))  # bytes that belong to a word begun before
+    words = (len(data) - before) // 8
+    end = before + 8 * words
+    total = int(np.frombuffer(data, "<u8", words, before).sum(dtype=np.uint64)) if words else 0
+    total += int.from_bytes(data[:before], "little") << 8 * (start % 8)
+    return (total + int.from_bytes(data[end:], "little")) % _MODULUS
 
 
 def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
@@ -368,7 +369,7 @@ def read_back(path: Path, relative: str, written: Written) -> ShardInfo:
         for offset in range(start, end, READ_BYTES):
             data = file.read(min(READ_BYTES, end - offset), offset)
             digest.update(data)
-            sums[-1] = (sums[-1] + _word_sum(data)) % (1 << 64)
+            sums[-1] = (sums[-1] + _word_sum(data)) % _MODULUS
     if tuple(sums) != written.sums:
         wrong = [number for number, (a, b) in enumerate(zip(sums, written.sums, strict=False)) if a != b]
         raise _not_as_written(path, f"other bytes in page {wrong[0] - 1}" if wrong else f"{len(header.pages)} pages")

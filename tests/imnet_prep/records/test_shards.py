@@ -112,7 +112,7 @@ def test_one_flipped_bit_anywhere_is_found_when_reading_back(tmp_path: Path) -> 
         read_back(path, "train/x.mindrecord", written)
 
 
-def test_writer_holds_a_page_and_not_the_images(tmp_path: Path) -> None:
+def test_writer_holds_no_images(tmp_path: Path) -> None:
     import tracemalloc
 
     def peak(count: int) -> int:
