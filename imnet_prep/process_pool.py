@@ -5,6 +5,7 @@ of the terminal to the parent, and die with it.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,7 @@ def begin_worker() -> None:
     import cv2
 
     cv2.setNumThreads(1)  # the processes share the cores already
+    gc.freeze()  # what was imported stays: it is not looked through at every collection
 
 
 def return_large_buffers() -> None:
