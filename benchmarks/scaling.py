@@ -14,24 +14,23 @@ written by a copy on each core. docs/scaling.md has the model.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import Contender, on_cores, run_json, serve, together
-from benchmarks.convert import with_cpu_ms
+from benchmarks.contenders import Contender, on_cores, serve, together
+from benchmarks.convert import FEW, SHARDS, beyond_a_few, ours
 from benchmarks.kernel_limits import copy_rate
 from benchmarks.pipeline import prepare
 from benchmarks.rounds import RATE, Measure, Result, compare
 from benchmarks.setting import Setting, machine, parser, setting
 
 PREDICTED = (1, 2, 4, 8, 16, 32, 64)
-COUNT, SHORT_COUNT = 4000, 1000
+COUNT, SHORT_COUNT = 8000, 1000
 STEP = ("native", "--mode", "train", "--image-size", 224, "--batch-size", 32, "--steps", 4)
 
 
@@ -56,27 +55,19 @@ def measure(told: Setting, cores: Sequence[int]) -> list[Result]:
             unit = "GB/s" if kind == "copy" else "images/s"
             results.append(compare(kind, title, ready, *rules, unit=unit))
     count = SHORT_COUNT if told.short else COUNT
-    folder = told.photos.write(told.work / "photos", count)
-    runs = {name: converting(folder, count, told.work, number) for number, name in names.items()}
-    results.append(compare("convert", f"{count} photographs to 4 shards", runs, *rules, warm_up=True))
+    folder, few = told.photos.write(told.work / "photos", count), told.photos.write(told.work / "few", FEW)
+    runs: dict[str, Measure] = {}
+    for number, name in names.items():
+        convert = functools.partial(ours, before=on_cores(number))
+        runs[name] = functools.partial(beyond_a_few, convert, told.work, folder, few, count)
+    title = f"{count} photographs to {SHARDS} shards; fixed costs left out"
+    results.append(compare("convert", title, runs, *rules, warm_up=True))
     return results
 
 
 def contender(module: str, *words: object, cores: int) -> Contender:
     """Return a contender of ours on so many cores."""
     return Contender(sys.executable, module, *words, cores=cores)
-
-
-def converting(folder: Path, count: int, work: Path, cores: int) -> Measure:
-    """Return what converts a folder on so many cores."""
-    command = [*on_cores(cores), sys.executable, "-m", "imnet_prep", "to-mindrecord", str(folder)]
-
-    def run() -> Mapping[str, float]:
-        shutil.rmtree(work / "records", ignore_errors=True)
-        shards = ("--out", str(work / "records"), "--shards", "4", "--json")
-        return with_cpu_ms(count, lambda: float(run_json([*command, *shards])["images_per_s"]))
-
-    return run
 
 
 def fit(cores: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:

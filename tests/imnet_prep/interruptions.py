@@ -15,7 +15,6 @@ fork waits until ``strace`` has attached to it. To run one scenario and list wha
 from __future__ import annotations
 
 import argparse
-import compileall
 import hashlib
 import importlib
 import json
@@ -180,8 +179,6 @@ class Server:
     def __init__(self, folder: Path, *, windows: bool = False) -> None:
         self.folder = folder
         (folder / "tmp").mkdir()
-        for package in ("imnet_prep", "cli"):  # so that no import opens another file in a later run
-            compileall.compile_dir(REPOSITORY / package, quiet=1)
         settings = {
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1",
             "TMPDIR": str(folder / "tmp"),
@@ -257,6 +254,7 @@ class Call:
         name: Of the call.
         ordinal: 1 for the first call of this name in its thread, as ``strace`` counts for ``when=``.
         paths: What it is about; absolute.
+        repeat: 1 for the first call of this name about these paths in its thread.
         text: As ``strace`` wrote it.
         result: What it returned, or an empty string.
     """
@@ -265,8 +263,14 @@ class Call:
     name: str
     ordinal: int
     paths: tuple[str, ...]
+    repeat: int
     text: str
     result: str = ""
+
+    @property
+    def identity(self) -> tuple[int, str, tuple[str, ...], int]:
+        """What is the same in another run, where Python may open another file before it."""
+        return self.thread, self.name, tuple(map(_steady, self.paths)), self.repeat
 
     @property
     def changes(self) -> bool:
@@ -288,6 +292,7 @@ def parse(trace: str) -> list[Call]:
     calls: list[Call] = []
     threads: dict[str, int] = {}
     counts: Counter[tuple[int, str]] = Counter()
+    repeats: Counter[tuple[int, str, tuple[str, ...]]] = Counter()
     open_calls: dict[str, Call] = {}
     for line in trace.splitlines():
         if (resumed := _RESUMED.match(line)) and (call := open_calls.pop(resumed[1], None)) is not None:
@@ -295,10 +300,11 @@ def parse(trace: str) -> list[Call]:
             call.result = resumed[3].rpartition(" = ")[2]
         elif (found := _CALL.match(line)) and found[2] in _TRACED:
             thread = threads.setdefault(found[1], len(threads))
-            counts[thread, found[2]] += 1
-            call = Call(
-                thread, found[2], counts[thread, found[2]], _paths(found[2], found[3]), f"{found[2]}({found[3]}"
-            )
+            name, paths = found[2], _paths(found[2], found[3])
+            counts[thread, name] += 1
+            repeats[thread, name, paths] += 1
+            text = f"{name}({found[3]}"
+            call = Call(thread, name, counts[thread, name], paths, repeats[thread, name, paths], text)
             if call.text.endswith("<unfinished ...>"):
                 open_calls[found[1]] = call
             else:
@@ -556,12 +562,13 @@ class Stage:
             How it ended, and a line for each thing that is wrong with that.
         """
         what = "signal=KILL" if kind == "kill" else f"error={kind}"
-        options, ordinal = ["-e", f"trace={place.name}"], place.ordinal
-        if place.thread:  # all threads count for themselves: leave the calls about other paths out
-            alike = [call for call in self.calls if (call.thread, call.name) == (place.thread, place.name)]
-            ordinal = 1 + [call for call in alike if call.paths == place.paths].index(place)
-            options += ["-f", "-P", place.paths[0]]
-        for _ in range(3):  # now and then Python makes a call more or less, and the ordinal is another call's
+        for attempt in range(3):
+            if attempt:  # a run may make a call more or less, and the ordinal is another call's: list them anew
+                del self.whole, self.calls
+            place = next((call for call in self.calls if call.identity == place.identity), place)
+            options, ordinal = ["-e", f"trace={place.name}"], place.ordinal
+            if place.thread:  # all threads count for themselves: leave the calls about other paths out
+                options, ordinal = [*options, "-f", "-P", place.paths[0]], place.repeat
             self.set_up()
             outcome = self.server.run(self.arguments, [*options, "-e", f"inject={place.name}:{what}:when={ordinal}"])
             faults = ["it hung"] if outcome.hung else self._misplaced(kind, place, outcome)

@@ -64,6 +64,14 @@ def check(texts: Iterator[str]) -> None:
     assert not found, "\n".join([f"{len(found)} places end badly", *found])
 
 
+def test_a_call_that_others_came_before_is_found_again(stages: Stages) -> None:
+    stage = stages("repair-index-deleted")
+    place = next(call for call in stage.places("kill") if call.name == "openat")
+    for call in stage.calls:
+        call.ordinal -= 1  # as if this run opened one more file than the one that was listed
+    check(sweep(stage, "kill", [place]))
+
+
 # --- a sample for every run of the tests -----------------------------------------------------------------------------
 
 
@@ -147,9 +155,9 @@ def test_kill_comes_before_the_call(stages: Stages) -> None:
 def test_other_call_than_the_one_meant_is_noticed(stages: Stages) -> None:
     stage = stages("to-mindrecord")
     first, *_, last = stage.places("EIO")
-    wrong = Call(first.thread, first.name, first.ordinal, last.paths, last.text)
+    wrong = Call(first.thread, first.name, first.ordinal, last.paths, 10_000, last.text)  # no such call is listed
     assert "interrupted another call" in stage.interrupt("EIO", wrong)[1][0]
-    beyond = Call(first.thread, first.name, 10_000, first.paths, first.text)
+    beyond = Call(first.thread, first.name, 10_000, first.paths, 10_000, first.text)
     assert "never got there" in stage.interrupt("EIO", beyond)[1][0]
 
 
