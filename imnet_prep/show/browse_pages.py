@@ -187,7 +187,8 @@ def add_record(get: Route, library: Library, page: Page) -> None:
         position, columns = library.splits[split].start + number, library.columns
         label, values = int(columns.label[position]), train_values(request.args)
         train_options(values)
-        query, here, around = _neighbours(library, position, Query(split=split, label=label))
+        own = Query(split=split, label=label if label < len(library.manifest.classes) else None)
+        query, here, around = _neighbours(library, position, own)
         path, of_list = _list_address(query)
         list_page = here.place // PAGE_IMAGES + 1
         row = library.row(position)

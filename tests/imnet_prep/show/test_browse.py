@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ from imnet_prep.errors import RecordsError
 from imnet_prep.loader.batches import open_batches
 from imnet_prep.loader.options import EvalOptions, Options, TrainOptions
 from imnet_prep.records.manifest import load_manifest
-from imnet_prep.records.mindrecord import Shard
+from imnet_prep.records.mindrecord import Shard, index_path
 from imnet_prep.records.record_list import write_lines
 from imnet_prep.show.browse import create_app, host_is_ours, serve
 from imnet_prep.show.browse_data import Library
 from tests.chromium import Chromium, needs_chromium
 from tests.imnet_prep.show.conftest import EVIL
-from tests.records import copy, flip, make_records, read_records
+from tests.records import copy, flip, make_records, read_records, rewrite_list, shard_files
 from tests.synthetic import WNIDS
 
 pytest.importorskip("flask")
@@ -198,6 +200,18 @@ def test_a_record_list_of_other_records_is_an_error_page(records: Path, tmp_path
         answer = client.get(f"/record/train/{position}")
         assert answer.status_code == 422
         assert said in answer.text
+
+
+def test_a_label_of_no_class_is_shown(records: Path, tmp_path: Path) -> None:
+    damaged = copy(records, tmp_path / "records")
+    rewrite_list(damaged, lambda lines: [re.sub('"label":[0-9]+', '"label":99', lines[0]), *lines[1:]])
+    with closing(sqlite3.connect(index_path(shard_files(damaged)[0]))) as index:
+        index.execute("UPDATE INDEXES SET label_0 = 99 WHERE ROW_ID = 0")
+        index.commit()
+    client = create_app(damaged).test_client()
+    for path in ("/", "/classes", "/images", "/record/train/0", "/view/train/0"):
+        assert client.get(path).status_code == 200, path
+    assert "no label" in client.get("/record/train/0").text
 
 
 def test_missing_folder_and_taken_port_are_named_errors(records: Path, tmp_path: Path) -> None:
