@@ -85,15 +85,23 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    """A host."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that close a connection before they have the whole answer."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", type=Path, help="virtual environment with img2dataset")
     args = parser.parse_args()
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(HOSTS)]
+    servers = [Server(("127.0.0.1", 0), Handler) for _ in range(HOSTS)]
     for server in servers:
-        server.daemon_threads = True
         server.socket.listen(512)
         threading.Thread(target=server.serve_forever, daemon=True).start()
     urls = []
