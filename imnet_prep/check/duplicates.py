@@ -6,13 +6,16 @@ in one of 24 bands of 18 bits are compared bit by bit, and those that differ in 
 Source: Indyk and Motwani, "Approximate nearest neighbors", 1998.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imnet_prep.cpu import cpu_count
 from imnet_prep.images.perceptual_hash import (
     BITS,
     PerceptualHash,
@@ -30,7 +33,12 @@ WINDOW = 64  # in a crowded band, the number of neighbours that an image is comp
 MAX_HASHES = 4096  # cached while candidates are compared: 4 kB each
 MAX_COMPARED = 1 << 17  # cached results: a pair comes up in several bands, mostly in quick succession
 PART_KEYS = 1 << 19  # keys sorted at a time: bounds memory
+MAX_THREADS = 8  # sort at a time, so that memory stays bounded
 MAX_LISTED = 100  # duplicates of a kind that are listed; the last problem counts the rest
+
+
+# By image or mirror image: key in a band, position, whether mirrored, and both halves of the bits.
+_Run = tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.bool_], NDArray[np.uint64], NDArray[np.uint64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,18 @@ def candidates(signatures: Signatures) -> Iterator[Pair]:
     Yields:
         The pairs, some more than once.
     """
+    waiting, threads = deque[Future[_Run]](), min(cpu_count(), MAX_THREADS)
+    with ThreadPoolExecutor(threads) as pool:  # NumPy sorts without Python's lock
+        for run in _runs(signatures):
+            waiting.append(pool.submit(_sorted, run))
+            if len(waiting) > threads:
+                yield from _neighbours(*waiting.popleft().result())
+        while waiting:
+            yield from _neighbours(*waiting.popleft().result())
+
+
+def _runs(signatures: Signatures) -> Iterator[_Run]:
+    """Yield the images and their mirror images, part by part of each band: those of equal keys lie in one part."""
     odd = bits_flipped_by_mirroring()
     there = np.flatnonzero(signatures.any(axis=1))
     parts = 1 << max(0, int(np.ceil(np.log2(max(1, 2 * len(there)) / PART_KEYS))))
@@ -116,9 +136,10 @@ def candidates(signatures: Signatures) -> Iterator[Pair]:
         turned = _band_keys(odd[None], band)[0] ^ plain  # mirroring flips the same bits of every image
         for part in range(parts):
             mine = [np.flatnonzero(keys % parts == part) for keys in (plain, turned)]
-            keys = np.concatenate([plain[mine[0]], turned[mine[1]]])
-            mirrored = np.arange(len(keys)) >= len(mine[0])
-            yield from _neighbours(signatures, odd, keys, there[np.concatenate(mine)], mirrored)
+            rows = there[np.concatenate(mine)]
+            mirrored = np.arange(len(rows)) >= len(mine[0])
+            first, second = (signatures[rows] ^ np.where(mirrored[:, None], odd, np.uint64(0))).T
+            yield np.concatenate([plain[mine[0]], turned[mine[1]]]), rows, mirrored, first, second
 
 
 def _band_keys(signatures: Signatures, band: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -129,17 +150,21 @@ def _band_keys(signatures: Signatures, band: NDArray[np.int64]) -> NDArray[np.ui
     return keys
 
 
+def _sorted(run: _Run) -> _Run:
+    """Sort a run by its keys, and the images of a key by their bits."""
+    keys, rows, mirrored, first, second = run
+    order = np.lexsort((first, keys))
+    return keys[order], rows[order], mirrored[order], first[order], second[order]
+
+
 def _neighbours(
-    signatures: Signatures,
-    odd: Signatures,
     keys: NDArray[np.uint32],
     rows: NDArray[np.int64],
     mirrored: NDArray[np.bool_],
+    first: NDArray[np.uint64],
+    second: NDArray[np.uint64],
 ) -> Iterator[Pair]:
     """Compare the images that share a key; where many do, only those whose bits sort close together."""
-    first, second = (signatures[rows] ^ np.where(mirrored[:, None], odd, np.uint64(0))).T
-    order = np.lexsort((first, keys))
-    keys, rows, mirrored, first, second = (a[order] for a in (keys, rows, mirrored, first, second))
     active = np.arange(len(keys))
     # In a run of equal images each is compared only with the next one, which is enough to join them.
     alike = np.zeros(len(keys), bool)
