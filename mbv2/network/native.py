@@ -39,17 +39,12 @@ class NativeBlock(nn.Cell):
         self.depthwise = block.depthwise
         self.project = block.project
         self.frozen = False
-        switches = functools.partial(
-            operators.switches,
-            stem=stem is not None,
-            stride=block.shape.stride,
-            same=same,
-            residual=block.shape.residual and stem is None,
-        )
+        kind = {"stem": stem is not None, "stride": block.shape.stride}
+        residual = block.shape.residual and stem is None
+        switches = functools.partial(operators.switches, **kind, same=same, residual=residual)
         self.switches = switches()
         self.frozen_switches = switches(frozen=True)
         self.numbers = numbers
-        kind = {"stem": stem is not None, "stride": block.shape.stride}
         self.train_operator = operators.block_train(**kind, precision=precision)
         self.infer_operator = operators.block_infer(**kind, precision=inference)
 
