@@ -166,3 +166,16 @@ def head_train(precision: str = "float32") -> ops.Custom:
 def head_infer(precision: str = "float32") -> ops.Custom:
     """Inference of the head; inputs as `head_train`, output pooled; `precision` as of `block_infer`."""
     return ops.Custom(_name("head_infer", precision), _head_infer_shape, ms.float32, "aot")
+
+
+def update() -> ops.Custom:
+    """Return one step of an optimizer, for all weights at once.
+
+    Inputs: the number of the rule (int32), the step's controls, constants, of each weight its decay and the factor of
+    its rate; then all gradients, all weights and the state of all weights. Output: float32 (1,), for others to depend
+    on.
+
+    Weights and state are changed in place, which MindSpore does not know of. It is sound where nothing else in the
+    graph writes them, and whatever reads them either comes before a gradient or depends on the output.
+    """
+    return ops.Custom(_name("update", "float32"), lambda *shapes: [1], ms.float32, "aot")

@@ -136,7 +136,7 @@ class TrainStep(nn.Cell):
         self.map = ops.HyperMap()
         self.trained = ms.ParameterTuple(trained_parameters(net, head_only=head_only))
         head = head_names(net) if recipe.backbone_lr_factor != 1 else frozenset()
-        self.optimizer = Optimizer(recipe, self.trained, head)
+        self.optimizer = Optimizer(recipe, self.trained, head, native=getattr(net, "kernels", "") == "native")
         self.distills, self.temperature = teacher is not None, recipe.distill_temperature
         self.teacher: Any = teacher
         self.loss = Loss(

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbv2.recipe import Recipe
+
 Array = NDArray[np.float64]
 Sides = NDArray[np.int8]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -243,3 +245,27 @@ class Network:
             d = d + end if residual else d
         self.stem.backward(d, grads)
         return float(-(target * log_p).sum(1).mean()), grads
+
+
+def update(
+    recipe: Recipe, step: int, lr: float, weights: list[Array], grads: list[Array], state: dict[str, list[Array]]
+) -> None:
+    """Take a step of an optimizer from the gradients: change the lists of weights and state, as it is defined."""
+    for i, grad in enumerate(grads):
+        decay = recipe.weight_decay if weights[i].ndim > 1 else 0.0
+        first, second = state["first"], state["second"]
+        if recipe.optimizer == "adamw":
+            first[i] = recipe.beta1 * first[i] + (1 - recipe.beta1) * grad
+            second[i] = recipe.beta2 * second[i] + (1 - recipe.beta2) * grad**2
+            mean, square = first[i] / (1 - recipe.beta1**step), second[i] / (1 - recipe.beta2**step)
+            weights[i] = weights[i] - lr * (mean / (np.sqrt(square) + recipe.epsilon) + decay * weights[i])
+            continue
+        grad = grad + decay * weights[i]  # noqa: PLW2901
+        if recipe.optimizer == "rmsprop":
+            second[i] = recipe.rms_decay * second[i] + (1 - recipe.rms_decay) * grad**2
+            first[i] = recipe.momentum * first[i] + lr * grad / np.sqrt(second[i] + recipe.epsilon)
+            weights[i] = weights[i] - first[i]
+            continue
+        first[i] = recipe.momentum * first[i] + grad
+        change = grad + recipe.momentum * first[i] if recipe.optimizer == "nesterov" else first[i]
+        weights[i] = weights[i] - lr * change

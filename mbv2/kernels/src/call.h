@@ -39,6 +39,18 @@ class Call {
     return static_cast<T*>(data_[i]);
   }
 
+  // The next tensor, of a given type and any shape, and how many values it has.
+  template <class T>
+  T* any(const char* what, int64_t* count) {
+    int64_t shape[8];
+    const int rank = at_ < count_ ? ndims_[at_] : 0;
+    if (rank > 8) refuse(std::string(what) + " has more than 8 dimensions");
+    T* data = next<T>(what, rank, shape);
+    *count = 1;
+    for (int d = 0; d < rank; ++d) *count *= shape[d];
+    return data;
+  }
+
   // The next tensor, whose sizes are known.
   template <class T>
   T* exactly(const char* what, std::initializer_list<int64_t> expected) {

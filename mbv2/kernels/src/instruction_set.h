@@ -122,6 +122,16 @@ struct BlockInference {  // one image's inverted residual in bands of rows, the 
   float* z = nullptr;
 };
 
+enum class Rule : int32_t { kSgd, kNesterov, kAdamw, kRmsprop, kCount };
+
+struct Update {  // one step of an optimizer for one weight
+  Rule rule = Rule::kSgd;
+  float rate = 0, decay = 0;
+  float first = 0, second = 0, epsilon = 0;  // momentum or beta1; RMSProp's decay or beta2
+  float rest_of_first = 0, rest_of_second = 0;  // 1 - first, 1 - second
+  float mean_correction = 1, square_correction = 1;
+};
+
 // The kinds of functions. Each works on part [begin, end) of the rows that its comment names; `scratch` belongs to the worker.
 template <class P>
 using Forward = void (*)(const P&, int64_t begin, int64_t end, float* scratch, Sums);
@@ -190,6 +200,8 @@ struct InstructionSet {
   Each<GradientSums<float>, GradientSums<bfloat16>> gradient_sums;
   void (*output_gradient)(const OutputGradient<>&, float* d, int channels, int64_t begin, int64_t end);
   void (*add)(const float* a, const float* b, float* c, int64_t begin, int64_t end);  // single values, in eights
+  // Changes w, m and (AdamW, RMSProp) s in place.
+  void (*update)(const Update&, float* w, const float* g, float* m, float* s, int64_t begin, int64_t end);  // single values
   // Mean over the pixels of images [begin, end) of in(y), and the gradient of it, masked, with its sums.
   Each<PoolOf<float>, PoolOf<bfloat16>> pool;
   Each<PoolBackward<float>, PoolBackward<bfloat16>> pool_gradient;

@@ -21,6 +21,7 @@ namespace {
 #include "depthwise.inl"
 #include "stem.inl"
 #include "elementwise.inl"
+#include "update.inl"
 #include "block.inl"
 
 }  // namespace
@@ -60,6 +61,7 @@ constexpr InstructionSet table() {
   set.gradient_sums = {{gradient_sums}, {gradient_sums}};
   set.output_gradient = output_gradient;
   set.add = add;
+  set.update = update;
   set.pool = {{pool}, {pool}};
   set.pool_gradient = {{pool_gradient}, {pool_gradient}};
   set.block_scratch = {{block_scratch}, {block_scratch}};

@@ -1,4 +1,4 @@
-// Calls the block and head operators at many sizes, on tensors of exactly their size, from two threads at once and with
+// Calls the operators of a training step at many sizes, on tensors of exactly their size, from two threads at once and with
 // pools of 1 to 3: for AddressSanitizer, ThreadSanitizer and valgrind (`make sanitize`), and on other processors and systems
 // (`make cross`).
 //
@@ -195,6 +195,28 @@ bool head(const Library& library, int64_t batch, int64_t size, int64_t inputs, i
   return run(library, "head_infer" + suffix, pointers(in, inferred), 1, results);
 }
 
+// One step of each optimizer, for weights of several sizes.
+bool update(const Library& library, Results& results) {
+  bool good = true;
+  for (int rule = 0; rule < 4; ++rule) {
+    const std::vector<int64_t> sizes = {1, 7, 1000, 12345};
+    const int64_t count = static_cast<int64_t>(sizes.size());
+    Random r{rule + 1u};
+    std::vector<Tensor> in, changed;
+    in.emplace_back(std::vector<int64_t>{1}, "int32");
+    in.back().ints()[0] = rule;
+    in.push_back(filled(r, {6}, 0.1f, 0.5f));
+    in.push_back(filled(r, {5}, 0.1f, 0.5f));
+    for (int i = 0; i < 2; ++i) in.push_back(filled(r, {count}, 0.1f, 0.5f));
+    for (const int64_t size : sizes) in.push_back(filled(r, {size}, 1));
+    for (int of = 0; of < (rule < 2 ? 2 : 3); ++of)
+      for (const int64_t size : sizes) changed.push_back(filled(r, {size}, 0.4f, 0.5f));
+    changed.push_back(filled(r, {1}, 0));
+    good &= run(library, "update", pointers(in, changed), changed.size(), results);
+  }
+  return good;
+}
+
 // Every operator at every size; each block from two threads at once.
 bool all_operators(const Library& library, const std::string& stored, Results& results) {
   const Size sizes[] = {
@@ -214,6 +236,7 @@ bool all_operators(const Library& library, const std::string& stored, Results& r
     if (s.batch * s.height * s.width < kFewest * halvings * halvings) continue;
     results.insert(results.end(), first.begin(), first.end());
   }
+  if (stored == "float32") good &= update(library, results);
   return head(library, 3, 7, 112, 1280, stored, results) && head(library, 1, 1, 320, 64, stored, results) && good;
 }
 

@@ -10,20 +10,24 @@ import pytest
 from mindspore import nn
 from numpy.typing import NDArray
 
+from mbv2 import kernels as operators
 from mbv2.network.model import MobileNetV2, ModelConfig
 from mbv2.recipe import Recipe
 from mbv2.training.optimizer import step_controls
 from mbv2.training.step import ApplyAccumulated, TrainStep, dropout_mask
+from tests.mbv2.reference import update
 
 CLASSES, FEATURES, BATCH, STEPS = 4, 6, 5, 4
 Array = NDArray[np.float64]
+needs_kernels = pytest.mark.skipif(not operators.available(), reason=operators.describe())
 
 
 class Head(nn.Cell):
     """The least network that a step takes: a matrix (decays) and a bias (does not)."""
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", kernels: str = "standard") -> None:
         super().__init__()
+        self.kernels = kernels  # those that update it
         rng = np.random.default_rng(0)
         weight = rng.normal(size=(FEATURES, CLASSES)).astype(np.float32)
         self.weight = ms.Parameter(ms.Tensor(weight), name=f"{prefix}weight")
@@ -64,30 +68,6 @@ def reference_loss(
     return loss, [x.T @ slope, slope.sum(0)]
 
 
-def reference_update(
-    recipe: Recipe, step: int, lr: float, weights: list[Array], grads: list[Array], state: dict[str, list[Array]]
-) -> None:
-    """Change weights and state in place, as the optimisers are defined."""
-    for i, grad in enumerate(grads):
-        decay = recipe.weight_decay if weights[i].ndim > 1 else 0.0
-        first, second = state["first"], state["second"]
-        if recipe.optimizer == "adamw":
-            first[i] = recipe.beta1 * first[i] + (1 - recipe.beta1) * grad
-            second[i] = recipe.beta2 * second[i] + (1 - recipe.beta2) * grad**2
-            mean, square = first[i] / (1 - recipe.beta1**step), second[i] / (1 - recipe.beta2**step)
-            weights[i] = weights[i] - lr * (mean / (np.sqrt(square) + recipe.epsilon) + decay * weights[i])
-            continue
-        grad = grad + decay * weights[i]  # noqa: PLW2901
-        if recipe.optimizer == "rmsprop":
-            second[i] = recipe.rms_decay * second[i] + (1 - recipe.rms_decay) * grad**2
-            first[i] = recipe.momentum * first[i] + lr * grad / np.sqrt(second[i] + recipe.epsilon)
-            weights[i] = weights[i] - first[i]
-            continue
-        first[i] = recipe.momentum * first[i] + grad
-        change = grad + recipe.momentum * first[i] if recipe.optimizer == "nesterov" else first[i]
-        weights[i] = weights[i] - lr * change
-
-
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -108,9 +88,10 @@ def reference_update(
     ],
     ids=["sgd", "nesterov", "adamw", "rmsprop", "distilled"],
 )
-def test_steps_equal_the_definition(recipe: Recipe) -> None:
+@pytest.mark.parametrize("kernels", ["standard", pytest.param("native", marks=needs_kernels)])
+def test_steps_equal_the_definition(recipe: Recipe, kernels: str) -> None:
     rng = np.random.default_rng(1)
-    net = Head()
+    net = Head(kernels=kernels)
     average = Head("ema.") if recipe.ema_decay else None
     teacher, taught = None, None
     if recipe.distill_from:
@@ -138,7 +119,7 @@ def test_steps_equal_the_definition(recipe: Recipe) -> None:
             norm = float(np.sqrt(sum((grad**2).sum() for grad in grads)))
             assert got[1] == pytest.approx(norm, rel=1e-4)
             grads = [grad * min(1.0, recipe.clip_norm / norm) for grad in grads]
-        reference_update(recipe, number + 1, lr, weights, grads, state)
+        update(recipe, number + 1, lr, weights, grads, state)
         averages = [controls[3] * a + (1 - controls[3]) * w for a, w in zip(averages, weights, strict=True)]
         assert got[0] == pytest.approx(loss, rel=1e-5)
         np.testing.assert_allclose(net.weight.asnumpy(), weights[0], rtol=1e-4, atol=1e-6)
@@ -156,11 +137,12 @@ def test_the_backbone_is_all_but_the_classifier() -> None:
 
 
 @pytest.mark.slow
-def test_accumulated_steps_equal_one_with_the_whole_batch() -> None:
+@pytest.mark.parametrize("kernels", ["standard", pytest.param("native", marks=needs_kernels)])
+def test_accumulated_steps_equal_one_with_the_whole_batch(kernels: str) -> None:
     """Two and a half updates of two steps: the last step alone changes nothing."""
     split = Recipe(optimizer="adamw", accumulate_steps=2, clip_norm=0.3, ema_decay=0.9, weight_decay=0.1)
     whole = Recipe(optimizer="adamw", clip_norm=0.3, ema_decay=0.9, weight_decay=0.1)
-    nets, averages = (Head(), Head()), (Head("ema."), Head("ema."))
+    nets, averages = (Head(kernels=kernels), Head(kernels=kernels)), (Head("ema."), Head("ema."))
     steps = [TrainStep(n, r, CLASSES, average=a) for n, r, a in zip(nets, (split, whole), averages, strict=True)]
     apply = ApplyAccumulated(steps[0])
     rng = np.random.default_rng(4)
