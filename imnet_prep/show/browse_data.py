@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from imnet_prep.show.browse_lists import Columns, Positions, Query
 from imnet_prep.show.pictures import thumbnail
 from imnet_prep.types import ImageFault, Rejected
 
-LOG = logging.getLogger(__name__)
 THUMB_SIDE, VIEW_SIDE = 192, 160
 
 
@@ -49,7 +47,6 @@ class Library:
         self.splits = {name: self.folder.span(name) for name, split in self.manifest.splits.items() if split.images}
         if not self.splits:
             raise RecordsError(f"{records}: holds no images")
-        LOG.info("reading the lists of %s records", f"{self.folder.records:,}")
         tables = [self.folder.table(name) for name in self.splits]
         self.lists = {name: self.folder.index(name) for name in self.splits}
         self.columns = Columns(tables, list(self.lists.values()))

@@ -214,12 +214,6 @@ def test_a_label_of_no_class_is_shown(records: Path, tmp_path: Path) -> None:
     assert "no label" in client.get("/record/train/0").text
 
 
-def test_opening_says_what_it_reads(records: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        Library(records)
-    assert "reading the lists of 222 records" in caplog.text
-
-
 def test_missing_folder_and_taken_port_are_named_errors(records: Path, tmp_path: Path) -> None:
     import socket
 
