@@ -121,8 +121,8 @@ class Optimizer(nn.Cell):
 
             self.update = operators.update()
             self.number = ms.Tensor(np.array([list(SLOTS).index(self.rule)], np.int32))
-            one, two = (recipe.beta1, recipe.beta2) if self.rule == "adamw" else (recipe.momentum, recipe.rms_decay)
-            self.scalars = ms.Tensor(np.array([one, two, recipe.epsilon, 1 - one, 1 - two], np.float32))
+            one, two, epsilon = self.betas if self.rule == "adamw" else self.constants
+            self.scalars = ms.Tensor(np.array([one, two, epsilon, 1 - one, 1 - two], np.float32))
             self.decay_values = ms.Tensor(np.array(self.decays, np.float32))
             self.factor_values = ms.Tensor(np.array(self.factors, np.float32))
 

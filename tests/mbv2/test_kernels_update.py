@@ -39,9 +39,7 @@ def steps(rule: str, threads: int) -> tuple[list[Floats], list[Array]]:
     starts = [float(start == "ones") for start in SLOTS[rule].values()]
     state = [np.full(shape, start, np.float32) for start in starts for shape in SHAPES]
     wanted = [[weight.astype(np.float64)] for weight in weights]
-    kept = [
-        {name: [np.full(shape, starts[-1] * at)] for at, name in enumerate(("first", "second"))} for shape in SHAPES
-    ]
+    kept = [{"first": [np.zeros(shape)], "second": [np.full(shape, starts[-1])]} for shape in SHAPES]
     for step in range(STEPS):
         gradients = [rng.standard_normal(shape, np.float32) for shape in SHAPES]
         controls = step_controls(recipe, LR, step)

@@ -122,6 +122,7 @@ struct BlockInference {  // one image's inverted residual in bands of rows, the 
   float* z = nullptr;
 };
 
+// In the order of SLOTS in mbv2/training/optimizer.py.
 enum class Rule : int32_t { kSgd, kNesterov, kAdamw, kRmsprop, kCount };
 
 struct Update {  // one step of an optimizer for one weight
