@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,10 @@ _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions "
     "--disable-background-networking --remote-debugging-pipe"
 )
+
+
+class Refused(AssertionError):
+    """The browser answers a command with an error, as where the page is left before the command ends."""
 
 
 class Chromium:
@@ -89,7 +94,8 @@ class Chromium:
         os.write(self._write, json.dumps(message).encode() + b"\0")
         self._wait(lambda: number in self._answers, timeout_s, method)
         answer = self._answers.pop(number)
-        assert "error" not in answer, answer
+        if "error" in answer:
+            raise Refused(str(answer))
         result: dict[str, Any] = answer["result"]
         return result
 
@@ -144,9 +150,12 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str, timeout_s: float = 15) -> None:
-        """Wait until JavaScript says so."""
+        """Wait until JavaScript says so; a page that is left while it is asked says no."""
         end = time.monotonic() + timeout_s
-        while not self.run(f"Boolean({expression})"):
+        while True:
+            with suppress(Refused):
+                if self.run(f"Boolean({expression})"):
+                    return
             assert time.monotonic() < end, f"never became true: {expression}"
             time.sleep(0.05)
 
@@ -156,7 +165,8 @@ class Chromium:
         shared = {"key": key, "code": key, "windowsVirtualKeyCode": codes.get(key, 0)}
         text = text or ("\r" if key == "Enter" else "")
         self.page("Input.dispatchKeyEvent", type="keyDown", **shared, **({"text": text} if text else {}))
-        self.page("Input.dispatchKeyEvent", type="keyUp", **shared)
+        with suppress(Refused):  # the key may have left the page
+            self.page("Input.dispatchKeyEvent", type="keyUp", **shared)
 
     def type(self, text: str) -> None:
         """Type text into what has the focus."""
