@@ -62,6 +62,12 @@ INLINE void put(bfloat16* p, Eight v) {
 #endif
 #endif
 
+// Asks for memory that is read or written soon; past the end of a tensor that does no harm.
+template <class T>
+INLINE void ask_for(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // Sixteen values or eight, by the type that is asked for.
 template <class V, class T>
 INLINE V get(const T* p) {
@@ -104,12 +110,32 @@ INLINE void put_upto(T* p, Wide v, int count) {
   put(p, v);
 }
 
-// Written so that NaN stays NaN: the comparison is false for it.
+// The larger and the smaller of a bound and v; v where it is NaN. That is what x86's instructions give, in place of which GCC
+// compares and blends.
+template <class V>
+INLINE V at_least(V bound, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_max_ps((__m512)bound, (__m512)v);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_max_ps((__m256)bound, (__m256)v);
+#endif
+  return bound > v ? bound : v;
+}
+template <class V>
+INLINE V at_most(V bound, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_min_ps((__m512)bound, (__m512)v);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_min_ps((__m256)bound, (__m256)v);
+#endif
+  return bound < v ? bound : v;
+}
+
 template <class V>
 INLINE V relu6(V v) {
-  const V zero = {}, six = zero + 6.0f;
-  v = zero > v ? zero : v;
-  return six < v ? six : v;
+  return at_most(V{} + 6.0f, at_least(V{}, v));
 }
 
 // g where 0 < v < 6, else 0.
@@ -127,5 +153,13 @@ INLINE V apply(V v, const Affine& in, int64_t c) {
 
 template <class V>
 INLINE void add_to(double* sums, V v, int64_t c) {
+#if LANES == 16  // GCC would add one after another
+  if constexpr (sizeof(V) == 64) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+    _mm512_storeu_pd(sums + c, _mm512_add_pd(_mm512_loadu_pd(sums + c), low));
+    _mm512_storeu_pd(sums + c + 8, _mm512_add_pd(_mm512_loadu_pd(sums + c + 8), high));
+    return;
+  }
+#endif
   for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) sums[c + i] += v[i];
 }

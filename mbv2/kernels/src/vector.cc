@@ -2,7 +2,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
-#if LANES == 16
+#if LANES > 4
 #include <immintrin.h>
 #endif
 
