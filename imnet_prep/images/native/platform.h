@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <thread>
 
@@ -32,20 +33,29 @@
 
 namespace imnet {
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Asks the system for huge pages where memory is not in use yet: a hint, whose failure changes nothing.
+inline void AskForHugePages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, begin = reinterpret_cast<uintptr_t>(memory) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Returns memory aligned to 64 bytes, or null. From 2 MiB on it is aligned to that, and the system is asked for huge
 // pages. `bytes` is rounded up to what is there.
 inline void* AllocateAligned(size_t* bytes) {
-  constexpr size_t kLine = 64, kHuge = size_t{2} << 20;
-  const size_t alignment = *bytes >= kHuge ? kHuge : kLine;
+  constexpr size_t kLine = 64;
+  const size_t alignment = *bytes >= kHugePage ? kHugePage : kLine;
   *bytes = (*bytes + alignment - 1) / alignment * alignment;
 #if defined(_WIN32)
   return _aligned_malloc(*bytes, alignment);
 #else
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, *bytes) != 0) return nullptr;
-#if defined(__linux__)
-  if (alignment == kHuge) madvise(memory, *bytes, MADV_HUGEPAGE);  // a hint: failure changes nothing
-#endif
+  if (alignment == kHugePage) AskForHugePages(memory, *bytes);
   return memory;
 #endif
 }

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "imnet_prep/images/native/platform.h"
 #include "instruction_set.h"
 
 namespace mbv2 {
@@ -72,8 +73,15 @@ class Call {
     return static_cast<int>(count);
   }
 
+  // All tensors are read. MindSpore's memory has no huge pages of its own: it is asked for them before an operator is the
+  // first to write there.
   void done() const {
     if (at_ != count_) refuse("expects " + std::to_string(at_) + " tensors, got " + std::to_string(count_));
+    for (int i = 0; i < count_; ++i) {
+      size_t bytes = std::strcmp(dtypes_[i], "uint8") == 0 ? 1 : std::strcmp(dtypes_[i], "bfloat16") == 0 ? 2 : 4;
+      for (int d = 0; d < ndims_[i]; ++d) bytes *= static_cast<size_t>(shapes_[i][d]);
+      if (bytes >= imnet::kHugePage) imnet::AskForHugePages(data_[i], bytes);
+    }
   }
 
  private:
