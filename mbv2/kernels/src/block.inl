@@ -8,6 +8,7 @@ struct BandPlan {
   explicit BandPlan(const BlockInference<T>& p) {
     const Depthwise<>& d = p.depthwise;
     out_rows = (kForwardRows + d.out_width - 1) / d.out_width;
+    if (out_rows < kRowsAtOnce) out_rows = kRowsAtOnce;
     if (out_rows > d.out_height) out_rows = d.out_height;
     ring_rows = (out_rows - 1) * d.stride + 3;
     row_floats = static_cast<int64_t>(d.width + 2) * p.hidden;
@@ -118,17 +119,23 @@ void block(const BlockInference<T>& p, int64_t begin, int64_t end, float* scratc
       iy = until;
     }
     done = last;
-    for (int r = 0; r < out_rows; ++r) {
-      const float* rows[3];
-      for (int ky = 0; ky < 3; ++ky) {
-        const int iy = (oy + r) * d.stride - d.pad_top + ky;
-        rows[ky] = iy < 0 || iy >= d.height ? zero_row : ring + (iy % plan.ring_rows) * plan.row_floats;
+    const auto filter = [&](auto of_stride, auto at_once, int r) {
+      constexpr int S = decltype(of_stride)::value, R = decltype(at_once)::value;
+      const float* rows[kRowsUnder<S, R>];
+      for (int i = 0; i < kRowsUnder<S, R>; ++i) {
+        const int iy = (oy + r) * S - d.pad_top + i;
+        rows[i] = iy < 0 || iy >= d.height ? zero_row : ring + (iy % plan.ring_rows) * plan.row_floats;
       }
       const int64_t stride = kEach * filtered_stride(p);
-      Stored* to = reinterpret_cast<Stored*>(filtered) + static_cast<int64_t>(r) * d.out_width * stride;
-      if (d.stride == 1) depthwise_row<1>(d, rows, to, stride, Sums{});
-      else depthwise_row<2>(d, rows, to, stride, Sums{});
-    }
+      depthwise_rows<S, R>(d, rows, reinterpret_cast<Stored*>(filtered) + static_cast<int64_t>(r) * d.out_width * stride, stride, Sums{});
+    };
+    const auto filter_all = [&](auto of_stride) {
+      int r = 0;
+      for (; r + kRowsAtOnce <= out_rows; r += kRowsAtOnce) filter(of_stride, std::integral_constant<int, kRowsAtOnce>{}, r);
+      for (; r < out_rows; ++r) filter(of_stride, std::integral_constant<int, 1>{}, r);
+    };
+    if (d.stride == 1) filter_all(std::integral_constant<int, 1>{});
+    else filter_all(std::integral_constant<int, 2>{});
     const int64_t at = row * d.out_width * p.outputs;
     StoreInference<float> store{p.z + at, nullptr, p.outputs, p.project_bias, false, p.residual ? p.x + at : nullptr};
     product(filtered, filtered_stride(p), out_rows * d.out_width, project_weights, depth_of<E>(p.hidden), p.outputs, store);

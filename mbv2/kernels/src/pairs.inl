@@ -16,6 +16,37 @@ INLINE void put_pairs(Pair* p, Eight first, Eight second) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
 }
 
+// Sixteen rows of sixteen pairs, transposed.
+INLINE void transpose_16(const Pair* from, int64_t from_stride, Pair* to, int64_t to_stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + j + 2]);
+      a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + j + 2]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // a[4 * i + j]: columns j, 4 + j, 8 + j, 12 + j of rows 4 * i to 4 * i + 3
+    const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    b[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
+    b[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+    b[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+    b[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, b[i]);
+}
+
 #if defined(__AMX_BF16__)
 
 constexpr int kDepthStep = 16;  // pairs a tile holds along the depth
@@ -62,37 +93,6 @@ INLINE void multiply(const Pair* a, int64_t ars, int64_t, const Pair* b, int64_t
   if (NV > 2) _tile_stored(2, &acc[0][2 % NV], sizeof acc[0]);
 }
 
-// Sixteen rows of sixteen pairs, transposed.
-INLINE void transpose_16(const Pair* from, int64_t from_stride, Pair* to, int64_t to_stride) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + j + 2]);
-      a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + j + 2]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {  // a[4 * i + j]: columns j, 4 + j, 8 + j, 12 + j of rows 4 * i to 4 * i + 3
-    const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-    b[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
-    b[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-    b[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-    b[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, b[i]);
-}
-
 #else
 
 constexpr int kDepthStep = 1;
@@ -122,19 +122,34 @@ inline int depth_of<Pair>(int columns) { return (columns / 2 + kDepthStep - 1) /
 
 void pack_pairs(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed,
                 int p0, int p1) {
+  const int pairs = depth_of<Pair>(depth);
   int index = 0;
   for (PanelPlan p(columns); !p.done(); p.next(), ++index) {
     if (index < p0 || index >= p1) continue;
     const int width = p.count() * LANES, first = p.first * LANES;
-    Pair* panel = reinterpret_cast<Pair*>(packed) + static_cast<int64_t>(first) * depth_of<Pair>(depth);
-    std::memset(panel, 0, sizeof(Pair) * width * depth_of<Pair>(depth));
-    for (int k = 0; k < depth; k += 2) {
-      for (int j = 0; j < width; j += LANES) {
-        Wide row[2] = {};
-        for (int i = 0; i < 2; ++i)
-          for (int n = 0, at = first + j; n < LANES && at < columns; ++n, ++at)
-            row[i][n] = w[(k + i) * k_stride + at * n_stride] * (scale ? scale[at] : 1.0f);
-        put_pairs(panel + static_cast<int64_t>(k / 2) * width + j, row[0], row[1]);
+    Pair* panel = reinterpret_cast<Pair*>(packed) + static_cast<int64_t>(first) * pairs;
+    if (n_stride == 1) {
+      for (int k = 0; k < pairs; ++k, panel += width) {
+        const float* rows = w + 2 * k * k_stride;
+        for (int j = 0; j < width; j += LANES) {
+          if (2 * k < depth) put_pairs(panel + j, packed_row(rows, first + j, columns, scale), packed_row(rows + k_stride, first + j, columns, scale));
+          else put_pairs(panel + j, Wide{}, Wide{});
+        }
+      }
+      continue;
+    }
+    for (int j = 0; j < width; j += LANES) {
+      for (int k = 0; k < pairs; k += LANES) {  // sixteen columns' pairs, then transposed
+        alignas(64) Pair across[LANES][LANES] = {}, down[LANES][LANES];
+        const int left = depth - 2 * k;
+        for (int n = 0; n < LANES && first + j + n < columns; ++n) {
+          const float* column = w + (first + j + n) * n_stride + 2 * k;
+          const Wide factor = Wide{} + (scale ? scale[first + j + n] : 1.0f);
+          const Wide low = wide_upto(column, left) * factor, high = left > LANES ? wide_upto(column + LANES, left - LANES) * factor : Wide{};
+          _mm512_store_si512(across[n], (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+        }
+        transpose_16(across[0], LANES, down[0], LANES);
+        for (int r = 0; r < LANES && k + r < pairs; ++r) std::memcpy(panel + static_cast<int64_t>(k + r) * width + j, down[r], sizeof down[r]);
       }
     }
   }
@@ -192,7 +207,7 @@ struct GradientTile<Pair> {
     const Affine in = p.in;
     const auto* x = p.x + row * inputs;
     put_row_pairs(count, until, inputs, activation, x_stride, [&](auto kind, int r, int64_t c) __attribute__((always_inline)) {
-      return apply(get<decltype(kind)>(x + static_cast<int64_t>(r) * inputs + c), in, c);
+      return apply(get_and_ask<decltype(kind)>(x + static_cast<int64_t>(r) * inputs + c), in, c);
     });
   }
   void add_weights(int count, float* dw) const {

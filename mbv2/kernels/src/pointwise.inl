@@ -1,12 +1,18 @@
 // 1x1 convolution, forward and backward, a tile of rows at a time.
 
-constexpr int kForwardRows = 48;  // a multiple of every tile height
-
 inline int padded(int columns) { return (columns + 15) / 16 * 16; }
 
 // What products are made of where X and Y are stored.
 template <class X, class Y>
 using Element = std::conditional_t<kPairs && (std::is_same_v<X, bfloat16> || std::is_same_v<Y, bfloat16>), Pair, float>;
+
+// A value's successor by so many bytes is asked for when it is read: the processor's own foresight ends with each page of 4 kB.
+constexpr int64_t kAhead = 4096;
+template <class V, class T>
+INLINE V get_and_ask(const T* p) {
+  ask_for(p + kAhead / sizeof(T));
+  return get<V>(p);
+}
 
 // Rows of in(x) to a buffer of the given stride. By value, here and below: what is stored could else have changed it.
 template <class X, class T>
@@ -14,14 +20,16 @@ inline void load_rows(const X* x, const Affine in, int rows, int channels, T* ou
   for (int r = 0; r < rows; ++r) {
     const X* from = x + static_cast<int64_t>(r) * channels;
     T* to = out + r * stride;
-    by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) { put(to + c, apply(get<decltype(kind)>(from + c), in, c)); });
+    by_channels(channels, [&](auto kind, int64_t c) __attribute__((always_inline)) {
+      put(to + c, apply(get_and_ask<decltype(kind)>(from + c), in, c));
+    });
   }
 }
 
 template <class V, class G, class Y>
 INLINE V output_gradient_at(const OutputGradient<G, Y>& out, int64_t at, int64_t c) {
-  V d = get<V>(out.a + c) * get<V>(out.g + at);
-  if (out.b) d += get<V>(out.b + c) * (get<V>(out.y + at) - get<V>(out.mean + c)) + get<V>(out.c + c);
+  V d = get<V>(out.a + c) * get_and_ask<V>(out.g + at);
+  if (out.b) d += get<V>(out.b + c) * (get_and_ask<V>(out.y + at) - get<V>(out.mean + c)) + get<V>(out.c + c);
   return d;
 }
 

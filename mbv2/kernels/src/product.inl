@@ -35,6 +35,8 @@ constexpr int tile_rows() {
 }
 constexpr int kMaxTileRows = 16;
 
+constexpr int kForwardRows = 48;  // a multiple of every tile height: rows that go through the panels together
+
 // A matrix's columns are cut into panels of 1 to 3 vectors, as many threes as leave no single one.
 struct PanelPlan {
   explicit PanelPlan(int columns) : vectors((columns + LANES - 1) / LANES) {}
@@ -56,17 +58,35 @@ int panels(int columns) {
 // Floats of the largest packing: whole tiles of AMX.
 int64_t packed_size(int depth, int columns) { return (depth + 15L) / 16 * 16 * ((columns + LANES - 1) / LANES) * LANES; }
 
+// Columns [first, first + LANES) of row k, zeros past the matrix, times their scale: columns lie next to each other.
+INLINE Wide packed_row(const float* row, int first, int columns, const float* scale) {
+  const int left = columns - first;
+  if (left <= 0) return Wide{};
+  const Wide v = wide_upto(row + first, left);
+  return scale ? v * wide_upto(scale + first, left) : v;
+}
+
+// One stride is 1: of neighbouring columns (a transposed matrix), or along the depth.
 void pack(const float* w, int64_t k_stride, int64_t n_stride, int depth, int columns, const float* scale, float* packed, int p0, int p1) {
+  constexpr int kBlock = 64;  // of the depth: rows of the panel that stay in the cache while its columns are filled
   int index = 0;
   for (PanelPlan p(columns); !p.done(); p.next(), ++index) {
     if (index < p0 || index >= p1) continue;
     const int width = p.count() * LANES, first = p.first * LANES;
     float* panel = packed + static_cast<int64_t>(first) * depth;
-    for (int j = 0; j < width; ++j) {
-      const int n = first + j;
-      const float factor = n < columns ? (scale ? scale[n] : 1.0f) : 0.0f;
-      const float* column = w + (n < columns ? n : 0) * n_stride;
-      for (int k = 0; k < depth; ++k) panel[static_cast<int64_t>(k) * width + j] = column[k * k_stride] * factor;
+    if (n_stride == 1) {
+      for (int k = 0; k < depth; ++k, panel += width)
+        for (int j = 0; j < width; j += LANES) put(panel + j, packed_row(w + k * k_stride, first + j, columns, scale));
+      continue;
+    }
+    for (int begin = 0; begin < depth; begin += kBlock) {
+      const int end = begin + kBlock < depth ? begin + kBlock : depth;
+      for (int j = 0; j < width; ++j) {
+        const int n = first + j;
+        const float factor = n < columns ? (scale ? scale[n] : 1.0f) : 0.0f;
+        const float* column = w + (n < columns ? n : 0) * n_stride;
+        for (int k = begin; k < end; ++k) panel[static_cast<int64_t>(k) * width + j] = column[k * k_stride] * factor;
+      }
     }
   }
 }
@@ -197,6 +217,7 @@ struct StoreForward {
       for (int r = 0; r < MR; ++r) {
         if (!FULL && (r < lo || r >= hi)) continue;
         put_upto(p + static_cast<int64_t>(r) * columns, acc[r][j], columns - c);
+        ask_for(p + static_cast<int64_t>(r + kForwardRows) * columns);
         if (MOMENTS) {
           const Wide d = acc[r][j] - m;
           s += d;
@@ -272,6 +293,7 @@ struct StoreBackward {
         if (MASK) v = masked(v, before * scale + shift);
         if (RESIDUAL) v += wide_upto(residual + here, left);
         put_upto(dx + here, v, left);
+        ask_for(dx + here + static_cast<int64_t>(kForwardRows) * columns);
         if (SUMS) {
           s += v;
           q += v * (before - m);
