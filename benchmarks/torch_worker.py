@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="train: a folder in Tiny-ImageNet's layout")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score", action="store_true", help="top-1 on the validation images after each epoch")
     parser.add_argument("--workers", type=int, default=1)

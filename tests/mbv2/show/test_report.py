@@ -78,11 +78,11 @@ def test_logs_and_recipe_are_in_it_without_records(tmp_path: Path) -> None:
 def test_what_differs_from_the_recipe_comes_before_all_its_fields(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    config |= {"recipe": asdict(load_recipe("tiny")) | {"lr": 0.05}, "commands": ["mbv2 train --lr 0.05"]}
+    config |= {"recipe": asdict(load_recipe("tiny")) | {"lr": 0.02}, "commands": ["mbv2 train --lr 0.02"]}
     (run / "config.json").write_text(json.dumps(config))
     write_run_report(run, tmp_path / "r.html", RunReportOptions(), quiet)
     said = words(tmp_path / "r.html")
-    first = "mbv2 train --lr 0.05 What differs from the recipe tiny field here in the recipe lr 0.05 0.1 All fields"
+    first = "mbv2 train --lr 0.02 What differs from the recipe tiny field here in the recipe lr 0.02 0.05 All fields"
     assert first in said
 
 
