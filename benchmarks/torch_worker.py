@@ -4,6 +4,8 @@ The command `steps` serves (`contenders.py`); `train` prints one JSON line::
 
     python -m benchmarks.torch_worker steps --mode train --image-size 224 --batch-size 32 --steps 5 --threads 2
     python -m benchmarks.torch_worker train --folder tiny-imagenet-10 --layout contiguous --image-size 64 --epochs 20
+
+For `gradients`, see `gradients.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -157,12 +160,29 @@ def train(args: argparse.Namespace) -> dict[str, object]:
     return {"images_per_s": images / seconds, "epoch_s": seconds, "images": images, "curve": curve}
 
 
+def gradients(folder: Path, precision: str) -> None:
+    """The loss's gradients at the weights and images of a folder, to ``torch-PRECISION.npz``."""
+    kind = torch.float64 if precision == "float64" else torch.float32
+    weights, batch = np.load(folder / "weights.npz"), np.load(folder / "images.npz")
+    trainer = Trainer(layout="contiguous", width=1.0, classes=len(weights["classifier.1.bias"]))
+    trainer.net.load_state_dict({name: torch.tensor(weights[name]) for name in weights.files}, strict=False)
+    trainer.net.classifier[0] = torch.nn.Identity()
+    trainer.net.to(kind)
+    image = ((torch.tensor(batch["image"]).permute(0, 3, 1, 2) - trainer.mean.to(kind)) * trainer.scale.to(kind)).to(
+        kind
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = trainer.loss(trainer.net(image), torch.tensor(batch["label"]).long())
+    loss.backward()
+    np.savez(folder / f"torch-{precision}.npz", **{name: p.grad.numpy() for name, p in trainer.net.named_parameters()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("steps", "train"))
+    parser.add_argument("command", choices=("steps", "train", "gradients"))
     parser.add_argument("--mode", choices=("train", "eval"), default="train")
     parser.add_argument("--layout", choices=sorted(LAYOUTS), default="channels_last")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float64"), default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile, with frozen weights for inference")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -179,6 +199,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.command == "steps":
         serve(lambda: steps(args))
+    if args.command == "gradients":
+        gradients(args.folder, args.precision)
+        return
     print(json.dumps({**train(args), "torch": torch.__version__, "torchvision": torchvision.__version__}))
 
 

@@ -1,7 +1,7 @@
 """Training on a folder in Tiny-ImageNet's layout, ours beside PyTorch: the pace of an epoch, and what is learned.
 
 Run by `train_cpu.py` (`--epoch`, `--accuracy`). Both sides follow the recipe `tiny`: 64 px, batch 64, SGD with momentum
-0.9, peak rate 0.1 after a linear warm-up over a tenth of the run, cosine to zero, weight decay 4e-5 (not on BatchNorm
+0.9, peak rate 0.05 after a linear warm-up over a tenth of the run, cosine to zero, weight decay 4e-5 (not on BatchNorm
 and biases), label smoothing 0.1, dropout 0.2, RandomResizedCrop of 0.25-1 and flip; scored at short side 73, centre 64.
 """
 
