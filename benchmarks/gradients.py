@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contenders import ROOT
+from benchmarks.contenders import ROOT, output_of
 from imnet_prep import TrainOptions, open_batches
 from mbv2.network.model import MobileNetV2
 from mbv2.recipe import Recipe
@@ -77,8 +76,7 @@ def main() -> None:
             ours(args.checkpoint, folder, precision)
         worker = [args.peers / "bin/python", "-m", "benchmarks.torch_worker", "gradients", "--folder", folder]
         for precision in THEIRS:
-            command = [*worker, "--precision", precision, "--threads", "1"]
-            subprocess.run([str(word) for word in command], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            output_of([*worker, "--precision", precision, "--threads", 1], {**os.environ, "PYTHONPATH": str(ROOT)})
         names = ["ours-float32", "torch-float32", "ours-bfloat16", "torch-bfloat16"]
         print(json.dumps({name: difference(folder, name) for name in names}, indent=1))
 

@@ -165,12 +165,11 @@ def gradients(folder: Path, precision: str) -> None:
     kind = torch.float64 if precision == "float64" else torch.float32
     weights, batch = np.load(folder / "weights.npz"), np.load(folder / "images.npz")
     trainer = Trainer(layout="contiguous", width=1.0, classes=len(weights["classifier.1.bias"]))
-    trainer.net.load_state_dict({name: torch.tensor(weights[name]) for name in weights.files}, strict=False)
+    counted = {name: value for name, value in trainer.net.state_dict().items() if name.endswith("num_batches_tracked")}
+    trainer.net.load_state_dict(counted | {name: torch.tensor(weights[name]) for name in weights.files})
     trainer.net.classifier[0] = torch.nn.Identity()
     trainer.net.to(kind)
-    image = ((torch.tensor(batch["image"]).permute(0, 3, 1, 2) - trainer.mean.to(kind)) * trainer.scale.to(kind)).to(
-        kind
-    )
+    image = (torch.tensor(batch["image"]).permute(0, 3, 1, 2) - trainer.mean.to(kind)) * trainer.scale.to(kind)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         loss = trainer.loss(trainer.net(image), torch.tensor(batch["label"]).long())
     loss.backward()
@@ -196,6 +195,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
+    if args.precision == "float64" and args.command != "gradients":
+        parser.error("--precision float64 is for gradients")
     torch.set_num_threads(args.threads)
     if args.command == "steps":
         serve(lambda: steps(args))
