@@ -90,7 +90,7 @@ void train_block(Call& call, bool stem) {
       Stem<Y> p = stem_of<Y>(passes, b.image, b.image_shape, hidden, o);
       p.packed = passes.stem_weights(b.expand, hidden);
       p.y = y1;
-      passes.stem(p, b.expand, sums, centre);
+      passes.stem(p, sums, centre);
     } else {
       Pointwise<float, Y> p;
       p.x = b.x.data;

@@ -17,7 +17,7 @@ OPERATOR(stem) {
   p.y = call.exactly<float>("y", {s[0], p.out_height, p.out_width, outputs});
   call.done();
   p.packed = passes.stem_weights(weights, outputs);
-  passes.stem(p, weights, nullptr, nullptr);
+  passes.stem(p, nullptr, nullptr);
 }
 
 OPERATOR(stem_grad_weights) {

@@ -204,26 +204,17 @@ void Passes::pointwise(Pointwise<X, Y> p, int64_t rows, Totals* sums, float* cen
 
 template <class T>
 void Passes::depthwise(Depthwise<T> p, Totals* sums, float* centre) {
-  if (sums) {  // one pixel's values, from the middle of the first image
-    const int oy = p.out_height / 2, ox = p.out_width / 2;
-    for (int c = 0; c < p.channels; ++c) {
-      float total = 0;
-      for (int k = 0; k < 9; ++k) {
-        const int iy = oy * p.stride - p.pad_top + k / 3, ix = ox * p.stride - p.pad_left + k % 3;
-        if (iy < 0 || iy >= p.height || ix < 0 || ix >= p.width) continue;
-        float v = value(p.x[(static_cast<int64_t>(iy) * p.width + ix) * p.channels + c]);
-        if (p.in.scale) v = v * p.in.scale[c] + p.in.shift[c];
-        if (p.in.relu6) v = v < 0 ? 0 : v > 6 ? 6 : v;
-        total += v * p.weights[static_cast<int64_t>(k) * p.channels + c];
-      }
-      centre[c] = total;
-    }
+  const int64_t floats = vector.depthwise_scratch(p.width, p.out_width, p.channels), rows = static_cast<int64_t>(p.images) * p.out_height;
+  const auto filter = vector.depthwise.template of<Forward<Depthwise<T>>>();
+  if (sums) {  // around one pixel's values, from the middle of the first image
+    const int64_t row = p.out_height / 2;
+    filter(p, row, row + 1, scratch(0, floats), Sums{});
+    for (int c = 0; c < p.channels; ++c) centre[c] = value(p.y[(row * p.out_width + p.out_width / 2) * p.channels + c]);
   }
   p.centre = centre;
-  const int64_t floats = vector.depthwise_scratch(p.width, p.out_width, p.channels), rows = static_cast<int64_t>(p.images) * p.out_height;
   const auto all = [&](const std::function<Sums(int)>& of) {
     parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
-      vector.depthwise.template of<Forward<Depthwise<T>>>()(p, begin, end, scratch(worker, floats), of(worker));
+      filter(p, begin, end, scratch(worker, floats), of(worker));
     });
   };
   if (sums) *sums = gather(p.channels, all);
@@ -231,25 +222,18 @@ void Passes::depthwise(Depthwise<T> p, Totals* sums, float* centre) {
 }
 
 template <class Y>
-void Passes::stem(Stem<Y> p, const float* weights, Totals* sums, float* centre) {
-  if (sums) {
-    const int iy = p.out_height / 2 * 2 - p.pad_top, ix = p.out_width / 2 * 2 - p.pad_left;
-    for (int o = 0; o < p.outputs; ++o) {
-      float total = 0;
-      for (int k = 0; k < 9; ++k) {
-        const int y = iy + k / 3, x = ix + k % 3;
-        if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
-        for (int c = 0; c < 3; ++c)
-          total += p.pixel[p.image[(static_cast<int64_t>(y) * p.width + x) * 3 + c] * 3 + c] * weights[(o * 3L + c) * 9 + k];
-      }
-      centre[o] = total;
-    }
+void Passes::stem(Stem<Y> p, Totals* sums, float* centre) {
+  const int64_t floats = vector.stem_scratch(p.width, p.out_width, p.outputs), rows = static_cast<int64_t>(p.images) * p.out_height;
+  const auto convolve = vector.stem.template of<Forward<Stem<Y>>>();
+  if (sums) {  // around one pixel's values, likewise
+    const int64_t row = p.out_height / 2;
+    convolve(p, row, row + 1, scratch(0, floats), Sums{});
+    for (int c = 0; c < p.outputs; ++c) centre[c] = value(p.y[(row * p.out_width + p.out_width / 2) * p.outputs + c]);
   }
   p.centre = centre;
-  const int64_t floats = vector.stem_scratch(p.width, p.out_width, p.outputs), rows = static_cast<int64_t>(p.images) * p.out_height;
   const auto all = [&](const std::function<Sums(int)>& of) {
     parallel(rows, 1, [&](int worker, int64_t begin, int64_t end) {
-      vector.stem.template of<Forward<Stem<Y>>>()(p, begin, end, scratch(worker, floats), of(worker));
+      convolve(p, begin, end, scratch(worker, floats), of(worker));
     });
   };
   if (sums) *sums = gather(p.outputs, all);
@@ -395,7 +379,7 @@ template void Passes::pointwise_gradient(PointwiseGradient<float, bfloat16, bflo
 template void Passes::pointwise_gradient(PointwiseGradient<bfloat16, bfloat16, float>, int64_t, float*, Totals*);
 #define FOR_EACH_TYPE(T)                                                                                                      \
   template void Passes::depthwise(Depthwise<T>, Totals*, float*);                                                             \
-  template void Passes::stem(Stem<T>, const float*, Totals*, float*);                                                         \
+  template void Passes::stem(Stem<T>, Totals*, float*);                                                                       \
   template void Passes::affine(const T*, Affine, const float*, float*, int, int64_t);                                         \
   template void Passes::depthwise_gradient(DepthwiseGradient<T>, float*, Totals*);                                            \
   template void Passes::stem_gradient(const Stem<T>&, const OutputGradient<T, T>&, float*);                                   \

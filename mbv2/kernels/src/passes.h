@@ -80,7 +80,7 @@ class Passes {
   template <class T>
   void depthwise(Depthwise<T> p, Totals* sums, float* centre);
   template <class Y>
-  void stem(Stem<Y> p, const float* weights, Totals* sums, float* centre);
+  void stem(Stem<Y> p, Totals* sums, float* centre);
   void moments(const float* y, int channels, int64_t rows, Totals& sums, float* centre);
   template <class Y>
   void affine(const Y* y, Affine in, const float* residual, float* z, int channels, int64_t rows);
