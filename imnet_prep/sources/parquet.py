@@ -28,7 +28,7 @@ from imnet_prep.sources.folders import archives_note
 from imnet_prep.sources.layout import SPLIT_FOLDERS
 from imnet_prep.sources.parquet_rows import BLOB, LISTED, START, extract, holds_images
 from imnet_prep.sources.staging import Place, Reading, Staged, Staging, fingerprint, shown, write
-from imnet_prep.sources.tree import has_image, listed
+from imnet_prep.sources.tree import has_image, is_folder, listed, listing
 from imnet_prep.types import SPLITS, ImageRef, Reason, Rejected
 
 _FORMAT = 1  # of what is staged
@@ -346,17 +346,17 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
     while waiting:
         here, within, depth = waiting.popleft()
         below: list[tuple[Path, str, int]] = []
-        for item in sorted(here.iterdir()):
+        for item in listing(here):
             if item.name.startswith((".", "_")):
                 continue
-            if item.name.lower().endswith(".parquet") and not item.is_dir():
-                files.append((within + item.name, item))
-            elif item.suffix == ".tar" and not within:
+            if item.name.lower().endswith(".parquet") and not is_folder(item):
+                files.append((within + item.name, Path(item.path)))
+            elif item.name.endswith(".tar") and not within:
                 return []  # an img2dataset folder
             elif is_image_name(item.name):
                 images.append(within + item.name)
-            elif item.is_dir():
-                below.append((item, f"{within}{item.name}/", depth + 1))
+            elif is_folder(item):
+                below.append((Path(item.path), f"{within}{item.name}/", depth + 1))
         if depth < 2 and len(below) <= _MANY_FOLDERS:
             waiting += below
     if files and not images and has_image(folder):
